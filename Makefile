@@ -1,0 +1,27 @@
+PYTHON ?= python3
+# The exact pin keeps every machine on one build; a CPU-only machine may install its own CPU wheel of the same version.
+TORCH  ?= torch==2.13.0
+BIN    := .venv/bin
+
+.PHONY: demo test check proto
+
+demo: .venv/installed
+	$(BIN)/lorarep demo
+
+test: .venv/installed
+	$(BIN)/pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+proto: .venv/installed
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto --mypy_out=proto \
+	  proto/lorarep/v1/*.proto
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

@@ -1,0 +1,76 @@
+"""What a server is started with. The command line fills it from flags, environment and YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Quantization = Literal["none", "nf4", "int8"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+PAGE_TOKENS = 16
+"""Tokens in a page of the KV cache."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Which base to load, and how it is held in memory."""
+
+    base: str
+    """Hub repository id or folder of a causal language model."""
+    revision: str | None = None
+    """Branch, tag or commit of `base`; None is the repository's default branch."""
+    quantization: Quantization = "none"
+    """How the decoder's linear weights are held. A checkpoint that is already quantized keeps its own."""
+    double_quantization: bool = False
+    """Whether NF4's scales are quantized once more (QLoRA, section 3)."""
+    dtype: DType = "auto"
+    """Dtype of activations, adapters and unquantized weights; "auto" is the checkpoint's own."""
+    device: str = "auto"
+    """A torch device; "auto" is the first accelerator, else the CPU."""
+    cache_dir: Path | None = None
+    """Hub cache; None is huggingface_hub's default."""
+
+
+@dataclass(frozen=True)
+class AdapterLimits:
+    """What an adapter may ask for; checked before anything is allocated."""
+
+    max_rank: int = 512
+    max_positions: int = 512
+    """Most positions of any stack."""
+    allow_repositories: tuple[str, ...] = ()
+    """Shell patterns of the repositories that LoadAdapter and requests may name; empty allows none."""
+    memory_bytes: int | None = None
+    """Most device bytes of all adapters together; idle ones are evicted first. None is no limit."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How requests share a step, and the KV memory they share."""
+
+    max_sequences: int = 32
+    """Most sequences in one step."""
+    max_step_tokens: int = 512
+    """Most tokens in one step: decoding rows first, prompts fill the rest."""
+    chunked_prefill: bool = True
+    """Whether a prompt may be spread over several steps."""
+    max_queued: int = 1024
+    """Most waiting requests; one more is refused."""
+    max_sequence_tokens: int | None = None
+    """Most tokens of prompt and answer together; None is what the base was trained for."""
+    kv_bytes: int | None = None
+    """Bytes for KV pages; None takes what is left on an accelerator, 1 GiB on a CPU."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the runtime is started with."""
+
+    base: BaseConfig
+    stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Named stacks, each a sequence of the base's layers."""
+    adapters: AdapterLimits = AdapterLimits()
+    scheduler: SchedulerConfig = SchedulerConfig()

@@ -1,0 +1,70 @@
+"""What can go wrong, as one tree. The server maps each class to one gRPC status code.
+
+    LorarepError
+    ├── InvalidArgument      a field is malformed or out of its range
+    ├── NotFound             no such adapter, stack, repository or revision
+    ├── AlreadyExists        the name is taken by something else
+    ├── PermissionDenied     the repository is not on the allow-list
+    ├── FailedPrecondition   well-formed, but nothing this server can honour
+    ├── DataLoss             a file is corrupt or truncated
+    ├── Exhausted            out of memory, pages, disk or queue places; `retry_after` is a hint in seconds
+    ├── Unavailable          the hub cannot be reached, or the server is draining
+    ├── DeadlineExceeded     the request's deadline passed
+    ├── Cancelled            the caller went away
+    └── EngineFailure        a forward pass failed; details are in the log
+
+Messages name the field, the value and the limit.
+"""
+
+
+class LorarepError(Exception):
+    """Base of every error that lorarep raises on purpose."""
+
+
+class InvalidArgument(LorarepError):
+    """A field is malformed or out of its range."""
+
+
+class NotFound(LorarepError):
+    """No such adapter, stack, repository or revision."""
+
+
+class AlreadyExists(LorarepError):
+    """The name is taken by something else."""
+
+
+class PermissionDenied(LorarepError):
+    """The repository is not on the allow-list."""
+
+
+class FailedPrecondition(LorarepError):
+    """Well-formed, but asks for something this server cannot honour exactly."""
+
+
+class DataLoss(LorarepError):
+    """A file is corrupt or truncated."""
+
+
+class Exhausted(LorarepError):
+    """Out of memory, pages, disk or queue places."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds after which a retry may succeed, or None."""
+
+
+class Unavailable(LorarepError):
+    """The hub cannot be reached, or the server is draining."""
+
+
+class DeadlineExceeded(LorarepError):
+    """The request's deadline passed."""
+
+
+class Cancelled(LorarepError):
+    """The caller went away."""
+
+
+class EngineFailure(LorarepError):
+    """A forward pass failed."""

@@ -8,7 +8,7 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The order is that of `transformers`: penalties, temperature, top-k, top-p, min-p."""
+    """How the next token is chosen, in the order of `transformers`: penalties, temperature, top-k, top-p, min-p."""
 
     temperature: float = 0.0
     """0 is greedy."""
@@ -73,7 +73,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Output:
-    """What one step adds to an answer. `text` may lag behind `tokens`: it never holds half a character or stop string."""
+    """What one step adds to an answer. `text` may lag behind `tokens`: it never ends in half a character or stop."""
 
     tokens: tuple[int, ...]
     text: str

@@ -1,0 +1,416 @@
+"""The adapters that are loaded, and who computes with them.
+
+A load is downloaded, checked and compiled by its caller's thread beside running requests, then appears under its name.
+Requests hold a lease on a revision: whatever happens to the name, they finish on what they were admitted with.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lorarep_runtime.adapters.spec import AdapterSpec
+from lorarep_runtime.adapters.weights import Adapter, check, compile_adapter, mix, read_header, storage_bytes
+from lorarep_runtime.base import Base
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.errors import AlreadyExists, Exhausted, InvalidArgument, NotFound
+from lorarep_runtime.hub import LOCAL, Progress, check_allowed, fetch, file_digest
+from lorarep_runtime.stack import Stack
+from lorarep_runtime.text import Tokenizer, fits
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_NAME = 256
+MAX_CONFIG_BYTES = 1 << 20
+MAX_ADAPTERS_OF_A_REQUEST = 16
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What callers are told of an adapter. Repository, commit, digest and stack are its revision."""
+
+    name: str
+    repository: str
+    commit: str
+    digest: str
+    """SHA-256 of the weights file."""
+    stack: Stack
+    kind: str
+    """"lora" or "dora"."""
+    rank: int
+    """Largest of its modules."""
+    parameters: int
+    bytes: int
+    """On the device."""
+    references: int
+    """Requests that hold it."""
+    loaded: bool = True
+    """False once evicted: the next request for it loads the same revision again."""
+
+
+@dataclass(eq=False)
+class _Loaded:
+    """An adapter or a mix in device memory."""
+
+    adapter: Adapter
+    tokenizer: Tokenizer
+    info: AdapterInfo | None
+    """None for a mix."""
+    references: int = 0
+    used: int = 0
+    """Tick of the last lease: the least goes first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """A request's hold on what it computes with."""
+
+    stack: Stack
+    adapter: Adapter | None
+    """None is the bare stack."""
+    tokenizer: Tokenizer
+    names: tuple[str, ...] = ()
+    """Of the adapters, as requested."""
+    adapters: tuple[AdapterInfo, ...] = ()
+    """The revisions behind the names, in the same order."""
+    _release: Callable[[], None] = lambda: None
+
+    def release(self) -> None:
+        """Gives it back; once."""
+        self._release()
+
+
+class AdapterPool:
+    """Thread-safe."""
+
+    def __init__(self, base: Base, stacks: Mapping[str, Stack], limits: AdapterLimits, cache_dir: Path | None) -> None:
+        self._base = base
+        self._stacks = stacks
+        self._limits = limits
+        self._cache_dir = cache_dir
+        self._changed = threading.Condition(threading.RLock())
+        self._named: dict[str, _Loaded] = {}
+        self._evicted: dict[str, AdapterInfo] = {}
+        self._mixes: dict[tuple[tuple[_Loaded, float], ...], _Loaded] = {}
+        self._leaving: set[_Loaded] = set()
+        """Without a name by now, still held by requests."""
+        self._loading: set[str] = set()
+        self._reserved = 0
+        """Bytes of what is being compiled."""
+        self._tick = 0
+        self.evictions = 0
+
+    def load(
+        self,
+        name: str,
+        source: str,
+        revision: str | None = None,
+        *,
+        stack: str | None = None,
+        trusted: bool = False,
+        progress: Progress | None = None,
+    ) -> AdapterInfo:
+        """Loads an adapter and gives it a name. Does nothing if the name is that very revision's already.
+
+        Args:
+            source: repository, or, if trusted, also a folder.
+            revision: branch, tag or commit.
+            stack: named stack that the adapter's layer numbers count, for adapters trained on a stacked model; default
+                is its own `layer_replication`, else the base's order.
+            trusted: whether the operator asks, whom the allow-list does not bind.
+
+        Raises:
+            LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights`; AlreadyExists if the name is another
+                revision's; Exhausted if there is no room. What was loaded before stays.
+        """
+        _check_name(name)
+        if not trusted:
+            check_allowed(source, self._limits.allow_repositories)
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._loading)
+            self._loading.add(name)
+        try:
+            return self._load(name, source, revision, stack, progress)
+        finally:
+            with self._changed:
+                self._loading.discard(name)
+                self._changed.notify_all()
+
+    def _load(
+        self, name: str, source: str, revision: str | None, stack: str | None, progress: Progress | None
+    ) -> AdapterInfo:
+        snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
+        weights = snapshot.folder / WEIGHTS_FILE
+        spec = AdapterSpec.parse(_read_config(snapshot.folder / CONFIG_FILE), self._limits)
+        walked = self._walked(spec, stack)
+        header = read_header(weights)
+        layout = check(spec, header, walked, self._base.modules, self._base.prefix)
+        digest = file_digest(weights)
+        with self._changed:
+            present = self._named.get(name)
+            before = present.info if present else self._evicted.get(name)
+            if before is not None:
+                ours = (snapshot.repository, snapshot.commit, digest, walked)
+                if ours != (before.repository, before.commit, before.digest, before.stack):
+                    raise AlreadyExists(f"name: {name!r} is {before.repository} at {before.commit}")
+            if present is not None:
+                return self._info(present)
+        size = storage_bytes(layout, self._base.dtype)
+        with self._reserve(size):
+            adapter = compile_adapter(
+                weights,
+                spec,
+                layout,
+                walked,
+                weight=self._base.weight,
+                dtype=self._base.dtype,
+                device=self._base.device,
+                progress=progress,
+            )
+        info = AdapterInfo(
+            name=name,
+            repository=snapshot.repository,
+            commit=snapshot.commit,
+            digest=digest,
+            stack=walked,
+            kind=adapter.kind,
+            rank=adapter.rank,
+            parameters=adapter.parameters,
+            bytes=adapter.nbytes,
+            references=0,
+        )
+        loaded = _Loaded(adapter, self._tokenizer(snapshot.folder), info)
+        with self._changed:
+            self._evicted.pop(name, None)
+            self._named[name] = loaded
+            self._touch(loaded)
+            return self._info(loaded)
+
+    def _walked(self, spec: AdapterSpec, name: str | None) -> Stack:
+        own = spec.stack(self._base.layers)
+        if name is None:
+            return own
+        named = self._named_stack(name)
+        if spec.layer_replication is not None and own != named:
+            raise InvalidArgument(f"stack: {name!r} is not what the adapter's layer_replication says")
+        return named
+
+    def _named_stack(self, name: str) -> Stack:
+        if name not in self._stacks:
+            raise NotFound(f"stack: {name!r} is none of {sorted(self._stacks)}")
+        return self._stacks[name]
+
+    def _tokenizer(self, folder: Path) -> Tokenizer:
+        """The adapter's own tokenizer where it has one that fits the base's vocabulary."""
+        if (folder / "tokenizer_config.json").exists():
+            own = Tokenizer(folder)
+            if fits(own, self._base.vocab_size):
+                return own
+            log.warning("the tokenizer in %s does not fit the base's vocabulary: the base's own is used", folder)
+        return self._base.tokenizer
+
+    @contextmanager
+    def _reserve(self, size: int) -> Iterator[None]:
+        """Room for `size` bytes while they are being filled; idle adapters leave, the least recently used first."""
+        limit = self._limits.memory_bytes
+        with self._changed:
+            while limit is not None and self._held() + size > limit:
+                if not self._evict():
+                    raise Exhausted(
+                        f"adapter memory: {size} bytes wanted, {self._held()} of {limit} held by adapters in use",
+                        retry_after=1.0,
+                    )
+            self._reserved += size
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise Exhausted(f"device memory: no room for an adapter of {size} bytes", retry_after=1.0) from error
+        finally:
+            with self._changed:
+                self._reserved -= size
+
+    def _held(self) -> int:
+        return self._reserved + sum(x.adapter.nbytes for x in self._all())
+
+    def _all(self) -> list[_Loaded]:
+        return [*self._named.values(), *self._mixes.values(), *self._leaving]
+
+    def _evict(self) -> bool:
+        """Frees the idle adapter or mix that has been idle longest; False if all are in use."""
+        idle = [x for x in self._all() if not x.references]
+        if not idle:
+            return False
+        leaving = min(idle, key=lambda x: x.used)
+        if leaving.info is not None:
+            name = leaving.info.name
+            del self._named[name]
+            self._evicted[name] = replace(leaving.info, loaded=False, bytes=0)
+        self._forget_mixes(leaving)
+        self.evictions += 1
+        return True
+
+    def _forget_mixes(self, leaving: _Loaded) -> None:
+        """Takes a mix, or the mixes of an adapter, out of what new requests find."""
+        for key, mixed in list(self._mixes.items()):
+            if mixed is leaving or any(part is leaving for part, _ in key):
+                del self._mixes[key]
+                if mixed.references:
+                    self._leaving.add(mixed)
+
+    def unload(self, name: str) -> None:
+        """Takes the name away; requests that hold the adapter finish on it, then its memory is freed.
+
+        Raises:
+            NotFound: no adapter has the name.
+        """
+        with self._changed:
+            if self._evicted.pop(name, None) is not None:
+                return
+            loaded = self._named.pop(name, None)
+            if loaded is None:
+                raise NotFound(f"adapter: {name!r} is not loaded")
+            if loaded.references:
+                self._leaving.add(loaded)
+            self._forget_mixes(loaded)
+
+    def get(self, name: str) -> AdapterInfo:
+        """Raises NotFound."""
+        with self._changed:
+            if name in self._named:
+                return self._info(self._named[name])
+            if name in self._evicted:
+                return self._evicted[name]
+        raise NotFound(f"adapter: {name!r} is not loaded")
+
+    def list(self) -> list[AdapterInfo]:
+        """All that have a name, in its order."""
+        with self._changed:
+            return [self.get(name) for name in sorted({*self._named, *self._evicted})]
+
+    def held_bytes(self) -> dict[str, int]:
+        """Device bytes of each adapter and mix; what requests hold of adapters without a name is under "(leaving)"."""
+        with self._changed:
+            held = {name: x.adapter.nbytes for name, x in self._named.items()}
+            for key, mixed in self._mixes.items():
+                parts = " + ".join(f"{weight:g}·{part.info.name}" for part, weight in key if part.info)
+                held[parts] = mixed.adapter.nbytes
+            if self._leaving:
+                held["(leaving)"] = sum(x.adapter.nbytes for x in self._leaving)
+            return held
+
+    def lease(self, adapters: Sequence[tuple[str, float]], stack: str | None = None) -> Lease:
+        """What a request computes with, held until released. Blocks while an adapter has to be loaded first: one that
+        was evicted, or a repository ("org/name" or "org/name@revision") that the allow-list permits.
+
+        Args:
+            adapters: names and weights; several are mixed as PEFT mixes several active adapters.
+            stack: named stack; default is the adapters' own, or the base's order. With adapters it has to be theirs.
+
+        Raises:
+            NotFound, InvalidArgument, and what `load` raises.
+        """
+        names = tuple(name for name, _ in adapters)
+        if len(adapters) > MAX_ADAPTERS_OF_A_REQUEST or len(set(names)) < len(names):
+            raise InvalidArgument(f"adapters: at most {MAX_ADAPTERS_OF_A_REQUEST}, each once")
+        for name, weight in adapters:
+            if not math.isfinite(weight):
+                raise InvalidArgument(f"adapters: the weight of {name!r} is {weight}")
+        named = None if stack is None else self._named_stack(stack)
+        if not adapters:
+            return Lease(named or self._stacks["base"], None, self._base.tokenizer)
+        parts: list[_Loaded] = []
+        try:
+            for name in names:
+                parts.append(self._hold(name))
+            walked = parts[0].adapter.stack
+            for name, part in zip(names, parts, strict=True):
+                if part.adapter.stack != (named or walked):
+                    other = "stack" if named else f"adapter {names[0]!r}"
+                    raise InvalidArgument(f"adapters: {name!r} is for another stack than the {other}")
+            key = tuple((part, weight) for part, (_, weight) in zip(parts, adapters, strict=True))
+            whole = parts[0] if len(key) == 1 and key[0][1] == 1 else self._hold_mix(key)
+        except BaseException:
+            self._give_back(parts)
+            raise
+        if whole is not parts[0]:
+            self._give_back(parts)
+        infos = tuple(part.info for part in parts if part.info is not None)
+        return Lease(walked, whole.adapter, whole.tokenizer, names, infos, lambda: self._give_back([whole]))
+
+    def _hold(self, name: str) -> _Loaded:
+        while True:
+            with self._changed:
+                loaded = self._named.get(name)
+                if loaded is not None:
+                    loaded.references += 1
+                    self._touch(loaded)
+                    return loaded
+                evicted = self._evicted.get(name)
+            if evicted is not None:
+                commit = None if evicted.commit == LOCAL else evicted.commit
+                self.load(name, evicted.repository, commit, stack=self._name_of(evicted), trusted=True)
+            elif "/" in name and self._limits.allow_repositories:
+                repository, _, revision = name.partition("@")
+                self.load(name, repository, revision or None)
+            else:
+                raise NotFound(f"adapter: {name!r} is not loaded")
+
+    def _name_of(self, info: AdapterInfo) -> str | None:
+        return next((name for name, stack in self._stacks.items() if stack == info.stack), None)
+
+    def _hold_mix(self, key: tuple[tuple[_Loaded, float], ...]) -> _Loaded:
+        with self._changed:
+            mixed = self._mixes.get(key)
+            if mixed is None:
+                size = sum(part.adapter.nbytes for part, _ in key)
+                with self._reserve(size):
+                    adapter = mix([(part.adapter, weight) for part, weight in key])
+                mixed = self._mixes[key] = _Loaded(adapter, key[0][0].tokenizer, None)
+            mixed.references += 1
+            self._touch(mixed)
+            return mixed
+
+    def _touch(self, loaded: _Loaded) -> None:
+        self._tick += 1
+        loaded.used = self._tick
+
+    def _give_back(self, held: Sequence[_Loaded]) -> None:
+        with self._changed:
+            for loaded in held:
+                loaded.references -= 1
+                if not loaded.references:
+                    self._leaving.discard(loaded)
+
+    @staticmethod
+    def _info(loaded: _Loaded) -> AdapterInfo:
+        assert loaded.info is not None
+        return replace(loaded.info, references=loaded.references)
+
+
+def _check_name(name: str) -> None:
+    if not name or len(name) > MAX_NAME or name != name.strip() or "," in name or not name.isprintable():
+        raise InvalidArgument(
+            f"name: {name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces"
+        )
+
+
+def _read_config(file: Path) -> Mapping[str, object]:
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise InvalidArgument(f"{CONFIG_FILE}: over {MAX_CONFIG_BYTES} bytes")
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{CONFIG_FILE}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidArgument(f"{CONFIG_FILE}: not a JSON object")
+    return config

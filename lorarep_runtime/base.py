@@ -1,0 +1,190 @@
+"""The base: a `transformers` causal model, loaded and quantized once, with three parts replaced by lorarep's own.
+
+The walk over the layers (`walk`), the linear layers (`linear`) and the attention (`walk`, `kernels.attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from lorarep_runtime.batch import Batch
+from lorarep_runtime.cache import PagePool
+from lorarep_runtime.config import BaseConfig, Quantization
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.hub import Progress, fetch
+from lorarep_runtime.linear import SharedLinear, Weight, shared_weight
+from lorarep_runtime.text import Tokenizer
+from lorarep_runtime.walk import ATTENTION, Walk
+
+UNIFORM_ATTENTION = {"full_attention", "sliding_attention"}
+"""Attention kinds whose keys and values can be paged; others keep state of another form."""
+
+
+class Base:
+    """One model's layers, frozen, and the means to run any plan over them.
+
+    Raises:
+        InvalidArgument, FailedPrecondition, NotFound, Unavailable: as `hub.fetch`, or for a model that cannot be served
+            exactly, naming what stands in the way.
+    """
+
+    def __init__(self, config: BaseConfig, progress: Progress | None = None) -> None:
+        snapshot = fetch(config.base, config.revision, kind="base", cache_dir=config.cache_dir, progress=progress)
+        self.repository, self.commit, self.folder = snapshot.repository, snapshot.commit, snapshot.folder
+        self.device = _device(config.device)
+        self.config = _read_config(self.folder)
+        quantization = _quantization(self.config, config)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            config=self.config,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            # Each tensor is quantized as it is read, so the unquantized model is never whole in memory.
+            device_map={"": self.device},
+            attn_implementation=ATTENTION,
+            quantization_config=quantization,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        ).eval()
+        self.model.requires_grad_(False)
+        self.config = self.model.config
+        self.dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        self.tokenizer = Tokenizer(self.folder)
+        self.max_tokens = trained_tokens(self.config)
+        self.walk, self.prefix = _replace_layers(self.model)
+        self.weights: Sequence[Mapping[str, Weight]] = [_share_linears(layer, self.walk) for layer in self.walk.layers]
+        """Of each layer, the shared weights by module path, such as "self_attn.q_proj"."""
+        self.modules: Mapping[str, tuple[int, int]] = {name: w.shape for name, w in self.weights[0].items()}
+        """(out, in) of each linear module of a layer."""
+        if any({n: w.shape for n, w in layer.items()} != self.modules for layer in self.weights):
+            raise FailedPrecondition("base: its layers differ in their linear modules, so positions cannot share them")
+        text = self.config.get_text_config()
+        self.kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.quantization: Quantization = {"NF4Weight": "nf4", "Int8Weight": "int8"}.get(  # type: ignore[assignment]
+            type(next(iter(self.weights[0].values()))).__name__, "none"
+        )
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.walk.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, and logits of a token."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    def weight(self, layer: int, module: str) -> Tensor:
+        """The dequantized fp32 weight (out, in) of a linear module of a layer."""
+        return self.weights[layer][module].dequantize(torch.float32)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, pool: PagePool, rows: Tensor) -> Tensor:
+        """Runs a batch through its plan.
+
+        Args:
+            rows: (n) int64, the rows whose logits are wanted.
+
+        Returns:
+            (n, vocab) fp32 logits. Keys and values of all rows are in the pool's pages.
+        """
+        self.walk.batch, self.walk.pool = batch, pool
+        logits = self.model(
+            input_ids=batch.token_ids.unsqueeze(0),
+            position_ids=batch.token_places.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=rows,
+        ).logits
+        return logits[0].float()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator()
+        return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InvalidArgument(f"device: {name!r} is not a torch device") from error
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise FailedPrecondition(f"base: transformers cannot read its config: {_line(error)}") from error
+    text = config.get_text_config()
+    foreign = set(getattr(text, "layer_types", None) or ()) - UNIFORM_ATTENTION
+    if foreign:
+        raise FailedPrecondition(f"base: layer_types {sorted(foreign)} have no keys and values to page")
+    return config
+
+
+def _quantization(model: PretrainedConfig, config: BaseConfig) -> BitsAndBytesConfig | None:
+    """What to give `transformers`; None where the checkpoint is quantized already or nothing is to be."""
+    own = getattr(model, "quantization_config", None)
+    if own is not None:
+        own = own if isinstance(own, dict) else own.to_dict()
+        four = own.get("load_in_4bit") or own.get("_load_in_4bit")
+        kind = "nf4" if four else "int8"
+        if own.get("quant_method") != "bitsandbytes" or (four and own.get("bnb_4bit_quant_type") != "nf4"):
+            raise FailedPrecondition(f"base: quantized with {own.get('quant_method')}, which lorarep does not read")
+        if config.quantization not in ("none", kind):
+            raise InvalidArgument(f"quantization: {config.quantization!r}, but the checkpoint is {kind!r} already")
+        return None
+    if config.double_quantization and config.quantization != "nf4":
+        raise InvalidArgument(f"double_quantization: goes with nf4, not with {config.quantization!r}")
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=config.double_quantization
+        )
+    return None
+
+
+def trained_tokens(config: PretrainedConfig) -> int:
+    """Longest sequence that the base serves.
+
+    A rotary embedding that changes its frequencies past a length changes them for every sequence of a batch; such a
+    base is served up to that length, where each sequence has the frequencies it has alone.
+    """
+    text = config.get_text_config()
+    limit: int = text.max_position_embeddings
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            limit = min(limit, parameters.get("original_max_position_embeddings") or limit)
+    return limit
+
+
+def _replace_layers(model: PreTrainedModel) -> tuple[Walk, str]:
+    """Puts hand-offs where the decoder layers are; the walk over them, and their path in the model."""
+    decoder = model.get_decoder()
+    count = model.config.get_text_config().num_hidden_layers
+    for name, child in decoder.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            walk = Walk(list(child))
+            path = next(path for path, module in model.named_modules() if module is child)
+            setattr(decoder, name, walk.hand_offs)
+            return walk, path
+    raise FailedPrecondition(f"base: {type(model).__name__} has no list of {count} decoder layers")
+
+
+def _share_linears(layer: nn.Module, walk: Walk) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {}
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, nn.Linear):
+            weights[name] = shared_weight(module)
+            layer.set_submodule(name, SharedLinear(weights[name], module.bias, name, walk.adapt))
+    return weights
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

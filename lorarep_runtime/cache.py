@@ -1,0 +1,84 @@
+"""The KV cache: one pool of pages for all stacks. A page holds 16 tokens at one position of one sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorarep_runtime.config import PAGE_TOKENS
+
+
+class PagePool:
+    """Pages and which of them are free. Not thread-safe: the engine's thread alone touches it."""
+
+    def __init__(self, pages: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (pages, PAGE_TOKENS, kv_heads, head_dim)
+        self.key_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.value_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self._free = list(range(pages - 1, -1, -1))
+        self.total = pages
+
+    @staticmethod
+    def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one page, keys and values."""
+        return 2 * PAGE_TOKENS * kv_heads * head_dim * dtype.itemsize
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.key_pages, self.value_pages
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        """Takes `count` free pages; the caller has checked that there are as many."""
+        pages = np.array(self._free[self.free - count :], dtype=np.int64)
+        del self._free[self.free - count :]
+        # A page's rest is read with weight 0, and 0 times what an earlier sequence left may be NaN.
+        self.value_pages[torch.from_numpy(pages).to(self.value_pages.device)] = 0
+        return pages
+
+    def give(self, pages: NDArray[np.int64]) -> None:
+        self._free.extend(pages.ravel().tolist())
+
+
+class PageTable:
+    """The pages of one sequence at every position of its stack."""
+
+    def __init__(self, pool: PagePool, depth: int) -> None:
+        self._pool = pool
+        self.pages: NDArray[np.int64] = np.empty((depth, 0), dtype=np.int64)
+        """(depth, pages per position)."""
+
+    @property
+    def depth(self) -> int:
+        return len(self.pages)
+
+    def missing(self, tokens: int) -> int:
+        """Pages that holding `tokens` tokens takes beyond those here."""
+        return self.depth * max(0, pages_of(tokens) - self.pages.shape[1])
+
+    def grow(self, tokens: int) -> bool:
+        """Makes room for `tokens` tokens; False, with nothing taken, where the pool has too few pages."""
+        missing = self.missing(tokens)
+        if missing > self._pool.free:
+            return False
+        if missing:
+            self.pages = np.concatenate([self.pages, self._pool.take(missing).reshape(self.depth, -1)], axis=1)
+        return True
+
+    def release(self) -> None:
+        self._pool.give(self.pages)
+        self.pages = self.pages[:, :0]
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that hold `tokens` tokens at one position."""
+    return -(-tokens // PAGE_TOKENS)

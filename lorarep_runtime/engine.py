@@ -1,0 +1,404 @@
+"""The engine: step() is schedule, forward, sample, emit. One thread steps; others submit and are told by callback.
+
+It knows token ids, revisions and pages; names of adapters end in `adapters.pool`, text in `text`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorarep_runtime.adapters.pool import AdapterPool, Lease
+from lorarep_runtime.base import Base
+from lorarep_runtime.batch import Batch, Span
+from lorarep_runtime.cache import PagePool, PageTable
+from lorarep_runtime.config import EngineConfig
+from lorarep_runtime.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    Exhausted,
+    InvalidArgument,
+    LorarepError,
+    Unavailable,
+)
+from lorarep_runtime.hub import Progress
+from lorarep_runtime.ledger import Ledger, take_stock
+from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Timings, TokenLogprob
+from lorarep_runtime.sampling import Sampled, SamplerState, sample, validate
+from lorarep_runtime.scheduler import Scheduler, Sequence
+from lorarep_runtime.stack import Stack
+from lorarep_runtime.text import TextStream
+
+log = logging.getLogger(__name__)
+
+BASE_STACK = "base"
+"""Name of the base's own order of layers."""
+CPU_KV_BYTES = 1 << 30
+ACCELERATOR_KV_SHARE = 0.8
+"""Part of the memory left after loading the base that KV pages take where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of what the engine does and has done."""
+
+    running: int
+    waiting: int
+    running_adapters: tuple[str, ...]
+    waiting_adapters: tuple[str, ...]
+    pages_used: int
+    pages_total: int
+    steps: int
+    step_rows: Mapping[int, int]
+    """How many steps had so many sequences."""
+    step_adapters: Mapping[int, int]
+    """How many steps had so many distinct adapters."""
+    preemptions: int
+    tokens_in: int
+    """Prompt tokens of finished requests and of those under way."""
+    tokens_out: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer, for callers without a stream."""
+
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    finished: Finished
+
+
+class Engine:
+    """One base, its stacks and adapters, and the requests on them.
+
+    Raises:
+        LorarepError: where the base cannot be served as configured.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.base = Base(config.base, progress)
+        self.stacks: Mapping[str, Stack] = self._named_stacks()
+        self.adapters = AdapterPool(self.base, self.stacks, config.adapters, config.base.cache_dir)
+        self.max_tokens = config.scheduler.max_sequence_tokens or self.base.max_tokens
+        if self.max_tokens > self.base.max_tokens:
+            raise InvalidArgument(
+                f"max_sequence_tokens: {self.max_tokens} is over the {self.base.max_tokens} that the base serves"
+            )
+        self.pool = self._page_pool()
+        self.scheduler = Scheduler(config.scheduler, self.pool)
+        self.failure: Exception | None = None
+        """What ended the step thread, if anything did."""
+        self._ids = itertools.count(1)
+        self._wake = threading.Condition()
+        self._submitted: deque[Sequence] = deque()
+        self._cancelled: set[int] = set()
+        self._draining = self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._step_rows: Counter[int] = Counter()
+        self._step_adapters: Counter[int] = Counter()
+        self._tokens_in = self._tokens_out = 0
+
+    def _named_stacks(self) -> dict[str, Stack]:
+        stacks = {BASE_STACK: tuple(range(self.base.layers))}
+        for name, stack in self.config.stacks.items():
+            if name == BASE_STACK:
+                raise InvalidArgument(f"stacks: {BASE_STACK!r} is the base's own order and cannot be named anew")
+            if not stack or any(not 0 <= layer < self.base.layers for layer in stack):
+                raise InvalidArgument(f"stacks: {name!r} leaves the base's {self.base.layers} layers")
+            stacks[name] = stack
+        return stacks
+
+    def _page_pool(self) -> PagePool:
+        base, wanted = self.base, self.config.scheduler.kv_bytes
+        if wanted is None:
+            wanted = CPU_KV_BYTES
+            if base.device.type == "cuda":
+                wanted = int(torch.cuda.mem_get_info(base.device)[0] * ACCELERATOR_KV_SHARE)
+        pages = wanted // PagePool.page_bytes(base.kv_heads, base.head_dim, base.dtype)
+        deepest = max(len(stack) for stack in self.stacks.values())
+        if pages < deepest:
+            raise InvalidArgument(f"kv_bytes: {wanted} bytes are {pages} pages, one token at {deepest} positions more")
+        return PagePool(pages, base.kv_heads, base.head_dim, dtype=base.dtype, device=base.device)
+
+    # Callers' side: any thread.
+
+    def submit(self, request: Request, lease: Lease, on_event: Callable[[Event], None]) -> int:
+        """Queues a request and takes over its lease; the answer comes to `on_event` on the engine's thread.
+
+        Returns:
+            The request's id, for `cancel`.
+
+        Raises:
+            InvalidArgument: a field is out of its range, or prompt and answer are too long.
+            Exhausted: the queue is full.
+            Unavailable: the engine drains or has failed. In all three cases the lease stays the caller's.
+        """
+        sequence = self._sequence(request, lease, on_event)
+        with self._wake:
+            if self._draining or self.failure is not None:
+                raise Unavailable("the server is draining" if self._draining else "the engine has failed")
+            queued = len(self.scheduler.waiting) + len(self._submitted)
+            if queued >= self.config.scheduler.max_queued:
+                raise Exhausted(f"max_queued: {queued} requests are waiting already", retry_after=1.0)
+            self._submitted.append(sequence)
+            self._wake.notify()
+        return sequence.id
+
+    def _sequence(self, request: Request, lease: Lease, on_event: Callable[[Event], None]) -> Sequence:
+        validate(request, self.base.vocab_size)
+        longest = len(request.prompt) + request.stopping.max_new_tokens
+        if longest > self.max_tokens:
+            raise InvalidArgument(
+                f"prompt and max_new_tokens: {len(request.prompt)} and {request.stopping.max_new_tokens} tokens are "
+                f"over the limit of {self.max_tokens} together"
+            )
+        self.scheduler.check(request, len(lease.stack))
+        return Sequence(
+            id=next(self._ids),
+            request=request,
+            lease=lease,
+            sampler=SamplerState(request, self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids),
+            text=TextStream(lease.tokenizer, request.stopping.stop, request.prompt),
+            on_event=on_event,
+            table=PageTable(self.pool, len(lease.stack)),
+            tokens=list(request.prompt),
+        )
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request with Cancelled before the next step; does nothing if it has ended."""
+        with self._wake:
+            self._cancelled.add(request_id)
+            self._wake.notify()
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; those under way go on."""
+        with self._wake:
+            self._draining = True
+
+    def start(self) -> None:
+        """Starts the step thread."""
+        self._thread = threading.Thread(target=self._run, name="lorarep-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the step thread after the step it is in; requests under way end with Unavailable."""
+        with self._wake:
+            self._draining = self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def stats(self) -> Stats:
+        """A snapshot, from any thread."""
+        running, waiting = list(self.scheduler.running), [*self.scheduler.waiting, *self._submitted]
+        return Stats(
+            running=len(running),
+            waiting=len(waiting),
+            running_adapters=_names(running),
+            waiting_adapters=_names(waiting),
+            pages_used=self.pool.used,
+            pages_total=self.pool.total,
+            steps=self._step_rows.total(),
+            step_rows=dict(self._step_rows),
+            step_adapters=dict(self._step_adapters),
+            preemptions=self.scheduler.preemptions,
+            tokens_in=self._tokens_in,
+            tokens_out=self._tokens_out,
+        )
+
+    def ledger(self) -> Ledger:
+        """Where every byte of device memory is."""
+        return take_stock(self.base, self.pool, self.adapters)
+
+    # The engine's side: one thread.
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._stopping or self._submitted or self._cancelled or self._busy)
+                    if self._stopping:
+                        break
+                self.step()
+            self._end_all(Unavailable("the server has stopped"))
+        except Exception as error:
+            log.exception("the engine has failed")
+            with self._wake:
+                self.failure = error
+            self._end_all(EngineFailure("the engine has failed"))
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> bool:
+        """Computes some tokens of some sequences; False if there was nothing to do."""
+        self._sweep()
+        chosen = self.scheduler.schedule()
+        if not chosen:
+            return False
+        spans = [sequence.span(count) for sequence, count in chosen]
+        try:
+            sampled = self._forward(chosen, Batch(spans, self.base.device))
+        except Exception:
+            # What failed is these sequences' step; the others, and the next ones, are as they were.
+            log.exception("a forward pass failed")
+            if self.base.device.type == "cuda":
+                torch.cuda.synchronize(self.base.device)  # a lost device raises again here and ends the engine
+            for sequence, _ in chosen:
+                self._end(sequence, EngineFailure("the forward pass failed"))
+            return True
+        self._step_rows[len(chosen)] += 1
+        self._step_adapters[len({id(s.adapter) for s in spans if s.adapter is not None})] += 1
+        for sequence, count in chosen:
+            sequence.computed += count
+        for sequence, token in sampled:
+            self._emit(sequence, token)
+        return True
+
+    def _sweep(self) -> None:
+        """Takes in what callers have said since the last step."""
+        with self._wake:
+            while self._submitted:
+                self.scheduler.waiting.append(self._submitted.popleft())
+            cancelled, self._cancelled = self._cancelled, set()
+        now = time.monotonic()
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            deadline = sequence.request.deadline
+            if sequence.id in cancelled:
+                self._end(sequence, Cancelled("the caller cancelled"))
+            elif deadline is not None and now >= deadline:
+                self._end(sequence, DeadlineExceeded("the request's deadline has passed"))
+
+    def _forward(self, chosen: Seq[tuple[Sequence, int]], batch: Batch) -> list[tuple[Sequence, Sampled]]:
+        """Computes a batch; the sequences whose last token it held, with their next one."""
+        ready = [
+            (chosen[i][0], int(batch.starts[k + 1]) - 1)
+            for k, i in enumerate(batch.order)
+            if chosen[i][0].remaining == chosen[i][1]
+        ]
+        rows = torch.tensor([row for _, row in ready], dtype=torch.int64, device=self.base.device)
+        logits = self.base.forward(batch, self.pool, rows)
+        if not ready:
+            return []
+        sequences = [sequence for sequence, _ in ready]
+        return list(zip(sequences, sample(logits, [s.sampler for s in sequences]), strict=True))
+
+    def _emit(self, sequence: Sequence, sampled: Sampled) -> None:
+        """Adds a token to an answer, and ends the answer where the token does."""
+        now, token, stopping = time.monotonic(), sampled.token, sequence.request.stopping
+        if sequence.first_token is None:
+            sequence.first_token = now
+            self._tokens_in += len(sequence.request.prompt)
+        self._tokens_out += 1
+        sequence.tokens.append(token)
+        sequence.sampler.append(token)
+        reason, text = None, ""
+        if token in stopping.stop_token_ids:
+            reason = FinishReason.STOP_TOKEN
+        elif token in sequence.sampler.eos_ids and not stopping.ignore_eos:
+            reason = FinishReason.END_TOKEN
+        else:
+            text, stopped = sequence.text.feed(token, may_stop=sequence.new_tokens >= stopping.min_new_tokens)
+            if stopped:
+                reason = FinishReason.STOP_STRING
+            elif sequence.new_tokens == stopping.max_new_tokens:
+                reason = FinishReason.LENGTH
+        if reason not in (None, FinishReason.STOP_STRING):
+            text += sequence.text.finish()
+        logprobs = () if sampled.logprob is None else (sampled.logprob,)
+        self._tell(sequence, Output((token,), text, logprobs))
+        if reason is not None:
+            started = sequence.started or now
+            timings = Timings(started - sequence.submitted, sequence.first_token - started, now - sequence.first_token)
+            self._end(sequence, Finished(reason, len(sequence.request.prompt), sequence.new_tokens, timings))
+
+    def _end(self, sequence: Sequence, event: Finished | LorarepError) -> None:
+        self.scheduler.remove(sequence)
+        sequence.lease.release()
+        self._tell(sequence, event)
+
+    def _end_all(self, error: LorarepError) -> None:
+        self._sweep()
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._end(sequence, error)
+
+    @staticmethod
+    def _tell(sequence: Sequence, event: Event) -> None:
+        try:
+            sequence.on_event(event)
+        except Exception:
+            log.exception("a caller's callback failed")
+
+    # Without a thread: tests, verify, benchmarks.
+
+    def generate(self, requests: Iterable[tuple[Request, Lease]]) -> list[Answer]:
+        """Answers requests together, stepping here unless the step thread does.
+
+        Raises:
+            LorarepError: the first request's that fails.
+        """
+        streams: list[list[Event]] = []
+        ended = threading.Semaphore(0)
+        for request, lease in requests:
+            events: list[Event] = []
+            streams.append(events)
+
+            def on_event(event: Event, events: list[Event] = events) -> None:
+                events.append(event)
+                if not isinstance(event, Output):
+                    ended.release()
+
+            self.submit(request, lease, on_event)
+        if self._thread is None:
+            while self.step():
+                pass
+        for _ in streams:
+            ended.acquire()
+        return [_answer(events) for events in streams]
+
+    def logits(self, tokens: Seq[int], lease: Lease) -> Tensor:
+        """The fp32 logits (tokens, vocab) of every token of a text, computed in one pass; keeps the lease.
+
+        Raises:
+            Exhausted: the pages for it are not free. Not while the step thread runs.
+        """
+        table = PageTable(self.pool, len(lease.stack))
+        if not table.grow(len(tokens)):
+            raise Exhausted(f"kv_bytes: {table.missing(len(tokens))} pages wanted, {self.pool.free} free")
+        try:
+            batch = Batch([Span(tokens, 0, lease.stack, lease.adapter, table)], self.base.device)
+            return self.base.forward(batch, self.pool, torch.arange(len(tokens), device=self.base.device))
+        finally:
+            table.release()
+
+
+def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({name for sequence in sequences for name in sequence.lease.names}))
+
+
+def _answer(events: Seq[Event]) -> Answer:
+    *outputs, last = events
+    if isinstance(last, Exception):
+        raise last
+    assert isinstance(last, Finished)
+    parts = [event for event in outputs if isinstance(event, Output)]
+    return Answer(
+        tokens=tuple(t for part in parts for t in part.tokens),
+        text="".join(part.text for part in parts),
+        logprobs=tuple(p for part in parts for p in part.logprobs),
+        finished=last,
+    )

@@ -1,0 +1,65 @@
+"""Attention over pages (Kwon et al., 2023): sequences of any length in one batch, their keys and values in pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def write_pages(keys: Tensor, values: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
+    """Stores new keys and values.
+
+    Args:
+        keys, values: (rows, kv_heads, head_dim).
+        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim).
+        slots: (rows) int64, page · page_tokens + offset.
+    """
+    key_pages.flatten(0, 1).index_copy_(0, slots, keys)
+    value_pages.flatten(0, 1).index_copy_(0, slots, values)
+
+
+def paged_attention(
+    queries: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention of the last tokens of each sequence to all of it, with grouped heads (Ainslie et al., 2023).
+
+    Args:
+        queries: (sequences, rows, heads, head_dim), the last `rows` tokens of each.
+        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim); values must be finite wherever a table points.
+        tables: (sequences, n) int64, the pages of each sequence in order; entries beyond its length may be any page.
+        lengths: (sequences) int64, tokens of each sequence, queries included.
+        scale: multiplies q · k.
+        window: tokens that a query sees, itself included; None is all.
+        softcap: bounds scores to ±softcap by tanh (Gemma 2); None is none.
+
+    Returns:
+        (sequences, rows, heads, head_dim). Scores and softmax are in fp32 as in `transformers`' eager attention.
+    """
+    sequences, rows, heads, head_dim = queries.shape
+    kv_heads = key_pages.shape[2]
+    tokens = tables.shape[1] * key_pages.shape[1]
+    # (sequences, kv_heads, tokens, head_dim)
+    keys = key_pages[tables].view(sequences, tokens, kv_heads, head_dim).transpose(1, 2)
+    values = value_pages[tables].view(sequences, tokens, kv_heads, -1).transpose(1, 2)
+    # The heads that share a key are further rows of one product: (sequences, kv_heads, rows · group, head_dim).
+    q = queries.view(sequences, rows, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    scores = torch.matmul(q, keys.transpose(2, 3)).mul_(scale).view(sequences, kv_heads, rows, -1, tokens)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    key = torch.arange(tokens, device=queries.device)
+    query = (lengths - rows).view(-1, 1, 1) + torch.arange(rows, device=queries.device).view(1, -1, 1)
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    scores.masked_fill_(hidden[:, None, :, None, :], float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(queries.dtype)
+    out = torch.matmul(weights.flatten(2, 3), values)
+    return out.view(sequences, kv_heads, rows, -1, out.shape[-1]).permute(0, 2, 1, 3, 4).flatten(2, 3)

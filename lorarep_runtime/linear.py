@@ -1,0 +1,119 @@
+"""Shared linear layers: one weight, quantized or not, under whatever adapter each row brings.
+
+A bitsandbytes module keeps its own bytes here; nothing is converted. Activations are never quantized: LLM.int8() picks
+its outlier columns from the whole batch, so that one request's tokens would depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Weight(Protocol):
+    """The matrix of a linear layer, (out, in), however it is held."""
+
+    shape: tuple[int, int]
+    data: tuple[Tensor, ...]
+    """The tensors that hold the values."""
+    constants: tuple[Tensor, ...]
+    """The tensors that quantization adds to them."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix (out, in) in `dtype`; a view of the weight itself where that is possible."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """x (rows, in) to x Wᵀ (rows, out), in x's dtype."""
+
+
+class DenseWeight:
+    """A weight in the dtype of the activations."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.data: tuple[Tensor, ...] = (weight,)
+        self.constants: tuple[Tensor, ...] = ()
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.data[0].to(dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.data[0])
+
+
+class NF4Weight:
+    """4-bit NormalFloat blocks (QLoRA, Dettmers et al., 2023) in bitsandbytes' layout."""
+
+    def __init__(self, packed: Tensor, state: bnb.functional.QuantState) -> None:
+        self.shape = (state.shape[0], state.shape[1])
+        self.data: tuple[Tensor, ...] = (packed,)
+        self.constants: tuple[Tensor, ...] = (state.absmax, state.code)
+        if state.nested:
+            self.constants += (state.offset, state.state2.absmax, state.state2.code)
+        self.state = state
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return bnb.functional.dequantize_4bit(self.data[0], self.state).to(dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return bnb.matmul_4bit(x, self.data[0], self.state)
+        # bitsandbytes' own CPU product may repack the weight in place, after which nothing else can read it.
+        return F.linear(x, self.dequantize(x.dtype))
+
+
+class Int8Weight:
+    """8-bit rows, each with its absolute maximum (LLM.int8(), Dettmers et al., 2022), in bitsandbytes' layout."""
+
+    def __init__(self, rows: Tensor, absmax: Tensor) -> None:
+        self.shape = (rows.shape[0], rows.shape[1])
+        self.data: tuple[Tensor, ...] = (rows,)
+        self.constants: tuple[Tensor, ...] = (absmax,)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        # Scaled in fp32 and rounded once.
+        scale = self.constants[0].float().mul(1 / 127).unsqueeze(1)
+        return (self.data[0] * scale).to(dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize(x.dtype))
+
+
+def shared_weight(module: nn.Module) -> Weight:
+    """The weight of a loaded linear module, without copying it.
+
+    Raises:
+        TypeError: for a linear module of another kind.
+    """
+    if isinstance(module, bnb.nn.Linear4bit):
+        return NF4Weight(module.weight.data, module.weight.quant_state)
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        return Int8Weight(module.weight.data, module.weight.SCB)
+    if type(module) is nn.Linear:
+        return DenseWeight(module.weight.data)
+    raise TypeError(f"{type(module).__name__} is not a linear layer that can be shared")
+
+
+Adapt = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
+"""(module, x (rows, in), W x (rows, out), base bias (out) or None) to the adapted output (rows, out)."""
+
+
+class SharedLinear(nn.Module):
+    """y = c ⊙ (W x) + B (A x) + b, with W from the base and the rest from the adapter of each row."""
+
+    def __init__(self, weight: Weight, bias: nn.Parameter | None, name: str, adapt: Adapt) -> None:
+        super().__init__()
+        self.shared = weight
+        self.bias = bias
+        self.name = name
+        self.adapt = adapt
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.adapt(self.name, rows, self.shared.matmul(rows), self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,177 @@
+"""From logits to tokens: every row with its request's own parameters and its own stream of random numbers."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.request import Request, Sampling, Stopping, TokenLogprob
+
+MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The next token of one sequence."""
+
+    token: int
+    logprob: TokenLogprob | None
+    """None where the request did not ask."""
+
+
+class SamplerState:
+    """What choosing a request's next token depends on beside its logits."""
+
+    def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
+        self.request = request
+        self.eos_ids = eos_ids
+        """Tokens that end an answer of their own accord."""
+        self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        self.counts: dict[int, int] = {}
+        """How often each token is in the answer."""
+        self.new_tokens = 0
+
+    def append(self, token: int) -> None:
+        """Takes note of a token of the answer."""
+        self.counts[token] = self.counts.get(token, 0) + 1
+        self.new_tokens += 1
+
+    def uniform(self) -> float:
+        """The next token's random number in [0, 1), a function of seed and place alone (Salmon et al., 2011)."""
+        return float(np.random.Generator(np.random.Philox(key=self.seed, counter=self.new_tokens)).random())
+
+
+def validate(request: Request, vocab_size: int) -> None:
+    """Refuses what is out of range, naming the field.
+
+    Raises:
+        InvalidArgument
+    """
+    sampling, stopping = request.sampling, request.stopping
+    if not request.prompt:
+        raise InvalidArgument("prompt: has no tokens")
+    for field, tokens in (("prompt", request.prompt), ("stop_token_ids", stopping.stop_token_ids)):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise InvalidArgument(f"{field}: token {token} is not one of the base's {vocab_size}")
+    _within("temperature", sampling.temperature, 0, math.inf)
+    _within("top_k", sampling.top_k, 0, math.inf)
+    _within("top_p", sampling.top_p, 0, 1, above=True)
+    _within("min_p", sampling.min_p, 0, 1)
+    _within("repetition_penalty", sampling.repetition_penalty, 0, math.inf, above=True)
+    _within("presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _within("frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    if sampling.seed is not None:
+        _within("seed", sampling.seed, 0, 2**63 - 1)
+    _within("max_new_tokens", stopping.max_new_tokens, 1, math.inf)
+    _within("min_new_tokens", stopping.min_new_tokens, 0, stopping.max_new_tokens)
+    _within("logprobs", request.logprobs or 0, 0, min(MAX_LOGPROBS, vocab_size))
+    if len(stopping.stop) > MAX_STOPS:
+        raise InvalidArgument(f"stop: {len(stopping.stop)} strings are over the limit of {MAX_STOPS}")
+    for stop in stopping.stop:
+        if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
+            raise InvalidArgument(f"stop: a string of {len(stop)} characters; 1 to {MAX_STOP_CHARACTERS} are possible")
+
+
+def _within(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    # NaN compares false with everything; infinity is no number a caller means.
+    if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+        raise InvalidArgument(f"{field}: {value} is not {'over' if above else 'at least'} {low} and at most {high}")
+
+
+def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
+    """The next token of each row.
+
+    Args:
+        logits: (rows, vocab) fp32; left as they are.
+        states: of the rows.
+
+    Returns:
+        One for each row. The order of processing is that of `transformers`: penalties, end tokens that may not come
+        yet, temperature, top-k, top-p, min-p. A row's result does not depend on the others.
+    """
+    plain = [i for i, state in enumerate(states) if _is_plain(state)]
+    # One transfer from the device for all rows that need no more than their likeliest token.
+    tokens = logits.argmax(-1).tolist() if plain else [0] * len(states)
+    for i, state in enumerate(states):
+        if not _is_plain(state):
+            tokens[i] = _choose(logits[i], state)
+    return [Sampled(token, _logprob(logits[i], token, states[i].request)) for i, token in enumerate(tokens)]
+
+
+def _is_plain(state: SamplerState) -> bool:
+    """Whether the likeliest token is the one."""
+    request = state.request
+    return (
+        request.sampling.temperature == 0
+        and not _has_penalty(request.sampling)
+        and not _must_go_on(request.stopping, state)
+    )
+
+
+def _has_penalty(sampling: Sampling) -> bool:
+    return bool(sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty)
+
+
+def _must_go_on(stopping: Stopping, state: SamplerState) -> bool:
+    return state.new_tokens < stopping.min_new_tokens
+
+
+def _choose(logits: Tensor, state: SamplerState) -> int:
+    """The next token for logits (vocab)."""
+    sampling = state.request.sampling
+    scores = logits.clone()
+    if _has_penalty(sampling):
+        _penalize(scores, state)
+    if _must_go_on(state.request.stopping, state):
+        ends = [*state.eos_ids, *state.request.stopping.stop_token_ids]
+        scores[torch.tensor(ends, dtype=torch.int64, device=scores.device)] = -math.inf
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    # Temperatures near 0 would overflow; the difference to the largest score cannot.
+    scores = (scores - scores.max()) / sampling.temperature
+    if sampling.top_k:
+        least = scores.topk(min(sampling.top_k, scores.numel())).values[-1]
+        scores[scores < least] = -math.inf
+    probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= sampling.top_p] = 0
+    if sampling.min_p:
+        probabilities[probabilities < sampling.min_p * probabilities[0]] = 0
+    cumulative = probabilities.double().cumsum(-1)
+    place = torch.searchsorted(cumulative, cumulative[-1] * state.uniform(), right=True)
+    # Rounding must not lead past the last token that has a probability.
+    return int(order[min(int(place), int((probabilities > 0).sum()) - 1)])
+
+
+def _penalize(scores: Tensor, state: SamplerState) -> None:
+    sampling, device = state.request.sampling, scores.device
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*state.request.prompt, *state.counts}), device=device)
+        own = scores[seen]
+        scores[seen] = torch.where(own > 0, own / sampling.repetition_penalty, own * sampling.repetition_penalty)
+    if state.counts:
+        tokens = torch.tensor(list(state.counts), device=device)
+        counts = torch.tensor(list(state.counts.values()), dtype=scores.dtype, device=device)
+        scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+def _logprob(logits: Tensor, token: int, request: Request) -> TokenLogprob | None:
+    if request.logprobs is None:
+        return None
+    logprobs = logits.log_softmax(-1)
+    top = logprobs.topk(request.logprobs)
+    return TokenLogprob(
+        token, float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    )

@@ -1,0 +1,143 @@
+"""Which sequences work in the next step, and on how many of their tokens.
+
+Sequences that decode come first, one token each; prompts fill the rest of the step in order of arrival (Agrawal et al.,
+2024). When pages run short the youngest sequence gives its own back and is computed anew later (Kwon et al., 2023).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lorarep_runtime.adapters.pool import Lease
+from lorarep_runtime.batch import Span
+from lorarep_runtime.cache import PagePool, PageTable, pages_of
+from lorarep_runtime.config import SchedulerConfig
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.request import Event, Request
+from lorarep_runtime.sampling import SamplerState
+from lorarep_runtime.text import TextStream
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request under way."""
+
+    id: int
+    request: Request
+    lease: Lease
+    sampler: SamplerState
+    text: TextStream
+    on_event: Callable[[Event], None]
+    table: PageTable
+    tokens: list[int]
+    """Prompt and answer."""
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    submitted: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    def span(self, count: int) -> Span:
+        """The next `count` tokens."""
+        return Span(
+            self.tokens[self.computed : self.computed + count],
+            self.computed,
+            self.lease.stack,
+            self.lease.adapter,
+            self.table,
+        )
+
+
+class Scheduler:
+    """The sequences that wait and those that hold pages. The engine's thread alone touches it."""
+
+    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+        self.config = config
+        self.pool = pool
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of arrival."""
+        self.preemptions = 0
+
+    def check(self, request: Request, depth: int) -> None:
+        """Refuses what could never run alone.
+
+        Raises:
+            InvalidArgument: naming what is too large.
+        """
+        longest = len(request.prompt) + request.stopping.max_new_tokens
+        pages = depth * pages_of(longest)
+        if pages > self.pool.total:
+            raise InvalidArgument(
+                f"prompt and max_new_tokens: {longest} tokens at {depth} positions take {pages} pages of KV memory, "
+                f"and there are {self.pool.total}"
+            )
+
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        """Sequences and how many of their next tokens to compute now; their pages are there."""
+        budget = self.config.max_step_tokens
+        chosen: dict[Sequence, int] = {}
+        # Decoding sequences, then prompts under way; both in order of arrival.
+        for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
+            if sequence in self.running and (count := self._fits(sequence, budget, alone=not chosen)):
+                if not self._make_room(sequence, count, chosen):
+                    continue
+                chosen[sequence] = count
+                budget -= count
+        while self.waiting and len(self.running) < self.config.max_sequences:
+            sequence = self.waiting[0]
+            count = self._fits(sequence, budget, alone=not chosen)
+            # The whole prompt's room, or it would be preempted half-way.
+            if not count or not sequence.table.grow(len(sequence.tokens)):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            if sequence.started is None:
+                sequence.started = time.monotonic()
+            chosen[sequence] = count
+            budget -= count
+        return list(chosen.items())
+
+    def _fits(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
+        """How many of its tokens go into the rest of the step."""
+        if self.config.chunked_prefill:
+            return min(sequence.remaining, budget)
+        # Prompts stay whole; one that is longer than a step gets a step of its own.
+        return sequence.remaining if sequence.remaining <= budget or alone else 0
+
+    def _make_room(self, sequence: Sequence, count: int, chosen: dict[Sequence, int]) -> bool:
+        """Pages for the next tokens, taken from younger sequences where none are free."""
+        while not sequence.table.grow(sequence.computed + count):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            chosen.pop(youngest, None)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.table.release()
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.table.release()

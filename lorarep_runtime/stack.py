@@ -1,0 +1,198 @@
+"""Stacks, and the plan that walks several of them at once.
+
+A stack is the sequence of base layers that a model walks; its indices are positions. A plan is a common supersequence
+of several stacks: each of its steps reads one layer's weights once for all stacks that have a position there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+
+Stack = tuple[int, ...]
+
+_SHORT_RANGE = re.compile(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of a plan."""
+
+    layer: int
+    positions: tuple[int | None, ...]
+    """For each stack of the plan its position here; None where it passes through."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A walk that holds every one of its stacks in order."""
+
+    stacks: tuple[Stack, ...]
+    steps: tuple[Step, ...]
+
+
+def stack_from_ranges(
+    ranges: Sequence[Sequence[int]], layers: int, *, max_positions: int, field: str = "layer_replication"
+) -> Stack:
+    """The stack of PEFT's `layer_replication`: half-open ranges of layers, one after the other.
+
+    Args:
+        ranges: pairs (start, end), 0 ≤ start < end ≤ layers. They may overlap, repeat and go back.
+        layers: of the base.
+        max_positions: most positions of the stack.
+        field: what an error calls the ranges.
+
+    Raises:
+        InvalidArgument: before the stack is built.
+    """
+    if not isinstance(ranges, Sequence) or isinstance(ranges, str) or not ranges:
+        raise InvalidArgument(f"{field}: {_short(ranges)} is not a list of ranges [start, end]")
+    positions = 0
+    for i, pair in enumerate(ranges):
+        if (
+            not isinstance(pair, Sequence)
+            or len(pair) != 2
+            or not all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
+        ):
+            raise InvalidArgument(f"{field}[{i}]: {_short(pair)} is not a range [start, end] of layers")
+        start, end = pair
+        if not 0 <= start < end <= layers:
+            raise InvalidArgument(f"{field}[{i}]: [{start}, {end}] is empty or leaves the base's {layers} layers")
+        positions += end - start
+        if positions > max_positions:
+            raise InvalidArgument(f"{field}: over the limit of {max_positions} positions")
+    return tuple(layer for start, end in ranges for layer in range(start, end))
+
+
+def parse_ranges(text: str) -> list[tuple[int, int]]:
+    """Ranges as people type them: "[[0,24],[8,32]]" as in an adapter's config, or "0-24,8-32". Ends are exclusive.
+
+    Raises:
+        InvalidArgument: the text is neither.
+    """
+    if text.lstrip().startswith("["):
+        try:
+            return [(start, end) for start, end in json.loads(text)]
+        except (ValueError, TypeError, RecursionError):
+            pass
+    elif all(matches := [_SHORT_RANGE.fullmatch(part) for part in text.split(",")]):
+        return [(int(match[1]), int(match[2])) for match in matches if match]
+    raise InvalidArgument(f"{_short(text)} is not ranges of layers such as 0-24,8-32 or [[0,24],[8,32]]")
+
+
+def stack_from_mergekit(
+    recipe: Mapping[str, Any], layers: int, *, max_positions: int, base: str | None = None
+) -> Stack:
+    """The stack of a mergekit `passthrough` recipe whose slices are all of one model.
+
+    https://github.com/arcee-ai/mergekit: `merge_method: passthrough` and `slices`, each with one source, which has a
+    `model` and a `layer_range`.
+
+    Args:
+        recipe: the YAML file's content.
+        layers, max_positions: as for `stack_from_ranges`.
+        base: repository that every `model` has to be; None where the base is a folder, then they only have to agree.
+
+    Raises:
+        InvalidArgument: a range is malformed, or over a limit.
+        FailedPrecondition: the recipe holds anything else, which is named.
+    """
+    _only(recipe, "", {"merge_method", "slices"})
+    if recipe.get("merge_method") != "passthrough":
+        raise FailedPrecondition(f"merge_method: {_short(recipe.get('merge_method'))} is not 'passthrough'")
+    slices = recipe.get("slices")
+    if not isinstance(slices, list) or not slices:
+        raise InvalidArgument(f"slices: {_short(slices)} is not a list of slices")
+    ranges: list[Any] = []
+    model = base
+    for i, part in enumerate(slices):
+        at = f"slices[{i}]"
+        _only(part, f"{at}.", {"sources"})
+        sources = part.get("sources")
+        if not isinstance(sources, list) or len(sources) != 1:
+            raise FailedPrecondition(f"{at}.sources: passthrough over one base takes one source")
+        at += ".sources[0]"
+        _only(sources[0], f"{at}.", {"model", "layer_range"})
+        model = model or sources[0].get("model")
+        if not model or sources[0].get("model") != model:
+            raise FailedPrecondition(f"{at}.model: {_short(sources[0].get('model'))} is not the one base {model!r}")
+        ranges.append(sources[0].get("layer_range"))
+    return stack_from_ranges(ranges, layers, max_positions=max_positions, field="layer_range")
+
+
+def _only(mapping: object, at: str, known: set[str]) -> None:
+    if not isinstance(mapping, Mapping):
+        raise InvalidArgument(f"{at.rstrip('.') or 'recipe'}: {_short(mapping)} is not a mapping")
+    if unknown := sorted(str(key) for key in mapping if key not in known):
+        raise FailedPrecondition(f"{at}{unknown[0]}: is not part of a stack; {sorted(known)} are")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@lru_cache(maxsize=4096)
+def merge(stacks: tuple[Stack, ...]) -> Plan:
+    """A short plan for stacks; the shortest for up to two.
+
+    The shortest common supersequence of many sequences is NP-hard (Maier, 1978), so stacks are added to the plan one by
+    one, each in the shortest way. The same stacks in the same order always give the same plan.
+    """
+    walk = _supersequence(stacks)
+    embeddings = [_leftmost(stack, walk) for stack in stacks]
+    steps = [Step(layer, tuple(e[i] for e in embeddings)) for i, layer in enumerate(walk)]
+    return Plan(stacks, tuple(step for step in steps if any(p is not None for p in step.positions)))
+
+
+@lru_cache(maxsize=4096)
+def _supersequence(stacks: tuple[Stack, ...]) -> Stack:
+    return _shortest(_supersequence(stacks[:-1]), stacks[-1]) if stacks else ()
+
+
+def _shortest(a: Stack, b: Stack) -> Stack:
+    """The shortest common supersequence of two, by dynamic programming over their suffixes."""
+    lengths = [list(range(len(b), -1, -1))]
+    for i in range(len(a) - 1, -1, -1):
+        below, row = lengths[-1], [0] * len(b) + [len(a) - i]
+        for j in range(len(b) - 1, -1, -1):
+            row[j] = 1 + (below[j + 1] if a[i] == b[j] else min(below[j], row[j + 1]))
+        lengths.append(row)
+    lengths.reverse()
+    merged: list[int] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        if a[i] == b[j]:
+            merged.append(a[i])
+            i, j = i + 1, j + 1
+        elif lengths[i + 1][j] <= lengths[i][j + 1]:
+            merged.append(a[i])
+            i += 1
+        else:
+            merged.append(b[j])
+            j += 1
+    return (*merged, *a[i:], *b[j:])
+
+
+def _leftmost(stack: Stack, walk: Stack) -> list[int | None]:
+    """The position of the stack at each step of a walk that holds it."""
+    positions: list[int | None] = []
+    position = 0
+    for layer in walk:
+        here = position < len(stack) and stack[position] == layer
+        positions.append(position if here else None)
+        position += here
+    return positions
+
+
+def ranges_of(stack: Sequence[int]) -> list[tuple[int, int]]:
+    """The fewest ranges that a stack is made of, ends exclusive; for people to read."""
+    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(stack)) if b != a + 1), len(stack)]
+    return [(stack[start], stack[end - 1] + 1) for start, end in pairwise(starts)] if stack else []

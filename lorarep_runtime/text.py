@@ -1,0 +1,159 @@
+"""Text on either side of the engine: prompts to tokens, tokens to text that can be streamed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What decoders give for bytes that are no character (yet)."""
+CHARACTER_TOKENS = 4
+"""Most tokens of one character: UTF-8 has up to four bytes."""
+CONTEXT_TOKENS = 6
+"""Earlier tokens that new ones are decoded with, as decoders treat the first of a text differently: some drop its
+space."""
+
+
+class Tokenizer:
+    """The tokenizer of a folder, as `transformers` loads it, and the tokens that end an answer.
+
+    Raises:
+        FailedPrecondition: the folder has none that `transformers` can load.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever a foreign file leads its parser to
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise FailedPrecondition(f"tokenizer: transformers cannot load the one in {folder}: {reason}") from error
+        self.chat_template: str | None = self._tokenizer.chat_template
+        self.eos_ids: frozenset[int] = frozenset(_eos_ids(folder, self._tokenizer.eos_token_id))
+        """Tokens that end an answer, by the tokenizer, the generation config or the model's config."""
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with another template (Jinja)."""
+        other = copy.copy(self)
+        other.chat_template = template
+        return other
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with the special tokens that the tokenizer adds."""
+        return list(self._tokenizer.encode(text))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation in the form of the chat template, which asks for the next answer.
+
+        Args:
+            messages: each with "role" and "content".
+
+        Raises:
+            FailedPrecondition: there is no template.
+            InvalidArgument: the template refuses the messages.
+        """
+        if not self.chat_template:
+            raise FailedPrecondition("prompt.chat: the tokenizer has no chat template")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates raise what they like
+            raise InvalidArgument(f"prompt.chat: the chat template refuses it: {error}") from error
+        # The template writes the special tokens itself.
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, without special ones."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_text(self, token: int) -> str:
+        """Text of one token by itself, special or not; U+FFFD where it is part of a character."""
+        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_template)
+
+    @property
+    def largest_id(self) -> int:
+        return max(self._tokenizer.get_vocab().values())
+
+
+def fits(tokenizer: Tokenizer, rows: int) -> bool:
+    """Whether an embedding of so many rows has one for every token."""
+    return tokenizer.largest_id < rows
+
+
+def _eos_ids(folder: Path, own: int | None) -> Iterable[int]:
+    found: list[Any] = [own]
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            config = json.loads((folder / name).read_bytes())
+            found += [config.get("eos_token_id"), (config.get("text_config") or {}).get("eos_token_id")]
+    for ids in found:
+        yield from ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+class TextStream:
+    """The text of an answer as its tokens come. What it gives out is final: whole characters, no part of a stop."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._tokens = list(prompt[-CONTEXT_TOKENS:])
+        """The context of the next tokens, and those that are part of a character yet."""
+        self._known = tokenizer.decode(self._tokens) if self._tokens else ""
+        """Their text, as far as it has been taken in."""
+        if self._known.endswith(REPLACEMENT):  # the prompt ends inside a character
+            self._tokens, self._known = [], ""
+        self._fresh = 0
+        """How many of the tokens are newer."""
+        self._held = ""
+        """Text that may be the beginning of a stop."""
+
+    def feed(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
+        """Adds a token.
+
+        Args:
+            may_stop: whether a stop that the token completes ends the answer; if not, it is text like any other.
+
+        Returns:
+            Text that can be shown, and whether a stop was met. After that nothing may be fed.
+        """
+        text = self._held + self._decode(token)
+        if may_stop and (met := [at for stop in self._stop if (at := text.find(stop)) >= 0]):
+            return text[: min(met)], True
+        kept = self._beginning(text)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept], False
+
+    def finish(self) -> str:
+        """The rest of an answer that no stop ended. A character that it breaks off in is left out."""
+        return self._held
+
+    def _decode(self, token: int) -> str:
+        self._tokens.append(token)
+        self._fresh += 1
+        text = self._tokenizer.decode(self._tokens)
+        if text.endswith(REPLACEMENT) and self._fresh < CHARACTER_TOKENS:
+            return ""
+        new = text[len(self._known) :]
+        self._tokens = self._tokens[-max(self._fresh, CONTEXT_TOKENS) :]
+        self._known = self._tokenizer.decode(self._tokens)
+        self._fresh = 0
+        return new
+
+    def _beginning(self, text: str) -> int:
+        """Length of the longest end of a text that is the beginning of a stop."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) and len(stop) > length for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,204 @@
+"""The server's life: the port opens, the base loads, calls are answered, SIGTERM or a failure ends it.
+
+Liveness says that the process works, readiness that it takes new calls; "" that the base is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from lorarep.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, start_http_server
+
+from lorarep_runtime.errors import InvalidArgument, Unavailable
+from lorarep_server.calls import Calls
+from lorarep_server.config import ServerConfig
+from lorarep_server.loads import Loads
+from lorarep_server.metrics import EngineCollector, Metrics
+from lorarep_server.service_adapters import AdapterService
+from lorarep_server.service_generation import GenerationService
+from lorarep_server.service_model import ModelService
+
+if TYPE_CHECKING:
+    from lorarep_runtime.engine import Engine
+    from lorarep_runtime.hub import Progress
+
+log = logging.getLogger(__name__)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+FAILURE_GRACE = 1.0
+"""Seconds for calls to hear of a failure."""
+FAILURE_POLL = 0.5
+"""Seconds between looks at the engine's health."""
+LAST_WRITES = 1.0
+"""Seconds for statuses that are on their way to callers."""
+
+GRPC_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a sharer of its calls
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.max_concurrent_streams", 1024),
+    # A caller that has vanished is noticed within a minute and a half; one that pings more often is cut off.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 3),
+)
+
+
+class App:
+    """One server from start to end. To be made and run in the same event loop."""
+
+    def __init__(
+        self, config: ServerConfig, load_engine: Callable[[], Engine], progress: Progress | None = None
+    ) -> None:
+        self._config = config
+        self._load_engine = load_engine
+        self._progress = progress
+        self._loaded: Engine | None = None
+        self._stop = asyncio.Event()
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self._registry.register(EngineCollector(self.engine))
+        self._metrics = Metrics(self._registry)
+        self._loads = Loads(self._metrics)
+        self._calls = Calls(config.max_calls)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self.ready = asyncio.Event()
+        """Set once the base is served."""
+        self.port = self.metrics_port = 0
+        """Bound ports, once the server listens."""
+
+    def engine(self) -> Engine:
+        """Raises Unavailable until it is loaded."""
+        if self._loaded is None:
+            raise Unavailable("the server is starting")
+        return self._loaded
+
+    def stop(self) -> None:
+        """Tells the server to end. For signal handlers, in the event loop's thread."""
+        self._stop.set()
+
+    async def run(self) -> int:
+        """Serves until told to end; the exit status of the process.
+
+        Raises:
+            LorarepError: the server cannot be started.
+        """
+        for service in ("", "readiness"):
+            await self._health.set(service, NOT_SERVING)
+        await self._health.set("liveness", SERVING)
+        server = self._build()
+        http = self._serve_metrics()
+        await server.start()
+        log.info("listening on port %d, metrics on port %d", self.port, self.metrics_port)
+        try:
+            failed = False
+            if await self._unless_stopped(self._start()):
+                failed = await self._unless_stopped(self._failure())
+            await self._end(failed)
+            return 1 if failed else 0
+        finally:
+            await server.stop(LAST_WRITES)
+            http.shutdown()
+            http.server_close()
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Waits for the work; False if the server is told to end before it is done."""
+        task, stopped = asyncio.create_task(work), asyncio.create_task(self._stop.wait())
+        await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not task.done():
+            task.cancel()
+            return False
+        task.result()
+        return True
+
+    async def _start(self) -> None:
+        # Not the event loop's own threads: those are waited for at its end, and a load can take minutes.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="lorarep-start")
+        engine = await asyncio.get_running_loop().run_in_executor(thread, self._load_engine)
+        for adapter in self._config.adapters:
+            load = partial(
+                engine.adapters.load,
+                adapter.name,
+                adapter.source,
+                adapter.revision,
+                trusted=True,
+                progress=self._progress,
+            )
+            await self._loads.run(adapter, load, "folder" if adapter.is_folder else "hub")
+        engine.start()
+        self._loaded = engine
+        for service in ("", "readiness"):
+            await self._health.set(service, SERVING)
+        self.ready.set()
+        log.info("ready: %s with %d adapters", engine.base.repository, len(self._config.adapters))
+
+    async def _failure(self) -> None:
+        """Returns when the engine has failed."""
+        while self.engine().failure is None:  # noqa: ASYNC110 (its thread knows no event loop)
+            await asyncio.sleep(FAILURE_POLL)
+
+    async def _end(self, failed: bool) -> None:
+        """Lets calls finish, then ends those that have not."""
+        if failed:
+            for service in ("", "liveness"):
+                await self._health.set(service, NOT_SERVING)
+        await self._health.set("readiness", NOT_SERVING)
+        self._calls.close()
+        log.info("ending: waiting for calls under way")
+        if not await self._calls.finished(FAILURE_GRACE if failed else self._config.grace_seconds):
+            self._calls.end()
+            await self._calls.finished(LAST_WRITES)
+        if self._loaded is not None:
+            await asyncio.to_thread(self._loaded.stop)
+
+    def _build(self) -> grpc.aio.Server:
+        config = self._config
+        server = grpc.aio.server(interceptors=(self._calls,), options=GRPC_OPTIONS)
+        generation = GenerationService(
+            self.engine, self._loads, self._metrics, max_unread=config.max_unread, patience=config.max_unread_seconds
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self.engine, self._loads), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self.engine), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        files = (generation_pb2, adapters_pb2, model_pb2, health_pb2)
+        names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        try:
+            self.port = server.add_insecure_port(config.listen)
+        except RuntimeError as error:
+            raise InvalidArgument(f"listen: cannot serve at {config.listen!r}") from error
+        return server
+
+    def _serve_metrics(self) -> WSGIServer:
+        host, _, port = self._config.metrics_listen.rpartition(":")
+        try:
+            http, _thread = start_http_server(int(port), host.strip("[]"), self._registry)
+        except (OSError, ValueError, OverflowError) as error:
+            raise InvalidArgument(
+                f"metrics_listen: cannot serve at {self._config.metrics_listen!r}: {error}"
+            ) from error
+        self.metrics_port = http.server_port
+        return http

@@ -1,0 +1,97 @@
+"""What every call of lorarep's own services goes through: admission, the error table, one line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from lorarep_runtime.errors import Exhausted, Unavailable
+from lorarep_server.errors import status_of
+
+log = logging.getLogger(__name__)
+
+OWN_SERVICES = "/lorarep.v1."
+
+
+class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """The calls under way. Health and reflection are not among them: they answer to the last."""
+
+    def __init__(self, max_calls: int) -> None:
+        self._max_calls = max_calls
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+        self._closed = self._ending = False
+
+    def close(self) -> None:
+        """Refuses new calls from now on; those under way go on."""
+        self._closed = True
+
+    async def finished(self, grace: float) -> bool:
+        """Waits until no call is under way; False if some still are after `grace` seconds."""
+        try:
+            async with asyncio.timeout(grace):
+                await self._none_left.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Ends all calls under way with UNAVAILABLE."""
+        self._ending = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(OWN_SERVICES):
+            return handler
+        streams = handler.response_streaming
+        inner = handler.unary_stream if streams else handler.unary_unary
+
+        async def guarded(request: Any, context: Any) -> Any:
+            return await self._guard(method.removeprefix(OWN_SERVICES), inner, request, context)
+
+        wrap: Any = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        return wrap(guarded, handler.request_deserializer, handler.response_serializer)
+
+    async def _guard(self, method: str, inner: Callable[..., Awaitable[Any]], request: Any, context: Any) -> Any:
+        started, code = time.monotonic(), "OK"
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            self._admit(task)
+            return await inner(request, context)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and self._ending:
+                status = status_of(Unavailable("the server has shut down"))
+            else:
+                status = status_of(error)
+            code = status.code.name
+        finally:
+            log.info("%s %s %.0f ms", method, code, 1000 * (time.monotonic() - started))
+            self._leave(task)
+        await context.abort(status.code, status.message, status.metadata)
+
+    def _admit(self, task: asyncio.Task[Any]) -> None:
+        if self._closed:
+            raise Unavailable("the server is shutting down")
+        if len(self._tasks) >= self._max_calls:
+            raise Exhausted(f"max_calls: {self._max_calls} calls are under way already", retry_after=1.0)
+        self._tasks.add(task)
+        self._none_left.clear()
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not self._tasks:
+            self._none_left.set()

@@ -1,0 +1,27 @@
+"""What a server is started with, beside the engine's own configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorarep_server.options import AdapterSource
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The server's own part."""
+
+    listen: str = "127.0.0.1:50051"
+    """Where gRPC is served."""
+    metrics_listen: str = "127.0.0.1:9095"
+    """Where Prometheus metrics are served over HTTP."""
+    adapters: tuple[AdapterSource, ...] = ()
+    """Loaded before the server is ready, from anywhere."""
+    grace_seconds: float = 30.0
+    """Seconds that calls under way have to finish when the server is told to end."""
+    max_calls: int = 4096
+    """Most calls at a time; one more is refused."""
+    max_unread: int = 1024
+    """Events of a stream that may wait for its reader..."""
+    max_unread_seconds: float = 10.0
+    """...and for how long there may be more, before that stream ends."""

@@ -1,0 +1,1 @@
+"""What `lorarep demo` needs and the tests share."""

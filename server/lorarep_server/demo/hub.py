@@ -1,0 +1,206 @@
+"""A stand-in for the Hugging Face Hub on loopback, for the demo and the tests.
+
+Speaks as much of the Hub's HTTP API as `huggingface_hub` needs to resolve a revision, list its files and download
+them: https://huggingface.co/docs/hub/api. Point `HF_ENDPOINT` at its `url`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import unquote, urlsplit
+
+LARGE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".model")
+"""What the Hub keeps in LFS: such a file's entity tag is its SHA-256, any other's its git blob id."""
+
+_API = re.compile(r"/api/models/([^/]+(?:/[^/]+)??)(?:/(revision|tree)/([^/]+))?")
+_RESOLVE = re.compile(r"/([^/]+(?:/[^/]+)??)/resolve/([^/]+)/(.+)")
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a commit."""
+
+    data: bytes
+    large: bool
+
+    @cached_property
+    def blob_id(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass
+class Repository:
+    """Commits by hash, each its files by path; and what branches and tags point at."""
+
+    commits: dict[str, Mapping[str, File]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+
+
+class HubStandIn:
+    """Serves what is published, from memory, until closed. Use as a context manager or call `close`."""
+
+    def __init__(self, handler: type[HubHandler] | None = None) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self._server = HubServer(("127.0.0.1", 0), handler or HubHandler)
+        self._server.hub = self
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+
+    def publish(self, repository: str, folder: Path, *, branch: str = "main") -> str:
+        """Commits a folder's present files and moves the branch there; earlier commits stay. Returns the commit."""
+        files = {
+            path.relative_to(folder).as_posix(): File(path.read_bytes(), path.suffix in LARGE_FILES)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        stored = self.repositories.setdefault(repository, Repository())
+        parent = stored.refs.get(branch, "")
+        tree = [parent, *(f"{path} {file.blob_id}" for path, file in files.items())]
+        commit = hashlib.sha1("\n".join(tree).encode()).hexdigest()
+        stored.commits[commit] = files
+        stored.refs[branch] = commit
+        return commit
+
+    def tag(self, repository: str, name: str, commit: str) -> None:
+        """Names a commit."""
+        self.repositories[repository].refs[name] = commit
+
+    def close(self) -> None:
+        """Stops listening; from then on connections are refused."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class HubServer(ThreadingHTTPServer):
+    """A thread for each connection; a connection is one request."""
+
+    hub: HubStandIn
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers one request. Tests override `answer` and `send_body` to misbehave."""
+
+    server: HubServer
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        path = urlsplit(self.path).path
+        try:
+            if match := _API.fullmatch(path):
+                repository, what, revision = match.groups()
+                commit, files = self._find(repository, unquote(revision or "main"))
+                self.send_json(_tree(files) if what == "tree" else _info(repository, commit, files))
+            elif match := _RESOLVE.fullmatch(path):
+                repository, revision, name = match.groups()
+                commit, files = self._find(repository, unquote(revision))
+                self._send_file(commit, files, unquote(name))
+            else:
+                self.send(404)
+        except _MissingError as missing:
+            code, message = missing.args
+            self.send(404, {"X-Error-Code": code, "X-Error-Message": message})
+
+    def send(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> None:
+        """Sends a whole response; to HEAD, all but the body."""
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.send_body(body)
+
+    def send_json(self, value: object) -> None:
+        self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def send_body(self, body: bytes) -> None:
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+    def _find(self, repository: str, revision: str) -> tuple[str, Mapping[str, File]]:
+        stored = self.server.hub.repositories.get(repository)
+        if stored is None:
+            raise _MissingError("RepoNotFound", "Repository not found")
+        commit = stored.refs.get(revision, revision)
+        if commit not in stored.commits:
+            raise _MissingError("RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit, stored.commits[commit]
+
+    def _send_file(self, commit: str, files: Mapping[str, File], name: str) -> None:
+        if name not in files:
+            raise _MissingError("EntryNotFound", "Entry not found")
+        file = files[name]
+        size = len(file.data)
+        headers = {
+            "X-Repo-Commit": commit,
+            "ETag": f'"{file.sha256 if file.large else file.blob_id}"',
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
+        if file.large:
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(size)}
+        asked = _RANGE.fullmatch(self.headers.get("Range", ""))
+        if asked is None:
+            self.send(200, headers, file.data)
+        elif (start := int(asked[1])) >= size:
+            self.send(416, {**headers, "Content-Range": f"bytes */{size}"})
+        else:
+            stop = min(int(asked[2]) + 1, size) if asked[2] else size
+            self.send(206, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"}, file.data[start:stop])
+
+
+class _MissingError(Exception):
+    """The Hub's error code and message."""
+
+
+def _info(repository: str, commit: str, files: Mapping[str, File]) -> object:
+    siblings = [
+        {"rfilename": path, "size": len(file.data), "blobId": file.blob_id, **_large(file, "sha256")}
+        for path, file in files.items()
+    ]
+    return {"id": repository, "sha": commit, "private": False, "gated": False, "tags": [], "siblings": siblings}
+
+
+def _tree(files: Mapping[str, File]) -> object:
+    return [
+        {"type": "file", "path": path, "size": len(file.data), "oid": file.blob_id, **_large(file, "oid")}
+        for path, file in files.items()
+    ]
+
+
+def _large(file: File, digest: str) -> Mapping[str, object]:
+    if not file.large:
+        return {}
+    return {"lfs": {digest: file.sha256, "size": len(file.data), "pointerSize": 134}}

@@ -1,0 +1,74 @@
+"""The one table from the runtime's errors to gRPC status codes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from grpc import StatusCode
+
+from lorarep_runtime.errors import (
+    AlreadyExists,
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    EngineFailure,
+    Exhausted,
+    FailedPrecondition,
+    InvalidArgument,
+    LorarepError,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
+
+log = logging.getLogger(__name__)
+
+CODES: Mapping[type[LorarepError], StatusCode] = {
+    InvalidArgument: StatusCode.INVALID_ARGUMENT,
+    NotFound: StatusCode.NOT_FOUND,
+    AlreadyExists: StatusCode.ALREADY_EXISTS,
+    PermissionDenied: StatusCode.PERMISSION_DENIED,
+    FailedPrecondition: StatusCode.FAILED_PRECONDITION,
+    DataLoss: StatusCode.DATA_LOSS,
+    Exhausted: StatusCode.RESOURCE_EXHAUSTED,
+    Unavailable: StatusCode.UNAVAILABLE,
+    DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: StatusCode.CANCELLED,
+    EngineFailure: StatusCode.INTERNAL,
+}
+
+RETRY_HINT = "grpc-retry-pushback-ms"
+"""Trailing metadata that clients with a retry policy obey (gRPC proposal A6)."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a caller is told of an error."""
+
+    code: StatusCode
+    message: str
+    metadata: tuple[tuple[str, str], ...] = ()
+    """Trailing metadata."""
+
+
+def code_of(error: BaseException) -> StatusCode:
+    """The status code of an error; INTERNAL for what is not in the table."""
+    if isinstance(error, asyncio.CancelledError):
+        return StatusCode.CANCELLED
+    return CODES.get(type(error), StatusCode.INTERNAL)  # type: ignore[arg-type]
+
+
+def status_of(error: BaseException) -> Status:
+    """What the caller is told; of an error that is not in the table nothing, it is in the log."""
+    code = code_of(error)
+    if isinstance(error, asyncio.CancelledError):
+        return Status(code, "the caller went away")
+    if not isinstance(error, LorarepError):
+        log.error("an unexpected error", exc_info=error)
+        return Status(code, "internal error; the server's log has the details")
+    if isinstance(error, Exhausted) and error.retry_after is not None:
+        return Status(code, str(error), ((RETRY_HINT, str(round(1000 * error.retry_after))),))
+    return Status(code, str(error))

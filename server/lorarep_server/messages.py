@@ -1,0 +1,134 @@
+"""Between the messages of the wire and the runtime's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from lorarep.v1 import adapters_pb2, generation_pb2
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.request import Finished, FinishReason, Output, Request, Sampling, Stopping
+
+if TYPE_CHECKING:
+    from lorarep_runtime.adapters.pool import AdapterInfo
+    from lorarep_runtime.text import Tokenizer
+
+FINISH_REASONS: Mapping[FinishReason, generation_pb2.FinishReason.ValueType] = {
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.END_TOKEN: generation_pb2.FINISH_REASON_END_TOKEN,
+    FinishReason.STOP_TOKEN: generation_pb2.FINISH_REASON_STOP_TOKEN,
+    FinishReason.STOP_STRING: generation_pb2.FINISH_REASON_STOP_STRING,
+}
+
+KINDS: Mapping[str, adapters_pb2.AdapterKind.ValueType] = {
+    "lora": adapters_pb2.ADAPTER_KIND_LORA,
+    "dora": adapters_pb2.ADAPTER_KIND_DORA,
+}
+
+
+def prompt_tokens(prompt: generation_pb2.Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Raises InvalidArgument where the prompt is unset or the tokenizer cannot make tokens of it."""
+    match prompt.WhichOneof("content"):
+        case "text":
+            return tuple(tokenizer.encode(prompt.text))
+        case "token_ids":
+            return tuple(prompt.token_ids.ids)
+        case "chat":
+            if not prompt.chat.messages:
+                raise InvalidArgument("prompt.chat: has no messages")
+            return tuple(tokenizer.chat([{"role": m.role, "content": m.content} for m in prompt.chat.messages]))
+        case _:
+            raise InvalidArgument("prompt: one of text, token_ids and chat has to be set")
+
+
+def adapter_weights(adapters: Iterable[generation_pb2.AdapterRef]) -> list[tuple[str, float]]:
+    """Names and weights."""
+    return [(ref.name, ref.weight if ref.HasField("weight") else 1.0) for ref in adapters]
+
+
+def stack_name(request: generation_pb2.GenerateRequest) -> str | None:
+    return request.stack if request.HasField("stack") else None
+
+
+def runtime_request(
+    request: generation_pb2.GenerateRequest, prompt: tuple[int, ...], deadline: float | None
+) -> Request:
+    """The request for the engine; what is unset has the runtime's defaults."""
+    return Request(
+        prompt=prompt,
+        sampling=Sampling(**_given(request.sampling)),
+        stopping=Stopping(**_given(request.stopping)),
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        deadline=deadline,
+    )
+
+
+def _given(message: Message) -> dict[str, Any]:
+    """The fields that are set; messages and dataclasses name them alike."""
+    return {
+        field.name: tuple(value) if field.is_repeated else value  # type: ignore[attr-defined]
+        for field, value in message.ListFields()
+    }
+
+
+def chunk(outputs: Sequence[Output], tokenizer: Tokenizer) -> generation_pb2.GenerationChunk:
+    """What several steps added to an answer, as one part of it."""
+    return generation_pb2.GenerationChunk(
+        text="".join(output.text for output in outputs),
+        token_ids=[token for output in outputs for token in output.tokens],
+        logprobs=[
+            generation_pb2.TokenLogprob(
+                token_id=place.token,
+                logprob=place.logprob,
+                text=tokenizer.decode([place.token]),
+                top=[
+                    generation_pb2.TopLogprob(token_id=token, logprob=logprob, text=tokenizer.decode([token]))
+                    for token, logprob in place.top
+                ],
+            )
+            for output in outputs
+            for place in output.logprobs
+        ],
+    )
+
+
+def generation_finished(finished: Finished) -> generation_pb2.GenerationFinished:
+    times = finished.timings
+    return generation_pb2.GenerationFinished(
+        finish_reason=FINISH_REASONS[finished.reason],
+        usage=generation_pb2.Usage(prompt_tokens=finished.prompt_tokens, completion_tokens=finished.completion_tokens),
+        timings=generation_pb2.Timings(
+            queued=_duration(times.queued), prefill=_duration(times.prefill), decode=_duration(times.decode)
+        ),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(1e9 * seconds))
+    return duration
+
+
+def adapter_revision(info: AdapterInfo) -> generation_pb2.AdapterRevision:
+    return generation_pb2.AdapterRevision(
+        name=info.name, repository=info.repository, commit=info.commit, digest=info.digest
+    )
+
+
+def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
+    return adapters_pb2.Adapter(
+        name=info.name,
+        repository=info.repository,
+        commit=info.commit,
+        digest=info.digest,
+        kind=KINDS[info.kind],
+        layers=info.stack,
+        rank=info.rank,
+        parameters=info.parameters,
+        bytes=info.bytes,
+        references=info.references,
+        loaded=info.loaded,
+    )

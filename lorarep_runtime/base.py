@@ -38,7 +38,7 @@ class Base:
         self.repository, self.commit, self.folder = snapshot.repository, snapshot.commit, snapshot.folder
         self.device = _device(config.device)
         self.config = _read_config(self.folder)
-        quantization = _quantization(self.config, config)
+        self.quantization_config = quantization_of(self.config, config)
         self.model = AutoModelForCausalLM.from_pretrained(
             self.folder,
             config=self.config,
@@ -46,7 +46,7 @@ class Base:
             # Each tensor is quantized as it is read, so the unquantized model is never whole in memory.
             device_map={"": self.device},
             attn_implementation=ATTENTION,
-            quantization_config=quantization,
+            quantization_config=self.quantization_config,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -94,13 +94,13 @@ class Base:
         Returns:
             (n, vocab) fp32 logits. Keys and values of all rows are in the pool's pages.
         """
-        self.walk.batch, self.walk.pool = batch, pool
-        logits = self.model(
-            input_ids=batch.token_ids.unsqueeze(0),
-            position_ids=batch.token_places.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=rows,
-        ).logits
+        with self.walk.over(batch, pool):
+            logits = self.model(
+                input_ids=batch.token_ids.unsqueeze(0),
+                position_ids=batch.token_places.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=rows,
+            ).logits
         return logits[0].float()
 
 
@@ -126,7 +126,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _quantization(model: PretrainedConfig, config: BaseConfig) -> BitsAndBytesConfig | None:
+def quantization_of(model: PretrainedConfig, config: BaseConfig) -> BitsAndBytesConfig | None:
     """What to give `transformers`; None where the checkpoint is quantized already or nothing is to be."""
     own = getattr(model, "quantization_config", None)
     if own is not None:

@@ -7,7 +7,8 @@ with them. What comes before the layers and after them stays the model's own cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,12 +32,24 @@ class Walk:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
         self.hand_offs = nn.ModuleList(HandOff(self, i) for i in range(len(layers)))
-        self._arguments: list[dict[str, Any]] = [{} for _ in layers]
+        self._arguments: list[dict[str, Any]] = []
         self.batch: Batch
         self.pool: PagePool
         self._index: int
         self._step: Step
         self._view: View
+
+    @contextmanager
+    def over(self, batch: Batch, pool: PagePool) -> Iterator[None]:
+        """Walks a batch's plan in the forward pass within; afterwards holds nothing of it, its adapters least of all."""
+        self.batch, self.pool = batch, pool
+        self._arguments = [{} for _ in self.layers]
+        try:
+            yield
+        finally:
+            for name in ("batch", "pool", "_step", "_view"):
+                self.__dict__.pop(name, None)
+            self._arguments = []
 
     def hand_in(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Takes one layer's arguments; with the last layer's, walks. hidden: (1, rows, hidden size)."""

@@ -151,7 +151,7 @@ class AdapterPool:
     ) -> AdapterInfo:
         snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
         weights = snapshot.folder / WEIGHTS_FILE
-        spec = AdapterSpec.parse(_read_config(snapshot.folder / CONFIG_FILE), self._limits)
+        spec = AdapterSpec.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(spec, stack)
         header = read_header(weights)
         layout = check(spec, header, walked, self._base.modules, self._base.prefix)
@@ -404,7 +404,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _read_config(file: Path) -> Mapping[str, object]:
+def read_config(file: Path) -> Mapping[str, object]:
+    """The JSON object of an `adapter_config.json`. Raises InvalidArgument where it is none."""
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise InvalidArgument(f"{CONFIG_FILE}: over {MAX_CONFIG_BYTES} bytes")
     try:

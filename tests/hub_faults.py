@@ -1,0 +1,87 @@
+"""A Hub stand-in that records what it is asked and misbehaves on demand."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from lorarep_server.demo.hub import HubHandler, HubStandIn
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request."""
+
+    method: str
+    path: str
+    range: str | None
+    agent: str
+
+    @property
+    def file(self) -> str:
+        """The last part of the path."""
+        return self.path.rpartition("/")[2]
+
+
+class FaultyHub(HubStandIn):
+    """Without a fault set it is a plain stand-in."""
+
+    def __init__(self) -> None:
+        self.asked: list[Asked] = []
+        self.served: Counter[str] = Counter()
+        """Bytes of bodies by file name."""
+        self.faulty = ""
+        """Requests whose path holds this meet `status` and `stalled`."""
+        self.status: int | None = None
+        """Answered to them, with a long pause asked for."""
+        self.stalled = False
+        """Whether they are never answered."""
+        self.cuts: dict[str, list[int]] = {}
+        """By file name: after how many bytes the connection of each next download breaks."""
+        self.hangs: dict[str, int] = {}
+        """By file name: after how many bytes nothing more comes."""
+        self.hanging = threading.Event()
+        self._closed = threading.Event()
+        super().__init__(FaultyHandler)
+
+    def downloads(self) -> list[str]:
+        """Names of the files whose content was asked for."""
+        return sorted(asked.file for asked in self.asked if asked.method == "GET" and "/resolve/" in asked.path)
+
+    def hang(self) -> None:
+        """Until the Hub closes."""
+        self.hanging.set()
+        self._closed.wait()
+
+    def close(self) -> None:
+        self._closed.set()
+        super().close()
+
+
+class FaultyHandler(HubHandler):
+    def answer(self) -> None:
+        hub = self.hub
+        path = unquote(self.path.partition("?")[0])
+        hub.asked.append(Asked(self.command, path, self.headers.get("Range"), self.headers.get("User-Agent", "")))
+        if hub.stalled and hub.faulty in path:
+            hub.hang()
+        elif hub.status is not None and hub.faulty in path:
+            self.send(hub.status, {"Retry-After": "3600"})
+        else:
+            super().answer()
+
+    def send_body(self, body: bytes) -> None:
+        hub, name = self.hub, unquote(self.path.partition("?")[0]).rpartition("/")[2]
+        stop = hub.cuts[name].pop(0) if hub.cuts.get(name) else hub.hangs.get(name, len(body))
+        super().send_body(body[:stop])
+        hub.served[name] += len(body[:stop])
+        if name in hub.hangs:
+            self.wfile.flush()
+            hub.hang()
+
+    @property
+    def hub(self) -> FaultyHub:
+        assert isinstance(self.server.hub, FaultyHub)
+        return self.server.hub

@@ -1,0 +1,276 @@
+"""A request's answer is its own, whatever else the engine does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorarep_runtime.engine import Answer, Engine
+from lorarep_runtime.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineFailure,
+    Exhausted,
+    InvalidArgument,
+    LorarepError,
+    NotFound,
+    Unavailable,
+)
+from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Sampling, Stopping
+from tests.engines import PROMPT, assert_nothing_held, engine_for, greedy, sampled
+from tests.models import MAPS, save_adapter, save_base
+
+TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("qwen2", tmp_path_factory.mktemp("engine") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, Path]:
+    made = {}
+    for i, (name, ranges) in enumerate(MAPS.items()):
+        for kind in ("lora", "dora"):
+            config = dict(r=2 + i, lora_alpha=8, use_dora=kind == "dora", target_modules=TARGETS)
+            folder = base.parent / f"{kind}{i}"
+            made[f"{kind} {name}"] = save_adapter(base, folder, seed=i, layer_replication=ranges, **config)
+    return made
+
+
+Asked = list[tuple[Request, list[tuple[str, float]]]]
+
+
+@pytest.fixture(scope="module")
+def sixteen(adapters: dict[str, Path]) -> Asked:
+    """Sixteen requests: twelve adapters on six stacks, two mixes, the base twice; prompts of many lengths."""
+    sets: list[list[tuple[str, float]]] = [[(name, 1.0)] for name in adapters]
+    sets += [[("lora overlap", 0.5), ("dora overlap", 1.5)], [("lora shrinking", -1.0)], [], []]
+    return [
+        (
+            (sampled(i, PROMPT[: 3 + i], 24) if i % 3 else greedy(PROMPT[: 3 + i], 24)),
+            adapter_set,
+        )
+        for i, adapter_set in enumerate(sets)
+    ]
+
+
+def answers(engine: Engine, asked: Asked) -> list[Answer]:
+    got = engine.generate((request, engine.adapters.lease(names)) for request, names in asked)
+    assert_nothing_held(engine)
+    return got
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, adapters: dict[str, Path], sixteen: Asked) -> list[tuple[int, ...]]:
+    """Each request's tokens when nothing else is there."""
+    engine = engine_for(base, adapters=adapters)
+    return [answers(engine, [one])[0].tokens for one in sixteen]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        dict(),
+        dict(max_step_tokens=16),
+        dict(max_step_tokens=16, max_sequences=5),
+        dict(chunked_prefill=False),
+        dict(chunked_prefill=False, max_step_tokens=16),
+    ],
+    ids=str,
+)
+def test_tokens_alone_are_the_tokens_in_any_batch(
+    base: Path, adapters: dict[str, Path], sixteen: Asked, alone: list[tuple[int, ...]], scheduler: dict[str, Any]
+) -> None:
+    engine = engine_for(base, adapters=adapters, **scheduler)
+    assert [answer.tokens for answer in answers(engine, sixteen)] == alone
+    assert engine.stats().preemptions == 0
+
+
+def test_tokens_survive_preemption(
+    base: Path, adapters: dict[str, Path], sixteen: Asked, alone: list[tuple[int, ...]]
+) -> None:
+    page = 2 * 16 * 2 * 16 * 4
+    engine = engine_for(base, adapters=adapters, kv_bytes=100 * page)
+    assert [answer.tokens for answer in answers(engine, sixteen)] == alone
+    assert engine.stats().preemptions > 5
+
+
+def test_a_plan_serves_all_stacks_of_a_batch_at_once(base: Path, adapters: dict[str, Path], sixteen: Asked) -> None:
+    engine = engine_for(base, adapters=adapters)
+    answers(engine, sixteen)
+    stats = engine.stats()
+    assert max(stats.step_rows) == 16
+    assert max(stats.step_adapters) == 14
+
+
+class Stream:
+    """Collects a request's events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.first, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+        (self.first if isinstance(event, Output) else self.ended).set()
+
+    @property
+    def last(self) -> Event:
+        assert self.ended.wait(30)
+        return self.events[-1]
+
+
+@pytest.fixture
+def running(base: Path, adapters: dict[str, Path]) -> Iterator[Engine]:
+    engine = engine_for(base, adapters=adapters)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+LONG = greedy(new_tokens=400)
+
+
+def test_cancelling_ends_a_stream_and_frees_its_pages(running: Engine) -> None:
+    stream, innocent = Stream(), Stream()
+    cancelled = running.submit(LONG, running.adapters.lease([("dora overlap", 1.0)]), stream)
+    running.submit(greedy(), running.adapters.lease([("lora overlap", 1.0)]), innocent)
+    assert stream.first.wait(30)
+    running.cancel(cancelled)
+    running.cancel(cancelled)
+    assert isinstance(stream.last, Cancelled)
+    assert isinstance(innocent.last, Finished)
+    assert len([e for e in innocent.events if isinstance(e, Output)]) == 64
+    running.stop()
+    assert_nothing_held(running)
+
+
+def test_a_deadline_ends_running_and_waiting_requests(base: Path) -> None:
+    engine = engine_for(base, max_sequences=1)
+    streams = [Stream(), Stream()]
+    for stream in streams:
+        request = replace(LONG, deadline=time.monotonic() + 0.2)
+        engine.submit(request, engine.adapters.lease([]), stream)
+    engine.start()
+    assert all(isinstance(stream.last, DeadlineExceeded) for stream in streams)
+    assert streams[0].first.is_set()
+    assert not streams[1].first.is_set()
+    engine.stop()
+    assert_nothing_held(engine)
+
+
+def test_draining_refuses_new_requests_and_finishes_the_others(running: Engine) -> None:
+    stream = Stream()
+    running.submit(greedy(), running.adapters.lease([]), stream)
+    running.drain()
+    with pytest.raises(Unavailable):
+        running.submit(greedy(), running.adapters.lease([]), Stream())
+    assert isinstance(stream.last, Finished)
+
+
+def test_a_full_queue_refuses_at_once_with_a_hint(base: Path) -> None:
+    engine = engine_for(base, max_queued=2)
+    for _ in range(2):
+        engine.submit(greedy(), engine.adapters.lease([]), Stream())
+    with pytest.raises(Exhausted, match="max_queued") as error:
+        engine.submit(greedy(), engine.adapters.lease([]), Stream())
+    assert error.value.retry_after
+
+
+def test_an_error_in_a_forward_pass_ends_its_streams_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_for(base)
+    expected = answers(engine, [(greedy(), [])])[0].tokens
+    forward = engine.base.forward
+    stream = Stream()
+    engine.submit(greedy(), engine.adapters.lease([]), stream)
+    monkeypatch.setattr(engine.base, "forward", lambda *_: 1 / 0)
+    engine.step()
+    assert isinstance(stream.last, EngineFailure)
+    assert_nothing_held(engine)
+    monkeypatch.setattr(engine.base, "forward", forward)
+    assert answers(engine, [(greedy(), [])])[0].tokens == expected
+
+
+def test_a_callback_that_fails_disturbs_nobody(base: Path) -> None:
+    engine = engine_for(base)
+    engine.submit(greedy(), engine.adapters.lease([]), lambda event: 1 / 0)
+    assert len(answers(engine, [(greedy(), [])])[0].tokens) == 64
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (Request(()), "prompt"),
+        (Request((1, 272)), "prompt"),
+        (Request((-1,)), "prompt"),
+        (greedy(new_tokens=0), "max_new_tokens"),
+        (greedy(new_tokens=500), "max_new_tokens"),
+        (Request(PROMPT, sampling=Sampling(temperature=float("nan"))), "temperature"),
+        (Request(PROMPT, sampling=Sampling(top_p=0.0)), "top_p"),
+        (Request(PROMPT, stopping=Stopping(max_new_tokens=4, min_new_tokens=5)), "min_new_tokens"),
+        (Request(PROMPT, logprobs=1000), "logprobs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_field_is_refused_by_name(base: Path, request_: Request, field: str) -> None:
+    engine = engine_for(base)
+    with pytest.raises(InvalidArgument, match=field):
+        engine.submit(request_, engine.adapters.lease([]), Stream())
+
+
+def test_a_request_that_could_never_fit_is_refused(base: Path) -> None:
+    engine = engine_for(base, kv_bytes=6 * 2 * 16 * 2 * 16 * 4)
+    with pytest.raises(InvalidArgument, match="KV memory"):
+        engine.submit(greedy(), engine.adapters.lease([]), Stream())
+
+
+def test_answers_end_for_the_reason_given(base: Path) -> None:
+    engine = engine_for(base)
+    tokens = answers(engine, [(greedy(), [])])[0].tokens
+
+    def reason(stopping: Stopping) -> tuple[FinishReason, tuple[int, ...]]:
+        answer = answers(engine, [(Request(PROMPT, stopping=stopping), [])])[0]
+        assert answer.finished.completion_tokens == len(answer.tokens)
+        return answer.finished.reason, answer.tokens
+
+    stop_at = tokens.index(tokens[5]) + 1
+    assert reason(Stopping(max_new_tokens=7, ignore_eos=True)) == (FinishReason.LENGTH, tokens[:7])
+    assert reason(Stopping(max_new_tokens=64, ignore_eos=True, stop_token_ids=(tokens[5],))) == (
+        FinishReason.STOP_TOKEN,
+        tokens[:stop_at],
+    )
+    text = engine.base.tokenizer.decode(tokens)
+    stop = text[4:6]
+    assert reason(Stopping(max_new_tokens=64, ignore_eos=True, stop=(stop,)))[0] == FinishReason.STOP_STRING
+
+
+def test_logprobs_are_those_of_the_logits(base: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_for(base, adapters=adapters)
+    request = replace(greedy(new_tokens=8), logprobs=3)
+    answer = answers(engine, [(request, [("dora overlap", 1.0)])])[0]
+    lease = engine.adapters.lease([("dora overlap", 1.0)])
+    logits = engine.logits([*PROMPT, *answer.tokens], lease)[len(PROMPT) - 1 : -1].log_softmax(-1)
+    for row, token, got in zip(logits, answer.tokens, answer.logprobs, strict=True):
+        assert got.token == token == got.top[0][0]
+        assert got.logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert [t for t, _ in got.top] == row.topk(3).indices.tolist()
+
+
+def test_unknown_adapters_and_stacks_are_not_found(base: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_for(base, adapters=adapters)
+    for names, stack in (([("nobody", 1.0)], None), ([], "nowhere")):
+        with pytest.raises(NotFound):
+            engine.adapters.lease(names, stack)
+    with pytest.raises(InvalidArgument, match="another stack"):
+        engine.adapters.lease([("lora overlap", 1.0), ("lora shrinking", 1.0)])
+    with pytest.raises(LorarepError, match="another stack"):
+        engine.adapters.lease([("lora overlap", 1.0)], "base")
+    assert_nothing_held(engine)

@@ -41,7 +41,7 @@ class Walk:
 
     @contextmanager
     def over(self, batch: Batch, pool: PagePool) -> Iterator[None]:
-        """Walks a batch's plan in the forward pass within; afterwards holds nothing of it, its adapters least of all."""
+        """Walks a batch's plan in the forward pass within; afterwards holds nothing of it, least of all adapters."""
         self.batch, self.pool = batch, pool
         self._arguments = [{} for _ in self.layers]
         try:

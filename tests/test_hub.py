@@ -36,7 +36,7 @@ ADAPTER = {
 }
 BASE = {
     "config.json": b"{}",
-    "generation_config.json": b"{}",
+    "generation_config.json": b'{"eos_token_id": 2}',
     "tokenizer.model": b"pieces",
     "model.safetensors.index.json": json.dumps(
         {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}

@@ -37,7 +37,7 @@ class Base:
         snapshot = fetch(config.base, config.revision, kind="base", cache_dir=config.cache_dir, progress=progress)
         self.repository, self.commit, self.folder = snapshot.repository, snapshot.commit, snapshot.folder
         self.device = _device(config.device)
-        self.config = _read_config(self.folder)
+        self.config = read_model_config(self.folder)
         self.quantization_config = quantization_of(self.config, config)
         self.model = AutoModelForCausalLM.from_pretrained(
             self.folder,
@@ -56,16 +56,16 @@ class Base:
         self.dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         self.tokenizer = Tokenizer(self.folder)
         self.max_tokens = trained_tokens(self.config)
-        self.walk, self.prefix = _replace_layers(self.model)
+        layers, self.prefix = find_layers(self.model)
+        self.modules: Mapping[str, tuple[int, int]] = linear_shapes(layers[0])
+        """(out, in) of each linear module of a layer."""
+        if any(linear_shapes(layer) != self.modules for layer in layers):
+            raise FailedPrecondition("base: its layers differ in their linear modules, so positions cannot share them")
+        self.walk = Walk(list(layers))
+        self.model.set_submodule(self.prefix, self.walk.hand_offs)
         self.weights: Sequence[Mapping[str, Weight]] = [_share_linears(layer, self.walk) for layer in self.walk.layers]
         """Of each layer, the shared weights by module path, such as "self_attn.q_proj"."""
-        self.modules: Mapping[str, tuple[int, int]] = {name: w.shape for name, w in self.weights[0].items()}
-        """(out, in) of each linear module of a layer."""
-        if any({n: w.shape for n, w in layer.items()} != self.modules for layer in self.weights):
-            raise FailedPrecondition("base: its layers differ in their linear modules, so positions cannot share them")
-        text = self.config.get_text_config()
-        self.kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.kv_heads, self.head_dim = kv_shape(self.config)
         self.quantization: Quantization = {"NF4Weight": "nf4", "Int8Weight": "int8"}.get(  # type: ignore[assignment]
             type(next(iter(self.weights[0].values()))).__name__, "none"
         )
@@ -114,7 +114,7 @@ def _device(name: str) -> torch.device:
         raise InvalidArgument(f"device: {name!r} is not a torch device") from error
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_model_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
@@ -164,17 +164,30 @@ def trained_tokens(config: PretrainedConfig) -> int:
     return limit
 
 
-def _replace_layers(model: PreTrainedModel) -> tuple[Walk, str]:
-    """Puts hand-offs where the decoder layers are; the walk over them, and their path in the model."""
-    decoder = model.get_decoder()
+def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """Heads of keys and values, and their dimension."""
+    text = config.get_text_config()
+    kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return kv_heads, head_dim
+
+
+def find_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
+    """The list of a model's decoder layers, and its path, such as "model.layers".
+
+    Raises:
+        FailedPrecondition: the model has none.
+    """
     count = model.config.get_text_config().num_hidden_layers
-    for name, child in decoder.named_children():
+    for child in model.get_decoder().children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
-            walk = Walk(list(child))
-            path = next(path for path, module in model.named_modules() if module is child)
-            setattr(decoder, name, walk.hand_offs)
-            return walk, path
+            return child, next(path for path, module in model.named_modules() if module is child)
     raise FailedPrecondition(f"base: {type(model).__name__} has no list of {count} decoder layers")
+
+
+def linear_shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear module of a layer, by its path there."""
+    return {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
 def _share_linears(layer: nn.Module, walk: Walk) -> dict[str, Weight]:

@@ -44,7 +44,8 @@ from lorarep_runtime.errors import (
     Unavailable,
 )
 
-Kind = Literal["base", "adapter"]
+Kind = Literal["base", "config", "adapter"]
+"""What is wanted of a repository: a base, a base's configuration without its weights, an adapter."""
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done and how much there is; from any thread. A download counts bytes."""
 
@@ -64,15 +65,17 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "*.jinja",
 )
-CONFIG: Mapping[Kind, str] = {"base": "config.json", "adapter": "adapter_config.json"}
+CONFIG: Mapping[Kind, str] = {"base": "config.json", "config": "config.json", "adapter": "adapter_config.json"}
 INDEX = "model.safetensors.index.json"
 WEIGHTS: Mapping[Kind, tuple[str, ...]] = {
     "base": ("model.safetensors", INDEX),
+    "config": ("config.json",),
     "adapter": ("adapter_model.safetensors",),
 }
 """One of these has to be there."""
 FILES: Mapping[Kind, tuple[str, ...]] = {
     "base": (CONFIG["base"], "generation_config.json", *WEIGHTS["base"], "model-*.safetensors", *TOKENIZER_FILES),
+    "config": (CONFIG["config"], "generation_config.json"),
     "adapter": (CONFIG["adapter"], *WEIGHTS["adapter"], *TOKENIZER_FILES),
 }
 """Shell patterns of what is downloaded, from the top of a repository alone."""
@@ -117,7 +120,11 @@ def fetch(
         Exhausted: the disk is full.
         Unavailable: the Hub did not answer properly, and the cache does not hold all files.
     """
-    if os.path.isabs(source) or source.startswith((".", "~")) or (kind == "base" and source and os.path.isdir(source)):
+    if (
+        os.path.isabs(source)
+        or source.startswith((".", "~"))
+        or (kind != "adapter" and source and os.path.isdir(source))
+    ):
         return _local(source, revision, kind)
     _check_repository(source)
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
@@ -129,7 +136,8 @@ def fetch(
         # Without the listing nobody can tell a whole snapshot from a partial one.
         raise Unavailable(f"{source}: the hub cannot be reached, and the cache may hold only part of it") from error
     _check_files({file.path for file in tree}, kind, source)
-    _check_shards(folder)
+    if kind == "base":
+        _check_shards(folder)
     return Snapshot(folder, source, folder.name)
 
 
@@ -170,7 +178,8 @@ def _local(source: str, revision: str | None, kind: Kind) -> Snapshot:
     if kind == "adapter":
         _check_links(folder)
     _check_files({path.name for path in folder.iterdir() if path.is_file()}, kind, source)
-    _check_shards(folder)
+    if kind == "base":
+        _check_shards(folder)
     return Snapshot(folder, str(folder), LOCAL)
 
 

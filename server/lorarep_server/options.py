@@ -82,8 +82,8 @@ class NamedStack:
     source: Sequence[tuple[int, int]] | Mapping[str, Any]
     """Ranges of layers, or a mergekit recipe."""
 
-    def resolve(self, layers: int, max_positions: int) -> Stack:
-        """The sequence of layers on a base that has so many.
+    def resolve(self, layers: int, max_positions: int, base: str) -> Stack:
+        """The sequence of layers on a base that has so many. A recipe has to be for `base`, if that is a repository.
 
         Raises:
             InvalidArgument, FailedPrecondition: as `lorarep_runtime.stack`.
@@ -91,7 +91,9 @@ class NamedStack:
         from lorarep_runtime.stack import stack_from_mergekit, stack_from_ranges
 
         if isinstance(self.source, Mapping):
-            return stack_from_mergekit(self.source, layers, max_positions=max_positions)
+            return stack_from_mergekit(
+                self.source, layers, max_positions=max_positions, base=None if Path(base).is_dir() else base
+            )
         return stack_from_ranges(self.source, layers, max_positions=max_positions, field=f"stack {self.name!r}")
 
 

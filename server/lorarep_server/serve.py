@@ -204,14 +204,13 @@ def load_engine(config: EngineConfig, stacks: Sequence[NamedStack], progress: Pr
     Raises:
         LorarepError: as Engine, `hub.fetch` and `lorarep_runtime.stack`.
     """
-    from transformers import AutoConfig
-
+    from lorarep_runtime.base import read_model_config
     from lorarep_runtime.engine import Engine
     from lorarep_runtime.hub import fetch
 
     if stacks:
         base, limit = config.base, config.adapters.max_positions
-        folder = fetch(base.base, base.revision, kind="base", cache_dir=base.cache_dir, progress=progress).folder
-        layers = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().num_hidden_layers
-        config = replace(config, stacks={stack.name: stack.resolve(layers, limit) for stack in stacks})
+        folder = fetch(base.base, base.revision, kind="config", cache_dir=base.cache_dir, progress=progress).folder
+        layers = read_model_config(folder).get_text_config().num_hidden_layers
+        config = replace(config, stacks={stack.name: stack.resolve(layers, limit, base.base) for stack in stacks})
     return Engine(config, progress)

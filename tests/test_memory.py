@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import Exhausted
 from tests.engines import assert_nothing_held, engine_for, greedy
-from tests.models import save_adapter, save_base
+from tests.models import FAMILIES, save_adapter, save_base, save_tokenizer
 
 QUANTIZATIONS = ["none", "nf4", "int8"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -108,3 +112,47 @@ def test_idle_adapters_make_room_and_come_back(base: Path, adapters: dict[str, P
         engine.adapters.lease([("one", 1.0)])
     held.release()
     assert_nothing_held(engine)
+
+
+LOADING = """
+import sys, threading, time
+from pathlib import Path
+from lorarep_runtime.base import Base
+from lorarep_runtime.config import BaseConfig
+
+def anonymous():
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+before, peak, done = anonymous(), [0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+watcher = threading.Thread(target=watch)
+watcher.start()
+base = Base(BaseConfig(sys.argv[1], quantization=sys.argv[2], device="cpu"))
+done.set()
+watcher.join()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_unquantized_base_is_never_whole_in_memory(quantization: str, tmp_path: Path) -> None:
+    config = FAMILIES["llama"]()
+    config.update({"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 32, "head_dim": 64})
+    config.update({"num_attention_heads": 8, "num_key_value_heads": 8})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    unquantized = sum(p.nbytes for p in model.parameters())
+    model.save_pretrained(tmp_path, max_shard_size="16MB")
+    save_tokenizer(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 8
+    measured = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path), quantization],
+        stdout=subprocess.PIPE,
+        check=True,
+        # What the C library keeps for later after it has been freed is not what loading holds.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    assert int(measured.stdout) < 0.8 * unquantized

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"
 MAX_NAME = 256
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ADAPTERS_OF_A_REQUEST = 16
@@ -211,12 +212,16 @@ class AdapterPool:
         return self._stacks[name]
 
     def _tokenizer(self, folder: Path) -> Tokenizer:
-        """The adapter's own tokenizer where it has one that fits the base's vocabulary."""
+        """The adapter's own tokenizer where it has one that fits the base's vocabulary; or the base's with its own
+        chat template, if that is all it has."""
+        template = folder / TEMPLATE_FILE
         if (folder / "tokenizer_config.json").exists():
             own = Tokenizer(folder)
             if fits(own, self._base.vocab_size):
                 return own
             log.warning("the tokenizer in %s does not fit the base's vocabulary: the base's own is used", folder)
+        elif template.exists():
+            return self._base.tokenizer.with_chat_template(template.read_text(encoding="utf-8", errors="replace"))
         return self._base.tokenizer
 
     @contextmanager

@@ -83,9 +83,9 @@ def chunk(outputs: Sequence[Output], tokenizer: Tokenizer) -> generation_pb2.Gen
             generation_pb2.TokenLogprob(
                 token_id=place.token,
                 logprob=place.logprob,
-                text=tokenizer.decode([place.token]),
+                text=tokenizer.token_text(place.token),
                 top=[
-                    generation_pb2.TopLogprob(token_id=token, logprob=logprob, text=tokenizer.decode([token]))
+                    generation_pb2.TopLogprob(token_id=token, logprob=logprob, text=tokenizer.token_text(token))
                     for token, logprob in place.top
                 ],
             )

@@ -268,10 +268,10 @@ def _adapter(stack: Stack, layout: Layout, storage: Tensor, entries: Mapping[Key
 
 
 def mix(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
-    """Several adapters of one stack as one, each adapter's change to the base times its weight.
+    """Several adapters of one stack as one, each adapter's change to the output times its weight.
 
-    With weights of 1 this is what PEFT computes with several active adapters: every one's change is of the base's own
-    output, also DoRA's.
+    With weights of 1 this is what PEFT computes with several active adapters, and what it merges them to: they act one
+    after the other, so that DoRA's c scales the output as the adapters before it leave it.
     """
     sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
     for adapter, share in parts:
@@ -292,16 +292,18 @@ def mix(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
     for key, found in sources.items():
         entry = entries[key]
         torch.cat([part.A for part, _ in found], out=entry.A)
-        at = 0
-        for part, share in found:
-            entry.B[:, at : (at := at + part.A.shape[0])] = part.B.float() * share
+        # In fp32, and cast once: c, and what each part adds, scaled by the c of all parts after it.
+        after, columns = torch.ones(entry.B.shape[0], device=storage.device), entry.B.shape[1]
+        bias = torch.zeros_like(after)
+        for part, share in reversed(found):
+            entry.B[:, columns - part.B.shape[1] : columns] = part.B.float() * (share * after).unsqueeze(1)
+            columns -= part.B.shape[1]
+            if part.bias is not None:
+                bias += share * after * part.bias.float()
+            if part.c is not None:
+                after = after * (1 + share * (part.c.float() - 1))
         if entry.c is not None:
-            entry.c.fill_(1)
-            for part, share in found:
-                if part.c is not None:
-                    entry.c.add_(part.c - 1, alpha=share)
+            entry.c.copy_(after)
         if entry.bias is not None:
-            for part, share in found:
-                if part.bias is not None:
-                    entry.bias.add_(part.bias, alpha=share)
+            entry.bias.copy_(bias)
     return _adapter(first.stack, layout, storage, entries, sum(adapter.parameters for adapter, _ in parts))

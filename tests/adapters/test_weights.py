@@ -1,0 +1,217 @@
+"""An adapter's file: checked by its header, compiled to what PEFT computes, mixed as PEFT mixes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorarep_runtime.adapters.weights import read_header
+from lorarep_runtime.engine import Engine
+from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
+from lorarep_runtime.reference import stacked
+from tests.engines import PROMPT, engine_for
+from tests.models import load_base, reference_logits, save_adapter, save_base, stack_of, without_replication
+
+MAP = [[0, 4], [2, 5]]
+FIRST_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("llama", tmp_path_factory.mktemp("weights") / "base")
+
+
+@pytest.fixture(scope="module")
+def engine(base: Path) -> Engine:
+    return engine_for(base, kv_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def saved(base: Path) -> Path:
+    return save_adapter(base, base.parent / "saved", r=4, target_modules=["q_proj", "o_proj"], layer_replication=MAP)
+
+
+@pytest.fixture
+def changed(saved: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tensor]], None]], Path]:
+    """Copies of the adapter with other tensors."""
+
+    def change(how: Callable[[dict[str, Tensor]], None]) -> Path:
+        tensors = load_file(saved / "adapter_model.safetensors")
+        how(tensors)
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_bytes((saved / "adapter_config.json").read_bytes())
+        return tmp_path
+
+    return change
+
+
+SURPLUS = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        (lambda t: t.pop(FIRST_A), FIRST_A),
+        (lambda t: t.update({SURPLUS: torch.zeros(4, 64)}), SURPLUS),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(4)}), "lm_head.weight"),
+        (lambda t: t.update({FIRST_A: torch.zeros(5, 64)}), FIRST_A),
+        (lambda t: t.update({FIRST_A: torch.zeros(4, 64, dtype=torch.int8)}), FIRST_A),
+        (lambda t: t[FIRST_A].fill_(torch.nan), r"layers\.0\.self_attn\.q_proj"),
+        (lambda t: t[FIRST_A][0].fill_(torch.inf), r"layers\.0\.self_attn\.q_proj"),
+    ],
+    ids=["missing", "surplus", "surplus elsewhere", "shape", "dtype", "NaN", "infinity"],
+)
+def test_a_file_that_contradicts_its_config_is_refused_by_name(engine: Engine, changed, how, named: str) -> None:
+    folder = changed(how)
+    with pytest.raises(FailedPrecondition, match=named):
+        engine.adapters.load("bad", str(folder), trusted=True)
+    assert engine.adapters.list() == []
+    assert engine.ledger().adapters == {}
+
+
+def test_a_config_that_targets_nothing_is_refused(engine: Engine, saved: Path, tmp_path: Path) -> None:
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["nothing"]}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FailedPrecondition, match="target_modules"):
+        engine.adapters.load("bad", str(tmp_path), trusted=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"r": NaN', "[" * 100_000, "\xff"])
+def test_a_config_that_is_no_object_is_refused(engine: Engine, saved: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
+    (tmp_path / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(InvalidArgument, match=r"adapter_config\.json"):
+        engine.adapters.load("bad", str(tmp_path), trusted=True)
+
+
+def small() -> bytes:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(8)
+
+
+def test_every_prefix_of_a_file_is_data_loss(tmp_path: Path) -> None:
+    whole, file = small(), tmp_path / "adapter_model.safetensors"
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(DataLoss, match="adapter_model"):
+            read_header(file)
+    file.write_bytes(whole)
+    assert read_header(file)["a"].shape == (2,)
+
+
+def attack(header: bytes, body: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        attack(b"{}", length=2**63),
+        attack(b"{}", length=2**32),
+        attack(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,80]}}', bytes(8)),
+        attack(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}', bytes(8)),
+        attack(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'),
+        attack(
+            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+            bytes(12),
+        ),
+        attack(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(16)),
+        attack(b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', bytes(8)),
+        attack(b'{"a":{"dtype":"X9","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+        attack(b"\xff\xfe{}"),
+        attack(b"[" * 100_000),
+        b"PK\x03\x04 a pickle in a zip",
+    ],
+)
+def test_hostile_files_are_data_loss(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(DataLoss):
+        read_header(file)
+
+
+def test_a_damaged_copy_leaves_the_good_one(engine: Engine, saved: Path, changed) -> None:
+    good = engine.adapters.load("good", str(saved), trusted=True)
+    folder = changed(lambda tensors: None)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataLoss):
+        engine.adapters.load("good", str(folder), trusted=True)
+    assert engine.adapters.get("good") == good
+    engine.adapters.unload("good")
+
+
+@pytest.mark.parametrize("kinds", [("lora", "lora"), ("lora", "dora"), ("dora", "dora", "bias")], ids="+".join)
+def test_a_mix_is_several_active_adapters_of_peft(base: Path, tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    options = {"lora": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}
+    targets = (["q_proj", "up_proj"], ["q_proj", "down_proj"], ["up_proj", "v_proj"])
+    folders = {}
+    for i, kind in enumerate(kinds):
+        asked = dict(r=3 + i, lora_alpha=6, target_modules=targets[i], layer_replication=MAP, **options[kind])
+        folders[f"{i}-{kind}"] = save_adapter(base, tmp_path / f"{i}", seed=i, **asked)
+    engine = engine_for(base, adapters=folders, kv_bytes=1 << 20)
+    lease = engine.adapters.lease([(name, 1.0) for name in folders])
+    plain = [without_replication(folder) for folder in folders.values()]
+    model = PeftModel.from_pretrained(stacked(load_base(base), stack_of(MAP)), plain[0], adapter_name="0")
+    for i, folder in enumerate(plain[1:], 1):
+        model.load_adapter(folder, adapter_name=str(i))
+    model.base_model.set_adapter([str(i) for i in range(len(kinds))])
+    reference = reference_logits(model.eval(), PROMPT)
+    assert (engine.logits(PROMPT, lease) - reference).abs().max() < 1e-5
+    lease.release()
+
+
+def test_the_weights_of_a_mix_scale_each_adapters_change(base: Path, tmp_path: Path) -> None:
+    """LoRA's change is linear: weight 2 is twice alpha. DoRA's alone at weight 0 is the bare stack."""
+    asked = dict(r=3, target_modules=["q_proj", "up_proj"], layer_replication=MAP)
+    once = save_adapter(base, tmp_path / "once", lora_alpha=6, **asked)
+    twice = save_adapter(base, tmp_path / "twice", lora_alpha=12, **asked)
+    dora = save_adapter(base, tmp_path / "dora", use_dora=True, **asked)
+    engine = engine_for(base, adapters={"once": once, "twice": twice, "dora": dora}, kv_bytes=1 << 20)
+
+    def logits(*adapters: tuple[str, float]) -> Tensor:
+        lease = engine.adapters.lease(list(adapters))
+        try:
+            return engine.logits(PROMPT, lease)
+        finally:
+            lease.release()
+
+    assert (logits(("once", 2)) - logits(("twice", 1))).abs().max() < 1e-5
+    assert (logits(("once", 0.5), ("twice", 0.25)) - logits(("once", 1))).abs().max() < 1e-5
+    assert (logits(("dora", 0)) - logits(("once", 0))).abs().max() < 1e-5
+    assert (logits(("dora", 1)) - logits(("dora", 0))).abs().max() > 0.1
+    with pytest.raises(InvalidArgument, match="weight"):
+        engine.adapters.lease([("once", float("nan"))])
+    with pytest.raises(InvalidArgument, match="each once"):
+        engine.adapters.lease([("once", 1), ("once", 1)])
+
+
+def test_an_adapter_for_another_stack_does_not_mix(base: Path, saved: Path, tmp_path: Path) -> None:
+    other = save_adapter(base, tmp_path / "other", r=4, target_modules=["q_proj"])
+    engine = engine_for(base, adapters={"saved": saved, "other": other}, kv_bytes=1 << 20)
+    with pytest.raises(InvalidArgument, match="'other' is for another stack"):
+        engine.adapters.lease([("saved", 1), ("other", 1)])
+    assert all(info.references == 0 for info in engine.adapters.list())
+
+
+def test_a_stacked_models_adapter_goes_on_a_named_stack(base: Path, saved: Path) -> None:
+    """An adapter trained on a physically stacked model counts positions and has no map of its own."""
+    engine = engine_for(base, stacks={"deep": stack_of(MAP)}, kv_bytes=1 << 20)
+    engine.adapters.load("own map", str(saved), trusted=True)
+    engine.adapters.load("named", str(without_replication(saved)), stack="deep", trusted=True)
+    leases = [engine.adapters.lease([(name, 1.0)]) for name in ("own map", "named")]
+    one, other = (engine.logits(PROMPT, lease) for lease in leases)
+    assert torch.equal(one, other)
+    with pytest.raises(InvalidArgument, match=r"^stack: 'base'"):
+        engine.adapters.load("wrong", str(saved), stack="base", trusted=True)
+    with pytest.raises(FailedPrecondition, match=r"layers\.6"):
+        engine.adapters.load("wrong", str(without_replication(saved)), trusted=True)

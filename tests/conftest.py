@@ -5,6 +5,8 @@ import pytest
 
 from tests.hub_faults import FaultyHub
 
+# Before torch is imported: the workers share the cores, and so do the servers they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # else huggingface_hub, imported later, asks its own Hub about the caller
 
 

@@ -1,0 +1,131 @@
+"""`lorarep serve` as its users start it: a process, on ports that are free, that clients talk to."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from lorarep.v1 import (
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+LORAREP = (sys.executable, "-c", "from lorarep_server.cli import main; main()")
+SECONDS = 120
+PORTS = re.compile(r"listening on port (\d+), metrics on port (\d+)")
+
+
+class Server:
+    """A process and stubs of its services."""
+
+    def __init__(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+        ports = ("--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0")
+        self.process = subprocess.Popen(
+            [*LORAREP, "serve", *ports, *arguments], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
+        )
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        found = wait_for(lambda: next(filter(None, map(PORTS.search, self.log)), None), "the port to open")
+        self.address, self.metrics_url = f"127.0.0.1:{found[1]}", f"http://127.0.0.1:{found[2]}/metrics"
+        self.channel = grpc.insecure_channel(self.address)
+        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self.channel)
+        self.model: Any = model_pb2_grpc.ModelServiceStub(self.channel)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(self.process.stderr)
+
+    def wait_ready(self) -> Server:
+        wait_for(lambda: any(": ready: " in line for line in self.log), "readiness")
+        return self
+
+    def metrics(self) -> dict[str, float]:
+        """Samples as "name" or "name{label=value}"."""
+        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+            return {
+                sample.name
+                + "".join(f"{{{key}={value}}}" for key, value in sorted(sample.labels.items())): sample.value
+                for family in families
+                for sample in family.samples
+            }
+
+    def wait_idle(self) -> None:
+        """Until no request holds pages."""
+        wait_for(lambda: not self.metrics()["lorarep_kv_pages_used"], "pages to be free")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """The exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    """What the condition gives once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+@contextmanager
+def serving(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server that listens; killed in the end."""
+    server = Server(arguments, env or {})
+    try:
+        yield server
+    finally:
+        server.channel.close()
+        server.process.kill()
+        server.process.wait()
+        server._reader.join()
+
+
+def lorarep(*arguments: str, env: Mapping[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """A command, to its end."""
+    return subprocess.run(
+        [*LORAREP, *arguments],
+        env={**os.environ, **(env or {})},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def request(
+    prompt: str | Sequence[int], /, *adapters: str, new_tokens: int = 12, **fields: Any
+) -> generation_pb2.GenerateRequest:
+    """Greedy, of exactly so many tokens."""
+    stopping = dict(max_new_tokens=new_tokens, ignore_eos=True)
+    given = dict(text=prompt) if isinstance(prompt, str) else dict(token_ids=generation_pb2.TokenIds(ids=prompt))
+    return generation_pb2.GenerateRequest(
+        **{
+            "prompt": generation_pb2.Prompt(**given),
+            "adapters": [generation_pb2.AdapterRef(name=name) for name in adapters],
+            "stopping": generation_pb2.Stopping(**stopping),
+            **fields,
+        }
+    )
+
+
+def stream(server: Server, wanted: generation_pb2.GenerateRequest, **call: Any) -> Any:
+    """The call of a stream."""
+    return server.generation.GenerateStream(generation_pb2.GenerateStreamRequest(request=wanted), **call)

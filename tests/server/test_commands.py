@@ -1,0 +1,54 @@
+"""The command line against a running server, and `lorarep verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.models import save_adapter
+from tests.server.conftest import ADAPTERS, World
+from tests.server.running import Server, lorarep, request
+
+
+def test_generate_streams_to_the_terminal(server: Server) -> None:
+    answer = server.generation.Generate(request("abc", "lora", new_tokens=20))
+    flags = [f"--server={server.address}", "--adapter=lora", "--max-new-tokens=20", "--ignore-eos"]
+    assert lorarep("generate", *flags, "abc").stdout == f"{answer.text}\n"
+    assert lorarep("generate", *flags, stdin="abc").stdout == f"{answer.text}\n"
+
+
+def test_adapters_are_loaded_listed_and_unloaded(server: Server) -> None:
+    at = f"--server={server.address}"
+    loaded = lorarep("adapters", "load", "typed=org/plain", at)
+    assert loaded.stdout.startswith("typed: org/plain at ")
+    assert loaded.stdout.endswith(", 6 positions\n")
+    assert "typed" in lorarep("adapters", "list", env={"LORAREP_ADAPTERS_LIST_SERVER": server.address}).stdout
+    assert lorarep("adapters", "unload", "typed", at).returncode == 0
+    again = lorarep("adapters", "unload", "typed", at)
+    assert (again.returncode, again.stderr) == (1, "Error: NOT_FOUND: adapter: 'typed' is not loaded\n")
+
+
+def test_a_server_that_is_not_there_is_said_in_one_line() -> None:
+    ended = lorarep("generate", "--server=127.0.0.1:1", "abc")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: UNAVAILABLE: ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_verify_finds_an_adapter_the_same(world: World, quantization: str) -> None:
+    flags = ["--base", str(world.base), "--dtype=float32", "--device=cpu", f"--quantization={quantization}"]
+    ended = lorarep("verify", *flags, "--adapter", str(world.adapters["dora"]), "--max-new-tokens=8")
+    assert ended.returncode == 0, ended.stderr
+    assert "the same but for rounding" in ended.stdout
+    assert "physically stacked, under PEFT" in ended.stdout
+
+
+def test_verify_refuses_what_serving_refuses(world: World, tmp_path: Path) -> None:
+    folder = save_adapter(world.base, tmp_path / "bad", **ADAPTERS["plain"])
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bias": "all"}))
+    ended = lorarep("verify", "--base", str(world.base), "--adapter", str(folder), "--device=cpu", "--dtype=float32")
+    assert (ended.returncode, ended.stderr.splitlines()[-1][:12]) == (1, "Error: bias:")

@@ -36,7 +36,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     if x.is_cuda:
         return F.linear(x, weight)
     # BLAS libraries read W up to twice as fast from this side when rows are few.
-    return (weight @ x.T).T
+    return (weight @ x.T).T.contiguous()
 
 
 class DenseWeight:
@@ -124,4 +124,4 @@ class SharedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = self.adapt(self.name, rows, self.shared.matmul(rows), self.bias)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[-1])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -120,9 +121,14 @@ def load_base(folder: Path, quantization: str = "none", **options: Any) -> nn.Mo
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[quantization]
     options = {"attn_implementation": "eager", **options}
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=quantized, **options
     ).eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # On some CPUs bitsandbytes would round to bf16, and repack the weight in place before PEFT's DoRA reads it.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def save_adapter(base: Path, folder: Path, *, seed: int = 1, **config: Any) -> Path:
@@ -149,10 +155,6 @@ def stack_of(ranges: Sequence[Sequence[int]] | None, layers: int = LAYERS) -> tu
 def reference(base: Path, adapter: Path | None, stack: Sequence[int], quantization: str = "none") -> nn.Module:
     """A physically stacked model under PEFT's own adapter, which is loaded without its layer_replication."""
     model = stacked(load_base(base, quantization), stack)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weight in place, and PEFT's DoRA reads it afterwards.
-            module.support_avx512bf16_for_cpu = False
     return model if adapter is None else PeftModel.from_pretrained(model, without_replication(adapter)).eval()
 
 

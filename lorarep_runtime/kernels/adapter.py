@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -24,11 +23,6 @@ class Slice(NamedTuple):
     """(out); None is 0."""
 
 
-FEW_ROWS = 64
-"""Up to here the rows of all slices are multiplied with the weights of all of them at once: the products wasted cost
-less than launching each slice's own."""
-
-
 def adapt(x: Tensor, y: Tensor, slices: Sequence[Slice]) -> None:
     """Applies adapter weights in place.
 
@@ -37,22 +31,13 @@ def adapt(x: Tensor, y: Tensor, slices: Sequence[Slice]) -> None:
         y: (rows, out), W x on entry. Rows outside all slices stay as they are.
         slices: disjoint.
     """
-    together = len(slices) > 1 and x.shape[0] <= FEW_ROWS
-    if together:
-        # Each row meets every A; what belongs to other slices is masked before B.
-        low = x @ torch.cat([s.A for s in slices]).T
-        foreign = torch.ones_like(low, dtype=torch.bool)
-        column = 0
-        for s in slices:
-            foreign[s.start : s.stop, column : (column := column + s.A.shape[0])] = False
-        low.masked_fill_(foreign, 0)  # a product would let another adapter's infinities through as NaN
     for s in slices:
         rows = y[s.start : s.stop]
         if s.c is not None:
             rows.mul_(s.c)
-        if not together:
+        if len(rows) == 1:  # BLAS libraries are several times as fast at it as at a matrix of one row
+            rows[0].addmv_(s.B, s.A.mv(x[s.start]))
+        else:
             rows.addmm_(x[s.start : s.stop] @ s.A.T, s.B.T)
         if s.b is not None:
             rows.add_(s.b)
-    if together:
-        y.addmm_(low, torch.cat([s.B.T for s in slices]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -41,7 +42,7 @@ def paged_attention(
         softcap: bounds scores to ±softcap by tanh (Gemma 2); None is none.
 
     Returns:
-        (sequences, rows, heads, head_dim). Scores and softmax are in fp32 as in `transformers`' eager attention.
+        (sequences, rows, heads, head_dim). The softmax is in fp32, as in `transformers`' eager attention.
     """
     sequences, rows, heads, head_dim = queries.shape
     kv_heads = key_pages.shape[2]
@@ -49,17 +50,20 @@ def paged_attention(
     # (sequences, kv_heads, tokens, head_dim)
     keys = key_pages[tables].view(sequences, tokens, kv_heads, head_dim).transpose(1, 2)
     values = value_pages[tables].view(sequences, tokens, kv_heads, -1).transpose(1, 2)
+    key = torch.arange(tokens, device=queries.device)
+    query = (lengths - rows).view(-1, 1, 1) + torch.arange(rows, device=queries.device).view(1, -1, 1)
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            queries.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
+        ).transpose(1, 2)
     # The heads that share a key are further rows of one product: (sequences, kv_heads, rows · group, head_dim).
     q = queries.view(sequences, rows, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
     scores = torch.matmul(q, keys.transpose(2, 3)).mul_(scale).view(sequences, kv_heads, rows, -1, tokens)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    key = torch.arange(tokens, device=queries.device)
-    query = (lengths - rows).view(-1, 1, 1) + torch.arange(rows, device=queries.device).view(1, -1, 1)
-    hidden = key > query
-    if window is not None:
-        hidden |= key <= query - window
-    scores.masked_fill_(hidden[:, None, :, None, :], float("-inf"))
+    scores = scores.div_(softcap).tanh_().mul_(softcap)
+    scores.masked_fill_(~seen[:, None, :, None, :], float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(queries.dtype)
     out = torch.matmul(weights.flatten(2, 3), values)
     return out.view(sequences, kv_heads, rows, -1, out.shape[-1]).permute(0, 2, 1, 3, 4).flatten(2, 3)

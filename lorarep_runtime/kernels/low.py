@@ -35,7 +35,7 @@ def low_options(low: Tensor, width: int, rows: Rows, first: int) -> dict[str, An
         RANKS=ranks,
         RANK_BLOCK=rank_block,
         LANES=lanes,
-        num_warps=max(4, min(16, lanes * block // 4096)),
+        num_warps=max(4, min(16, lanes * block // 2048)),
     )
 
 

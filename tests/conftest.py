@@ -9,6 +9,12 @@ from tests.hub_faults import FaultyHub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # else huggingface_hub, imported later, asks its own Hub about the caller
 
+import torch
+
+if not torch.cuda.is_available():
+    # Before triton is imported: its kernels run on the CPU then.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyHub]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
 from lorarep_runtime.hub import Progress
+from lorarep_runtime.kernels.rows import Entry
 from lorarep_runtime.stack import Stack
 
 FILE_PREFIX = "base_model.model."
@@ -30,19 +31,6 @@ ALIGNMENT = 64
 
 Key = tuple[int, str]
 """Position, and path of a linear module inside its layer, such as "self_attn.q_proj"."""
-
-
-class Entry(NamedTuple):
-    """One module at one position, in the dtype of the activations."""
-
-    A: Tensor
-    """(rank, in)"""
-    B: Tensor
-    """(out, rank); its transpose is contiguous."""
-    c: Tensor | None
-    """(out); None is 1."""
-    bias: Tensor | None
-    """(out); None is 0."""
 
 
 class TensorInfo(NamedTuple):

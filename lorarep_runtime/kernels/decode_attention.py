@@ -1,0 +1,306 @@
+"""Attention of one new token of each row over its pages, each sequence split among several programs.
+
+Pages as in Kwon et al. (2023), the split as in Flash-Decoding (Dao et al., 2023). Splits are merged by `combine`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorarep_runtime.kernels.low import await_previous
+from lorarep_runtime.kernels.norm import rms_norm_reference, scale_by_weight
+from lorarep_runtime.kernels.rows import PlainRows, Rows
+
+BLOCK_TOKENS: tl.constexpr = tl.constexpr(64)
+"""Tokens that a program loads at once."""
+LEAST_HEADS = 16
+"""Rows of the smallest matrix product that tensor cores take."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a layer's attention is."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    """Multiplies q · k."""
+    window: int | None = None
+    """Tokens that a query sees, itself included; None is all."""
+    softcap: float | None = None
+    """Bounds scores to ±softcap by tanh (Gemma 2); None is none."""
+    q_norm: Tensor | None = None
+    """(head_dim), weight of an RMSNorm of every query (Qwen 3); None is none."""
+    k_norm: Tensor | None = None
+    """Likewise of every key; there where q_norm is."""
+    eps: float = 1e-6
+    offset: float = 0.0
+    """Of these norms, as in `norm_low`."""
+
+
+class Cache(NamedTuple):
+    """Where the keys and values of the rows are."""
+
+    key_pages: Tensor
+    """(pages, page_tokens, kv_heads, head_dim)"""
+    value_pages: Tensor
+    """(pages, page_tokens, kv_heads, head_dim)"""
+    tables: Tensor
+    """(rows, positions, n) int32, the pages of each row's sequence at each position of its stack, in order."""
+    lengths: Tensor
+    """(rows) int32, tokens of each row's sequence, the new one included."""
+
+
+class Partials(NamedTuple):
+    """Attention over the tokens of each split, fp32. A split without tokens has maximum -inf, sum 0, and no values."""
+
+    maxima: Tensor
+    """(rows, heads, splits), the largest score."""
+    sums: Tensor
+    """(rows, heads, splits), Σ exp(score - maximum)."""
+    values: Tensor
+    """(rows, heads, splits, head_dim), Σ exp(score - maximum) · v."""
+
+    @classmethod
+    def empty(cls, rows: int, splits: int, layer: Attention, device: torch.device) -> Partials:
+        shape = (rows, layer.heads, splits)
+        return cls(*(torch.empty(s, device=device) for s in (shape, shape, (*shape, layer.head_dim))))
+
+
+def attend(
+    layer: Attention,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Cache,
+    partials: Partials,
+    rows: Rows,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Rotates the new token's query and key (Su et al., 2021), stores its key and value, and attends.
+
+    Rounds as `transformers` does, except that scores stay in fp32. All tensors are contiguous; qkv, cos, sin, pages
+    and norms have the dtype of the activations. What lies in pages beyond a sequence's length may be anything.
+
+    Args:
+        qkv: (rows, (heads + 2 · kv_heads) · head_dim): queries, keys, values.
+        cos, sin: (rows, head_dim), of each row's new token.
+        partials: written.
+        pdl: begin while the kernel before ends (`low`).
+    """
+    block_dim = triton.next_power_of_2(layer.head_dim)
+    splits = partials.maxima.shape[2]
+    _attend[(len(qkv), layer.kv_heads, splits)](
+        qkv,
+        layer.q_norm,
+        layer.k_norm,
+        cos,
+        sin,
+        *cache,
+        *partials,
+        rows.positions,
+        cache.tables.shape[1],
+        cache.tables.shape[2],
+        layer.scale,
+        layer.eps,
+        OFFSET=layer.offset,
+        WINDOW=layer.window,
+        SOFTCAP=layer.softcap,
+        HEADS=layer.heads,
+        KV_HEADS=layer.kv_heads,
+        BLOCK_HEADS=max(LEAST_HEADS, triton.next_power_of_2(layer.heads // layer.kv_heads)),
+        DIM=layer.head_dim,
+        BLOCK_DIM=block_dim,
+        PAGE=cache.key_pages.shape[1],
+        SPLITS=splits,
+        PDL=pdl,
+        num_warps=8 if block_dim > 128 else 4,
+        num_stages=1,  # the kernel loads ahead itself
+        launch_pdl=pdl,
+    )
+
+
+def attend_reference(
+    layer: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Cache, partials: Partials, rows: PlainRows
+) -> None:
+    """All tokens in the first split."""
+    for partial, neutral in zip(partials, (float("-inf"), 0, 0), strict=True):
+        partial[[row for row, _ in rows.walking()]] = neutral
+    for row, position in rows.walking():
+        q, k, v = qkv[row].view(-1, layer.head_dim).split([layer.heads, layer.kv_heads, layer.kv_heads])
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm_reference(q, layer.q_norm, layer.eps, layer.offset)
+            k = rms_norm_reference(k, layer.k_norm, layer.eps, layer.offset)
+        q, k = (x * cos[row] + _rotate_half(x) * sin[row] for x in (q, k))
+        length = int(cache.lengths[row])
+        page_tokens = cache.key_pages.shape[1]
+        tokens = torch.arange(length, device=qkv.device)
+        pages = cache.tables[row, position].long()[tokens // page_tokens]
+        cache.key_pages[pages[-1], tokens[-1] % page_tokens] = k
+        cache.value_pages[pages[-1], tokens[-1] % page_tokens] = v
+        seen = slice(0 if layer.window is None else max(0, length - layer.window), None)
+        at = (pages[seen], tokens[seen] % page_tokens)
+        group = layer.heads // layer.kv_heads
+        keys, values = (p[at].float().repeat_interleave(group, 1) for p in (cache.key_pages, cache.value_pages))
+        scores = torch.einsum("hd,thd->ht", q.float(), keys) * layer.scale
+        if layer.softcap is not None:
+            scores = (scores / layer.softcap).tanh() * layer.softcap
+        maxima = scores.amax(1)
+        weights = (scores - maxima[:, None]).exp()
+        partials.maxima[row, :, 0], partials.sums[row, :, 0] = maxima, weights.sum(1)
+        partials.values[row, :, 0] = torch.einsum("ht,thd->hd", weights, values)
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+@triton.jit
+def _rotated(x, norm, cos, sin, eps, heads, OFFSET: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """(heads, BLOCK_DIM): normed and rotated, in the dtype of x; 0 where `heads`, a mask, or the dimension ends.
+
+    x: (heads) addresses.
+    """
+    dtype = cos.dtype.element_ty
+    d = tl.arange(0, BLOCK_DIM)
+    inside = d < DIM
+    other = tl.where(d < DIM // 2, d + DIM // 2, d - DIM // 2)
+    both = heads[:, None] & inside[None, :]
+    straight = tl.load(x[:, None] + d[None, :], mask=both, other=0)
+    crossed = tl.load(x[:, None] + other[None, :], mask=both, other=0)
+    if norm is not None:
+        wide = straight.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(wide * wide, 1) / DIM + eps)[:, None]
+        straight = scale_by_weight(wide * factor, tl.load(norm + d, mask=inside, other=0)[None, :], OFFSET)
+        weight = tl.load(norm + other, mask=inside, other=0)[None, :]
+        crossed = scale_by_weight(crossed.to(tl.float32) * factor, weight, OFFSET)
+    c = tl.load(cos + d, mask=inside, other=0).to(tl.float32)
+    s = tl.load(sin + d, mask=inside, other=0).to(tl.float32)
+    s = tl.where(d < DIM // 2, -s, s)
+    by_cos = (straight.to(tl.float32) * c[None, :]).to(dtype)
+    by_sin = (crossed.to(tl.float32) * s[None, :]).to(dtype)
+    return (by_cos.to(tl.float32) + by_sin.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _load_block(
+    key_pages, value_pages, table, head, start, stop, KV_HEADS: tl.constexpr, DIM: tl.constexpr, d, PAGE: tl.constexpr
+):
+    """Keys and values (BLOCK_TOKENS, BLOCK_DIM) of tokens from `start` on; 0 at and beyond `stop`."""
+    t = start + tl.arange(0, BLOCK_TOKENS)
+    page = tl.load(table + t // PAGE, mask=t < stop, other=0).to(tl.int64)
+    at = ((page * PAGE + t % PAGE) * KV_HEADS + head) * DIM
+    mask = (t < stop)[:, None] & (d < DIM)[None, :]
+    at = at[:, None] + d[None, :]
+    return tl.load(key_pages + at, mask=mask, other=0), tl.load(value_pages + at, mask=mask, other=0)
+
+
+@triton.jit
+def _capped(scores, SOFTCAP: tl.constexpr):
+    if SOFTCAP is not None:
+        scores = SOFTCAP * (2 * tl.sigmoid(2 * scores / SOFTCAP) - 1)
+    return scores
+
+
+@triton.jit
+def _attend(
+    qkv,
+    q_norm,
+    k_norm,
+    cos,
+    sin,
+    key_pages,
+    value_pages,
+    tables,
+    lengths,
+    maxima,
+    sums,
+    values,
+    positions,
+    depth,
+    pages,
+    scale,
+    eps,
+    OFFSET: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    group: tl.constexpr = HEADS // KV_HEADS
+    position = tl.load(positions + row)
+    length = tl.load(lengths + row)
+    table = tables + (row * depth + position) * pages
+    # This split's tokens: whole pages from the first that the query sees, shared out evenly.
+    visible = 0 if WINDOW is None else tl.maximum(length - WINDOW, 0)
+    first_page = visible // PAGE
+    share = tl.cdiv(tl.cdiv(length, PAGE) - first_page, SPLITS) * PAGE
+    start = first_page * PAGE + split * share
+    stop = tl.where(position < 0, start, tl.minimum(start + share, length))
+    # The new token is the last; it is taken from qkv, not from its page.
+    new = length - 1
+    cached = tl.minimum(stop, new)
+    has_new = (start <= new) & (new < stop)
+    d = tl.arange(0, BLOCK_DIM)
+    # Earlier tokens were stored in earlier steps: no need to wait for the kernel before to load them.
+    k, v = _load_block(key_pages, value_pages, table, kv_head, start, cached, KV_HEADS, DIM, d, PAGE)
+    await_previous(PDL)
+    if position < 0:
+        return
+    head = tl.arange(0, BLOCK_HEADS)
+    in_group = head < group
+    at = (row * HEADS + kv_head * group + head) * SPLITS + split
+    if start >= stop:
+        tl.store(maxima + at, float("-inf"), mask=in_group)
+        tl.store(sums + at, 0.0, mask=in_group)
+        return
+    qkv += row * (HEADS + 2 * KV_HEADS) * DIM
+    cos += row * DIM
+    sin += row * DIM
+    q = _rotated(qkv + (kv_head * group + head) * DIM, q_norm, cos, sin, eps, in_group, OFFSET, DIM, BLOCK_DIM)
+    one = tl.arange(0, 1)
+    new_k = _rotated(qkv + (HEADS + kv_head + one) * DIM, k_norm, cos, sin, eps, one == 0, OFFSET, DIM, BLOCK_DIM)
+    new_v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + d, mask=d < DIM, other=0)[None, :]
+
+    page = tl.load(table + new // PAGE).to(tl.int64)
+    stored = (((page * PAGE + new % PAGE) * KV_HEADS + kv_head) * DIM + d)[None, :]
+    written = (d < tl.where(has_new, DIM, 0))[None, :]
+    tl.store(key_pages + stored, new_k, mask=written)
+    tl.store(value_pages + stored, new_v, mask=written)
+
+    # Online softmax (Milakov and Gimelshein, 2018), which begins with the new token in the split that has it.
+    score = _capped(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale, SOFTCAP)
+    maximum = tl.where(has_new, score, float("-inf"))
+    total = tl.zeros([BLOCK_HEADS], tl.float32) + tl.where(has_new, 1.0, 0.0)
+    value = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32) + tl.where(has_new, new_v.to(tl.float32), 0.0)
+    for block in range(start, cached, BLOCK_TOKENS):
+        keys, vals = k, v
+        k, v = _load_block(key_pages, value_pages, table, kv_head, block + BLOCK_TOKENS, cached, KV_HEADS, DIM, d, PAGE)
+        t = block + tl.arange(0, BLOCK_TOKENS)
+        scores = _capped(tl.dot(q, tl.trans(keys), input_precision="ieee") * scale, SOFTCAP)
+        scores = tl.where(((t >= visible) & (t < cached))[None, :], scores, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(scores, 1))
+        fade = tl.exp(maximum - larger)
+        weights = tl.exp(scores - larger[:, None])
+        total = total * fade + tl.sum(weights, 1)
+        value = value * fade[:, None] + tl.dot(weights.to(vals.dtype), vals, input_precision="ieee")
+        maximum = larger
+    tl.store(maxima + at, maximum, mask=in_group)
+    tl.store(sums + at, total, mask=in_group)
+    tl.store(values + at[:, None] * DIM + d[None, :], value, mask=in_group[:, None] & (d < DIM)[None, :])

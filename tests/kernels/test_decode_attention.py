@@ -1,0 +1,143 @@
+"""Attention of one new token a row over pages, whole and split, with all that surrounds it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from lorarep_runtime.kernels.combine import combine_low, combine_low_reference
+from lorarep_runtime.kernels.decode_attention import Attention, Cache, Partials, attend, attend_reference
+from tests.kernels.rows import CAPACITY, DEPTH, DEVICE, PDL, POSITIONS, TOLERANCE, Batch, nan, randn
+
+DTYPES = [dtype for dtype in TOLERANCE if DEVICE.type == "cuda" or dtype != torch.bfloat16]
+"""Triton's interpreter takes the bits of bf16 for integers in a product."""
+PAGE = 16
+LENGTHS = (150, 1, 1, 15, 16, 17)
+WALKING = [row for row, position in enumerate(POSITIONS) if position >= 0]
+
+
+class Sequences:
+    """Rows amid pages: those and the places in them that hold no token are NaN."""
+
+    def __init__(self, layer: Attention, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> None:
+        self.layer = layer
+        rows = len(lengths)
+        n = -(-max(lengths) // PAGE)
+        order = torch.randperm(rows * DEPTH * n + 7)[: rows * DEPTH * n]
+        tables = order.view(rows, DEPTH, n).int().to(DEVICE)
+        shape = (rows * DEPTH * n + 7, PAGE, layer.kv_heads, layer.head_dim)
+        self.cache = Cache(
+            nan(*shape, dtype=dtype), nan(*shape, dtype=dtype), tables, torch.tensor(lengths).int().to(DEVICE)
+        )
+        for row, (length, position) in enumerate(zip(lengths, POSITIONS, strict=True)):
+            for token in range(length - 1):
+                page = tables[row, position, token // PAGE]
+                for pages in self.cache[:2]:
+                    pages[page, token % PAGE] = randn(*shape[2:], dtype=dtype)
+        self.qkv = randn(rows, (layer.heads + 2 * layer.kv_heads) * layer.head_dim, dtype=dtype)
+        angles = randn(rows, layer.head_dim // 2, scale=3).repeat(1, 2)
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def theirs(self, row: int, position: int) -> Tensor:
+        """What torch and `transformers` compute for a row, whose new token is not in its page yet."""
+        layer, cache, length = self.layer, self.cache, int(self.cache.lengths[row])
+        q, k, v = self.qkv[row].view(-1, layer.head_dim).split([layer.heads, layer.kv_heads, layer.kv_heads])
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = (_qwen_norm(x, w, layer.eps) for x, w in ((q, layer.q_norm), (k, layer.k_norm)))
+        q, k = (x[0] for x in apply_rotary_pos_emb(q[None], k[None], self.cos[row][None], self.sin[row][None], 1))
+        tables = cache.tables[row, position].long()
+        keys, values = (p[tables].flatten(0, 1)[: length - 1] for p in cache[:2])
+        keys, values = torch.cat([keys, k[None]]), torch.cat([values, v[None]])
+        seen = torch.arange(length, device=DEVICE) >= length - (layer.window or length)
+        q, k, v = q[None, :, None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        if layer.softcap is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[None], scale=layer.scale, enable_gqa=True)
+        else:
+            group = SimpleNamespace(num_key_value_groups=layer.heads // layer.kv_heads, training=False)
+            mask = torch.where(seen, 0.0, float("-inf"))
+            out, _ = eager_attention_forward(group, q, k, v, mask, scaling=layer.scale, softcap=layer.softcap)
+        return out.flatten()
+
+
+def _qwen_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    norm = Qwen3RMSNorm(len(weight), eps).to(DEVICE)
+    norm.weight.data = weight
+    return norm(x)
+
+
+def check(layer: Attention, dtype: torch.dtype, *, splits: int, parts: int = 2) -> None:
+    """Runs kernels and references over the same rows, and compares what they wrote: all of it."""
+    sequences = Sequences(layer, dtype)
+    width = layer.heads * layer.head_dim
+    batch = Batch({"q": (8, 8), "o": (8, width)}, dtype)
+    ours, reference = (Partials(*(p.fill_(torch.nan) for p in Partials.empty(6, splits, layer, DEVICE))) for _ in "12")
+    out, low = nan(6, width, dtype=dtype), nan(6, parts, 1, CAPACITY)
+    out_reference, low_reference = out.clone(), low.clone()
+    pages = Cache(sequences.cache.key_pages.clone(), sequences.cache.value_pages.clone(), *sequences.cache[2:])
+    theirs = [sequences.theirs(row, POSITIONS[row]) for row in WALKING]
+
+    given = layer, sequences.qkv, sequences.cos, sequences.sin
+    attend(*given, sequences.cache, ours, batch.rows, pdl=PDL)
+    combine_low(ours, out, low, batch.rows, 1, pdl=PDL)
+    attend_reference(*given, pages, reference, batch.plain)
+    combine_low_reference(reference, out_reference, low_reference, batch.plain, 1)
+
+    tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+    assert_close(sequences.cache.key_pages, pages.key_pages, **tolerance)
+    assert_close(sequences.cache.value_pages, pages.value_pages, rtol=0, atol=0, equal_nan=True)
+    assert_close(out, out_reference, **tolerance)
+    assert_close(low, low_reference, **tolerance)
+    assert_close(out[WALKING], torch.stack(theirs), **tolerance)
+
+    # The reference merges what the kernel left in the splits to the same.
+    combine_low_reference(ours, out_reference, low_reference, batch.plain, 1)
+    assert_close(out, out_reference, **tolerance)
+
+
+def layer(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **options: object) -> Attention:
+    return Attention(heads, kv_heads, head_dim, scale=1.5 * head_dim**-0.5, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 3, 8])
+def test_splits(dtype: torch.dtype, splits: int) -> None:
+    torch.manual_seed(0)
+    check(layer(), dtype, splits=splits)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2), (8, 1)])
+def test_grouped_heads(heads: int, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    check(layer(heads, kv_heads, 16), torch.float32, splits=2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims(head_dim: int) -> None:
+    torch.manual_seed(0)
+    check(layer(2, 1, head_dim), torch.float32, splits=2, parts=3)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 33, 100, 149, 150, 151])
+def test_windows(window: int, splits: int) -> None:
+    torch.manual_seed(0)
+    check(layer(window=window, head_dim=16), torch.float32, splits=splits)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_softcap(window: int | None) -> None:
+    torch.manual_seed(0)
+    check(layer(window=window, softcap=1.5), torch.float32, splits=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_queries_and_keys(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norms = dict(q_norm=randn(80, dtype=dtype), k_norm=randn(80, dtype=dtype))
+    check(layer(head_dim=80, **norms), dtype, splits=2)

@@ -17,7 +17,7 @@ from lorarep_runtime.cache import PagePool
 from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.hub import Progress, fetch
-from lorarep_runtime.linear import SharedLinear, Weight, shared_weight
+from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, shared_weight, tiled
 from lorarep_runtime.text import Tokenizer
 from lorarep_runtime.walk import ATTENTION, Walk
 
@@ -66,9 +66,7 @@ class Base:
         self.weights: Sequence[Mapping[str, Weight]] = [_share_linears(layer, self.walk) for layer in self.walk.layers]
         """Of each layer, the shared weights by module path, such as "self_attn.q_proj"."""
         self.kv_heads, self.head_dim = kv_shape(self.config)
-        self.quantization: Quantization = {"NF4Weight": "nf4", "Int8Weight": "int8"}.get(  # type: ignore[assignment]
-            type(next(iter(self.weights[0].values()))).__name__, "none"
-        )
+        self.quantization: Quantization = next(iter(self.weights[0].values())).quantization
 
     @property
     def layers(self) -> int:
@@ -191,11 +189,13 @@ def linear_shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _share_linears(layer: nn.Module, walk: Walk) -> dict[str, Weight]:
-    weights: dict[str, Weight] = {}
-    for name, module in list(layer.named_modules()):
-        if isinstance(module, nn.Linear):
-            weights[name] = shared_weight(module)
-            layer.set_submodule(name, SharedLinear(weights[name], module.bias, name, walk.adapt))
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    weights = {name: shared_weight(module) for name, module in linears.items()}
+    for group in GROUPS:
+        if weights.keys() >= set(group):
+            weights.update(zip(group, tiled([weights[name] for name in group]), strict=True))
+    for name, module in linears.items():
+        layer.set_submodule(name, SharedLinear(weights[name], module.bias, name, walk.adapt))
     return weights
 
 

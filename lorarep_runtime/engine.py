@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,12 +35,17 @@ from lorarep_runtime.errors import (
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.ledger import Ledger, take_stock
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Timings, TokenLogprob
-from lorarep_runtime.sampling import Sampled, SamplerState, sample, validate
+from lorarep_runtime.sampling import Sampled, SamplerState, is_plain, sample, validate
 from lorarep_runtime.scheduler import Scheduler, Sequence
 from lorarep_runtime.stack import Stack
 from lorarep_runtime.text import TextStream
 
+if TYPE_CHECKING:
+    from lorarep_runtime.decode import Decoder
+
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BASE_STACK = "base"
 """Name of the base's own order of layers."""
@@ -79,6 +85,27 @@ class Answer:
     finished: Finished
 
 
+class Flight:
+    """A decoding step that has been launched and not been read."""
+
+    def __init__(self, sequences: Seq[Sequence], tokens: Tensor, logits: Tensor) -> None:
+        self.sequences = sequences
+        self._logits = logits
+        self.is_plain = all(is_plain(s.sampler) and s.request.logprobs is None for s in sequences)
+        """Whether the likeliest tokens are all that is wanted."""
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def sampled(self) -> list[tuple[Sequence, Sampled]]:
+        """Waits for the sequences' next tokens. Before the next step is launched, unless it is plain."""
+        if not self.is_plain:
+            return list(zip(self.sequences, sample(self._logits, [s.sampler for s in self.sequences]), strict=True))
+        self._done.synchronize()
+        return [(s, Sampled(t, None)) for s, t in zip(self.sequences, self._tokens.tolist(), strict=True)]
+
+
 class Engine:
     """One base, its stacks and adapters, and the requests on them.
 
@@ -98,6 +125,8 @@ class Engine:
             )
         self.pool = self._page_pool()
         self.scheduler = Scheduler(config.scheduler, self.pool)
+        self._decoder = _decoder(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
+        self._flight: Flight | None = None
         self.failure: Exception | None = None
         """What ended the step thread, if anything did."""
         self._ids = itertools.count(1)
@@ -247,27 +276,85 @@ class Engine:
     def step(self) -> bool:
         """Computes some tokens of some sequences; False if there was nothing to do."""
         self._sweep()
+        if self._flight is not None:
+            self._land(self._flight)
+            return True
         chosen = self.scheduler.schedule()
         if not chosen:
             return False
-        spans = [sequence.span(count) for sequence, count in chosen]
+        self._count([sequence for sequence, _ in chosen])
+        decoding = [s for s, _ in chosen if self._decoder is not None and s.computed and s.remaining == 1]
+        rest = [(s, count) for s, count in chosen if s not in decoding]
+        flight = self._guarded(decoding, lambda: self._begin(decoding)) if decoding else None
+        if rest:
+            sequences = [s for s, _ in rest]
+            self._emit_all(self._guarded(sequences, lambda: self._forward(rest)))
+        if flight is not None and flight.is_plain and not rest:
+            self._flight = flight
+        elif flight is not None:
+            self._emit_all(self._guarded(decoding, flight.sampled))
+        return True
+
+    def _land(self, flight: Flight) -> None:
+        """Reads the tokens of a step that was launched; if the same rows go on, their next step is launched before."""
+        self._flight = None
+        if self._may_go_on(flight.sequences):
+            self._count(flight.sequences)
+            self._flight = self._guarded(flight.sequences, lambda: self._launch(flight.sequences))
+        self._emit_all(self._guarded(flight.sequences, flight.sampled))
+
+    def _count(self, sequences: Seq[Sequence]) -> None:
+        self._step_rows[len(sequences)] += 1
+        self._step_adapters[len({id(s.lease.adapter) for s in sequences if s.lease.adapter is not None})] += 1
+
+    def _guarded(self, sequences: Seq[Sequence], work: Callable[[], T]) -> T | None:
+        """What some work of a step gives. If it fails these sequences end; the others, and the next ones, go on."""
         try:
-            sampled = self._forward(chosen, Batch(spans, self.base.device))
+            return work()
         except Exception:
-            # What failed is these sequences' step; the others, and the next ones, are as they were.
             log.exception("a forward pass failed")
             if self.base.device.type == "cuda":
                 torch.cuda.synchronize(self.base.device)  # a lost device raises again here and ends the engine
-            for sequence, _ in chosen:
-                self._end(sequence, EngineFailure("the forward pass failed"))
-            return True
-        self._step_rows[len(chosen)] += 1
-        self._step_adapters[len({id(s.adapter) for s in spans if s.adapter is not None})] += 1
-        for sequence, count in chosen:
-            sequence.computed += count
-        for sequence, token in sampled:
-            self._emit(sequence, token)
+            for sequence in sequences:
+                if sequence in self.scheduler.running:
+                    self._end(sequence, EngineFailure("the forward pass failed"))
+            return None
+
+    def _begin(self, sequences: Seq[Sequence]) -> Flight:
+        """Launches a step for sequences that decode."""
+        assert self._decoder is not None
+        self._decoder.set_rows([sequence.span(1) for sequence in sequences])
+        return self._launch(sequences)
+
+    def _launch(self, sequences: Seq[Sequence]) -> Flight:
+        assert self._decoder is not None
+        tokens, logits = self._decoder.step()
+        for sequence in sequences:
+            sequence.computed += 1
+        return Flight(sequences, tokens, logits)
+
+    def _may_go_on(self, sequences: Seq[Sequence]) -> bool:
+        """Whether the same rows' next step can be launched before the tokens of the last are read."""
+        scheduler = self.scheduler
+        if len(scheduler.running) != len(sequences) or (
+            scheduler.waiting and len(scheduler.running) < scheduler.config.max_sequences
+        ):
+            return False
+        if any(s not in scheduler.running or s.new_tokens + 2 > s.request.stopping.max_new_tokens for s in sequences):
+            return False
+        growing = [(i, s) for i, s in enumerate(sequences) if s.table.missing(s.computed + 1)]
+        if sum(s.table.missing(s.computed + 1) for _, s in growing) > self.pool.free:
+            return False
+        assert self._decoder is not None
+        for i, sequence in growing:
+            sequence.table.grow(sequence.computed + 1)
+            self._decoder.set_pages(i)
         return True
+
+    def _emit_all(self, sampled: Seq[tuple[Sequence, Sampled]] | None) -> None:
+        for sequence, token in sampled or ():
+            if sequence in self.scheduler.running:  # else it ended while its next step was under way
+                self._emit(sequence, token)
 
     def _sweep(self) -> None:
         """Takes in what callers have said since the last step."""
@@ -283,8 +370,9 @@ class Engine:
             elif deadline is not None and now >= deadline:
                 self._end(sequence, DeadlineExceeded("the request's deadline has passed"))
 
-    def _forward(self, chosen: Seq[tuple[Sequence, int]], batch: Batch) -> list[tuple[Sequence, Sampled]]:
-        """Computes a batch; the sequences whose last token it held, with their next one."""
+    def _forward(self, chosen: Seq[tuple[Sequence, int]]) -> list[tuple[Sequence, Sampled]]:
+        """Computes tokens of sequences; those whose last one was among them, with their next one."""
+        batch = Batch([sequence.span(count) for sequence, count in chosen], self.base.device)
         ready = [
             (chosen[i][0], int(batch.starts[k + 1]) - 1)
             for k, i in enumerate(batch.order)
@@ -292,6 +380,8 @@ class Engine:
         ]
         rows = torch.tensor([row for _, row in ready], dtype=torch.int64, device=self.base.device)
         logits = self.base.forward(batch, self.pool, rows)
+        for sequence, count in chosen:
+            sequence.computed += count
         if not ready:
             return []
         sequences = [sequence for sequence, _ in ready]
@@ -384,6 +474,15 @@ class Engine:
             return self.base.forward(batch, self.pool, torch.arange(len(tokens), device=self.base.device))
         finally:
             table.release()
+
+
+def _decoder(base: Base, pool: PagePool, max_sequences: int, max_tokens: int) -> Decoder | None:
+    """Kernels for decoding, where the base and its device have them."""
+    if base.device.type != "cuda":
+        return None
+    from lorarep_runtime.decode import Decoder, can_decode  # imports triton
+
+    return Decoder(base, pool, max_sequences, max_tokens) if can_decode(base) else None
 
 
 def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

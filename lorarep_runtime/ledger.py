@@ -68,8 +68,8 @@ def _peft_bytes(base: Base, adapters: AdapterPool, base_bytes: int) -> int:
             replicas.remove(layer)
         for layer in replicas:
             for weight in base.weights[layer].values():
-                copied += _bytes(weight.constants, set())
-                copied += _bytes(weight.data, set()) if base.quantization == "int8" else 0
+                copied += sum(t.nbytes for t in weight.constants)
+                copied += sum(t.nbytes for t in weight.data) if base.quantization == "int8" else 0
         total += base_bytes + copied
     return total
 

@@ -6,7 +6,7 @@ its outlier columns from the whole batch, so that one request's tokens would dep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import bitsandbytes as bnb
@@ -14,10 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorarep_runtime.config import Quantization
+from lorarep_runtime.kernels import nf4
+
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""Modules that read the same x, in layers of the Llama kind."""
+
 
 class Weight(Protocol):
     """The matrix of a linear layer, (out, in), however it is held."""
 
+    quantization: Quantization
     shape: tuple[int, int]
     data: tuple[Tensor, ...]
     """The tensors that hold the values."""
@@ -49,6 +61,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 class DenseWeight:
     """A weight in the dtype of the activations."""
 
+    quantization: Quantization = "none"
+
     def __init__(self, weight: Tensor) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         self.data: tuple[Tensor, ...] = (weight,)
@@ -64,6 +78,8 @@ class DenseWeight:
 class NF4Weight:
     """4-bit NormalFloat blocks (QLoRA, Dettmers et al., 2023) in bitsandbytes' layout."""
 
+    quantization: Quantization = "nf4"
+
     def __init__(self, packed: Tensor, state: bnb.functional.QuantState) -> None:
         self.shape = (state.shape[0], state.shape[1])
         self.data: tuple[Tensor, ...] = (packed,)
@@ -71,6 +87,20 @@ class NF4Weight:
         if state.nested:
             self.constants += (state.offset, state.state2.absmax, state.state2.code)
         self.state = state
+
+    @property
+    def can_be_tiled(self) -> bool:
+        """Whether `kernels.nf4` knows the weight's kind."""
+        state, (out, into) = self.state, self.shape
+        return (
+            self.data[0].is_cuda
+            and torch.cuda.get_device_capability(self.data[0].device) >= (9, 0)
+            and state.dtype == torch.bfloat16
+            and not state.nested
+            and state.blocksize == nf4.CHUNK
+            and out % nf4.TILE == 0
+            and into % nf4.CHUNK == 0
+        )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return bnb.functional.dequantize_4bit(self.data[0], self.state).to(dtype)
@@ -82,8 +112,47 @@ class NF4Weight:
         return product(x, self.dequantize(x.dtype))
 
 
+class NF4TilesWeight:
+    """The same values in tiles, as `kernels.nf4` multiplies them: some of the rows of a group of modules."""
+
+    quantization: Quantization = "nf4"
+
+    def __init__(self, group: nf4.TiledGroup, module: int, dtype: torch.dtype) -> None:
+        tiles = [size // nf4.TILE for size in group.sizes]
+        at = slice(sum(tiles[:module]), sum(tiles[: module + 1]))
+        self.group = group
+        self.shape = (group.sizes[module], group.tiles.shape[1] * nf4.CHUNK)
+        self.data: tuple[Tensor, ...] = (group.tiles[at],)
+        self.constants: tuple[Tensor, ...] = (group.scales[at],)
+        self._dtype = dtype
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        dense = torch.empty(self.shape, dtype=self._dtype, device=self.data[0].device)
+        nf4.dequantize(self.data[0], self.constants[0], dense)
+        return dense.to(dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return product(x, self.dequantize(x.dtype))
+
+
+def tiled(weights: Sequence[Weight]) -> Sequence[Weight]:
+    """The weights of modules that read the same x, rearranged into one group of tiles if there is a kernel for it."""
+    found = [weight for weight in weights if isinstance(weight, NF4Weight) and weight.can_be_tiled]
+    if len(found) < len(weights):
+        return weights
+    parts = [nf4.arrange(weight.data[0], weight.constants[0], weight.shape) for weight in found]
+    group = nf4.TiledGroup(
+        torch.cat([tiles for tiles, _ in parts]),
+        torch.cat([scales for _, scales in parts]),
+        tuple(weight.shape[0] for weight in found),
+    )
+    return [NF4TilesWeight(group, i, torch.bfloat16) for i in range(len(found))]
+
+
 class Int8Weight:
     """8-bit rows, each with its absolute maximum (LLM.int8(), Dettmers et al., 2022), in bitsandbytes' layout."""
+
+    quantization: Quantization = "int8"
 
     def __init__(self, rows: Tensor, absmax: Tensor) -> None:
         self.shape = (rows.shape[0], rows.shape[1])

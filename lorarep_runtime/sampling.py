@@ -100,16 +100,16 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         One for each row. The order of processing is that of `transformers`: penalties, end tokens that may not come
         yet, temperature, top-k, top-p, min-p. A row's result does not depend on the others.
     """
-    plain = [i for i, state in enumerate(states) if _is_plain(state)]
+    plain = [i for i, state in enumerate(states) if is_plain(state)]
     # One transfer from the device for all rows that need no more than their likeliest token.
     tokens = logits.argmax(-1).tolist() if plain else [0] * len(states)
     for i, state in enumerate(states):
-        if not _is_plain(state):
+        if not is_plain(state):
             tokens[i] = _choose(logits[i], state)
     return [Sampled(token, _logprob(logits[i], token, states[i].request)) for i, token in enumerate(tokens)]
 
 
-def _is_plain(state: SamplerState) -> bool:
+def is_plain(state: SamplerState) -> bool:
     """Whether the likeliest token is the one."""
     request = state.request
     return (

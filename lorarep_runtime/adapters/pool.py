@@ -173,6 +173,7 @@ class AdapterPool:
                 spec,
                 layout,
                 walked,
+                modules=tuple(self._base.modules),
                 weight=self._base.weight,
                 dtype=self._base.dtype,
                 device=self._base.device,
@@ -379,7 +380,7 @@ class AdapterPool:
             if mixed is None:
                 size = sum(part.adapter.nbytes for part, _ in key)
                 with self._reserve(size):
-                    adapter = mix([(part.adapter, weight) for part, weight in key])
+                    adapter = mix([(part.adapter, weight) for part, weight in key], tuple(self._base.modules))
                 mixed = self._mixes[key] = _Loaded(adapter, key[0][0].tokenizer, None)
             mixed.references += 1
             self._touch(mixed)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
 from lorarep_runtime.hub import Progress
-from lorarep_runtime.kernels.rows import Entry
+from lorarep_runtime.kernels.rows import Entry, entry_table
 from lorarep_runtime.stack import Stack
 
 FILE_PREFIX = "base_model.model."
@@ -64,6 +64,8 @@ class Adapter:
     entries: Mapping[Key, Entry]
     storage: Tensor
     """(elements), the memory of all entries."""
+    table: Tensor | None
+    """The entry table of `kernels.rows`, on an accelerator."""
     kind: str
     """"dora" where an entry has a c, else "lora"."""
     rank: int
@@ -73,7 +75,7 @@ class Adapter:
 
     @property
     def nbytes(self) -> int:
-        return self.storage.nbytes
+        return self.storage.nbytes + (0 if self.table is None else self.table.nbytes)
 
 
 def read_header(file: Path) -> Mapping[str, TensorInfo]:
@@ -194,6 +196,7 @@ def compile_adapter(
     layout: Layout,
     stack: Stack,
     *,
+    modules: Sequence[str],
     weight: Callable[[int, str], Tensor],
     dtype: torch.dtype,
     device: torch.device,
@@ -203,6 +206,7 @@ def compile_adapter(
 
     Args:
         layout: as `check` gave it for this file.
+        modules: all linear modules of a layer, in the order of their numbers in entry tables.
         weight: gives the fp32 weight (out, in) of (layer, module), for DoRA's norm.
         dtype, device: of the activations.
         progress: told of entries, as stage "compile".
@@ -247,15 +251,23 @@ def compile_adapter(
     if not storage.isfinite().all():
         bad = next(key for key, entry in entries.items() if not all(t.isfinite().all() for t in entry if t is not None))
         raise FailedPrecondition(f"{FILE_PREFIX}{layout[bad].path}: holds NaN or infinity, or does in {dtype}")
-    return _adapter(stack, layout, storage, entries, file_parameters(layout))
+    return _adapter(stack, layout, storage, entries, modules, file_parameters(layout))
 
 
-def _adapter(stack: Stack, layout: Layout, storage: Tensor, entries: Mapping[Key, Entry], parameters: int) -> Adapter:
+def _adapter(
+    stack: Stack,
+    layout: Layout,
+    storage: Tensor,
+    entries: Mapping[Key, Entry],
+    modules: Sequence[str],
+    parameters: int,
+) -> Adapter:
     kind = "dora" if any(part.has_c for part in layout.values()) else "lora"
-    return Adapter(stack, entries, storage, kind, max(part.rank for part in layout.values()), parameters)
+    table = entry_table(entries, len(stack), modules).to(storage.device) if storage.is_cuda else None
+    return Adapter(stack, entries, storage, table, kind, max(part.rank for part in layout.values()), parameters)
 
 
-def mix(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:
     """Several adapters of one stack as one, each adapter's change to the output times its weight.
 
     With weights of 1 this is what PEFT computes with several active adapters, and what it merges them to: they act one
@@ -294,4 +306,5 @@ def mix(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
             entry.c.copy_(after)
         if entry.bias is not None:
             entry.bias.copy_(bias)
-    return _adapter(first.stack, layout, storage, entries, sum(adapter.parameters for adapter, _ in parts))
+    parameters = sum(adapter.parameters for adapter, _ in parts)
+    return _adapter(first.stack, layout, storage, entries, modules, parameters)

@@ -1,0 +1,219 @@
+"""Decoding on a GPU: a step of one new token for each row is one captured graph, from the tokens to the next ones.
+
+A graph belongs to a plan and a number of rows. Which rows walk which of the plan's stacks, with which adapters and on
+which pages, is data that it reads: rows without a position at a step pass through. It takes the tokens that it chose
+itself, so the next step can be launched before anybody has read them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorarep_runtime.batch import Span
+from lorarep_runtime.cache import PagePool, pages_of
+from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, fuse, parts_for, splits_for
+from lorarep_runtime.kernels.decode_attention import Cache, Partials
+from lorarep_runtime.kernels.rows import Rows
+from lorarep_runtime.linear import GROUPS
+from lorarep_runtime.stack import Plan, merge
+
+if TYPE_CHECKING:
+    from lorarep_runtime.base import Base
+
+MOST_GRAPHS = 64
+"""Captured at a time; the least recently used goes first."""
+LEAST_RANKS = 16
+CHANGING_ROTARY = {"dynamic", "longrope"}
+"""`rope_type`s whose frequencies depend on the length."""
+
+
+def can_decode(base: Base) -> bool:
+    """Whether there are kernels for a base's layers on its device."""
+    config = base.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    return (
+        base.device.type == "cuda"
+        and config.model_type in FAMILIES
+        and rope.get("rope_type", "default") not in CHANGING_ROTARY
+        and set(base.modules) == {name for group in GROUPS for name in group}
+    )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured step."""
+
+    graph: torch.cuda.CUDAGraph
+    positions: Tensor
+    """int32 (steps, rows)"""
+
+
+class Decoder:
+    """The rows of the step under way. The engine's thread alone touches it."""
+
+    def __init__(self, base: Base, pool: PagePool, max_rows: int, max_tokens: int) -> None:
+        self._base, self._pool = base, pool
+        self._config = base.config.get_text_config()
+        modules = list(base.modules)
+        self._layers: Sequence[FusedLayer] = [
+            fuse(layer, weights, modules, self._config)
+            for layer, weights in zip(base.walk.layers, base.weights, strict=True)
+        ]
+        self._modules = len(modules)
+        self._max_rows = 1 << (max_rows - 1).bit_length()
+        self._pages = pages_of(max_tokens)
+        self._ranks = LEAST_RANKS
+        self._depth = base.layers
+        self._graphs: OrderedDict[tuple[Plan, int], Graph] = OrderedDict()
+        self._rows = 0
+        self._spans: list[Span] = []
+        self._known_pages: dict[int, tuple[int, ...]] = {}
+        """By row, the shape of the page table that the device has."""
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Buffers for the ranks and the depth in use. Captured graphs hold their addresses, so they go."""
+        self._graphs.clear()
+        rows, device, dtype = self._max_rows, self._base.device, self._base.dtype
+        config, attention = self._config, self._layers[0].attention
+        widths = self._base.modules
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        def outputs(group: Sequence[str]) -> int:
+            return sum(widths[name][0] for name in group)
+
+        splits = max(splits_for(n, attention.kv_heads) * n for n in self._buckets())
+        parts = max(parts_for(n) * n for n in self._buckets())
+        heads = attention.heads
+        self._buffers = Buffers(
+            h=empty(rows, config.hidden_size),
+            x=empty(rows, config.hidden_size),
+            qkv=empty(rows, outputs(GROUPS[0])),
+            out=empty(rows, heads * attention.head_dim),
+            gate_up=empty(rows, outputs(GROUPS[2])),
+            gated=empty(rows, widths[GROUPS[3][0]][1]),
+            low=[empty(1, parts, len(group), self._ranks, dtype=torch.float32) for group in GROUPS],
+            partials=Partials(
+                empty(1, heads, splits, dtype=torch.float32),
+                empty(1, heads, splits, dtype=torch.float32),
+                empty(1, heads, splits, attention.head_dim, dtype=torch.float32),
+            ),
+        )
+        self._tokens = empty(rows, dtype=torch.int64)
+        self._lengths = empty(rows, dtype=torch.int32)
+        self._adapters = empty(rows, dtype=torch.int64)
+        self._tables = empty(rows, self._depth, self._pages, dtype=torch.int32)
+        self._logits = empty(rows, self._base.vocab_size, dtype=torch.float32)
+
+    def _buckets(self) -> list[int]:
+        return [1 << power for power in range(self._max_rows.bit_length())]
+
+    def tensors(self) -> list[Tensor]:
+        """All memory that is held for steps."""
+        b = self._buffers
+        held = [b.h, b.x, b.qkv, b.out, b.gate_up, b.gated, *b.low, *b.partials]
+        graphs = [graph.positions for graph in self._graphs.values()]
+        return [*held, self._tokens, self._lengths, self._adapters, self._tables, self._logits, *graphs]
+
+    def set_rows(self, spans: Sequence[Span]) -> None:
+        """Says what the next step is for: the next token of each span, which has one."""
+        if [span.table for span in spans] == [span.table for span in self._spans]:
+            # The same sequences go on. Their lengths are right: each step adds to them.
+            for row, (old, new) in enumerate(zip(self._spans, spans, strict=True)):
+                if old.length != new.context:
+                    break
+                if new.table.pages.shape != self._known_pages[row]:
+                    self.set_pages(row)
+            else:
+                self._spans = list(spans)
+                self._put(self._tokens[: len(spans)], np.array([span.tokens[0] for span in spans]))
+                return
+        ranks = max((span.adapter.rank for span in spans if span.adapter is not None), default=1)
+        depth = max(len(span.stack) for span in spans)
+        if ranks > self._ranks or depth > self._depth:
+            self._ranks, self._depth = max(self._ranks, 1 << (ranks - 1).bit_length()), max(self._depth, depth)
+            self._allocate()
+        self._spans = list(spans)
+        self._rows = 1 << (len(spans) - 1).bit_length()
+        plan = merge(tuple(sorted({span.stack for span in spans})))
+        self._graph = self._graph_for(plan)
+        index = {stack: i for i, stack in enumerate(plan.stacks)}
+        walked = np.array([[-1 if p is None else p for p in step.positions] for step in plan.steps], dtype=np.int32)
+        positions = np.full((len(plan.steps), self._rows), -1, dtype=np.int32)
+        positions[:, : len(spans)] = walked[:, [index[span.stack] for span in spans]]
+        self._put(self._graph.positions, positions)
+        tokens, lengths, adapters = (np.zeros(self._rows, dtype=t) for t in (np.int64, np.int32, np.int64))
+        for i, span in enumerate(spans):
+            tokens[i], lengths[i] = span.tokens[0], span.context
+            adapters[i] = 0 if span.adapter is None or span.adapter.table is None else span.adapter.table.data_ptr()
+            self.set_pages(i)
+        self._put(self._tokens[: self._rows], tokens)
+        self._put(self._lengths[: self._rows], lengths)
+        self._put(self._adapters[: self._rows], adapters)
+
+    def set_pages(self, row: int) -> None:
+        """Takes note of the pages that a row's sequence has by now."""
+        pages = self._spans[row].table.pages
+        self._known_pages[row] = pages.shape
+        self._put(self._tables[row, : pages.shape[0], : pages.shape[1]], pages.astype(np.int32))
+
+    @staticmethod
+    def _put(to: Tensor, values: Any) -> None:
+        to.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Launches a step for the rows' tokens, each one longer than the last.
+
+        Returns:
+            (rows) int64, the likeliest next tokens, which the next step takes; and their logits (rows, vocab) in fp32.
+            Both are overwritten by the next step.
+        """
+        self._graph.graph.replay()
+        return self._tokens[: len(self._spans)], self._logits[: len(self._spans)]
+
+    def _graph_for(self, plan: Plan) -> Graph:
+        key = (plan, self._rows)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        positions = torch.full((len(plan.steps), self._rows), -1, dtype=torch.int32, device=self._base.device)
+        forward = self._forward(plan, positions)
+        # Once beside the capture: kernels are compiled and loaded. No row has a position, so nothing is written.
+        forward()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            forward()
+        self._graphs[key] = Graph(graph, positions)
+        return self._graphs[key]
+
+    def _forward(self, plan: Plan, positions: Tensor) -> Callable[[], None]:
+        n, model = self._rows, self._base.model
+        decoder: Any = model.get_decoder()
+        buffers = self._buffers.narrowed(n, splits_for(n, self._layers[0].attention.kv_heads))
+        tokens, lengths, logits = self._tokens[:n], self._lengths[:n], self._logits[:n]
+        cache = Cache(*self._pool.tensors, self._tables[:n], lengths)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+
+        @torch.inference_mode()
+        def forward() -> None:
+            buffers.h.copy_(embedding(tokens))
+            cos, sin = decoder.rotary_emb(buffers.h, lengths.unsqueeze(0))
+            lengths.add_(1)
+            for step, row_positions in zip(plan.steps, positions, strict=True):
+                rows = Rows(row_positions, self._adapters[:n], self._modules)
+                self._layers[step.layer].forward(buffers, cos[0], sin[0], cache, rows)
+            logits.copy_(head(decoder.norm(buffers.h)))
+            torch.argmax(logits, 1, out=tokens)
+
+        return forward

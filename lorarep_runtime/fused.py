@@ -1,0 +1,177 @@
+"""Decoder layers of the Llama kind as a handful of kernels for rows of one new token each.
+
+What `transformers` computes in such a layer (RMSNorm, rotary attention with grouped heads, gated MLP), with each row's
+own adapter at its own position. Products of NF4 weights carry the adapters in their epilogue; other weights are a
+library's product and a kernel for the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorarep_runtime.kernels.activation import gate_low
+from lorarep_runtime.kernels.adapt_rows import adapt_rows
+from lorarep_runtime.kernels.combine import combine_low
+from lorarep_runtime.kernels.decode_attention import Attention, Cache, Partials, attend
+from lorarep_runtime.kernels.norm import norm_low
+from lorarep_runtime.kernels.rows import Rows
+from lorarep_runtime.linear import GROUPS, NF4TilesWeight, Weight
+
+FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
+"""`model_type` of the bases whose layers are of this kind."""
+WALKED_PROGRAMS = 256
+"""Programs that keep the device busy."""
+
+
+class Product(Protocol):
+    """y = c ⊙ (W x) + B (A x) + b for the modules of a group, or that added to y; as `kernels.nf4`."""
+
+    def product(
+        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
+    ) -> None: ...
+
+
+class LibraryProduct:
+    """For weights that have no kernel of their own."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self._weights = weights
+        self._sizes = [weight.shape[0] for weight in weights]
+
+    def product(
+        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
+    ) -> None:
+        plain = [weight.matmul(x) for weight in self._weights]
+        whole = plain[0] if len(plain) == 1 else torch.cat(plain, 1)
+        adapt_rows(whole, low, self._sizes, rows, first, bias=bias, residual=y if add else None)
+        if not add:
+            y.copy_(whole)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What the layers of a walk write, for a number of rows; all but h may be overwritten by the next layer."""
+
+    h: Tensor
+    """(rows, hidden size), the residual stream."""
+    x: Tensor
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    gated: Tensor
+    low: Sequence[Tensor]
+    """Of each of GROUPS: fp32 (rows, parts, modules, ranks)."""
+    partials: Partials
+
+    def narrowed(self, rows: int, splits: int) -> Buffers:
+        """The same memory for fewer rows."""
+        parts = parts_for(rows)
+
+        def low(whole: Tensor) -> Tensor:
+            shape = (rows, parts, *whole.shape[2:])
+            return whole.flatten()[: torch.Size(shape).numel()].view(shape)
+
+        def partial(whole: Tensor) -> Tensor:
+            shape = (rows, whole.shape[1], splits, *whole.shape[3:])
+            return whole.flatten()[: torch.Size(shape).numel()].view(shape)
+
+        return Buffers(
+            self.h[:rows],
+            self.x[:rows],
+            self.qkv[:rows],
+            self.out[:rows],
+            self.gate_up[:rows],
+            self.gated[:rows],
+            [low(one) for one in self.low],
+            Partials(*map(partial, self.partials)),
+        )
+
+
+def parts_for(rows: int) -> int:
+    """Parts of low."""
+    return 16 if rows <= 8 else 8
+
+
+def splits_for(rows: int, kv_heads: int) -> int:
+    """Parts that a sequence is split into."""
+    return max(2, min(16, WALKED_PROGRAMS // (rows * kv_heads)))
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """One layer."""
+
+    attention: Attention
+    norms: tuple[Tensor, Tensor]
+    eps: float
+    products: Sequence[Product]
+    """Of GROUPS."""
+    biases: Sequence[Tensor | None]
+    """Of GROUPS, the base's own."""
+    firsts: Sequence[int]
+    """Of GROUPS, the first module's number."""
+
+    def forward(self, b: Buffers, cos: Tensor, sin: Tensor, cache: Cache, rows: Rows) -> None:
+        """h += what the layer adds to it, for the rows that have a position. cos, sin: (rows, head_dim)."""
+        qkv, o, gate_up, down = zip(self.products, b.low, self.firsts, self.biases, strict=True)
+
+        def product(group: tuple[Product, Tensor, int, Tensor | None], x: Tensor, y: Tensor, *, add: bool) -> None:
+            product, low, first, bias = group
+            product.product(x, y, low, rows, first, bias=bias, add=add)
+
+        norm_low(b.h, self.norms[0], self.eps, b.x, qkv[1], rows, qkv[2], pdl=True)
+        product(qkv, b.x, b.qkv, add=False)
+        attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=True)
+        combine_low(b.partials, b.out, o[1], rows, o[2], pdl=True)
+        product(o, b.out, b.h, add=True)
+        norm_low(b.h, self.norms[1], self.eps, b.x, gate_up[1], rows, gate_up[2], pdl=True)
+        product(gate_up, b.x, b.gate_up, add=False)
+        gate_low(b.gate_up, b.gated, down[1], rows, down[2], "silu", pdl=True)
+        product(down, b.gated, b.h, add=True)
+
+
+def fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str], config: Any) -> FusedLayer:
+    """The kernels of a layer of one of FAMILIES.
+
+    Args:
+        layer: of `transformers`.
+        weights: its shared weights, by module.
+        modules: all linear modules, in the order of their numbers.
+        config: the text model's.
+    """
+    attention: Any = layer.self_attn
+    kv_heads, dim = config.num_key_value_heads, attention.head_dim
+    normed = hasattr(attention, "q_norm")
+    window = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)
+    return FusedLayer(
+        attention=Attention(
+            heads=config.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            scale=attention.scaling,
+            window=window,
+            q_norm=attention.q_norm.weight if normed else None,
+            k_norm=attention.k_norm.weight if normed else None,
+            eps=config.rms_norm_eps,
+        ),
+        norms=(layer.input_layernorm.weight, layer.post_attention_layernorm.weight),  # type: ignore[arg-type, union-attr]
+        eps=config.rms_norm_eps,
+        products=[_product([weights[name] for name in group]) for group in GROUPS],
+        biases=[_bias([layer.get_submodule(name).bias for name in group]) for group in GROUPS],  # type: ignore[misc]
+        firsts=[modules.index(group[0]) for group in GROUPS],
+    )
+
+
+def _product(weights: Sequence[Weight]) -> Product:
+    first = weights[0]
+    return first.group if isinstance(first, NF4TilesWeight) else LibraryProduct(weights)
+
+
+def _bias(biases: Sequence[Tensor | None]) -> Tensor | None:
+    present = [bias for bias in biases if bias is not None]
+    return torch.cat(present) if present else None

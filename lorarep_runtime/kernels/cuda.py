@@ -1,0 +1,104 @@
+"""CUDA C++ kernels: compiled by NVRTC for the device that is there, launched through the driver.
+
+https://docs.nvidia.com/cuda/nvrtc and https://docs.nvidia.com/cuda/cuda-driver-api.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+
+
+class CudaError(RuntimeError):
+    """A call of the driver or of NVRTC failed."""
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status.value:
+        raise CudaError(f"{status.name}: {status}")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+@cache
+def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    """The cubin of a source file.
+
+    Args:
+        architecture: such as "sm_90".
+
+    Raises:
+        CudaError: with the compiler's log.
+    """
+    program = _checked(nvrtc.nvrtcCreateProgram(file.read_bytes(), file.name.encode(), 0, [], []))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        if status.value:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise CudaError(f"{file.name}: {log.decode(errors='replace')}")
+        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+class Kernel:
+    """One function of a source file, on the current device."""
+
+    def __init__(self, file: Path, name: str, defines: Mapping[str, int] | None = None) -> None:
+        major, minor = torch.cuda.get_device_capability()
+        cubin = compile_source(file, tuple(sorted((defines or {}).items())), f"sm_{major}{minor}")
+        torch.cuda.current_stream().synchronize()  # the device's context is there and current
+        self._module = _checked(driver.cuModuleLoadData(cubin))
+        self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+        self._shared = 0
+
+    def __call__(
+        self,
+        grid: int,
+        threads: int,
+        *arguments: ctypes._SimpleCData[Any] | ctypes.Structure,
+        shared: int = 0,
+        cluster: int = 1,
+        dependent: bool = False,
+    ) -> None:
+        """Launches on torch's current stream.
+
+        Args:
+            shared: bytes of dynamic shared memory.
+            cluster: CTAs of a cluster; divides the grid.
+            dependent: whether the kernel may start while the one before it ends (programmatic dependent launch); it
+                waits by itself where it needs the other's results.
+        """
+        if shared > self._shared:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
+            self._shared = shared
+        attributes = []
+        if cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
+            attributes.append(attribute)
+        if dependent:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))

@@ -1,0 +1,339 @@
+// The product of a few rows with an NF4 weight, and the adapters of those rows in its epilogue.
+//
+// y[m, n] = c[m, n] * sum_k W[n, k] x[m, k] + sum_j B[m, n, j] low[m, j] + b[m, n], with c, B and b of row m's adapter.
+//
+// W is the A operand of mma.m16n8k16, x the B operand. A tile is 16 rows of W, a chunk 64 of its columns: one block of NF4
+// constants. Lane (g, t) of a warp holds the columns 16t..16t+15 of the rows g and g + 8: 16 bytes, one load. A byte is two
+// weights and becomes one register, two bf16 numbers, through a table that each lane has its own copy of in its own bank of
+// shared memory. A chunk is summed before it is scaled, so the scales cost four multiplications for each 16 x 64 weights.
+//
+// A warp owns TILES tiles. The CTAs of a cluster share the tiles and split the columns; they add up their sums through
+// distributed shared memory, in the same order every time.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+typedef long long i64;
+
+struct Group {                // modules that read the same x, their weights one under the other
+    const uint4* weights;     // (tiles, chunks, 32)
+    const float2* scales;     // (tiles, chunks, 8): rows g and g + 8
+    const u16* x;             // (rows, columns) bf16
+    u16* y;                   // (rows, outputs) bf16
+    const u16* base_bias;     // (outputs) bf16, or null
+    const float* low;         // (rows, parts, modules, ranks): partial sums of A x
+    const int* positions;     // (rows), -1 where a row passes through
+    const i64* adapters;      // (rows) addresses of entry tables (positions, all modules, 5), or 0
+    int rows, columns, tiles;
+    int parts, ranks;         // of low
+    int first, modules;       // first module's number in the entry tables; how many modules
+    int all_modules;          // of an entry table
+    int ends[3];              // outputs of the group up to and with each module
+    int add;                  // whether y is added to (a residual) rather than written
+    int tiles_per_cta, rank_segment;
+};
+
+struct Entry {  // of one row's adapter for one module; a rank of -1 is a row that passes through
+    const u16 *B, *c, *bias;
+    i64 rank;
+};
+
+struct Output {  // which module an output of the group belongs to, its place there, and the module's outputs
+    int module, inner, out;
+    __device__ Output(const Group& G, int n) {
+        module = (n >= G.ends[0]) + (n >= G.ends[1]);
+        const int start = module == 0 ? 0 : module == 1 ? G.ends[0] : G.ends[1];
+        inner = n - start;
+        out = (module == 0 ? G.ends[0] : module == 1 ? G.ends[1] : G.ends[2]) - start;
+    }
+};
+
+#define ENTRY 5
+#define CHUNK 64
+#define ROWS (EIGHTS * 8)
+#define PAD 8  // bf16 numbers after each row of x in shared memory: neighbouring rows fall into different banks
+
+__device__ __forceinline__ float bf16_to_float(u16 v) { return __uint_as_float(u32(v) << 16); }
+
+__device__ __forceinline__ u16 float_to_bf16(float v) {
+    u16 r;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+    return r;
+}
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+// Read once, past L1. Where `wanted` is false the registers keep what they hold: a plain condition would have the compiler
+// load into others and wait to copy them.
+__device__ __forceinline__ void load_once(uint4& v, const uint4* p, bool wanted) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;"
+                 "  @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(u32(wanted)));
+}
+
+__device__ __forceinline__ void load_once(float2& v, const float2* p, bool wanted) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.f32 {%0,%1}, [%2]; }"
+                 : "+f"(v.x), "+f"(v.y) : "l"(p), "r"(u32(wanted)));
+}
+
+__device__ __forceinline__ void store_cluster(u32 address, u32 rank, float v) {
+    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
+                 :: "r"(address), "r"(rank), "f"(v) : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+
+// 16 bytes from global to shared memory while other work goes on; zeros where `bytes` is 0.
+__device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+__device__ __forceinline__ u32 cluster_size() {
+    u32 r;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+    return r;
+}
+
+__constant__ float NF4[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// The register that byte I of a word stands for: an entry of the lane's copy of the table. One shift, one logical
+// operation (the lane's bank is or-ed in), one load.
+template <int I>
+__device__ __forceinline__ u32 lookup(const unsigned char* table, u32 bank, u32 word) {
+    const u32 at = (I == 0 ? word << 7 : word >> (8 * I - 7)) & 0x7f80 | bank;
+    return *reinterpret_cast<const u32*>(table + at);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __grid_constant__ Group G) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    const u32 rank = cluster_rank(), size = cluster_size();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int all_chunks = G.columns / CHUNK;
+    const int begin = all_chunks * rank / size, chunks = all_chunks * (rank + 1) / size - begin;
+    const int cta_tile = blockIdx.x / size * G.tiles_per_cta, tile = cta_tile + warp * TILES;
+
+    // Weights do not depend on what came before: the first ones are on their way while it ends.
+    const uint4* w[TILES];
+    const float2* s[TILES];
+    uint4 bytes[DEPTH][TILES] = {};
+    float2 scale[DEPTH][TILES] = {};
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        const i64 first = i64(min(tile + i, G.tiles - 1)) * all_chunks + begin;
+        w[i] = G.weights + first * 32 + lane;
+        s[i] = G.scales + first * 8 + g;
+    }
+    auto load = [&](int d, int ahead, bool wanted) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            load_once(bytes[d][i], w[i] + (d + ahead) * 32, wanted);
+            load_once(scale[d][i], s[i] + (d + ahead) * 8, wanted);
+        }
+    };
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) load(d, 0, d < chunks);
+    asm volatile("griddepcontrol.launch_dependents;");
+    if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+
+    u32* table = reinterpret_cast<u32*>(shared);
+    for (int i = threadIdx.x; i < 256 * 32; i += blockDim.x)
+        table[i] = pack_bf16(NF4[i / 32 >> 4], NF4[i / 32 & 15]);
+    const int outputs = G.tiles_per_cta * 16, share = outputs / size;
+    const int width = chunks * CHUNK, pitch = width + PAD;
+    // The sums that the cluster's CTAs leave here, (CTAs, rows, share); after it x, adapters, and A x.
+    float* sums_in = reinterpret_cast<float*>(shared + 256 * 128);
+    u16* x = reinterpret_cast<u16*>(sums_in + ROWS * outputs);
+    Entry* entries = reinterpret_cast<Entry*>(x + ROWS * pitch);
+    float* low = reinterpret_cast<float*>(entries + G.rows * G.modules);
+
+    // Nor do adapters depend on what came before.
+    for (int i = threadIdx.x; i < G.rows * G.modules; i += blockDim.x) {
+        const int position = G.positions[i / G.modules];
+        Entry entry = {0, 0, 0, position < 0 ? -1 : 0};
+        const i64 table = G.adapters[i / G.modules];
+        if (position >= 0 && table) {
+            const i64* e = reinterpret_cast<const i64*>(table);
+            e += (i64(position) * G.all_modules + G.first + i % G.modules) * ENTRY;
+            entry = {reinterpret_cast<const u16*>(e[1]), reinterpret_cast<const u16*>(e[2]),
+                     reinterpret_cast<const u16*>(e[3]), e[4]};
+        }
+        entries[i] = entry;
+    }
+
+    __syncthreads();
+    const int first_output = cta_tile * 16 + rank * share;
+    {
+        const Output at(G, first_output);
+        for (int i = threadIdx.x; i < G.rows * 64; i += blockDim.x) {
+            const Entry entry = entries[i / 64 * G.modules + at.module];
+            if (i % 64 < entry.rank)
+                for (int n = 0; n < share; n += 64) prefetch(entry.B + i64(i % 64) * at.out + at.inner + n);
+        }
+    }
+
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int i = threadIdx.x; i < ROWS * (width / 8); i += blockDim.x) {
+        const int m = i / (width / 8), k = i % (width / 8) * 8;
+        copy16(u32(__cvta_generic_to_shared(x + m * pitch + k)),
+               G.x + i64(m < G.rows ? m : 0) * G.columns + begin * CHUNK + k, m < G.rows ? 16 : 0);
+    }
+    auto sum_low = [&](int from) {
+        const int count = min(G.rank_segment, G.ranks - from), per_row = G.modules * count;
+        for (int i = threadIdx.x; i < G.rows * per_row; i += blockDim.x) {
+            const int m = i / per_row, module = i % per_row / count, j = i % count;
+            float sum = 0;
+            const float* part = G.low + (i64(m) * G.parts * G.modules + module) * G.ranks + from + j;
+#pragma unroll 8
+            for (int p = 0; p < G.parts; p++) sum += part[i64(p) * G.modules * G.ranks];
+            low[(m * G.modules + module) * G.rank_segment + j] = sum;
+        }
+    };
+    sum_low(0);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+
+    float sums[TILES][EIGHTS][4] = {};
+    const u32 bank = lane * 4;
+    const u16* x_at = x + g * pitch + t * 16;
+    auto compute = [&](int d) {
+        u32 b[EIGHTS][8];
+#pragma unroll
+        for (int e = 0; e < EIGHTS; e++) {
+            const uint4* from = reinterpret_cast<const uint4*>(x_at + e * 8 * pitch + d * CHUNK);
+            const uint4 low = from[0], high = from[1];
+            b[e][0] = low.x, b[e][1] = low.y, b[e][2] = low.z, b[e][3] = low.w;
+            b[e][4] = high.x, b[e][5] = high.y, b[e][6] = high.z, b[e][7] = high.w;
+        }
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            float part[EIGHTS][4] = {};
+            const uint4 v = bytes[d][i];
+            const u32 a[4][4] = {
+                {lookup<0>(shared, bank, v.x), lookup<0>(shared, bank, v.z), lookup<1>(shared, bank, v.x), lookup<1>(shared, bank, v.z)},
+                {lookup<2>(shared, bank, v.x), lookup<2>(shared, bank, v.z), lookup<3>(shared, bank, v.x), lookup<3>(shared, bank, v.z)},
+                {lookup<0>(shared, bank, v.y), lookup<0>(shared, bank, v.w), lookup<1>(shared, bank, v.y), lookup<1>(shared, bank, v.w)},
+                {lookup<2>(shared, bank, v.y), lookup<2>(shared, bank, v.w), lookup<3>(shared, bank, v.y), lookup<3>(shared, bank, v.w)},
+            };
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int e = 0; e < EIGHTS; e++)
+                    mma(part[e], a[k][0], a[k][1], a[k][2], a[k][3], b[e][2 * k], b[e][2 * k + 1]);
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++) {
+                sums[i][e][0] += scale[d][i].x * part[e][0];
+                sums[i][e][1] += scale[d][i].x * part[e][1];
+                sums[i][e][2] += scale[d][i].y * part[e][2];
+                sums[i][e][3] += scale[d][i].y * part[e][3];
+            }
+        }
+    };
+    int left = chunks;
+    for (; left >= DEPTH; left -= DEPTH) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            compute(d);
+            load(d, DEPTH, d + DEPTH < left);
+        }
+        x_at += DEPTH * CHUNK;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) w[i] += DEPTH * 32, s[i] += DEPTH * 8;
+    }
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+        if (d < left) compute(d);
+
+    // Each CTA finishes its share of the outputs: the others' sums go to where it is.
+    if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all of them have begun
+    const u32 sums_at = u32(__cvta_generic_to_shared(sums_in));
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            const int n = (warp * TILES + i) * 16 + g + q / 2 * 8, owner = n / share;
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++)
+                store_cluster(sums_at + ((rank * ROWS + e * 8 + 2 * t + q % 2) * share + n % share) * 4, owner,
+                              sums[i][e][q]);
+        }
+    if (size > 1) cluster_sync(); else __syncthreads();
+
+    const int end = G.tiles * 16;
+    for (int from = 0; from < G.ranks || from == 0; from += G.rank_segment) {
+        if (from > 0) {
+            __syncthreads();
+            sum_low(from);
+            __syncthreads();
+        }
+        const bool first = from == 0;
+        for (int i = threadIdx.x; i < G.rows * share; i += blockDim.x) {
+            const int m = i / share, local = i % share, n = first_output + local;
+            const Output at(G, n);
+            const Entry entry = entries[m * G.modules + at.module];
+            if (n >= end || entry.rank < 0) continue;
+            float v = 0;
+            if (first) {
+                for (u32 r = 0; r < size; r++) v += sums_in[(r * ROWS + m) * share + local];
+                if (entry.c) v *= bf16_to_float(entry.c[at.inner]);
+                if (entry.bias) v += bf16_to_float(entry.bias[at.inner]);
+                if (G.base_bias) v += bf16_to_float(G.base_bias[n]);
+            }
+            const int ranks = min(int(entry.rank) - from, G.rank_segment);
+            const u16* B = entry.B + i64(from) * at.out + at.inner;
+            const float* a = low + (m * G.modules + at.module) * G.rank_segment;
+#pragma unroll 8
+            for (int j = 0; j < ranks; j++) v += bf16_to_float(B[i64(j) * at.out]) * a[j];
+            u16* y = G.y + i64(m) * end + n;
+            *y = float_to_bf16(first && !G.add ? v : v + bf16_to_float(*y));
+        }
+    }
+}
+
+// W (outputs, columns) in bf16: code times scale in fp32, rounded once, as bitsandbytes does.
+extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* scales, u16* out, int columns, i64 units) {
+    const i64 unit = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    if (unit >= units) return;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, chunks = columns / CHUNK;
+    const i64 tile = unit / chunks, chunk = unit % chunks;
+    uint4 bytes;
+    float2 scale;
+    load_once(bytes, weights + unit * 32 + lane, true);
+    load_once(scale, scales + unit * 8 + g, true);
+    const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float by = half ? scale.y : scale.x;
+        u32 pairs[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const u32 byte = words[half * 2 + j / 4] >> j % 4 * 8 & 255;
+            pairs[j] = pack_bf16(NF4[byte >> 4] * by, NF4[byte & 15] * by);
+        }
+        uint4* to = reinterpret_cast<uint4*>(out + (tile * 16 + g + half * 8) * columns + chunk * CHUNK + t * 16);
+        to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+    }
+}

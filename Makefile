@@ -17,8 +17,8 @@ check: .venv/installed
 	$(BIN)/mypy
 
 proto: .venv/installed
-	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --grpc_python_out=proto --mypy_out=proto \
-	  proto/lorarep/v1/*.proto
+	$(BIN)/python -m grpc_tools.protoc --plugin=$(BIN)/protoc-gen-mypy -I proto --python_out=proto \
+	  --grpc_python_out=proto --mypy_out=proto proto/lorarep/v1/*.proto
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -5,12 +5,15 @@ The walk over the layers (`walk`), the linear layers (`linear`) and the attentio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import set_tqdm_hook
 
 from lorarep_runtime.batch import Batch
 from lorarep_runtime.cache import PagePool
@@ -39,18 +42,19 @@ class Base:
         self.device = _device(config.device)
         self.config = read_model_config(self.folder)
         self.quantization_config = quantization_of(self.config, config)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            self.folder,
-            config=self.config,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-            # Each tensor is quantized as it is read, so the unquantized model is never whole in memory.
-            device_map={"": self.device},
-            attn_implementation=ATTENTION,
-            quantization_config=self.quantization_config,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        ).eval()
+        with _reporting(progress, "load" if self.quantization_config is None else "quantize"):
+            self.model = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                config=self.config,
+                dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+                # Each tensor is quantized as it is read, so the unquantized model is never whole in memory.
+                device_map={"": self.device},
+                attn_implementation=ATTENTION,
+                quantization_config=self.quantization_config,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            ).eval()
         self.model.requires_grad_(False)
         self.config = self.model.config
         self.dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
@@ -100,6 +104,26 @@ class Base:
                 logits_to_keep=rows,
             ).logits
         return logits[0].float()
+
+
+@contextmanager
+def _reporting(progress: Progress | None, stage: str) -> Iterator[None]:
+    """Has `progress` told of the tensors that `transformers` loads, in place of the bar that it would draw."""
+
+    def counted(tensors: Collection[Any]) -> Iterator[Any]:
+        for done, tensor in enumerate(tensors, 1):
+            yield tensor
+            if progress is not None:
+                progress(stage, done, len(tensors))
+
+    def bar(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return counted(*args) if args else make(**{**options, "disable": True})
+
+    before = set_tqdm_hook(None if progress is None else bar)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def _device(name: str) -> torch.device:

@@ -109,7 +109,7 @@ def fetch(
         revision: branch, tag or commit, resolved once; None is the default branch. A commit that is in the cache is
             served without asking the Hub.
         cache_dir: Hub cache; None is huggingface_hub's default.
-        progress: told of bytes downloaded, as stage "download"; None shows huggingface_hub's own bars.
+        progress: told of bytes downloaded, as stage "download".
 
     Raises:
         InvalidArgument: the source or revision is malformed, or a link leads out of an adapter's folder.
@@ -236,7 +236,7 @@ def _download(
         return Path(folder)
 
     try:
-        return snapshot(tqdm_class=None if progress is None else _reporting(progress))
+        return snapshot(tqdm_class=_reporting(progress))
     except (_HTTPError, OSError, RuntimeError, LorarepError) as error:
         try:
             return snapshot(local_files_only=True)
@@ -296,7 +296,7 @@ def _refuse_pause(response: Any) -> None:
         raise Unavailable("the hub limits the rate of requests" + (f"; retry after {pause} s" if pause else ""))
 
 
-def _reporting(progress: Progress) -> type[tqdm]:
+def _reporting(progress: Progress | None) -> type[tqdm]:
     lock = threading.Lock()
 
     class Bar(tqdm):
@@ -309,7 +309,7 @@ def _reporting(progress: Progress) -> type[tqdm]:
         def update(self, n: float | None = 1) -> None:
             with lock:
                 self.n += n or 0
-                if self.reports:
+                if self.reports and progress is not None:
                     progress("download", int(self.n), int(self.total or 0))
 
     return Bar

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,17 +154,36 @@ def test_cancelling_ends_a_stream_and_frees_its_pages(running: Engine) -> None:
     assert_nothing_held(running)
 
 
-def test_a_deadline_ends_running_and_waiting_requests(base: Path) -> None:
+def test_what_is_cancelled_is_gone_before_the_next_step(base: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_for(base, adapters=adapters, max_sequences=1)
+    running, waiting = Stream(), Stream()
+    ids = [engine.submit(LONG, engine.adapters.lease([("dora overlap", 1.0)]), s) for s in (running, waiting)]
+    assert engine.step()
+    assert engine.stats().pages_used > 0
+    for number in ids:
+        engine.cancel(number)
+    assert not engine.step()
+    assert [len(stream.events) for stream in (running, waiting)] == [2, 1]
+    assert isinstance(running.last, Cancelled)
+    assert isinstance(waiting.last, Cancelled)
+    assert_nothing_held(engine)
+
+
+def test_a_deadline_ends_running_and_waiting_requests_before_the_next_step(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = engine_for(base, max_sequences=1)
-    streams = [Stream(), Stream()]
-    for stream in streams:
-        request = replace(LONG, deadline=time.monotonic() + 0.2)
-        engine.submit(request, engine.adapters.lease([]), stream)
-    engine.start()
-    assert all(isinstance(stream.last, DeadlineExceeded) for stream in streams)
-    assert streams[0].first.is_set()
-    assert not streams[1].first.is_set()
-    engine.stop()
+    now = time.monotonic()
+    running, waiting = Stream(), Stream()
+    for stream in (running, waiting):
+        engine.submit(replace(LONG, deadline=now + 1000), engine.adapters.lease([]), stream)
+    assert engine.step()
+    assert engine.stats().pages_used > 0
+    monkeypatch.setattr("lorarep_runtime.engine.time", SimpleNamespace(monotonic=lambda: now + 1000))
+    assert not engine.step()
+    assert [len(stream.events) for stream in (running, waiting)] == [2, 1]
+    assert isinstance(running.last, DeadlineExceeded)
+    assert isinstance(waiting.last, DeadlineExceeded)
     assert_nothing_held(engine)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from lorarep_server.cli import main
 from transformers import MistralConfig
@@ -144,6 +145,18 @@ def test_the_merged_walk_of_two_stacks_is_48_passes(mistral: Path) -> None:
     counted = plan("--base", str(mistral / "base"), "--stack", "deep=0-24,8-32")
     assert counted["plan"]["weight_passes"] == 48
     assert counted["plan"]["weight_passes_saved"] == 32
+
+
+def test_a_mergekit_recipe_is_a_stack(mistral: Path, tmp_path: Path) -> None:
+    sources = [{"sources": [{"model": "mistralai/Mistral-7B-v0.1", "layer_range": r}]} for r in ([0, 24], [8, 32])]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": sources}))
+    counted = plan("--base", str(mistral / "base"), "--stack", f"deep={recipe}")
+    assert counted["stacks"][1]["ranges"] == [[0, 24], [8, 32]]
+    assert counted["plan"]["weight_passes"] == 48
+    recipe.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": sources, "dtype": "bfloat16"}))
+    refused = CliRunner().invoke(main, ["plan", "--base", str(mistral / "base"), "--stack", f"deep={recipe}"])
+    assert (refused.exit_code, "dtype" in refused.output) == (1, True)
 
 
 def test_no_weights_of_the_base_are_downloaded(mistral: Path, hub: FaultyHub, tmp_path: Path) -> None:

@@ -54,7 +54,6 @@ def stream(tokenizer: Tokenizer, tokens: list[int], stop: tuple[str, ...] = (), 
     return [*pieces, text.finish()], False
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=40), prompt=st.text(max_size=10))
 def test_streamed_text_is_the_text(tokenizer: Tokenizer, text: str, prompt: str) -> None:
     pieces, _ = stream(tokenizer, tokenizer.encode(text), prompt=tokenizer.encode(prompt))
@@ -87,7 +86,7 @@ def test_a_space_after_the_prompt_is_kept(spaced: Tokenizer) -> None:
     assert "".join(stream(spaced, [2, 5, 6, 1] * 5, prompt=[1])[0]) == " twoé one" * 5
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text("ab<>", max_size=30), st.lists(st.text("ab<>", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_no_part_of_a_stop_is_ever_shown(tokenizer: Tokenizer, text: str, stops: list[str]) -> None:
     pieces, met = stream(tokenizer, tokenizer.encode(text), tuple(stops))

@@ -34,6 +34,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 MAX_NAME = 256
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ADAPTERS_OF_A_REQUEST = 16
+MAX_IDLE_MIXES = 16
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class _Loaded:
     """Tick of the last lease: the least goes first."""
 
 
+MixKey = tuple[tuple[_Loaded, float], ...]
+"""The adapters of a mix and their weights."""
+
+
 @dataclass(frozen=True, eq=False)
 class Lease:
     """A request's hold on what it computes with."""
@@ -102,7 +107,8 @@ class AdapterPool:
         self._changed = threading.Condition(threading.RLock())
         self._named: dict[str, _Loaded] = {}
         self._evicted: dict[str, AdapterInfo] = {}
-        self._mixes: dict[tuple[tuple[_Loaded, float], ...], _Loaded] = {}
+        self._mixes: dict[MixKey, _Loaded] = {}
+        self._mixing: set[MixKey] = set()
         self._leaving: set[_Loaded] = set()
         """Without a name by now, still held by requests."""
         self._loading: set[str] = set()
@@ -374,17 +380,38 @@ class AdapterPool:
     def _name_of(self, info: AdapterInfo) -> str | None:
         return next((name for name, stack in self._stacks.items() if stack == info.stack), None)
 
-    def _hold_mix(self, key: tuple[tuple[_Loaded, float], ...]) -> _Loaded:
+    def _hold_mix(self, key: MixKey) -> _Loaded:
         with self._changed:
+            self._changed.wait_for(lambda: key not in self._mixing)
             mixed = self._mixes.get(key)
-            if mixed is None:
-                size = sum(part.adapter.nbytes for part, _ in key)
-                with self._reserve(size):
-                    adapter = mix([(part.adapter, weight) for part, weight in key], tuple(self._base.modules))
-                mixed = self._mixes[key] = _Loaded(adapter, key[0][0].tokenizer, None)
-            mixed.references += 1
-            self._touch(mixed)
-            return mixed
+            if mixed is not None:
+                mixed.references += 1
+                self._touch(mixed)
+                return mixed
+            self._mixing.add(key)
+        try:
+            # Without the lock: steps need it to give back what finished requests held.
+            with self._reserve(sum(part.adapter.nbytes for part, _ in key)):
+                adapter = mix([(part.adapter, weight) for part, weight in key], tuple(self._base.modules))
+            mixed = _Loaded(adapter, key[0][0].tokenizer, None, references=1)
+            with self._changed:
+                self._touch(mixed)
+                if all(part.info and self._named.get(part.info.name) is part for part, _ in key):
+                    self._mixes[key] = mixed
+                    self._drop_idle_mixes()
+                else:  # a part has lost its name meanwhile
+                    self._leaving.add(mixed)
+                return mixed
+        finally:
+            with self._changed:
+                self._mixing.discard(key)
+                self._changed.notify_all()
+
+    def _drop_idle_mixes(self) -> None:
+        """Keeps the latest; callers choose weights at will, and each choice is another mix."""
+        idle = sorted((mixed for mixed in self._mixes.values() if not mixed.references), key=lambda mixed: mixed.used)
+        for mixed in idle[:-MAX_IDLE_MIXES]:
+            self._forget_mixes(mixed)
 
     def _touch(self, loaded: _Loaded) -> None:
         self._tick += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -54,13 +55,21 @@ def stack_name(request: generation_pb2.GenerateRequest) -> str | None:
 
 
 def runtime_request(
-    request: generation_pb2.GenerateRequest, prompt: tuple[int, ...], deadline: float | None
+    request: generation_pb2.GenerateRequest, prompt: tuple[int, ...], deadline: float | None, max_tokens: int
 ) -> Request:
-    """The request for the engine; what is unset has the runtime's defaults."""
+    """The request for the engine; what is unset has the runtime's defaults.
+
+    Args:
+        max_tokens: of prompt and answer together; an answer whose length is unset is no longer than that leaves.
+    """
+    stopping = Stopping(**_given(request.stopping))
+    if not request.stopping.HasField("max_new_tokens"):
+        left = max(1, max_tokens - len(prompt))
+        stopping = replace(stopping, max_new_tokens=min(stopping.max_new_tokens, left))
     return Request(
         prompt=prompt,
         sampling=Sampling(**_given(request.sampling)),
-        stopping=Stopping(**_given(request.stopping)),
+        stopping=stopping,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         deadline=deadline,
     )

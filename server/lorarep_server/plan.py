@@ -80,9 +80,10 @@ def count(
     from lorarep_runtime.base import quantization_of, read_model_config
     from lorarep_runtime.footprint import footprint, quantization_kind
     from lorarep_runtime.hub import fetch
+    from lorarep_server.progress import ProgressBars
 
-    limits = AdapterLimits()
-    snapshot = fetch(base.base, base.revision, kind="config", cache_dir=base.cache_dir)
+    limits, progress = AdapterLimits(), ProgressBars()
+    snapshot = fetch(base.base, base.revision, kind="config", cache_dir=base.cache_dir, progress=progress)
     config = read_model_config(snapshot.folder)
     quantization = quantization_of(config, base)
     own = getattr(config, "quantization_config", None)
@@ -94,7 +95,7 @@ def count(
         walked[named.name] = named.resolve(held.layers, limits.max_positions, base.base)
     rows: list[dict[str, Any]] = []
     for source in adapters:
-        at = fetch(source.source, source.revision, kind="adapter", cache_dir=base.cache_dir)
+        at = fetch(source.source, source.revision, kind="adapter", cache_dir=base.cache_dir, progress=progress)
         spec = AdapterSpec.parse(read_config(at.folder / CONFIG_FILE), limits)
         walked[source.name] = spec.stack(held.layers)
         layout = check(spec, read_header(at.folder / WEIGHTS_FILE), walked[source.name], held.modules, held.prefix)

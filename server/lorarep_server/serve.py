@@ -141,14 +141,18 @@ SECONDS = click.FloatRange(min=0)
     default=ServerConfig.max_unread_seconds,
     help="Seconds for which more may wait before the stream ends.",
 )
-@option("--log-level", type=click.Choice(LOG_LEVELS), default="info", help="Least level of the log.")
+@option("--log-level", type=click.Choice(LOG_LEVELS), default="info", help="Least level of lorarep's own log.")
 def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log_level: str, **given: Any) -> None:
     """Serve a base with replicated stacks and adapters over gRPC."""
     for flag, values in (("stack", stack), ("adapter", adapter)):
         names = [value.name for value in values]
         if twice := {name for name in names if names.count(name) > 1}:
             raise click.UsageError(f"--{flag}: {min(twice)!r} is named twice")
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Of what others log, warnings alone: HTTP clients have a line for every request, signed addresses included.
+    logging.getLogger().setLevel(max(logging.WARNING, logging.getLevelName(log_level.upper())))
+    for package in ("lorarep_runtime", "lorarep_server"):
+        logging.getLogger(package).setLevel(log_level.upper())
     config = EngineConfig(
         base=BaseConfig(**_taken(given, BaseConfig)),
         adapters=AdapterLimits(

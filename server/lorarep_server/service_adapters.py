@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """Names of adapters. Each method leaves the event loop: the pool's lock is held while adapters are mixed."""
+    """Names of adapters. Each method leaves the event loop: others may hold the pool's lock."""
 
     def __init__(self, engine: Callable[[], Engine], loads: Loads) -> None:
         self._engine = engine

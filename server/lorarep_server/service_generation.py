@@ -154,7 +154,8 @@ def _admit(
     lease = engine.adapters.lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
     try:
         prompt = messages.prompt_tokens(request.prompt, lease.tokenizer)
-        request_id = engine.submit(messages.runtime_request(request, prompt, deadline), lease, on_event)
+        wanted = messages.runtime_request(request, prompt, deadline, engine.max_tokens)
+        request_id = engine.submit(wanted, lease, on_event)
     except BaseException:
         lease.release()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,18 @@ def test_a_damaged_copy_leaves_the_good_one(engine: Engine, saved: Path, changed
         engine.adapters.load("good", str(folder), trusted=True)
     assert engine.adapters.get("good") == good
     engine.adapters.unload("good")
+
+
+def test_fan_in_fan_out_is_reset_as_peft_resets_it(base: Path, saved: Path, tmp_path: Path) -> None:
+    """It is about Conv1D; over linear layers PEFT warns and goes on without it."""
+    folder = tmp_path / "fan"
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    engine = engine_for(base, adapters={"fan": folder}, kv_bytes=1 << 20)
+    model = PeftModel.from_pretrained(stacked(load_base(base), stack_of(MAP)), without_replication(folder)).eval()
+    logits = engine.logits(PROMPT, engine.adapters.lease([("fan", 1.0)]))
+    assert (logits - reference_logits(model, PROMPT)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kinds", [("lora", "lora"), ("lora", "dora"), ("dora", "dora", "bias")], ids="+".join)

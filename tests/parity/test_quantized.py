@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from lorarep_runtime.adapters.pool import CONFIG_FILE, read_config
+from lorarep_runtime.adapters.spec import AdapterSpec
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.reference import Reference
 from tests.engines import PROMPT, engine_for, greedy
 from tests.models import (
     MAPS,
@@ -67,6 +71,21 @@ def test_adapters_over_quantized_bases(quantization: str, base: Path, adapters: 
             engine.logits(text, held), expected, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
         )
         held.release()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_reference_without_peft_is_the_one_with_it(
+    kind: str, base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{kind} on overlap"
+    engine = engine_for(base, "nf4")
+    spec = AdapterSpec.parse(read_config(adapters[name] / CONFIG_FILE), AdapterLimits())
+    given = engine.base, stack_of(MAPS["overlap"]), adapters[name], spec
+    under_peft = Reference(*given)
+    monkeypatch.setattr("lorarep_runtime.reference.find_spec", lambda module: None)
+    merged = Reference(*given)
+    assert [one.name.rpartition(", ")[2] for one in (under_peft, merged)] == ["under PEFT", "adapter merged"]
+    torch.testing.assert_close(merged.logits(PROMPT), under_peft.logits(PROMPT), atol=1e-5, rtol=0)
 
 
 def use_dequantized_int8(model: nn.Module) -> None:

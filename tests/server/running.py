@@ -126,6 +126,7 @@ def request(
     )
 
 
-def stream(server: Server, wanted: generation_pb2.GenerateRequest, **call: Any) -> Any:
-    """The call of a stream."""
-    return server.generation.GenerateStream(generation_pb2.GenerateStreamRequest(request=wanted), **call)
+def stream(server: Server, wanted: generation_pb2.GenerateRequest, *, stub: Any = None, **call: Any) -> Any:
+    """The call of a stream, over the server's own channel or another's stub."""
+    stub = stub or server.generation
+    return stub.GenerateStream(generation_pb2.GenerateStreamRequest(request=wanted), **call)

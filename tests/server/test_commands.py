@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import termios
 from pathlib import Path
 
 import pytest
 
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, lorarep, request
+from tests.server.running import LORAREP, Server, lorarep, request
 
 
 def test_generate_streams_to_the_terminal(server: Server) -> None:
@@ -44,6 +48,34 @@ def test_verify_finds_an_adapter_the_same(world: World, quantization: str) -> No
     assert ended.returncode == 0, ended.stderr
     assert "the same but for rounding" in ended.stdout
     assert "physically stacked, under PEFT" in ended.stdout
+
+
+def test_progress_of_every_stage_is_on_the_terminal(world: World, tmp_path: Path) -> None:
+    """And nowhere else: see `test_a_server_draws_no_bars_into_its_log`."""
+    arguments = ["verify", "--base=org/base", "--adapter=org/lora", "--quantization=nf4", "--device=cpu"]
+    arguments += ["--dtype=float32", "--max-new-tokens=1", f"--cache-dir={tmp_path}"]
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    shown = b""
+    with subprocess.Popen(
+        [*LORAREP, *arguments], env={**os.environ, **world.env}, stdout=subprocess.DEVNULL, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        try:
+            while piece := os.read(ours, 4096):
+                shown += piece
+        except OSError:  # how a terminal says that nobody writes to it any more
+            pass
+    os.close(ours)
+    assert process.returncode == 0, shown
+    for stage in ("download", "quantize", "compile"):
+        assert f"{stage}: 100%" in shown.decode(), shown
+
+
+def test_a_server_draws_no_bars_into_its_log(server: Server) -> None:
+    log = "".join(server.log)
+    assert "%|" not in log
+    assert "HTTP Request" not in log
 
 
 def test_verify_refuses_what_serving_refuses(world: World, tmp_path: Path) -> None:

@@ -97,6 +97,23 @@ def test_usage_timings_reason_and_logprobs(server: Server) -> None:
     assert (revision.name, revision.repository, len(revision.commit)) == ("lora", "org/lora", 40)
 
 
+def test_an_answer_of_unset_length_takes_what_the_prompt_leaves(server: Server) -> None:
+    wanted = request([5] * 500, "lora", stopping=pb.Stopping(ignore_eos=True))
+    assert server.generation.Generate(wanted).usage.completion_tokens == 512 - 500
+    with pytest.raises(grpc.RpcError) as error:
+        server.generation.Generate(request([5] * 512, stopping=pb.Stopping()))
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_stop_string_ends_a_stream_and_is_never_shown(server: Server) -> None:
+    whole = server.generation.Generate(request(PROMPT, "lora", new_tokens=60)).text
+    stop = whole[10:13]
+    stopping = pb.Stopping(max_new_tokens=60, ignore_eos=True, stop=[stop])
+    messages = list(stream(server, request(PROMPT, "lora", stopping=stopping)))
+    assert messages[-1].finished.finish_reason == pb.FINISH_REASON_STOP_STRING
+    assert "".join(m.chunk.text for m in messages) == whole[: whole.index(stop)]
+
+
 def test_a_named_stack_without_an_adapter(server: Server, world: World) -> None:
     answer = server.generation.Generate(request([5, 6, 7], stack="deep", new_tokens=1))
     logits = reference_logits(reference(world.base, None, (0, 1, 2, 3, 2, 3, 4, 5)), [5, 6, 7])

@@ -290,7 +290,7 @@ class Stopping(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
     """Most tokens of the answer. At least 1; together with the prompt at most the server's `max_sequence_tokens`.
-    Default: 256.
+    Default: 256, or what the prompt leaves of `max_sequence_tokens` if that is less.
     """
     min_new_tokens: _builtins.int
     """Until the answer has so many tokens, no end token is sampled and no stop string ends it. At most `max_new_tokens`.
@@ -366,7 +366,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def stopping(self) -> Global___Stopping:
-        """Default: at an end token or after 256 tokens."""
+        """Default: at an end token or after the default of `max_new_tokens`."""
 
     def __init__(
         self,

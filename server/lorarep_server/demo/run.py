@@ -79,6 +79,7 @@ def _server(hub: str, cache: Path) -> Iterator[Server]:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",  # would go before the other
         },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

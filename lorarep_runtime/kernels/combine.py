@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.decode_attention import Partials
 from lorarep_runtime.kernels.low import await_previous, group_rows, load_ranks, low_options, part_columns, write_low
 from lorarep_runtime.kernels.rows import PlainRows, Rows, write_low_reference
+
+
+class Partials(NamedTuple):
+    """Attention over the tokens of each split, fp32. A split without tokens has maximum -inf, sum 0, and no values."""
+
+    maxima: Tensor
+    """(rows, heads, splits), the largest score."""
+    sums: Tensor
+    """(rows, heads, splits), Σ exp(score - maximum)."""
+    values: Tensor
+    """(rows, heads, splits, head_dim), Σ exp(score - maximum) · v."""
+
+    @classmethod
+    def empty(cls, rows: int, heads: int, splits: int, head_dim: int, device: torch.device) -> Partials:
+        shape = (rows, heads, splits)
+        return cls(*(torch.empty(s, dtype=torch.float32, device=device) for s in (shape, shape, (*shape, head_dim))))
 
 
 def combine_low(partials: Partials, out: Tensor, low: Tensor, rows: Rows, first: int, *, pdl: bool = False) -> None:

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorarep_runtime.kernels.combine import Partials
 from lorarep_runtime.kernels.low import await_previous
-from lorarep_runtime.kernels.norm import rms_norm_reference, scale_by_weight
+from lorarep_runtime.kernels.rotary import rotated, rotated_reference
 from lorarep_runtime.kernels.rows import PlainRows, Rows
 
 BLOCK_TOKENS: tl.constexpr = tl.constexpr(64)
@@ -39,7 +40,7 @@ class Attention:
     q_norm: Tensor | None = None
     """(head_dim), weight of an RMSNorm of every query (Qwen 3); None is none."""
     k_norm: Tensor | None = None
-    """Likewise of every key; there where q_norm is."""
+    """Likewise of every key."""
     eps: float = 1e-6
     offset: float = 0.0
     """Of these norms, as in `norm_low`."""
@@ -56,22 +57,6 @@ class Cache(NamedTuple):
     """(rows, positions, n) int32, the pages of each row's sequence at each position of its stack, in order."""
     lengths: Tensor
     """(rows) int32, tokens of each row's sequence, the new one included."""
-
-
-class Partials(NamedTuple):
-    """Attention over the tokens of each split, fp32. A split without tokens has maximum -inf, sum 0, and no values."""
-
-    maxima: Tensor
-    """(rows, heads, splits), the largest score."""
-    sums: Tensor
-    """(rows, heads, splits), Σ exp(score - maximum)."""
-    values: Tensor
-    """(rows, heads, splits, head_dim), Σ exp(score - maximum) · v."""
-
-    @classmethod
-    def empty(cls, rows: int, splits: int, layer: Attention, device: torch.device) -> Partials:
-        shape = (rows, layer.heads, splits)
-        return cls(*(torch.empty(s, device=device) for s in (shape, shape, (*shape, layer.head_dim))))
 
 
 def attend(
@@ -136,10 +121,10 @@ def attend_reference(
         partial[[row for row, _ in rows.walking()]] = neutral
     for row, position in rows.walking():
         q, k, v = qkv[row].view(-1, layer.head_dim).split([layer.heads, layer.kv_heads, layer.kv_heads])
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm_reference(q, layer.q_norm, layer.eps, layer.offset)
-            k = rms_norm_reference(k, layer.k_norm, layer.eps, layer.offset)
-        q, k = (x * cos[row] + _rotate_half(x) * sin[row] for x in (q, k))
+        q, k = (
+            rotated_reference(x, norm, cos[row], sin[row], layer.eps, layer.offset)
+            for x, norm in ((q, layer.q_norm), (k, layer.k_norm))
+        )
         length = int(cache.lengths[row])
         page_tokens = cache.key_pages.shape[1]
         tokens = torch.arange(length, device=qkv.device)
@@ -157,38 +142,6 @@ def attend_reference(
         weights = (scores - maxima[:, None]).exp()
         partials.maxima[row, :, 0], partials.sums[row, :, 0] = maxima, weights.sum(1)
         partials.values[row, :, 0] = torch.einsum("ht,thd->hd", weights, values)
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat((-second, first), -1)
-
-
-@triton.jit
-def _rotated(x, norm, cos, sin, eps, heads, OFFSET: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """(heads, BLOCK_DIM): normed and rotated, in the dtype of x; 0 where `heads`, a mask, or the dimension ends.
-
-    x: (heads) addresses.
-    """
-    dtype = cos.dtype.element_ty
-    d = tl.arange(0, BLOCK_DIM)
-    inside = d < DIM
-    other = tl.where(d < DIM // 2, d + DIM // 2, d - DIM // 2)
-    both = heads[:, None] & inside[None, :]
-    straight = tl.load(x[:, None] + d[None, :], mask=both, other=0)
-    crossed = tl.load(x[:, None] + other[None, :], mask=both, other=0)
-    if norm is not None:
-        wide = straight.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(wide * wide, 1) / DIM + eps)[:, None]
-        straight = scale_by_weight(wide * factor, tl.load(norm + d, mask=inside, other=0)[None, :], OFFSET)
-        weight = tl.load(norm + other, mask=inside, other=0)[None, :]
-        crossed = scale_by_weight(crossed.to(tl.float32) * factor, weight, OFFSET)
-    c = tl.load(cos + d, mask=inside, other=0).to(tl.float32)
-    s = tl.load(sin + d, mask=inside, other=0).to(tl.float32)
-    s = tl.where(d < DIM // 2, -s, s)
-    by_cos = (straight.to(tl.float32) * c[None, :]).to(dtype)
-    by_sin = (crossed.to(tl.float32) * s[None, :]).to(dtype)
-    return (by_cos.to(tl.float32) + by_sin.to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -273,9 +226,9 @@ def _attend(
     qkv += row * (HEADS + 2 * KV_HEADS) * DIM
     cos += row * DIM
     sin += row * DIM
-    q = _rotated(qkv + (kv_head * group + head) * DIM, q_norm, cos, sin, eps, in_group, OFFSET, DIM, BLOCK_DIM)
+    q = rotated(qkv + (kv_head * group + head) * DIM, q_norm, cos, sin, eps, in_group, OFFSET, DIM, BLOCK_DIM)
     one = tl.arange(0, 1)
-    new_k = _rotated(qkv + (HEADS + kv_head + one) * DIM, k_norm, cos, sin, eps, one == 0, OFFSET, DIM, BLOCK_DIM)
+    new_k = rotated(qkv + (HEADS + kv_head + one) * DIM, k_norm, cos, sin, eps, one == 0, OFFSET, DIM, BLOCK_DIM)
     new_v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + d, mask=d < DIM, other=0)[None, :]
 
     page = tl.load(table + new // PAGE).to(tl.int64)

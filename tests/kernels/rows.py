@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
-from lorarep_runtime.kernels.rows import Entries, Entry, PlainRows, Rows, entry_table
+from lorarep_runtime.kernels.rows import Entries, Entry, PlainRows, Rows, entry_table, write_low_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PDL = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
@@ -30,19 +31,20 @@ def nan(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def random_adapter(
     ranks: Sequence[int], modules: dict[str, tuple[int, int]], dtype: torch.dtype, *, missing: set[tuple[int, str]]
 ) -> Entries:
-    """Entries by position; every other one has a c, every third a bias.
+    """Entries of an adapter; every other one has a c, every third a bias.
 
     Args:
-        ranks: by position.
+        ranks: taken in turn by modules and positions.
         modules: (out, in) of each.
         missing: positions and modules without an entry.
     """
     entries = {}
-    for position, rank in enumerate(ranks):
+    for position in range(DEPTH):
         for number, (module, (out, into)) in enumerate(modules.items()):
             if (position, module) in missing:
                 continue
             turn = position + number
+            rank = ranks[turn % len(ranks)]
             entries[position, module] = Entry(
                 randn(rank, into, dtype=dtype, scale=into**-0.5),
                 randn(rank, out, dtype=dtype, scale=rank**-0.5).T,
@@ -58,9 +60,9 @@ class Batch:
     def __init__(self, modules: dict[str, tuple[int, int]], dtype: torch.dtype) -> None:
         names = list(modules)
         self._adapters = [
-            random_adapter((8, 8, 8), modules, dtype, missing=set()),
-            random_adapter((13, 1, 64), modules, dtype, missing={(0, names[-1])}),
-            random_adapter((64, 1, 13), modules, dtype, missing={(1, name) for name in names} | {(2, names[0])}),
+            random_adapter((8,), modules, dtype, missing=set()),
+            random_adapter((13, 1, 64), modules, dtype, missing={(0, name) for name in names[2:3]}),
+            random_adapter((64, 1, 13), modules, dtype, missing={(2, names[0])}),
         ]
         self._tables = [entry_table(a, DEPTH, names).to(DEVICE) for a in self._adapters]
         number = [0, 0, 1, 2, 2, None]
@@ -73,3 +75,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(POSITIONS)
+
+
+def assert_low(low: Tensor, x: Tensor, batch: Batch, first: int) -> None:
+    """That a kernel's low is A x of its own x, to fp32, and that nothing else of it was written."""
+    expected = nan(*low.shape)
+    write_low_reference(x, expected, batch.plain, first)
+    assert_close(low, expected, rtol=2e-5, atol=2e-5, equal_nan=True)

@@ -11,9 +11,9 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lorarep_runtime.kernels.combine import combine_low, combine_low_reference
-from lorarep_runtime.kernels.decode_attention import Attention, Cache, Partials, attend, attend_reference
-from tests.kernels.rows import CAPACITY, DEPTH, DEVICE, PDL, POSITIONS, TOLERANCE, Batch, nan, randn
+from lorarep_runtime.kernels.combine import Partials, combine_low, combine_low_reference
+from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend, attend_reference
+from tests.kernels.rows import CAPACITY, DEPTH, DEVICE, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
 
 DTYPES = [dtype for dtype in TOLERANCE if DEVICE.type == "cuda" or dtype != torch.bfloat16]
 """Triton's interpreter takes the bits of bf16 for integers in a product."""
@@ -76,7 +76,8 @@ def check(layer: Attention, dtype: torch.dtype, *, splits: int, parts: int = 2) 
     sequences = Sequences(layer, dtype)
     width = layer.heads * layer.head_dim
     batch = Batch({"q": (8, 8), "o": (8, width)}, dtype)
-    ours, reference = (Partials(*(p.fill_(torch.nan) for p in Partials.empty(6, splits, layer, DEVICE))) for _ in "12")
+    shape = 6, layer.heads, splits, layer.head_dim
+    ours, reference = (Partials(*(p.fill_(torch.nan) for p in Partials.empty(*shape, DEVICE))) for _ in range(2))
     out, low = nan(6, width, dtype=dtype), nan(6, parts, 1, CAPACITY)
     out_reference, low_reference = out.clone(), low.clone()
     pages = Cache(sequences.cache.key_pages.clone(), sequences.cache.value_pages.clone(), *sequences.cache[2:])
@@ -92,7 +93,7 @@ def check(layer: Attention, dtype: torch.dtype, *, splits: int, parts: int = 2) 
     assert_close(sequences.cache.key_pages, pages.key_pages, **tolerance)
     assert_close(sequences.cache.value_pages, pages.value_pages, rtol=0, atol=0, equal_nan=True)
     assert_close(out, out_reference, **tolerance)
-    assert_close(low, low_reference, **tolerance)
+    assert_low(low, out, batch, 1)
     assert_close(out[WALKING], torch.stack(theirs), **tolerance)
 
     # The reference merges what the kernel left in the splits to the same.
@@ -105,7 +106,7 @@ def layer(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **options: obje
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("splits", [1, 4])
 def test_splits(dtype: torch.dtype, splits: int) -> None:
     torch.manual_seed(0)
     check(layer(), dtype, splits=splits)
@@ -123,17 +124,16 @@ def test_head_dims(head_dim: int) -> None:
     check(layer(2, 1, head_dim), torch.float32, splits=2, parts=3)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 33, 100, 149, 150, 151])
+@pytest.mark.parametrize(("window", "splits"), [(w, 3) for w in (1, 2, 15, 16, 17, 33, 149, 150, 151)] + [(33, 1)])
 def test_windows(window: int, splits: int) -> None:
     torch.manual_seed(0)
-    check(layer(window=window, head_dim=16), torch.float32, splits=splits)
+    check(layer(2, 1, 16, window=window), torch.float32, splits=splits)
 
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_softcap(window: int | None) -> None:
     torch.manual_seed(0)
-    check(layer(window=window, softcap=1.5), torch.float32, splits=2)
+    check(layer(2, 1, 16, window=window, softcap=1.5), torch.float32, splits=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,45 @@
+"""Rotary embeddings (Su et al., 2021) of the heads of one token, with the RMSNorm that some models put before them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorarep_runtime.kernels.norm import rms_norm_reference, scale_by_weight
+
+
+def rotated_reference(x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float) -> Tensor:
+    """As `transformers`' apply_rotary_pos_emb rotates and rounds. x: (heads, head_dim); the others: (head_dim)."""
+    if norm is not None:
+        x = rms_norm_reference(x, norm, eps, offset)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+@triton.jit
+def rotated(x, norm, cos, sin, eps, heads, OFFSET: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """(heads, BLOCK_DIM): normed and rotated, in the dtype of x; 0 where `heads`, a mask, or the dimension ends.
+
+    x: (heads) addresses.
+    """
+    dtype = cos.dtype.element_ty
+    d = tl.arange(0, BLOCK_DIM)
+    inside = d < DIM
+    other = tl.where(d < DIM // 2, d + DIM // 2, d - DIM // 2)
+    both = heads[:, None] & inside[None, :]
+    straight = tl.load(x[:, None] + d[None, :], mask=both, other=0)
+    crossed = tl.load(x[:, None] + other[None, :], mask=both, other=0)
+    if norm is not None:
+        wide = straight.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(wide * wide, 1) / DIM + eps)[:, None]
+        straight = scale_by_weight(wide * factor, tl.load(norm + d, mask=inside, other=0)[None, :], OFFSET)
+        weight = tl.load(norm + other, mask=inside, other=0)[None, :]
+        crossed = scale_by_weight(crossed.to(tl.float32) * factor, weight, OFFSET)
+    c = tl.load(cos + d, mask=inside, other=0).to(tl.float32)
+    s = tl.load(sin + d, mask=inside, other=0).to(tl.float32)
+    s = tl.where(d < DIM // 2, -s, s)
+    by_cos = (straight.to(tl.float32) * c[None, :]).to(dtype)
+    by_sin = (crossed.to(tl.float32) * s[None, :]).to(dtype)
+    return (by_cos.to(tl.float32) + by_sin.to(tl.float32)).to(dtype)

@@ -2,10 +2,10 @@
 
     python benchmarks/decode.py [--layers 32] [--quantization nf4] [--batches 1,8,16,32]
 
-The base has Mistral-7B's shape and random weights, is saved and loaded as any other; adapters cover all seven projections
-of a stack of twice its depth. Before anything is timed, the logits and tokens of decoding are compared with the base's own
-layers walked in `transformers`' code. The floor is what reading a step's weights, adapters and keys and values costs at the
-bandwidth that copying reaches.
+The base has Mistral-7B's shape and random weights, is saved and loaded as any other; adapters cover all seven
+projections of a stack of twice its depth. Before anything is timed, the tokens of decoding are compared with the base's
+own layers walked in `transformers`' code. The floor is what reading a step's weights, adapters and keys and values costs
+at the bandwidth that copying reaches.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 16, 32])
-    parser.add_argument("--profile", action="store_true", help="Print the kernels of a step.")
+    parser.add_argument("--profile", action="store_true", help="Print the kernels of a step of the largest batch.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), options)

@@ -19,7 +19,8 @@ from torch import Tensor
 from lorarep_runtime.batch import Span
 from lorarep_runtime.cache import PagePool, pages_of
 from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, fuse, parts_for, splits_for
-from lorarep_runtime.kernels.decode_attention import Cache, Partials
+from lorarep_runtime.kernels.combine import Partials
+from lorarep_runtime.kernels.decode_attention import Cache
 from lorarep_runtime.kernels.rows import Rows
 from lorarep_runtime.linear import GROUPS
 from lorarep_runtime.stack import Plan, merge

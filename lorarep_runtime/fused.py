@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lorarep_runtime.kernels.activation import gate_low
 from lorarep_runtime.kernels.adapt_rows import adapt_rows
-from lorarep_runtime.kernels.combine import combine_low
-from lorarep_runtime.kernels.decode_attention import Attention, Cache, Partials, attend
+from lorarep_runtime.kernels.combine import Partials, combine_low
+from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend
 from lorarep_runtime.kernels.norm import norm_low
 from lorarep_runtime.kernels.rows import Rows
 from lorarep_runtime.linear import GROUPS, NF4TilesWeight, Weight

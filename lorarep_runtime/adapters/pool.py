@@ -371,7 +371,7 @@ class AdapterPool:
             if evicted is not None:
                 commit = None if evicted.commit == LOCAL else evicted.commit
                 self.load(name, evicted.repository, commit, stack=self._name_of(evicted), trusted=True)
-            elif "/" in name and self._limits.allow_repositories:
+            elif "/" in name:
                 repository, _, revision = name.partition("@")
                 self.load(name, repository, revision or None)
             else:

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lorarep_runtime.adapters import pool
 from lorarep_runtime.engine import Engine
+from lorarep_runtime.errors import PermissionDenied
 from lorarep_runtime.request import Event, Finished
 from tests.engines import PROMPT, assert_nothing_held, engine_for, greedy
+from tests.hub_faults import FaultyHub
 from tests.models import VOCAB, save_adapter, save_base
 
 MAP = [[0, 4], [2, 5]]
@@ -104,6 +106,12 @@ def test_a_mix_whose_part_is_unloaded_meanwhile_is_freed_with_its_last_request(
     assert set(engine.adapters.held_bytes()) == {"one", "(leaving)"}
     lease.release()
     assert set(engine.adapters.held_bytes()) == {"one"}
+
+
+def test_a_server_without_an_allow_list_permits_no_repository(engine: Engine, hub: FaultyHub) -> None:
+    with pytest.raises(PermissionDenied, match="org/name"):
+        engine.adapters.lease([("org/name", 1.0)])
+    assert hub.asked == []
 
 
 def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:

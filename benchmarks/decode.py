@@ -4,7 +4,7 @@
 
 The base has Mistral-7B's shape and random weights, is saved and loaded as any other; adapters cover all seven
 projections of a stack of twice its depth. Before anything is timed, the tokens of decoding are compared with the base's
-own layers walked in `transformers`' code. The floor is what reading a step's weights, adapters and keys and values costs
+own layers walked in `transformers`' code. The floor is what reading a step's weights, adapters, keys and values costs
 at the bandwidth that copying reaches.
 """
 

@@ -18,14 +18,18 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.models import MISTRAL_7B, save_adapter, save_base
-from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
+from lorarep_runtime.adapters.pool import Lease
+from lorarep_runtime.cache import PagePool
+from lorarep_runtime.config import PAGE_TOKENS, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.request import Event, Output, Request, Stopping
+from lorarep_runtime.stack import merge
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 144
@@ -55,68 +59,79 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     print(f"made the base in {time.perf_counter() - started:.1f} s", flush=True)
     torch.cuda.empty_cache()
     most = max(options.batches)
-    loras = [
-        save_adapter(folder / f"lora{i}", shape, replication, rank=8, dora=False, seed=i, device=device)
-        for i in range(most)
-    ]
-    mixed = [
-        save_adapter(
-            folder / f"mixed{i}",
-            shape,
-            replication,
-            rank=RANKS[i // 2 % 4],
-            dora=i % 2 == 1,
-            seed=100 + i,
-            device=device,
-        )
-        for i in range(most)
-    ]
+
+    def adapters(name: str, count: int, seed: int, **kind: Any) -> list[str]:
+        for i in range(count):
+            choice = {
+                key: value[i // 2 % len(value)] if isinstance(value, tuple) else value for key, value in kind.items()
+            }
+            choice["dora"] = i % 2 == 1 if choice["dora"] is None else choice["dora"]
+            save_adapter(folder / f"{name}{i}", shape, replication, seed=seed + i, device=device, **choice)
+        return [f"{name}{i}" for i in range(count)]
+
+    loras = adapters("lora", most, 0, rank=8, dora=False)
+    doras = adapters("dora", min(most, 8), 100, rank=8, dora=True)
+    mixed = adapters("mixed", most, 200, rank=RANKS, dora=None)
+    torch.cuda.empty_cache()
     started = time.perf_counter()
-    stack = tuple(layer for start, end in replication for layer in range(start, end))
+    stack = layers_of(replication)
+    stacks = {"deep": stack, "one and a half": layers_of([[0, layers - quarter], [quarter, layers]])}
     engine = Engine(
         EngineConfig(
             BaseConfig(str(base), quantization=options.quantization, device=device),
-            stacks={"deep": stack},
+            stacks=stacks,
             scheduler=SchedulerConfig(kv_bytes=8 << 30, max_sequence_tokens=8192, max_sequences=max(32, most)),
         )
     )
-    print(f"loaded the base in {time.perf_counter() - started:.1f} s", flush=True)
-    for kind in (loras[:1], loras[1:], mixed[1:2], mixed[:1] + mixed[2:]):
+    print(f"base to ready, kernels compiled and captured: {time.perf_counter() - started:.1f} s", flush=True)
+    for kind in (loras, doras, mixed):
         started = time.perf_counter()
-        for adapter in kind:
-            engine.adapters.load(adapter.name, str(adapter), trusted=True)
-        if kind:
-            print(f"loaded {len(kind)} adapters like {kind[0].name}: {time.perf_counter() - started:.2f} s", flush=True)
-    check(engine, ["lora0", "mixed1", None])
-    if options.profile:
-        profile(engine, [loras[i].name for i in range(options.batches[-1])])
-    engine.start()
+        for name in kind:
+            engine.adapters.load(name, str(folder / name), trusted=True)
+        seconds = (time.perf_counter() - started) / len(kind)
+        print(f"adapters like {kind[0]}: {seconds * 1e3:.0f} ms each", flush=True)
+    check(engine, [loras[0], doras[0], mixed[-1], "deep", "one and a half", "base"])
+    ledger, held = engine.ledger(), torch.cuda.memory_allocated()
+    print(f"ledger {ledger.total:,} bytes, allocator {held:,}: {abs(ledger.total / held - 1):.2%} apart")
+    print({name: f"{size / 2**30:.3f} GiB" for name, size in ledger.categories.items()})
     bandwidth = copy_bandwidth(device)
-    weights = weight_bytes(engine, stack)
-    print(f"copying moves {bandwidth / 1e12:.2f} TB/s; weights of a step {weights / 1e9:.2f} GB\n")
-    print(f"{'':24}" + "".join(f"{f'batch {batch}':>28}" for batch in options.batches))
-    cases = (
-        ("no adapter", lambda i: None),
-        ("a LoRA each", lambda i: loras[i].name),
-        ("LoRA and DoRA, r 4-64", lambda i: mixed[i].name),
-    )
-    for title, name in cases:
-        line = f"{title:24}"
+    print(f"copying moves {bandwidth / 1e12:.2f} TB/s; weights of a step {weight_bytes(engine, stack) / 1e9:.2f} GB")
+    if options.profile:
+        profile(engine, loras[: options.batches[-1]])
+    engine.start()
+    print(f"\n{'ms a step, floor, ratio':26}" + "".join(f"{f'batch {batch}':>22}" for batch in options.batches))
+    for title, names in (
+        ("no adapter", ["deep"] * most),
+        ("a LoRA each, r=8", loras),
+        ("a DoRA each, r=8", doras),
+        ("LoRA and DoRA, r=4 to 64", mixed),
+        ("1.5 times the depth", ["one and a half"] * most),
+        ("half of them the base", ["one and a half", "base"] * (most // 2)),
+    ):
+        line = f"{title:26}"
         for batch in options.batches:
-            names = [name(i) for i in range(batch)]
-            extra = sum(engine.adapters.get(n).bytes for n in names if n is not None)
-            keys = (
-                batch
-                * len(stack)
-                * (PROMPT_TOKENS + NEW_TOKENS // 2)
-                * engine.pool.page_bytes(8, 128, engine.base.dtype)
-                // 16
-            )
-            floor = (weights + extra + keys) / bandwidth
-            step = timed(engine, names)
-            line += f"{step * 1e3:9.2f} ms {floor * 1e3:5.2f} {step / floor:4.2f}x"
+            if batch <= len(names):
+                step, floor = timed(engine, names[:batch]), floor_of(engine, names[:batch], bandwidth)
+                line += f"{step * 1e3:9.2f}{floor * 1e3:7.2f}{step / floor:6.2f}"
         print(line, flush=True)
     engine.stop()
+
+
+def layers_of(replication: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(layer for start, end in replication for layer in range(start, end))
+
+
+def floor_of(engine: Engine, names: Sequence[str], bandwidth: float) -> float:
+    """Seconds to read what a step reads once: its plan's weights, each row's adapter, keys and values."""
+    rows = [lease(engine, name) for name in names]
+    plan = merge(tuple(sorted({row.stack for row in rows})))
+    adapters = sum(row.adapter.nbytes for row in rows if row.adapter is not None)
+    base = engine.base
+    token = PagePool.page_bytes(base.kv_heads, base.head_dim, base.dtype) // PAGE_TOKENS
+    keys = sum(len(row.stack) for row in rows) * (PROMPT_TOKENS + NEW_TOKENS // 2) * token
+    for row in rows:
+        row.release()
+    return (weight_bytes(engine, [step.layer for step in plan.steps]) + adapters + keys) / bandwidth
 
 
 def prompts(count: int) -> list[tuple[int, ...]]:
@@ -128,11 +143,12 @@ def request(prompt: tuple[int, ...], new_tokens: int) -> Request:
     return Request(prompt, stopping=Stopping(max_new_tokens=new_tokens, ignore_eos=True))
 
 
-def lease(engine: Engine, name: str | None):
-    return engine.adapters.lease([(name, 1.0)]) if name else engine.adapters.lease([], "deep")
+def lease(engine: Engine, name: str) -> Lease:
+    """For an adapter, or for a stack without one."""
+    return engine.adapters.lease([], name) if name in engine.stacks else engine.adapters.lease([(name, 1.0)])
 
 
-def check(engine: Engine, names: Sequence[str | None]) -> None:
+def check(engine: Engine, names: Sequence[str]) -> None:
     """Tokens that decoding chose have to be the likeliest, but for rounding, where each layer is computed by itself."""
     asked = [
         (request(prompt, 24), lease(engine, name)) for prompt, name in zip(prompts(len(names)), names, strict=True)
@@ -153,7 +169,7 @@ def check(engine: Engine, names: Sequence[str | None]) -> None:
             raise SystemExit(f"{name}: decoding disagrees with the layers")
 
 
-def timed(engine: Engine, names: Sequence[str | None]) -> float:
+def timed(engine: Engine, names: Sequence[str]) -> float:
     """Seconds a step."""
     ended = threading.Semaphore(0)
     times: list[list[float]] = [[] for _ in names]
@@ -195,7 +211,7 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / statistics.median(seconds)
 
 
-def profile(engine: Engine, names: Sequence[str | None]) -> None:
+def profile(engine: Engine, names: Sequence[str]) -> None:
     from torch.profiler import ProfilerActivity
 
     held = [lease(engine, name) for name in names]

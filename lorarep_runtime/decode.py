@@ -19,6 +19,7 @@ from torch import Tensor
 from lorarep_runtime.batch import Span
 from lorarep_runtime.cache import PagePool, pages_of
 from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, fuse, parts_for, splits_for
+from lorarep_runtime.hub import Progress
 from lorarep_runtime.kernels.combine import Partials
 from lorarep_runtime.kernels.decode_attention import Cache
 from lorarep_runtime.kernels.rows import Rows
@@ -30,18 +31,18 @@ if TYPE_CHECKING:
 
 MOST_GRAPHS = 64
 """Captured at a time; the least recently used goes first."""
-LEAST_RANKS = 16
+LEAST_RANKS = 8
+"""Of low, until an adapter has more."""
 CHANGING_ROTARY = {"dynamic", "longrope"}
 """`rope_type`s whose frequencies depend on the length."""
 
 
 def can_decode(base: Base) -> bool:
-    """Whether there are kernels for a base's layers on its device."""
+    """Whether there are kernels for a base's layers."""
     config = base.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     return (
-        base.device.type == "cuda"
-        and config.model_type in FAMILIES
+        config.model_type in FAMILIES
         and rope.get("rope_type", "default") not in CHANGING_ROTARY
         and set(base.modules) == {name for group in GROUPS for name in group}
     )
@@ -51,7 +52,7 @@ def can_decode(base: Base) -> bool:
 class Graph:
     """A captured step."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     positions: Tensor
     """int32 (steps, rows)"""
 
@@ -125,6 +126,16 @@ class Decoder:
         graphs = [graph.positions for graph in self._graphs.values()]
         return [*held, self._tokens, self._lengths, self._adapters, self._tables, self._logits, *graphs]
 
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compiles the kernels and captures the base's own order for every number of rows, so that no request waits."""
+        plan = merge((tuple(range(self._base.layers)),))
+        buckets = self._buckets()
+        for done, rows in enumerate(buckets, 1):
+            self._rows = rows
+            self._graph_for(plan)
+            if progress is not None:
+                progress("capture", done, len(buckets))
+
     def set_rows(self, spans: Sequence[Span]) -> None:
         """Says what the next step is for: the next token of each span, which has one."""
         if [span.table for span in spans] == [span.table for span in self._spans]:
@@ -178,7 +189,7 @@ class Decoder:
             (rows) int64, the likeliest next tokens, which the next step takes; and their logits (rows, vocab) in fp32.
             Both are overwritten by the next step.
         """
-        self._graph.graph.replay()
+        self._graph.replay()
         return self._tokens[: len(self._spans)], self._logits[: len(self._spans)]
 
     def _graph_for(self, plan: Plan) -> Graph:
@@ -192,10 +203,13 @@ class Decoder:
         forward = self._forward(plan, positions)
         # Once beside the capture: kernels are compiled and loaded. No row has a position, so nothing is written.
         forward()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            forward()
-        self._graphs[key] = Graph(graph, positions)
+        replay = forward
+        if self._base.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                forward()
+            replay = graph.replay
+        self._graphs[key] = Graph(replay, positions)
         return self._graphs[key]
 
     def _forward(self, plan: Plan, positions: Tensor) -> Callable[[], None]:

@@ -126,6 +126,8 @@ class Engine:
         self.pool = self._page_pool()
         self.scheduler = Scheduler(config.scheduler, self.pool)
         self._decoder = _decoder(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
+        if self._decoder is not None:
+            self._decoder.warm_up(progress)
         self._flight: Flight | None = None
         self.failure: Exception | None = None
         """What ended the step thread, if anything did."""
@@ -250,7 +252,8 @@ class Engine:
 
     def ledger(self) -> Ledger:
         """Where every byte of device memory is."""
-        return take_stock(self.base, self.pool, self.adapters)
+        steps = [] if self._decoder is None else self._decoder.tensors()
+        return take_stock(self.base, self.pool, self.adapters, steps)
 
     # The engine's side: one thread.
 

@@ -24,8 +24,10 @@ from lorarep_runtime.linear import GROUPS, NF4TilesWeight, Weight
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 """`model_type` of the bases whose layers are of this kind."""
-WALKED_PROGRAMS = 256
-"""Programs that keep the device busy."""
+PROGRAMS = 256
+"""Programs of a kernel that keep the device busy."""
+MOST_PARTS = 16
+MOST_SPLITS = 16
 
 
 class Product(Protocol):
@@ -94,12 +96,12 @@ class Buffers:
 
 def parts_for(rows: int) -> int:
     """Parts of low."""
-    return 16 if rows <= 8 else 8
+    return min(MOST_PARTS, 16 if rows <= 8 else 8)
 
 
 def splits_for(rows: int, kv_heads: int) -> int:
     """Parts that a sequence is split into."""
-    return max(2, min(16, WALKED_PROGRAMS // (rows * kv_heads)))
+    return max(2, min(MOST_SPLITS, PROGRAMS // (rows * kv_heads)))
 
 
 @dataclass(frozen=True)
@@ -118,20 +120,21 @@ class FusedLayer:
 
     def forward(self, b: Buffers, cos: Tensor, sin: Tensor, cache: Cache, rows: Rows) -> None:
         """h += what the layer adds to it, for the rows that have a position. cos, sin: (rows, head_dim)."""
+        pdl = b.h.is_cuda and torch.cuda.get_device_capability(b.h.device) >= (9, 0)
         qkv, o, gate_up, down = zip(self.products, b.low, self.firsts, self.biases, strict=True)
 
         def product(group: tuple[Product, Tensor, int, Tensor | None], x: Tensor, y: Tensor, *, add: bool) -> None:
             product, low, first, bias = group
             product.product(x, y, low, rows, first, bias=bias, add=add)
 
-        norm_low(b.h, self.norms[0], self.eps, b.x, qkv[1], rows, qkv[2], pdl=True)
+        norm_low(b.h, self.norms[0], self.eps, b.x, qkv[1], rows, qkv[2], pdl=pdl)
         product(qkv, b.x, b.qkv, add=False)
-        attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=True)
-        combine_low(b.partials, b.out, o[1], rows, o[2], pdl=True)
+        attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=pdl)
+        combine_low(b.partials, b.out, o[1], rows, o[2], pdl=pdl)
         product(o, b.out, b.h, add=True)
-        norm_low(b.h, self.norms[1], self.eps, b.x, gate_up[1], rows, gate_up[2], pdl=True)
+        norm_low(b.h, self.norms[1], self.eps, b.x, gate_up[1], rows, gate_up[2], pdl=pdl)
         product(gate_up, b.x, b.gate_up, add=False)
-        gate_low(b.gate_up, b.gated, down[1], rows, down[2], "silu", pdl=True)
+        gate_low(b.gate_up, b.gated, down[1], rows, down[2], "silu", pdl=pdl)
         product(down, b.gated, b.h, add=True)
 
 

@@ -29,8 +29,12 @@ class Ledger:
         return sum(self.categories.values())
 
 
-def take_stock(base: Base, pool: PagePool, adapters: AdapterPool) -> Ledger:
-    """Counts what is held now."""
+def take_stock(base: Base, pool: PagePool, adapters: AdapterPool, steps: Iterable[Tensor] = ()) -> Ledger:
+    """Counts what is held now.
+
+    Args:
+        steps: what is kept from one step to the next, beside keys and values.
+    """
     seen: set[int] = set()
     weights = [w for layer in base.weights for w in layer.values()]
     constants = _bytes((t for w in weights for t in w.constants), seen)
@@ -41,7 +45,7 @@ def take_stock(base: Base, pool: PagePool, adapters: AdapterPool) -> Ledger:
     # Norms and biases. The layers hang in the walk, not in the model.
     modules = [base.model, *base.walk.layers]
     rest = _bytes((p for m in modules for p in m.parameters()), seen)
-    workspace = _bytes((b for m in modules for b in m.buffers()), seen)
+    workspace = _bytes((b for m in modules for b in m.buffers()), seen) + _bytes(steps, seen)
     held = adapters.held_bytes()
     fixed = matrices + rest + constants + embeddings
     return Ledger(

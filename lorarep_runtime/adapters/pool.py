@@ -173,7 +173,7 @@ class AdapterPool:
             if present is not None:
                 return self._info(present)
         size = storage_bytes(layout, self._base.dtype)
-        with self._reserve(size):
+        with self._reserve(size), beside_steps(self._base.device):
             adapter = compile_adapter(
                 weights,
                 spec,
@@ -391,7 +391,8 @@ class AdapterPool:
             self._mixing.add(key)
         try:
             # Without the lock: steps need it to give back what finished requests held.
-            with self._reserve(sum(part.adapter.nbytes for part, _ in key)):
+            size = sum(part.adapter.nbytes for part, _ in key)
+            with self._reserve(size), beside_steps(self._base.device):
                 adapter = mix([(part.adapter, weight) for part, weight in key], tuple(self._base.modules))
             mixed = _Loaded(adapter, key[0][0].tokenizer, None, references=1)
             with self._changed:
@@ -428,6 +429,21 @@ class AdapterPool:
     def _info(loaded: _Loaded) -> AdapterInfo:
         assert loaded.info is not None
         return replace(loaded.info, references=loaded.references)
+
+
+@contextmanager
+def beside_steps(device: torch.device) -> Iterator[None]:
+    """On a GPU, work within goes on beside the steps under way instead of among them, and is done at the end.
+
+    Memory taken within is safe from other loads: requests hold a lease on what their steps read.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def _check_name(name: str) -> None:

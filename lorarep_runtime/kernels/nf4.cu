@@ -159,8 +159,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 
     u32* table = reinterpret_cast<u32*>(shared);
-    for (int i = threadIdx.x; i < 256 * 32; i += blockDim.x)
-        table[i] = pack_bf16(NF4[i / 32 >> 4], NF4[i / 32 & 15]);
+    for (int first = warp * 32; first < 256; first += THREADS) {
+        const u32 own = pack_bf16(NF4[first + lane >> 4], NF4[lane & 15]);
+        for (int i = 0; i < 32; i++) table[(first + i) * 32 + lane] = __shfl_sync(~0u, own, i);
+    }
     const int outputs = G.tiles_per_cta * 16, share = outputs / size;
     const int width = chunks * CHUNK, pitch = width + PAD;
     // The sums that the cluster's CTAs leave here, (CTAs, rows, share); after it x, adapters, and A x.
@@ -170,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     float* low = reinterpret_cast<float*>(entries + G.rows * G.modules);
 
     // Nor do adapters depend on what came before.
-    for (int i = threadIdx.x; i < G.rows * G.modules; i += blockDim.x) {
+    for (int i = threadIdx.x; i < G.rows * G.modules; i += THREADS) {
         const int position = G.positions[i / G.modules];
         Entry entry = {0, 0, 0, position < 0 ? -1 : 0};
         const i64 table = G.adapters[i / G.modules];
@@ -187,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     const int first_output = cta_tile * 16 + rank * share;
     {
         const Output at(G, first_output);
-        for (int i = threadIdx.x; i < G.rows * 64; i += blockDim.x) {
+        for (int i = threadIdx.x; i < G.rows * 64; i += THREADS) {
             const Entry entry = entries[i / 64 * G.modules + at.module];
             if (i % 64 < entry.rank)
                 for (int n = 0; n < share; n += 64) prefetch(entry.B + i64(i % 64) * at.out + at.inner + n);
@@ -195,20 +197,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     }
 
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (int i = threadIdx.x; i < ROWS * (width / 8); i += blockDim.x) {
-        const int m = i / (width / 8), k = i % (width / 8) * 8;
-        copy16(u32(__cvta_generic_to_shared(x + m * pitch + k)),
-               G.x + i64(m < G.rows ? m : 0) * G.columns + begin * CHUNK + k, m < G.rows ? 16 : 0);
+    for (int m = warp; m < ROWS; m += THREADS / 32) {
+        const bool there = m < G.rows;
+        const u16* row = G.x + i64(there ? m : 0) * G.columns + begin * CHUNK;
+        for (int k = lane * 8; k < width; k += 256)
+            copy16(u32(__cvta_generic_to_shared(x + m * pitch + k)), row + k, there ? 16 : 0);
     }
     auto sum_low = [&](int from) {
-        const int count = min(G.rank_segment, G.ranks - from), per_row = G.modules * count;
-        for (int i = threadIdx.x; i < G.rows * per_row; i += blockDim.x) {
-            const int m = i / per_row, module = i % per_row / count, j = i % count;
-            float sum = 0;
-            const float* part = G.low + (i64(m) * G.parts * G.modules + module) * G.ranks + from + j;
+        for (int i = warp; i < G.rows * G.modules; i += THREADS / 32) {
+            const int count = min(int(entries[i].rank) - from, G.rank_segment);
+            const i64 stride = i64(G.modules) * G.ranks;
+            const float* part = G.low + i64(i / G.modules) * G.parts * stride + i % G.modules * G.ranks + from;
+            for (int j = lane; j < count; j += 32) {
+                float sum = 0;
 #pragma unroll 8
-            for (int p = 0; p < G.parts; p++) sum += part[i64(p) * G.modules * G.ranks];
-            low[(m * G.modules + module) * G.rank_segment + j] = sum;
+                for (int p = 0; p < G.parts; p++) sum += part[p * stride + j];
+                low[i * G.rank_segment + j] = sum;
+            }
         }
     };
     sum_low(0);
@@ -281,19 +286,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
         }
     if (size > 1) cluster_sync(); else __syncthreads();
 
-    const int end = G.tiles * 16;
-    for (int from = 0; from < G.ranks || from == 0; from += G.rank_segment) {
+    const int end = G.tiles * 16, local = threadIdx.x % share, n = first_output + local;
+    const Output at(G, n);
+    for (int from = 0; from < G.ranks; from += G.rank_segment) {
         if (from > 0) {
             __syncthreads();
             sum_low(from);
             __syncthreads();
         }
         const bool first = from == 0;
-        for (int i = threadIdx.x; i < G.rows * share; i += blockDim.x) {
-            const int m = i / share, local = i % share, n = first_output + local;
-            const Output at(G, n);
+        for (int m = threadIdx.x / share; m < G.rows; m += THREADS / share) {
             const Entry entry = entries[m * G.modules + at.module];
-            if (n >= end || entry.rank < 0) continue;
+            const int ranks = min(int(entry.rank) - from, G.rank_segment);
+            if (n >= end || (first ? entry.rank < 0 : ranks <= 0)) continue;
+            u16* y = G.y + i64(m) * end + n;
             float v = 0;
             if (first) {
                 for (u32 r = 0; r < size; r++) v += sums_in[(r * ROWS + m) * share + local];
@@ -301,12 +307,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
                 if (entry.bias) v += bf16_to_float(entry.bias[at.inner]);
                 if (G.base_bias) v += bf16_to_float(G.base_bias[n]);
             }
-            const int ranks = min(int(entry.rank) - from, G.rank_segment);
             const u16* B = entry.B + i64(from) * at.out + at.inner;
             const float* a = low + (m * G.modules + at.module) * G.rank_segment;
 #pragma unroll 8
             for (int j = 0; j < ranks; j++) v += bf16_to_float(B[i64(j) * at.out]) * a[j];
-            u16* y = G.y + i64(m) * end + n;
             *y = float_to_bf16(first && !G.add ? v : v + bf16_to_float(*y));
         }
     }

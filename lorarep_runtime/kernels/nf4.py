@@ -111,7 +111,9 @@ class Spread:
 
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 << 10
-"""Of a multiprocessor, for one CTA."""
+"""Shared memory of a multiprocessor."""
+CTA_BYTES = 1024
+"""Of it, what each CTA takes for itself."""
 TABLE_BYTES = 256 * 128
 ENTRY_BYTES = 32
 MOST_ROWS = 32
@@ -119,7 +121,7 @@ MOST_ROWS = 32
 RANK_SEGMENT = 64
 """Ranks whose low is in shared memory at a time."""
 SPREADS = {
-    1: [Spread(1, 2, 4, 8, 2), Spread(1, 2, 4, 7, 2)],
+    1: [Spread(1, 1, 4, 8, 3), Spread(1, 2, 4, 8, 2), Spread(1, 2, 4, 7, 2)],
     2: [Spread(2, 2, 2, 8, 2), Spread(2, 2, 2, 7, 2), Spread(2, 2, 2, 14, 1)],
     4: [Spread(4, 2, 2, 8, 2), Spread(4, 2, 2, 14, 1), Spread(4, 1, 2, 16, 1)],
 }
@@ -141,9 +143,10 @@ def spread_for(tiles: int, columns: int, rows: int, modules: int, rank_segment: 
     for spread in SPREADS[1 if rows <= 8 else 2 if rows <= 16 else 4]:
         for cluster in (8, 4, 2, 1):
             one = replace(spread, cluster=cluster)
-            if one.shared_bytes(columns, rows, modules, rank_segment) <= SHARED_BYTES // one.ctas - 1024:
+            if one.shared_bytes(columns, rows, modules, rank_segment) <= SHARED_BYTES // one.ctas - CTA_BYTES:
                 found.append(one)
-    return min(found, key=lambda one: one.load(tiles, columns // CHUNK))
+    # At most two CTAs a multiprocessor: beside them those of the next kernel can begin.
+    return min(found, key=lambda one: (one.grid(tiles) > 2 * MULTIPROCESSORS, one.load(tiles, columns // CHUNK)))
 
 
 @dataclass(frozen=True)

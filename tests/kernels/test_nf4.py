@@ -1,0 +1,137 @@
+"""NF4 weights in tiles: bitsandbytes' values to the bit, and on a GPU their product with each row's own adapter."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from lorarep_runtime.kernels.nf4 import (
+    CHUNK,
+    CTA_BYTES,
+    MULTIPROCESSORS,
+    SHARED_BYTES,
+    TILE,
+    TiledGroup,
+    arrange,
+    dequantize,
+    product_reference,
+    restore,
+    spread_for,
+)
+from lorarep_runtime.kernels.rows import Entry, PlainRows, Rows, entry_table
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+SIZES = (256, 64, 48)
+SHAPES = [(6144, 4096, 3), (4096, 4096, 1), (28672, 4096, 2), (4096, 14336, 1), (368, 128, 3), (16, 64, 1)]
+
+
+def quantized(out: int, into: int) -> tuple[Tensor, bnb.functional.QuantState]:
+    generator = torch.Generator().manual_seed(out)
+    weight = torch.randn(out, into, generator=generator).bfloat16()
+    return bnb.functional.quantize_4bit(weight.to("cuda" if HOPPER else "cpu"), quant_type="nf4")
+
+
+def test_tiles_are_the_same_bytes_and_scales() -> None:
+    packed, state = quantized(48, 192)
+    tiles, scales = arrange(packed, state.absmax, (48, 192))
+    assert (tiles.shape, scales.shape) == ((3, 3, 32, 16), (3, 3, 8, 2))
+    back, absmax = restore(tiles, scales)
+    assert torch.equal(back, packed.view(-1, 1))
+    assert torch.equal(absmax, state.absmax)
+    # By the layout's definition: lane (g, t) holds 16 columns of the rows g and g + 8 of its tile, two to a byte.
+    rows = packed.view(48, 192 // 2)
+    for tile, chunk, g, t in ((0, 0, 0, 0), (1, 2, 5, 3), (2, 1, 7, 1)):
+        lane = tiles[tile, chunk, 4 * g + t].view(2, 8)
+        for half in (0, 1):
+            start = (chunk * CHUNK + 16 * t) // 2
+            assert torch.equal(lane[half], rows[tile * TILE + g + 8 * half, start : start + 8])
+            scale = state.absmax.view(48, -1)[tile * TILE + g + 8 * half, chunk]
+            assert scales[tile, chunk, g, half] == scale
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize(("out", "into", "modules"), SHAPES)
+def test_every_shape_has_a_spread_that_fits(rows: int, out: int, into: int, modules: int) -> None:
+    spread = spread_for(out // TILE, into, rows, modules, 64)
+    assert spread.eights * 8 >= rows
+    assert spread.grid(out // TILE) // spread.cluster * spread.cta_tiles >= out // TILE
+    assert spread.shared_bytes(into, rows, modules, 64) <= SHARED_BYTES // spread.ctas - CTA_BYTES
+    assert spread.load(out // TILE, into // CHUNK) * MULTIPROCESSORS >= out // TILE * (into // CHUNK)
+
+
+def test_the_reference_is_one_form_over_a_plain_product() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(8, 6, generator=generator), torch.randn(2, 6, generator=generator)
+    entry = Entry(*(torch.randn(s, generator=generator) for s in ((3, 6), (8, 3), (8,), (8,))))
+    y = torch.full((2, 8), 5.0)
+    low = torch.stack([entry.A @ row for row in x]).view(2, 1, 1, 3)
+    product_reference(weight, x, y, low, PlainRows([0, -1], [{(0, "m"): entry}, None], ["m"]), 0, [8], add=True)
+    assert entry.c is not None
+    expected = 5 + entry.c * (weight @ x[0]) + entry.B @ (entry.A @ x[0]) + entry.bias
+    torch.testing.assert_close(y[0], expected)
+    assert (y[1] == 5).all()
+
+
+if HOPPER:
+
+    @pytest.mark.parametrize(("out", "into"), [(368, 128), (4096, 4096), (1024, 14336)])
+    def test_dequantized_to_the_bit(out: int, into: int) -> None:
+        packed, state = quantized(out, into)
+        dense = torch.full((out, into), torch.nan, dtype=torch.bfloat16, device="cuda")
+        dequantize(*arrange(packed, state.absmax, (out, into)), dense)
+        assert torch.equal(dense, bnb.functional.dequantize_4bit(packed, state))
+
+    @pytest.mark.parametrize("count", [1, 3, 8, 13, 16, 32, 45])
+    @pytest.mark.parametrize("add", [False, True])
+    @pytest.mark.parametrize(("into", "most"), [(128, 8), (1024, 64), (4096, 100)])
+    def test_product(count: int, add: bool, into: int, most: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(count)
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device="cuda")
+
+        def adapter(seed: int) -> dict[tuple[int, str], Entry]:
+            entries = {}
+            for position in range(2):
+                for i, (module, size) in enumerate(zip(MODULES, SIZES, strict=True)):
+                    rank = (most, 1, 13, 8)[(seed + position + i) % 4]
+                    if (seed + i) % 5 == 4 or rank > most:
+                        continue
+                    A, B = noise(rank, into).bfloat16(), noise(rank, size).bfloat16()
+                    c = (1 + 0.5 * noise(size)).bfloat16() if seed % 2 else None
+                    entries[position, module] = Entry(A, B.T, c, noise(size).bfloat16() if seed % 3 == 0 else None)
+            return entries
+
+        adapters = [None if row % 7 == 6 else adapter(row) for row in range(count)]
+        tables = [None if a is None else entry_table(a, 2, MODULES).cuda() for a in adapters]
+        positions = [(-1, 0, 1)[row % 3] if count > 1 else 1 for row in range(count)]
+        rows = Rows(
+            torch.tensor(positions, dtype=torch.int32, device="cuda"),
+            torch.tensor([0 if t is None else t.data_ptr() for t in tables], device="cuda"),
+            len(MODULES),
+        )
+        low = torch.full((count, 4, len(MODULES), most), torch.nan, device="cuda")
+        for row, position in enumerate(positions):
+            for i, module in enumerate(MODULES):
+                entry = (adapters[row] or {}).get((position, module))
+                if entry is not None:
+                    low[row, :, i, : len(entry.A)] = noise(4, len(entry.A))
+        parts = [quantized(size, into) for size in SIZES]
+        tiled = [
+            arrange(packed, state.absmax, (size, into)) for (packed, state), size in zip(parts, SIZES, strict=True)
+        ]
+        group = TiledGroup(torch.cat([t for t, _ in tiled]), torch.cat([s for _, s in tiled]), SIZES)
+        x, y, bias = noise(count, into).bfloat16(), noise(count, sum(SIZES)).bfloat16(), noise(sum(SIZES)).bfloat16()
+        expected = y.clone()
+        plain = PlainRows(positions, adapters, MODULES)
+        dense = torch.cat([bnb.functional.dequantize_4bit(packed, state) for packed, state in parts])
+        product_reference(dense, x, expected, low, plain, 0, SIZES, bias=bias, add=add)
+        untouched = y[[p < 0 for p in positions]].clone()
+        group.product(x, y, low, rows, 0, bias=bias, add=add)
+        assert torch.equal(y[[p < 0 for p in positions]], untouched)
+        for row in (row for row, position in enumerate(positions) if position >= 0):
+            error = (y[row].float() - expected[row].float()).norm() / expected[row].float().norm()
+            assert error < 6e-3, row

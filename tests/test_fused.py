@@ -1,0 +1,115 @@
+"""Decoding with fused layers is walking `transformers`' own, for every family that has them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorarep_runtime.adapters.pool import Lease
+from lorarep_runtime.batch import Span
+from lorarep_runtime.cache import PageTable
+from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
+from lorarep_runtime.decode import Decoder, can_decode
+from lorarep_runtime.engine import Engine
+from lorarep_runtime.kernels.rows import entry_table
+from lorarep_runtime.request import Request, Stopping
+from tests.engines import PROMPT, assert_nothing_held, engine_for
+from tests.models import save_adapter, save_base
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MAPS = {"overlap": [[0, 4], [2, 5]], "base order": None, "reordering": [[3, 6], [0, 3]]}
+
+
+def save_all(family: str, folder: Path) -> tuple[Path, dict[str, Path]]:
+    base = save_base(family, folder / "base")
+    adapters = {}
+    for i, (name, ranges) in enumerate(MAPS.items()):
+        for dora in (False, True):
+            config = dict(r=(4, 13, 40)[i], lora_alpha=8, use_dora=dora, target_modules=TARGETS[i:])
+            adapters[f"{name} {dora}"] = save_adapter(
+                base, folder / f"{i}{dora}", seed=i, layer_replication=ranges, **config
+            )
+    return base, adapters
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, folders = save_all(family, tmp_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        # Triton's interpreter takes milliseconds for each program.
+        monkeypatch.setattr("lorarep_runtime.fused.MOST_PARTS", 2)
+        monkeypatch.setattr("lorarep_runtime.fused.MOST_SPLITS", 2)
+    config = BaseConfig(str(base), dtype="float32", device=device)
+    engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
+    for name, folder in folders.items():
+        engine.adapters.load(name, str(folder), trusted=True)
+    assert can_decode(engine.base)
+    decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
+    names = ("overlap False", "reordering True", None)
+    leases = [engine.adapters.lease([(name, 1.0)] if name else []) for name in names]
+    texts = [[*PROMPT[: 3 + 7 * i], 5 * i, 5 * i + 1] for i in range(len(leases))]
+    spans = []
+    for lease, text in zip(leases, texts, strict=True):
+        table = PageTable(engine.pool, len(lease.stack))
+        assert table.grow(len(text))
+        fill(engine, lease, text[:-2], table)
+        spans.append(Span(text[-2:-1], len(text) - 2, lease.stack, with_table(lease, engine), table))
+    for step in range(2):
+        decoder.set_rows(
+            [
+                replace(span, tokens=[text[step - 2]], context=span.context + step)
+                for span, text in zip(spans, texts, strict=True)
+            ]
+        )
+        _, logits = decoder.step()
+        for lease, text, row in zip(leases, texts, logits, strict=True):
+            expected = engine.logits(text[: len(text) - 1 + step], lease)[-1]
+            torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+
+
+def fill(engine: Engine, lease: Lease, text: list[int], table: PageTable) -> None:
+    """Puts the keys and values of a text into its pages."""
+    from lorarep_runtime.batch import Batch
+
+    batch = Batch([Span(text, 0, lease.stack, lease.adapter, table)], engine.base.device)
+    engine.base.forward(batch, engine.pool, torch.zeros(1, dtype=torch.int64, device=engine.base.device))
+
+
+def with_table(lease: Lease, engine: Engine):
+    """The adapter with its entry table, which it has on a GPU alone."""
+    adapter = lease.adapter
+    if adapter is None or adapter.table is not None:
+        return adapter
+    return replace(adapter, table=entry_table(adapter.entries, len(lease.stack), tuple(engine.base.modules)))
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+    def test_tokens_are_the_likeliest_to_the_layers(quantization: str, tmp_path: Path) -> None:
+        base, folders = save_all("mistral", tmp_path)
+        config = BaseConfig(str(base), quantization=quantization, dtype="bfloat16", device="cuda")
+        engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=64 << 20)))
+        for name, folder in folders.items():
+            engine.adapters.load(name, str(folder), trusted=True)
+        names = [*folders, None, None]
+        asked = [Request(PROMPT[: 2 + i], stopping=Stopping(max_new_tokens=40 + i)) for i in range(len(names))]
+        leases = [engine.adapters.lease([(name, 1.0)] if name else []) for name in names]
+        answers = engine.generate(zip(asked, leases, strict=True))
+        assert_nothing_held(engine)
+        for request, answer, name in zip(asked, answers, names, strict=True):
+            lease = engine.adapters.lease([(name, 1.0)] if name else [])
+            text = [*request.prompt, *answer.tokens]
+            logits = engine.logits(text, lease)[len(request.prompt) - 1 : -1]
+            lease.release()
+            chosen = logits.gather(1, torch.tensor(answer.tokens, device="cuda")[:, None])[:, 0]
+            assert ((logits.max(1).values - chosen) / logits.std(1)).max() < 0.1
+
+
+def test_bases_of_other_kinds_are_left_to_transformers(tmp_path: Path) -> None:
+    for family in ("gemma2", "phi3"):
+        assert not can_decode(engine_for(save_base(family, tmp_path / family), kv_bytes=1 << 20).base)

@@ -115,6 +115,7 @@ class AdapterPool:
         self._reserved = 0
         """Bytes of what is being compiled."""
         self._tick = 0
+        self._stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
         self.evictions = 0
 
     def load(
@@ -173,7 +174,7 @@ class AdapterPool:
             if present is not None:
                 return self._info(present)
         size = storage_bytes(layout, self._base.dtype)
-        with self._reserve(size), beside_steps(self._base.device):
+        with self._reserve(size), self._beside_steps():
             adapter = compile_adapter(
                 weights,
                 spec,
@@ -250,6 +251,19 @@ class AdapterPool:
         finally:
             with self._changed:
                 self._reserved -= size
+
+    @contextmanager
+    def _beside_steps(self) -> Iterator[None]:
+        """On a GPU, work within goes on beside the steps under way instead of among them, and is done at the end.
+
+        On one stream for all, as libraries keep tens of megabytes for each that they have worked on.
+        """
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
 
     def _held(self) -> int:
         return self._reserved + sum(x.adapter.nbytes for x in self._all())
@@ -392,7 +406,7 @@ class AdapterPool:
         try:
             # Without the lock: steps need it to give back what finished requests held.
             size = sum(part.adapter.nbytes for part, _ in key)
-            with self._reserve(size), beside_steps(self._base.device):
+            with self._reserve(size), self._beside_steps():
                 adapter = mix([(part.adapter, weight) for part, weight in key], tuple(self._base.modules))
             mixed = _Loaded(adapter, key[0][0].tokenizer, None, references=1)
             with self._changed:
@@ -429,21 +443,6 @@ class AdapterPool:
     def _info(loaded: _Loaded) -> AdapterInfo:
         assert loaded.info is not None
         return replace(loaded.info, references=loaded.references)
-
-
-@contextmanager
-def beside_steps(device: torch.device) -> Iterator[None]:
-    """On a GPU, work within goes on beside the steps under way instead of among them, and is done at the end.
-
-    Memory taken within is safe from other loads: requests hold a lease on what their steps read.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
 
 
 def _check_name(name: str) -> None:

@@ -112,6 +112,12 @@ SECONDS = click.FloatRange(min=0)
 )
 @option("--max-queued", type=POSITIVE, default=SchedulerConfig.max_queued, help="Most waiting requests.")
 @option(
+    "--max-running-per-adapter", type=POSITIVE, show_default="no limit", help="Most requests of one adapter in a step."
+)
+@option(
+    "--max-queued-per-adapter", type=POSITIVE, show_default="no limit", help="Most waiting requests for one adapter."
+)
+@option(
     "--max-sequence-tokens",
     type=POSITIVE,
     show_default="what the base was trained for",

@@ -55,8 +55,9 @@ class Connection:
             if self.tls_certificate:
                 raise click.UsageError("--tls-certificate needs --tls-ca")
             return grpc.insecure_channel(self.server)
-        ca, key, chain = (f and f.read_bytes() for f in (self.tls_ca, self.tls_key, self.tls_certificate))
-        return grpc.secure_channel(self.server, grpc.ssl_channel_credentials(ca, key, chain))
+        files = (self.tls_ca, self.tls_key, self.tls_certificate)
+        pems = [None if file is None else file.read_bytes() for file in files]
+        return grpc.secure_channel(self.server, grpc.ssl_channel_credentials(*pems))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

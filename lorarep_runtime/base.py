@@ -67,7 +67,9 @@ class Base:
             raise FailedPrecondition("base: its layers differ in their linear modules, so positions cannot share them")
         self.walk = Walk(list(layers))
         self.model.set_submodule(self.prefix, self.walk.hand_offs)
-        self.weights: Sequence[Mapping[str, Weight]] = [_share_linears(layer, self.walk) for layer in self.walk.layers]
+        self.weights: Sequence[Mapping[str, Weight]] = [
+            _share_linears(layer, self.walk, self.dtype) for layer in self.walk.layers
+        ]
         """Of each layer, the shared weights by module path, such as "self_attn.q_proj"."""
         self.kv_heads, self.head_dim = kv_shape(self.config)
         self.quantization: Quantization = next(iter(self.weights[0].values())).quantization
@@ -212,12 +214,12 @@ def linear_shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
     return {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
-def _share_linears(layer: nn.Module, walk: Walk) -> dict[str, Weight]:
+def _share_linears(layer: nn.Module, walk: Walk, dtype: torch.dtype) -> dict[str, Weight]:
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     weights = {name: shared_weight(module) for name, module in linears.items()}
     for group in GROUPS:
         if weights.keys() >= set(group):
-            weights.update(zip(group, tiled([weights[name] for name in group]), strict=True))
+            weights.update(zip(group, tiled([weights[name] for name in group], dtype), strict=True))
     for name, module in linears.items():
         layer.set_submodule(name, SharedLinear(weights[name], module.bias, name, walk.adapt))
     return weights

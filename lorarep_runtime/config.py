@@ -59,6 +59,10 @@ class SchedulerConfig:
     """Whether a prompt may be spread over several steps."""
     max_queued: int = 1024
     """Most waiting requests; one more is refused."""
+    max_running_per_adapter: int | None = None
+    """Most sequences in one step of one adapter, or set of adapters; None is no limit."""
+    max_queued_per_adapter: int | None = None
+    """Most waiting requests for one; one more is refused. None is no limit."""
     max_sequence_tokens: int | None = None
     """Most tokens of prompt and answer together; None is what the base was trained for."""
     kv_bytes: int | None = None

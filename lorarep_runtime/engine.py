@@ -180,9 +180,12 @@ class Engine:
         with self._wake:
             if self._draining or self.failure is not None:
                 raise Unavailable("the server is draining" if self._draining else "the engine has failed")
-            queued = len(self.scheduler.waiting) + len(self._submitted)
-            if queued >= self.config.scheduler.max_queued:
-                raise Exhausted(f"max_queued: {queued} requests are waiting already", retry_after=1.0)
+            waiting = [*self.scheduler.waiting, *self._submitted]
+            if len(waiting) >= self.config.scheduler.max_queued:
+                raise Exhausted(f"max_queued: {len(waiting)} requests are waiting already", retry_after=1.0)
+            own, most = sum(s.lease.names == lease.names for s in waiting), self.config.scheduler.max_queued_per_adapter
+            if most is not None and own >= most:
+                raise Exhausted(f"max_queued_per_adapter: {own} requests for it are waiting already", retry_after=1.0)
             self._submitted.append(sequence)
             self._wake.notify()
         return sequence.id
@@ -339,9 +342,7 @@ class Engine:
     def _may_go_on(self, sequences: Seq[Sequence]) -> bool:
         """Whether the same rows' next step can be launched before the tokens of the last are read."""
         scheduler = self.scheduler
-        if len(scheduler.running) != len(sequences) or (
-            scheduler.waiting and len(scheduler.running) < scheduler.config.max_sequences
-        ):
+        if len(scheduler.running) != len(sequences) or scheduler.can_admit:
             return False
         if any(s not in scheduler.running or s.new_tokens + 2 > s.request.stopping.max_new_tokens for s in sequences):
             return False

@@ -135,10 +135,14 @@ class NF4TilesWeight:
         return product(x, self.dequantize(x.dtype))
 
 
-def tiled(weights: Sequence[Weight]) -> Sequence[Weight]:
-    """The weights of modules that read the same x, rearranged into one group of tiles if there is a kernel for it."""
+def tiled(weights: Sequence[Weight], dtype: torch.dtype) -> Sequence[Weight]:
+    """The weights of modules that read the same x, rearranged into one group of tiles if there is a kernel for it.
+
+    Args:
+        dtype: of the activations.
+    """
     found = [weight for weight in weights if isinstance(weight, NF4Weight) and weight.can_be_tiled]
-    if len(found) < len(weights):
+    if dtype != torch.bfloat16 or len(found) < len(weights):
         return weights
     parts = [nf4.arrange(weight.data[0], weight.constants[0], weight.shape) for weight in found]
     group = nf4.TiledGroup(

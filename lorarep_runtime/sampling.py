@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,12 +100,10 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         One for each row. The order of processing is that of `transformers`: penalties, end tokens that may not come
         yet, temperature, top-k, top-p, min-p. A row's result does not depend on the others.
     """
-    plain = [i for i, state in enumerate(states) if is_plain(state)]
-    # One transfer from the device for all rows that need no more than their likeliest token.
-    tokens = logits.argmax(-1).tolist() if plain else [0] * len(states)
-    for i, state in enumerate(states):
-        if not is_plain(state):
-            tokens[i] = _choose(logits[i], state)
+    chosen = logits.argmax(-1)
+    if others := [i for i, state in enumerate(states) if not is_plain(state)]:
+        chosen[others] = _choose(logits[others], [states[i] for i in others])
+    tokens = chosen.tolist()  # the device is waited for once
     return [Sampled(token, _logprob(logits[i], token, states[i].request)) for i, token in enumerate(tokens)]
 
 
@@ -127,32 +125,42 @@ def _must_go_on(stopping: Stopping, state: SamplerState) -> bool:
     return state.new_tokens < stopping.min_new_tokens
 
 
-def _choose(logits: Tensor, state: SamplerState) -> int:
-    """The next token for logits (vocab)."""
-    sampling = state.request.sampling
-    scores = logits.clone()
-    if _has_penalty(sampling):
-        _penalize(scores, state)
-    if _must_go_on(state.request.stopping, state):
-        ends = [*state.eos_ids, *state.request.stopping.stop_token_ids]
-        scores[torch.tensor(ends, dtype=torch.int64, device=scores.device)] = -math.inf
-    if sampling.temperature == 0:
-        return int(scores.argmax())
+def _choose(scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """(rows) int64, the next tokens for logits (rows, vocab), which are used up. Does not wait for the device."""
+    device = scores.device
+    for row, state in zip(scores, states, strict=True):
+        if _has_penalty(state.request.sampling):
+            _penalize(row, state)
+        if _must_go_on(state.request.stopping, state):
+            ends = [*state.eos_ids, *state.request.stopping.stop_token_ids]
+            row[torch.tensor(ends, dtype=torch.int64, device=device)] = -math.inf
+    greedy = scores.argmax(-1)
+    if all(state.request.sampling.temperature == 0 for state in states):
+        return greedy
+
+    def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=device).unsqueeze(1)
+
+    asked = [state.request.sampling for state in states]
+    temperature = column(s.temperature or 1 for s in asked)
     # Temperatures near 0 would overflow; the difference to the largest score cannot.
-    scores = (scores - scores.max()) / sampling.temperature
-    if sampling.top_k:
-        least = scores.topk(min(sampling.top_k, scores.numel())).values[-1]
-        scores[scores < least] = -math.inf
-    probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities[before >= sampling.top_p] = 0
-    if sampling.min_p:
-        probabilities[probabilities < sampling.min_p * probabilities[0]] = 0
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    vocab = scores.shape[1]
+    last = column((min(s.top_k or vocab, vocab) - 1 for s in asked), torch.int64)
+    scores.masked_fill_(scores < scores.gather(1, last), -math.inf)
+    probabilities = scores.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    # Rounding must not take the end of a distribution that was asked for whole.
+    probabilities.masked_fill_(before >= column(s.top_p if s.top_p < 1 else math.inf for s in asked), 0)
+    probabilities.masked_fill_(probabilities < column(s.min_p for s in asked) * probabilities[:, :1], 0)
     cumulative = probabilities.double().cumsum(-1)
-    place = torch.searchsorted(cumulative, cumulative[-1] * state.uniform(), right=True)
-    # Rounding must not lead past the last token that has a probability.
-    return int(order[min(int(place), int((probabilities > 0).sum()) - 1)])
+    uniform = column((state.uniform() for state in states), torch.float64)
+    place = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform, right=True)
+    # Nor lead past the last token that has a probability.
+    place = place.minimum((probabilities > 0).sum(-1, keepdim=True) - 1)
+    drawn = order.gather(1, place).squeeze(1)
+    return torch.where(column(s.temperature for s in asked).squeeze(1) > 0, drawn, greedy)
 
 
 def _penalize(scores: Tensor, state: SamplerState) -> None:

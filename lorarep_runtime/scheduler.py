@@ -1,13 +1,14 @@
 """Which sequences work in the next step, and on how many of their tokens.
 
-Sequences that decode come first, one token each; prompts fill the rest of the step in order of arrival (Agrawal et al.,
-2024). When pages run short the youngest sequence gives its own back and is computed anew later (Kwon et al., 2023).
+Sequences that decode come first, one token each; prompts fill the rest of the step (Agrawal et al., 2024), those of the
+adapters with the fewest running first, then in order of arrival. When pages run short the youngest sequence gives its
+own back and is computed anew later (Kwon et al., 2023).
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -96,19 +97,44 @@ class Scheduler:
                     continue
                 chosen[sequence] = count
                 budget -= count
-        while self.waiting and len(self.running) < self.config.max_sequences:
-            sequence = self.waiting[0]
+        while self.can_admit:
+            sequence = self._next()
             count = self._fits(sequence, budget, alone=not chosen)
             # The whole prompt's room, or it would be preempted half-way.
             if not count or not sequence.table.grow(len(sequence.tokens)):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             self.running.append(sequence)
             if sequence.started is None:
                 sequence.started = time.monotonic()
             chosen[sequence] = count
             budget -= count
         return list(chosen.items())
+
+    @property
+    def can_admit(self) -> bool:
+        """Whether a waiting sequence has its turn, if its pages are there."""
+        return len(self.running) < self.config.max_sequences and bool(self._free())
+
+    def _free(self) -> list[Sequence]:
+        """The waiting sequences that no limit of their adapter holds back."""
+        most = self.config.max_running_per_adapter
+        if most is None:
+            return list(self.waiting)
+        running = self._running_by_adapter()
+        return [sequence for sequence in self.waiting if running[sequence.lease.names] < most]
+
+    def _running_by_adapter(self) -> Counter[tuple[str, ...]]:
+        return Counter(sequence.lease.names for sequence in self.running)
+
+    def _next(self) -> Sequence:
+        """The waiting sequence whose turn it is.
+
+        That of the adapter with the fewest running, so that a flood for one does not starve the others; the oldest of
+        several. One that gave its pages back goes before all.
+        """
+        running = self._running_by_adapter()
+        return min(self._free(), key=lambda s: (s.started is None, running[s.lease.names]))
 
     def _fits(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
         """How many of its tokens go into the rest of the step."""

@@ -196,6 +196,45 @@ def test_draining_refuses_new_requests_and_finishes_the_others(running: Engine) 
     assert isinstance(stream.last, Finished)
 
 
+def test_a_flood_for_one_adapter_does_not_starve_the_others(base: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_for(base, adapters=adapters, max_sequences=2, max_queued_per_adapter=30)
+    begun: list[str] = []
+
+    def submit(name: str) -> None:
+        def on_event(event: Event) -> None:
+            if isinstance(event, Output) and seen not in begun:
+                begun.append(seen)
+
+        seen = f"{name} {len(engine.scheduler.waiting) + len(engine._submitted)}"
+        engine.submit(greedy(new_tokens=2), engine.adapters.lease([(name, 1.0)]), on_event)
+
+    for _ in range(30):
+        submit("lora overlap")
+    with pytest.raises(Exhausted, match="max_queued_per_adapter"):
+        submit("lora overlap")
+    submit("dora overlap")
+    submit("dora overlap")
+    while engine.step():
+        pass
+    # Both of the late adapter's are among the first, and the flood's keep their order.
+    assert [name.split()[0] for name in begun[:4]].count("dora") == 2
+    flood = [int(name.split()[-1]) for name in begun if name.startswith("lora")]
+    assert flood == sorted(flood)
+    assert len(flood) == 30
+
+
+def test_an_adapters_limit_leaves_places_for_the_others(base: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_for(base, adapters=adapters, max_sequences=4, max_running_per_adapter=1)
+    for name in ("lora overlap", "lora overlap", "dora overlap", "lora shrinking"):
+        engine.submit(greedy(new_tokens=3), engine.adapters.lease([(name, 1.0)]), lambda event: None)
+    engine.step()
+    running = [sequence.lease.names[0] for sequence in engine.scheduler.running]
+    assert running == ["lora overlap", "dora overlap", "lora shrinking"]
+    while engine.step():
+        pass
+    assert_nothing_held(engine)
+
+
 def test_a_full_queue_refuses_at_once_with_a_hint(base: Path) -> None:
     engine = engine_for(base, max_queued=2)
     for _ in range(2):

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,6 +116,7 @@ class AdapterPool:
         self._reserved = 0
         """Bytes of what is being compiled."""
         self._tick = 0
+        self._hashing = ThreadPoolExecutor(thread_name_prefix="lorarep-digest")
         self._stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
         self.evictions = 0
 
@@ -163,15 +165,16 @@ class AdapterPool:
         walked = self._walked(spec, stack)
         header = read_header(weights)
         layout = check(spec, header, walked, self._base.modules, self._base.prefix)
-        digest = file_digest(weights)
+        digest = self._hashing.submit(file_digest, weights)  # takes as long as the rest
         with self._changed:
             present = self._named.get(name)
             before = present.info if present else self._evicted.get(name)
-            if before is not None:
-                ours = (snapshot.repository, snapshot.commit, digest, walked)
-                if ours != (before.repository, before.commit, before.digest, before.stack):
-                    raise AlreadyExists(f"name: {name!r} is {before.repository} at {before.commit}")
-            if present is not None:
+        if before is not None:
+            ours = (snapshot.repository, snapshot.commit, digest.result(), walked)
+            if ours != (before.repository, before.commit, before.digest, before.stack):
+                raise AlreadyExists(f"name: {name!r} is {before.repository} at {before.commit}")
+        if present is not None:
+            with self._changed:
                 return self._info(present)
         size = storage_bytes(layout, self._base.dtype)
         with self._reserve(size), self._beside_steps():
@@ -190,7 +193,7 @@ class AdapterPool:
             name=name,
             repository=snapshot.repository,
             commit=snapshot.commit,
-            digest=digest,
+            digest=digest.result(),
             stack=walked,
             kind=adapter.kind,
             rank=adapter.rank,

@@ -8,7 +8,7 @@ of a value changes, and the weight is held once.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -105,8 +105,11 @@ class Spread:
         sums, x = 4 * 8 * self.eights * self.cta_tiles * TILE, 2 * 8 * self.eights * (width + 8)
         return TABLE_BYTES + sums + x + rows * modules * (ENTRY_BYTES + 4 * rank_segment)
 
-    def kernel(self) -> Kernel:
-        return _kernel("nf4_product", self.eights, self.tiles, self.depth, self.warps, self.ctas)
+    @property
+    def defines(self) -> Mapping[str, int]:
+        """What the source is compiled with."""
+        named = {"EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth, "CTAS": self.ctas}
+        return {**named, "THREADS": 32 * self.warps}
 
 
 MULTIPROCESSORS = 132
@@ -129,11 +132,10 @@ SPREADS = {
 
 
 @cache
-def _kernel(name: str, eights: int, tiles: int, depth: int, warps: int, ctas: int) -> Kernel:
+def _kernel(name: str, spread: Spread) -> Kernel:
     from lorarep_runtime.kernels.cuda import Kernel
 
-    defines = {"EIGHTS": eights, "TILES": tiles, "DEPTH": depth, "THREADS": 32 * warps, "CTAS": ctas}
-    return Kernel(SOURCE, name, defines)
+    return Kernel(SOURCE, name, spread.defines)
 
 
 @cache
@@ -211,7 +213,7 @@ class TiledGroup:
                 tiles_per_cta=spread.cta_tiles,
                 rank_segment=segment,
             )
-            spread.kernel()(
+            _kernel("nf4_product", replace(spread, cluster=1))(
                 spread.grid(tiles),
                 32 * spread.warps,
                 group,
@@ -253,5 +255,5 @@ def dequantize(tiles: Tensor, scales: Tensor, out: Tensor) -> None:
     """The weight (out, in) in bf16, as bitsandbytes dequantizes it: code times scale in fp32, rounded once."""
     units = tiles.shape[0] * tiles.shape[1]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (tiles, scales, out)]
-    kernel = _kernel("nf4_dequantize", 1, 1, 1, 8, 1)
+    kernel = _kernel("nf4_dequantize", SPREADS[1][0])
     kernel(-(-units // 8), 256, *pointers, ctypes.c_int(out.shape[1]), ctypes.c_longlong(units))

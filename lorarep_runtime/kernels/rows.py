@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,12 +77,12 @@ class PlainRows:
 
 def entry_table(entries: Entries, positions: int, modules: Sequence[str]) -> Tensor:
     """The entry table of an adapter, in host memory. It holds addresses only: the entries must outlive it."""
-    table = torch.zeros(positions, len(modules), FIELDS, dtype=torch.int64)
+    table = np.zeros((positions, len(modules), FIELDS), dtype=np.int64)
     numbers = {module: i for i, module in enumerate(modules)}
     for (position, module), (a, b, c, bias) in entries.items():
-        addresses = [0 if t is None else t.data_ptr() for t in (a, b.T, c, bias)]
-        table[position, numbers[module]] = torch.tensor([*addresses, len(a)])
-    return table
+        addresses = [0 if t is None else t.data_ptr() for t in (a, b, c, bias)]
+        table[position, numbers[module]] = (*addresses, len(a))
+    return torch.from_numpy(table)
 
 
 def part_width(width: int, parts: int) -> int:

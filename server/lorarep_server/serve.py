@@ -113,6 +113,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @option("--max-queued", type=POSITIVE, default=SchedulerConfig.max_queued, help="Most waiting requests.")
 @option(
+    "--max-running-per-adapter", type=POSITIVE, show_default="no limit", help="Most requests of one adapter in a step."
+)
+@option(
+    "--max-queued-per-adapter", type=POSITIVE, show_default="no limit", help="Most waiting requests for one adapter."
+)
+@option(
     "--max-sequence-tokens",
     type=POSITIVE,
     show_default="what the base was trained for",

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor
 
+from lorarep_runtime.kernels.cuda import CudaError, compile_source
 from lorarep_runtime.kernels.nf4 import (
     CHUNK,
     CTA_BYTES,
     MULTIPROCESSORS,
     SHARED_BYTES,
+    SOURCE,
+    SPREADS,
     TILE,
+    Spread,
     TiledGroup,
     arrange,
     dequantize,
@@ -60,6 +66,19 @@ def test_every_shape_has_a_spread_that_fits(rows: int, out: int, into: int, modu
     assert spread.grid(out // TILE) // spread.cluster * spread.cta_tiles >= out // TILE
     assert spread.shared_bytes(into, rows, modules, 64) <= SHARED_BYTES // spread.ctas - CTA_BYTES
     assert spread.load(out // TILE, into // CHUNK) * MULTIPROCESSORS >= out // TILE * (into // CHUNK)
+
+
+@pytest.mark.parametrize("spread", [spread for spreads in SPREADS.values() for spread in spreads], ids=str)
+def test_the_source_compiles(spread: Spread) -> None:
+    """By NVRTC, which needs no GPU."""
+    assert compile_source(SOURCE, tuple(sorted(spread.defines.items())), "sm_90").startswith(b"\x7fELF")
+
+
+def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
+    source = tmp_path / "wrong.cu"
+    source.write_text("void f() { no_such_thing(); }")
+    with pytest.raises(CudaError, match="no_such_thing"):
+        compile_source(source, (), "sm_90")
 
 
 def test_the_reference_is_one_form_over_a_plain_product() -> None:

@@ -1,0 +1,131 @@
+"""Thousands of adapters through one small base on the CPU: what a request waits whose adapter has to come from the Hub.
+
+    python benchmarks/adapters.py [--published 10000] [--used 2000] [--device-adapters 64] [--minutes 10]
+
+A Hub on loopback publishes all of them. Requests draw their adapter by Zipf's law over the published ones, eight at a
+time, until enough different ones have been used; a few dozen fit in memory, so the others come and go. Every answer is
+compared with that of the same adapter earlier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lorarep_server.demo.hub import HubStandIn
+
+from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
+from lorarep_runtime.engine import Engine
+from lorarep_runtime.request import Event, Finished, Output, Request, Stopping
+from tests.models import save_adapter, save_base
+
+AT_ONCE = 8
+PROMPT = tuple(range(40, 60))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", type=int, default=10_000)
+    parser.add_argument("--used", type=int, default=2_000)
+    parser.add_argument("--device-adapters", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=10)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, HubStandIn() as hub:
+        os.environ.update(HF_ENDPOINT=hub.url, NO_PROXY="127.0.0.1", HF_HUB_DISABLE_TELEMETRY="1")
+        run(Path(folder), hub, options)
+
+
+def run(folder: Path, hub: HubStandIn, options: argparse.Namespace) -> None:
+    base = save_base("llama", folder / "base")
+    made = save_adapter(
+        base, folder / "adapter", r=4, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 4], [2, 6]]
+    )
+    config = json.loads((made / "adapter_config.json").read_text())
+    for i in range(options.published):
+        # Each is its own: another scale.
+        (made / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1 + i * 16 / options.published}))
+        hub.publish(f"many/adapter-{i}", made)
+    probe = Engine(EngineConfig(BaseConfig(str(base), device="cpu"), scheduler=SchedulerConfig(kv_bytes=16 << 20)))
+    size = probe.adapters.load("probe", str(made), trusted=True).bytes
+    engine = Engine(
+        EngineConfig(
+            BaseConfig(str(base), device="cpu"),
+            adapters=AdapterLimits(allow_repositories=("many/*",), memory_bytes=size * options.device_adapters),
+            scheduler=SchedulerConfig(kv_bytes=16 << 20),
+        )
+    )
+    engine.start()
+    popularity = 1 / np.arange(1, options.published + 1)
+    dice = np.random.default_rng(0)
+    lock = threading.Lock()
+    answers: dict[str, tuple[int, ...]] = {}
+    cold: list[float] = []
+    warm: list[float] = []
+    wrong: list[str] = []
+    memory: list[int] = []
+    until = time.monotonic() + 60 * options.minutes
+
+    def ask(name: str) -> None:
+        began = time.perf_counter()
+        loaded = name in {info.name for info in engine.adapters.list() if info.loaded}
+        first, tokens = answer(engine, name, began)
+        with lock:
+            (warm if loaded else cold).append(first)
+            if answers.setdefault(name, tokens) != tokens:
+                wrong.append(name)
+
+    with ThreadPoolExecutor(AT_ONCE) as callers:
+        while len(answers) < options.used and time.monotonic() < until:
+            drawn = dice.choice(options.published, size=AT_ONCE * 4, p=popularity / popularity.sum())
+            list(callers.map(ask, [f"many/adapter-{i}" for i in drawn]))
+            memory.append(psutil.Process().memory_info().rss)
+    engine.stop()
+    requests = len(cold) + len(warm)
+    print(f"{options.published} adapters published, {len(answers)} used by {requests} requests, {len(wrong)} wrong")
+    print(f"{engine.adapters.evictions} evictions; room for {options.device_adapters} of {size} bytes")
+    for title, seconds in (("loaded", warm), ("from the Hub or its cache", cold)):
+        median, late = statistics.median(seconds), sorted(seconds)[int(len(seconds) * 0.99)]
+        print(f"first token, adapter {title}: median {median * 1e3:.0f} ms, 99 % {late * 1e3:.0f} ms")
+    print(f"resident after half of the time {memory[len(memory) // 2] >> 20} MiB, at the end {memory[-1] >> 20} MiB")
+    if wrong or len(answers) < options.used:
+        raise SystemExit(1)
+
+
+def answer(engine: Engine, name: str, began: float) -> tuple[float, tuple[int, ...]]:
+    """Seconds to the first token, and the tokens."""
+    ended = threading.Event()
+    times: list[float] = []
+    tokens: list[int] = []
+    failed: list[Exception] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Output):
+            times.append(time.perf_counter() - began)
+            tokens.extend(event.tokens)
+            return
+        if not isinstance(event, Finished):
+            failed.append(event)
+        ended.set()
+
+    lease = engine.adapters.lease([(name, 1.0)])
+    engine.submit(Request(PROMPT, stopping=Stopping(max_new_tokens=8, ignore_eos=True)), lease, on_event)
+    ended.wait()
+    if failed:
+        raise failed[0]
+    return times[0], tuple(tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,4 +27,6 @@ VOLUME /cache
 EXPOSE 50051 9095
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["lorarep"]
-CMD ["serve", "--listen", "0.0.0.0:50051", "--metrics-listen", "0.0.0.0:9095"]
+# Tokens come from a mounted folder, so that a file which takes another's place in it is seen.
+CMD ["serve", "--listen", "0.0.0.0:50051", "--metrics-listen", "0.0.0.0:9095", \
+     "--token-file", "/run/secrets/lorarep/tokens"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lorarep_server.access import check_exposure
+from lorarep_server.config import ServerConfig
 from lorarep_server.serve import serve
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -16,6 +18,7 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 def test_the_configuration_is_one_that_serve_takes() -> None:
     given = serve.make_context("serve", ["--config", str(DEPLOY / "lorarep.yaml")]).params
     assert (given["quantization"], given["allow_repository"]) == ("nf4", ("abacusai/*",))
+    check_exposure(ServerConfig(**{name: given[name] for name in ("listen", "metrics_listen", "token_file")}))
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
@@ -36,6 +39,9 @@ def test_kubectl_renders_it() -> None:
         volumes["cache"]["persistentVolumeClaim"]["claimName"] == objects["PersistentVolumeClaim"]["metadata"]["name"]
     )
     settings = yaml.safe_load(objects["ConfigMap"]["data"]["lorarep.yaml"])
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert Path(settings["token_file"]).parent == Path(mounts["tokens"])
+    assert "secret" in volumes["tokens"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert settings["listen"].endswith(f":{ports['grpc']}")
     assert settings["metrics_listen"].endswith(f":{ports['metrics']}")

@@ -15,7 +15,7 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from lorarep.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -27,6 +27,7 @@ from lorarep.v1 import (
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, start_http_server
 
 from lorarep_runtime.errors import InvalidArgument, Unavailable
+from lorarep_server.access import Access, check_exposure, check_roles
 from lorarep_server.calls import Calls
 from lorarep_server.config import ServerConfig
 from lorarep_server.loads import Loads
@@ -34,6 +35,7 @@ from lorarep_server.metrics import EngineCollector, Metrics
 from lorarep_server.service_adapters import AdapterService
 from lorarep_server.service_generation import GenerationService
 from lorarep_server.service_model import ModelService
+from lorarep_server.tls import server_credentials
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine import Engine
@@ -175,7 +177,10 @@ class App:
 
     def _build(self) -> grpc.aio.Server:
         config = self._config
-        server = grpc.aio.server(interceptors=(self._calls,), options=GRPC_OPTIONS)
+        check_exposure(config)
+        # Tokens come first: a call without one is none of those under way.
+        access = () if config.token_file is None else (Access(config.token_file),)
+        server = grpc.aio.server(interceptors=(*access, self._calls), options=GRPC_OPTIONS)
         generation = GenerationService(
             self.engine, self._loads, self._metrics, max_unread=config.max_unread, patience=config.max_unread_seconds
         )
@@ -183,14 +188,28 @@ class App:
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self.engine, self._loads), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self.engine), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = (generation_pb2, adapters_pb2, model_pb2, health_pb2)
-        names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        files = (generation_pb2, adapters_pb2, model_pb2, health_pb2, reflection_pb2)
+        services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+        check_roles(services)
+        reflection.enable_server_reflection([service.full_name for service in services], server)
+        credentials = self._credentials()
         try:
-            self.port = server.add_insecure_port(config.listen)
+            if credentials is None:
+                self.port = server.add_insecure_port(config.listen)
+            else:
+                self.port = server.add_secure_port(config.listen, credentials)
         except RuntimeError as error:
             raise InvalidArgument(f"listen: cannot serve at {config.listen!r}") from error
         return server
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        """None for plain text."""
+        config = self._config
+        if config.tls_certificate is not None and config.tls_key is not None:
+            return server_credentials(config.tls_certificate, config.tls_key, config.tls_client_ca)
+        if config.tls_certificate or config.tls_key or config.tls_client_ca:
+            raise InvalidArgument("tls_certificate: TLS needs tls_certificate and tls_key, both")
+        return None
 
     def _serve_metrics(self) -> WSGIServer:
         host, _, port = self._config.metrics_listen.rpartition(":")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,20 +20,77 @@ if TYPE_CHECKING:
     import grpc
     from lorarep.v1 import adapters_pb2_grpc
 
-server_option = option("--server", metavar="HOST:PORT", default="127.0.0.1:50051", help="The server.")
+FILE = click.Path(dir_okay=False, exists=True, path_type=Path)
+TOKEN_VARIABLE = "LORAREP_TOKEN"
 
 
-@contextmanager
-def channel_to(server: str) -> Iterator[grpc.Channel]:
-    """A connection; the statuses of calls that fail become one line."""
-    import grpc
+@dataclass(frozen=True)
+class Connection:
+    """How a server is reached."""
 
-    with grpc.insecure_channel(server) as channel:
-        try:
-            yield channel
-        except grpc.RpcError as error:
-            status: Any = error
-            raise click.ClickException(f"{status.code().name}: {status.details()}") from error
+    server: str
+    tls_ca: Path | None
+    tls_certificate: Path | None
+    tls_key: Path | None
+    token_file: Path | None
+
+    @contextmanager
+    def channel(self) -> Iterator[grpc.Channel]:
+        """The statuses of calls that fail become one line."""
+        import grpc
+
+        with self._channel() as channel:
+            try:
+                yield channel
+            except grpc.RpcError as error:
+                status: Any = error
+                raise click.ClickException(f"{status.code().name}: {status.details()}") from error
+
+    def _channel(self) -> grpc.Channel:
+        import grpc
+
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise click.UsageError("--tls-certificate and --tls-key need each other")
+        if self.tls_ca is None:
+            if self.tls_certificate:
+                raise click.UsageError("--tls-certificate needs --tls-ca")
+            return grpc.insecure_channel(self.server)
+        files = (self.tls_ca, self.tls_key, self.tls_certificate)
+        pems = [None if file is None else file.read_bytes() for file in files]
+        return grpc.secure_channel(self.server, grpc.ssl_channel_credentials(*pems))
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """For every call: the token, if there is one."""
+        token = os.environ.get(TOKEN_VARIABLE, "") if self.token_file is None else self.token_file.read_text().strip()
+        if not token:
+            return ()
+        if not re.fullmatch("[!-~]+", token):
+            raise click.UsageError(f"{self.token_file or TOKEN_VARIABLE}: is not one token")
+        return (("authorization", f"Bearer {token}"),)
+
+
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the flags of a connection, as its argument `connection`."""
+
+    @option("--server", metavar="HOST:PORT", default="127.0.0.1:50051", help="The server.")
+    @option("--tls-ca", type=FILE, help="PEM file of the authorities that the server's certificate may be from.")
+    @option("--tls-certificate", type=FILE, help="PEM file of an own certificate chain.")
+    @option("--tls-key", type=FILE, help="PEM file of its key.")
+    @option("--token-file", type=FILE, show_default=f"${TOKEN_VARIABLE}, a token", help="File of one bearer token.")
+    @wraps(command)
+    def connected(
+        *,
+        server: str,
+        tls_ca: Path | None,
+        tls_certificate: Path | None,
+        tls_key: Path | None,
+        token_file: Path | None,
+        **others: Any,
+    ) -> None:
+        command(connection=Connection(server, tls_ca, tls_certificate, tls_key, token_file), **others)
+
+    return connected
 
 
 class AdapterWeightType(click.ParamType):  # type: ignore[type-arg]
@@ -50,7 +112,7 @@ class AdapterWeightType(click.ParamType):  # type: ignore[type-arg]
 
 @click.command()
 @click.argument("prompt", required=False)
-@server_option
+@with_connection
 @option("--adapter", type=AdapterWeightType(), multiple=True, help="Adapter, and its weight if that is not 1.")
 @option("--stack", help="Named stack.")
 @option("--chat", is_flag=True, help="Put the prompt into the chat template, as the user's message.")
@@ -68,7 +130,7 @@ class AdapterWeightType(click.ParamType):  # type: ignore[type-arg]
 @option("--seed", type=int, help="Makes sampling reproducible.")
 def generate(
     prompt: str | None,
-    server: str,
+    connection: Connection,
     adapter: tuple[tuple[str, float | None], ...],
     stack: str | None,
     chat: bool,
@@ -97,9 +159,9 @@ def generate(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    with channel_to(server) as channel:
+    with connection.channel() as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        for message in stub.GenerateStream(pb.GenerateStreamRequest(request=request)):
+        for message in stub.GenerateStream(pb.GenerateStreamRequest(request=request), metadata=connection.metadata):
             click.echo(message.chunk.text, nl=False)
     click.echo()
 
@@ -110,48 +172,48 @@ def adapters() -> None:
 
 
 @contextmanager
-def _adapter_service(server: str) -> Iterator[adapters_pb2_grpc.AdapterServiceStub]:
+def _adapter_service(connection: Connection) -> Iterator[adapters_pb2_grpc.AdapterServiceStub]:
     from lorarep.v1 import adapters_pb2_grpc
 
-    with channel_to(server) as channel:
+    with connection.channel() as channel:
         yield adapters_pb2_grpc.AdapterServiceStub(channel)
 
 
 @adapters.command()
 @click.argument("adapter", type=AdapterSourceType())
 @option("--stack", help="Named stack that the adapter's layer numbers count.")
-@server_option
-def load(adapter: AdapterSource, stack: str | None, server: str) -> None:
+@with_connection
+def load(adapter: AdapterSource, stack: str | None, connection: Connection) -> None:
     """Load a repository: NAME=REPOSITORY[@REVISION]."""
     from lorarep.v1 import adapters_pb2 as pb
 
     request = pb.LoadAdapterRequest(
         name=adapter.name, repository=adapter.source, revision=adapter.revision, stack=stack
     )
-    with _adapter_service(server) as service:
-        loaded = service.LoadAdapter(request).adapter
+    with _adapter_service(connection) as service:
+        loaded = service.LoadAdapter(request, metadata=connection.metadata).adapter
     click.echo(f"{loaded.name}: {loaded.repository} at {loaded.commit}, {len(loaded.layers)} positions")
 
 
 @adapters.command()
 @click.argument("name")
-@server_option
-def unload(name: str, server: str) -> None:
+@with_connection
+def unload(name: str, connection: Connection) -> None:
     """Take an adapter's name away."""
     from lorarep.v1 import adapters_pb2 as pb
 
-    with _adapter_service(server) as service:
-        service.UnloadAdapter(pb.UnloadAdapterRequest(name=name))
+    with _adapter_service(connection) as service:
+        service.UnloadAdapter(pb.UnloadAdapterRequest(name=name), metadata=connection.metadata)
 
 
 @adapters.command(name="list")
-@server_option
-def list_(server: str) -> None:
+@with_connection
+def list_(connection: Connection) -> None:
     """Print a table of the adapters."""
     from lorarep.v1 import adapters_pb2 as pb
 
-    with _adapter_service(server) as service:
-        found = service.ListAdapters(pb.ListAdaptersRequest()).adapters
+    with _adapter_service(connection) as service:
+        found = service.ListAdapters(pb.ListAdaptersRequest(), metadata=connection.metadata).adapters
     rows = [("NAME", "KIND", "RANK", "POSITIONS", "MIB", "IN USE", "REPOSITORY", "COMMIT")]
     for a in found:
         kind = pb.AdapterKind.Name(a.kind).removeprefix("ADAPTER_KIND_").lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lorarep_server.options import AdapterSource
 
@@ -15,6 +16,16 @@ class ServerConfig:
     """Where gRPC is served."""
     metrics_listen: str = "127.0.0.1:9095"
     """Where Prometheus metrics are served over HTTP."""
+    tls_certificate: Path | None = None
+    """PEM file of the chain that callers are shown; unset, gRPC is in plain text..."""
+    tls_key: Path | None = None
+    """...and of its key."""
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities one of which has to have signed a caller's own certificate."""
+    token_file: Path | None = None
+    """Bearer tokens and their roles; unset, nobody needs one."""
+    insecure: bool = False
+    """Allows other machines to call with neither."""
     adapters: tuple[AdapterSource, ...] = ()
     """Loaded before the server is ready, from anywhere."""
     grace_seconds: float = 30.0

@@ -60,6 +60,7 @@ def _as_typed(value: Any, *, several: bool) -> str | list[str]:
 
 POSITIVE = click.IntRange(min=1)
 SECONDS = click.FloatRange(min=0)
+FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -136,6 +137,11 @@ SECONDS = click.FloatRange(min=0)
     default=ServerConfig.metrics_listen,
     help="Where Prometheus metrics are served.",
 )
+@option("--tls-certificate", type=FILE, help="PEM file of the certificate chain for gRPC; read again when it changes.")
+@option("--tls-key", type=FILE, help="PEM file of its key.")
+@option("--tls-client-ca", type=FILE, help="PEM file of authorities; callers need a certificate of theirs.")
+@option("--token-file", type=FILE, help="Lines 'generate TOKEN' or 'administer TOKEN'; read again when it changes.")
+@option("--insecure", is_flag=True, help="Let other machines call without token or certificate.")
 @option(
     "--grace-seconds", type=SECONDS, default=ServerConfig.grace_seconds, help="For calls under way when told to end."
 )
@@ -172,6 +178,11 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
     server = ServerConfig(
         listen=given["listen"],
         metrics_listen=given["metrics_listen"],
+        tls_certificate=given["tls_certificate"],
+        tls_key=given["tls_key"],
+        tls_client_ca=given["tls_client_ca"],
+        token_file=given["token_file"],
+        insecure=given["insecure"],
         adapters=adapter,
         grace_seconds=given["grace_seconds"],
         max_calls=given["max_calls"],

@@ -31,7 +31,8 @@ class GenerationServiceStub:
     A call that is cancelled, or whose deadline passes, stops computing within one step. What all calls can end with:
     INVALID_ARGUMENT names the field and its limit; NOT_FOUND an unknown adapter or stack; PERMISSION_DENIED a repository
     that the server's allow-list does not permit; RESOURCE_EXHAUSTED a full queue, with the milliseconds to wait before
-    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down.
+    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down;
+    UNAUTHENTICATED that the metadata `authorization` is not `Bearer` and a token that the server knows, if it wants any.
     """
 
     def __init__(self, channel):
@@ -63,7 +64,8 @@ class GenerationServiceServicer:
     A call that is cancelled, or whose deadline passes, stops computing within one step. What all calls can end with:
     INVALID_ARGUMENT names the field and its limit; NOT_FOUND an unknown adapter or stack; PERMISSION_DENIED a repository
     that the server's allow-list does not permit; RESOURCE_EXHAUSTED a full queue, with the milliseconds to wait before
-    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down.
+    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down;
+    UNAUTHENTICATED that the metadata `authorization` is not `Bearer` and a token that the server knows, if it wants any.
     """
 
     def Generate(self, request, context):
@@ -120,7 +122,8 @@ class GenerationService:
     A call that is cancelled, or whose deadline passes, stops computing within one step. What all calls can end with:
     INVALID_ARGUMENT names the field and its limit; NOT_FOUND an unknown adapter or stack; PERMISSION_DENIED a repository
     that the server's allow-list does not permit; RESOURCE_EXHAUSTED a full queue, with the milliseconds to wait before
-    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down.
+    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down;
+    UNAUTHENTICATED that the metadata `authorization` is not `Bearer` and a token that the server knows, if it wants any.
     """
 
     @staticmethod

@@ -1,0 +1,166 @@
+"""Who may call what: roles of bearer tokens, the role that each RPC needs, and where neither is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from enum import IntEnum
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_server.config import ServerConfig
+from lorarep_server.watched import Watched
+
+log = logging.getLogger(__name__)
+
+
+class Role(IntEnum):
+    """What a token is good for. Each includes those before it."""
+
+    ANYONE = 0
+    GENERATE = 1
+    ADMINISTER = 2
+
+
+ROLES: Mapping[str, Role] = {
+    "/lorarep.v1.GenerationService/Generate": Role.GENERATE,
+    "/lorarep.v1.GenerationService/GenerateStream": Role.GENERATE,
+    "/lorarep.v1.GenerationService/Tokenize": Role.GENERATE,
+    "/lorarep.v1.AdapterService/LoadAdapter": Role.ADMINISTER,
+    "/lorarep.v1.AdapterService/UnloadAdapter": Role.ADMINISTER,
+    "/lorarep.v1.AdapterService/GetAdapter": Role.GENERATE,
+    "/lorarep.v1.AdapterService/ListAdapters": Role.GENERATE,
+    "/lorarep.v1.ModelService/GetModel": Role.GENERATE,
+    "/lorarep.v1.ModelService/ListStacks": Role.GENERATE,
+    "/lorarep.v1.ModelService/GetLedger": Role.GENERATE,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.GENERATE,
+    # Kubernetes' probes have no token.
+    "/grpc.health.v1.Health/Check": Role.ANYONE,
+    "/grpc.health.v1.Health/List": Role.ANYONE,
+    "/grpc.health.v1.Health/Watch": Role.ANYONE,
+}
+"""The role that each RPC needs. One that is not here is refused to all."""
+
+TOKEN_LINE = re.compile(rb"(generate|administer)[ \t]+([!-~]+)")
+
+
+def check_roles(services: Iterable[ServiceDescriptor]) -> None:
+    """Raises NotImplementedError unless each RPC of the services has its role."""
+    served = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
+    if forgotten := served - ROLES.keys():
+        raise NotImplementedError(f"no role is set for {', '.join(sorted(forgotten))}")
+
+
+def check_exposure(config: ServerConfig) -> None:
+    """Raises InvalidArgument if anyone beyond this machine could call, and nobody has said that this is meant."""
+    if config.token_file or config.tls_client_ca or config.insecure:
+        return
+    for field, address in (("listen", config.listen), ("metrics_listen", config.metrics_listen)):
+        if not is_loopback(address):
+            raise InvalidArgument(
+                f"{field}: {address!r} is open to other machines: set token_file or tls_client_ca, or insecure"
+            )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address to listen at is certainly this machine's alone."""
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or address.startswith("unix:")
+
+
+class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses calls without a token of the role that their RPC needs."""
+
+    def __init__(self, token_file: Path) -> None:
+        """Raises InvalidArgument if the file cannot be used."""
+        self._file = Watched([token_file], lambda: read_tokens(token_file))
+        self._tokens = self._file.first
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        method = handler_call_details.method
+        needed = ROLES.get(method)
+        if needed is Role.ANYONE:
+            return await continuation(handler_call_details)
+        role = self._role(handler_call_details)
+        if role is None:
+            return _refusal(method, grpc.StatusCode.UNAUTHENTICATED, "authorization: has to be 'Bearer' and a token")
+        if role is Role.ANYONE:
+            return _refusal(method, grpc.StatusCode.UNAUTHENTICATED, "authorization: the token is not known")
+        handler = await continuation(handler_call_details)
+        if handler is not None and needed is None:
+            return _refusal(method, grpc.StatusCode.PERMISSION_DENIED, "no role is known to be enough")
+        if needed is not None and role < needed:
+            return _refusal(method, grpc.StatusCode.PERMISSION_DENIED, f"needs a token to {needed.name.lower()}")
+        return handler
+
+    def _role(self, details: grpc.HandlerCallDetails) -> Role | None:
+        """Of the call's token; None if it has none."""
+        given = [value for key, value in details.invocation_metadata if key == "authorization"]
+        scheme, _, token = str(given[0]).partition(" ") if len(given) == 1 else ("", "", "")
+        if scheme.lower() != "bearer" or not token:
+            return None
+        if (tokens := self._file.changed()) is not None:
+            self._tokens = tokens
+        digest, role = _digest(token.encode()), Role.ANYONE
+        # All of them, each to its end: the time that this takes tells nothing.
+        for known, its_role in self._tokens.items():
+            if hmac.compare_digest(known, digest):
+                role = its_role
+        return role
+
+
+def read_tokens(file: Path) -> dict[bytes, Role]:
+    """Roles by the digest of their token, from lines `generate TOKEN` or `administer TOKEN`; # begins a comment line.
+
+    Raises:
+        InvalidArgument: the file cannot be read, has another line, or no token. Tells no token.
+    """
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise InvalidArgument(f"token_file: cannot read {str(file)!r}: {error.strerror}") from error
+    tokens: dict[bytes, Role] = {}
+    for number, line in enumerate(map(bytes.strip, lines), 1):
+        if not line or line.startswith(b"#"):
+            continue
+        found = TOKEN_LINE.fullmatch(line)
+        if found is None:
+            raise InvalidArgument(
+                f"token_file: line {number} of {str(file)!r} is not 'generate TOKEN' or 'administer TOKEN'"
+            )
+        digest = _digest(found[2])
+        if digest in tokens:
+            raise InvalidArgument(f"token_file: line {number} of {str(file)!r} has the token of a line before it")
+        tokens[digest] = Role[found[1].decode().upper()]
+    if not tokens:
+        raise InvalidArgument(f"token_file: {str(file)!r} has no token")
+    return tokens
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
+
+
+def _refusal(method: str, code: grpc.StatusCode, message: str) -> Any:
+    """A handler that refuses a call of any kind, without reading what it sends."""
+
+    async def refuse(requests: Any, context: Any) -> None:
+        log.info("%r %s", method, code.name)
+        await context.abort(code, message)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,0 +1,54 @@
+"""Files that are read again when they change, while the server runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from lorarep_runtime.errors import InvalidArgument
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Watched(Generic[T]):
+    """What `read` makes of some files. It raises InvalidArgument where it cannot use them."""
+
+    def __init__(self, files: Sequence[Path], read: Callable[[], T]) -> None:
+        self._files = files
+        self._read = read
+        self._complaint = ""
+        # Taken before the content: what is written between the two is read again.
+        self._seen = self._state()
+        self.first = read()
+        """What the files held at the start."""
+
+    def changed(self) -> T | None:
+        """What the files hold, if they have changed and can be used. If they cannot, that is logged once."""
+        state = self._state()
+        if state == self._seen:
+            return None
+        try:
+            value = self._read()
+        except InvalidArgument as error:
+            if (complaint := str(error)) != self._complaint:
+                log.error("%s; what was read before stays in force", complaint)
+            self._complaint = complaint
+            return None
+        self._seen, self._complaint = state, ""
+        log.info("read again: %s", ", ".join(map(str, self._files)))
+        return value
+
+    def _state(self) -> list[tuple[int, ...] | None]:
+        return [_state(file) for file in self._files]
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev

@@ -14,7 +14,7 @@ from tests.faults.conftest import HUB_SECONDS, Failpoints, Innocent, adapters, l
 from tests.hub_faults import FaultyHub
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, request, serving
+from tests.server.running import Server, request, serving, stream
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -89,20 +89,20 @@ def test_device_memory_that_is_short_while_loading_leaves_what_is_loaded(
     assert not here["lora"].loaded  # idle: it left for the new one
     assert here["dora"].loaded == (here["dora"].references > 0)
     assert "plain" not in here
+    failpoints.clear()
+    assert server.generation.Generate(request("x", "lora")).token_ids == alone  # loaded again by itself
     failpoints.set("adapter", "once out-of-memory")
     assert load(server, "plain", "org/plain").loaded
     unload(server, "plain")
-    assert server.generation.Generate(request("x", "lora")).token_ids == alone  # loaded again by itself
 
 
 def test_an_adapter_in_use_finishes_when_it_is_unloaded_and_evicted(
     server: Server, innocent: Innocent, failpoints: Failpoints
 ) -> None:
-    load(server, "going", "org/lora")
+    for name in ("going", "idle"):
+        load(server, name, "org/lora")
     wanted = request("x", "going", new_tokens=200)
     alone = server.generation.Generate(wanted).token_ids
-    from tests.server.running import stream
-
     call = stream(server, wanted)
     tokens = [*next(message for message in call if message.chunk.token_ids).chunk.token_ids]
     unload(server, "going")
@@ -110,7 +110,8 @@ def test_an_adapter_in_use_finishes_when_it_is_unloaded_and_evicted(
     load(server, "going", "org/plain")  # the name is another's by now, and memory was short
     tokens += [token for message in call for token in message.chunk.token_ids]
     assert tokens == alone
-    unload(server, "going")
+    for name in ("going", "idle"):
+        unload(server, name)
 
 
 @pytest.fixture

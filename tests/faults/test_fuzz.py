@@ -32,12 +32,31 @@ MEMORY = 1 << 30
 fuzzed = settings(max_examples=150 * ROUNDS, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 WORDS = st.sampled_from(["q_proj", "v_proj", "all-linear", "layers", "model.layers.0.self_attn.q_proj", "LORA", "none"])
-PIECES = ["a", "q_proj", ".*", "(", ")", "[", "]", "{9}", "{1,99999}", "|", "\\d", "+", "?", "(?R)", "(?P<position>", "$"]
+PIECES = [
+    "a",
+    "q_proj",
+    ".*",
+    "(",
+    ")",
+    "[",
+    "]",
+    "{9}",
+    "{1,99999}",
+    "|",
+    "\\d",
+    "+",
+    "?",
+    "(?R)",
+    "(?P<position>",
+    "$",
+]
 PATTERNS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), WORDS, PATTERNS)
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9) | WORDS | PATTERNS, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9) | WORDS | PATTERNS, inner, max_size=4)
+    ),
     max_leaves=8,
 )
 CONFIGS = st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=12), VALUES, max_size=5)
@@ -143,5 +162,9 @@ def test_patterns_that_would_take_all_memory_are_refused_by_name(field: str, pat
 
 def test_honest_patterns_are_not_refused() -> None:
     long = "|".join(f"model.layers.{i}.self_attn.[qv]_proj" for i in range(500))
-    for pattern in (long, r".*layers\.\d{1,2}\.(self_attn|mlp)\..*", r"^(?:.*?(?:language|text).*?(?:q_proj|v_proj).*?)$"):
+    for pattern in (
+        long,
+        r".*layers\.\d{1,2}\.(self_attn|mlp)\..*",
+        r"^(?:.*?(?:language|text).*?(?:q_proj|v_proj).*?)$",
+    ):
         AdapterSpec.parse({"peft_type": "LORA", "target_modules": pattern}, AdapterLimits())

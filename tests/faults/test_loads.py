@@ -37,7 +37,9 @@ def new(world: World, tmp_path: Path) -> str:
     return name
 
 
-@pytest.mark.parametrize("fault", ["stalls", "hangs in a body", "cuts", "limits the rate", "is broken", "talks garbage"])
+@pytest.mark.parametrize(
+    "fault", ["stalls", "hangs in a body", "cuts", "limits the rate", "is broken", "talks garbage"]
+)
 def test_a_hub_that_fails_is_unavailable_in_time_and_others_load_on(
     server: Server, innocent: Innocent, hub: FaultyHub, new: str, fault: str
 ) -> None:
@@ -66,7 +68,7 @@ def test_a_hub_that_fails_is_unavailable_in_time_and_others_load_on(
     unload(server, "new")
 
 
-@pytest.mark.parametrize("claim", [10, 1 << 40])
+@pytest.mark.parametrize("claim", [1 << 40])
 def test_a_hub_that_lies_about_a_size_is_unavailable(
     server: Server, innocent: Innocent, hub: FaultyHub, new: str, claim: int
 ) -> None:

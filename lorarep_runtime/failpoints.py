@@ -17,8 +17,8 @@ _FOLDER = os.environ.get("LORAREP_FAILPOINTS")
 
 
 def failpoint(name: str) -> None:
-    """Passes a failpoint: `step` before each, `forward` inside what ends its requests alone, `base` and `adapter` before
-    each is put into device memory."""
+    """Passes a failpoint: `step` before each, `forward` inside what ends its requests alone, `base` and `adapter`
+    before each is put into device memory."""
     if _FOLDER is not None:
         _act(Path(_FOLDER, name))
 

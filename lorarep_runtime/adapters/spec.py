@@ -239,8 +239,8 @@ def _few(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:
 
 
 def _check_expressions(field: str, patterns: Iterable[str]) -> None:
-    """Refuses what would take all memory there is: repeats within repeats; and recursion, which PEFT's own `re` does not
-    know, as it knows none of `regex`'s extensions."""
+    """Refuses what would take all memory there is: repeats within repeats; and recursion, which PEFT's own `re` does
+    not know, as it knows none of `regex`'s extensions."""
     added = 0
     for pattern in patterns:
         # As if each repeat were within the one before. Braces that are none cost nothing but a limit that is lower.

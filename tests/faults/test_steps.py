@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 import time
+from contextlib import suppress
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -93,12 +95,8 @@ def watch(server: Server) -> list[int]:
     seen.append(next(watching).status)
 
     def follow() -> None:
-        try:
+        with suppress(grpc.RpcError):
             seen.extend(message.status for message in watching)
-        except grpc.RpcError:
-            pass
-
-    import threading
 
     threading.Thread(target=follow, daemon=True).start()
     return seen

@@ -19,6 +19,7 @@ from lorarep_runtime.batch import Batch
 from lorarep_runtime.cache import PagePool
 from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
 from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, shared_weight, tiled
 from lorarep_runtime.text import Tokenizer
@@ -42,6 +43,7 @@ class Base:
         self.device = _device(config.device)
         self.config = read_model_config(self.folder)
         self.quantization_config = quantization_of(self.config, config)
+        failpoint("base")
         with _reporting(progress, "load" if self.quantization_config is None else "quantize"):
             self.model = AutoModelForCausalLM.from_pretrained(
                 self.folder,

@@ -32,6 +32,7 @@ from lorarep_runtime.errors import (
     LorarepError,
     Unavailable,
 )
+from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.ledger import Ledger, take_stock
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Timings, TokenLogprob
@@ -226,13 +227,17 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="lorarep-engine", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the step thread after the step it is in; requests under way end with Unavailable."""
+    def stop(self, patience: float | None = None) -> None:
+        """Ends the step thread after the step it is in; requests under way end with Unavailable.
+
+        Args:
+            patience: seconds to wait for that step; it may hang. None is without end.
+        """
         with self._wake:
             self._draining = self._stopping = True
             self._wake.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(patience)
             self._thread = None
 
     def stats(self) -> Stats:
@@ -281,6 +286,7 @@ class Engine:
 
     def step(self) -> bool:
         """Computes some tokens of some sequences; False if there was nothing to do."""
+        failpoint("step")
         self._sweep()
         if self._flight is not None:
             self._land(self._flight)
@@ -316,6 +322,7 @@ class Engine:
     def _guarded(self, sequences: Seq[Sequence], work: Callable[[], T]) -> T | None:
         """What some work of a step gives. If it fails these sequences end; the others, and the next ones, go on."""
         try:
+            failpoint("forward")
             return work()
         except Exception:
             log.exception("a forward pass failed")

@@ -237,7 +237,7 @@ def _download(
 
     try:
         return snapshot(tqdm_class=_reporting(progress))
-    except (_HTTPError, OSError, RuntimeError, LorarepError) as error:
+    except Exception as error:  # of any class: what the client makes of an answer that makes no sense
         try:
             return snapshot(local_files_only=True)
         except LocalEntryNotFoundError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 from lorarep_server.demo.hub import HubHandler, HubStandIn
@@ -42,6 +44,10 @@ class FaultyHub(HubStandIn):
         """By file name: after how many bytes the connection of each next download breaks."""
         self.hangs: dict[str, int] = {}
         """By file name: after how many bytes nothing more comes."""
+        self.claims: dict[str, int] = {}
+        """By file name: the size that listings and headers state, whatever is sent."""
+        self.garbage: bytes | None = None
+        """Answered to every question about a repository, in place of JSON."""
         self.hanging = threading.Event()
         self._closed = threading.Event()
         super().__init__(FaultyHandler)
@@ -72,8 +78,35 @@ class FaultyHandler(HubHandler):
         else:
             super().answer()
 
+    def send(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> None:
+        claim = self.hub.claims.get(self.file)
+        if status != 200 or claim is None:
+            super().send(status, headers, body)
+            return
+        self.send_response(status)
+        for name, value in {**(headers or {}), "X-Linked-Size": claim, "Content-Length": claim}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.send_body(body)
+
+    def send_json(self, value: Any) -> None:
+        if self.hub.garbage is not None:
+            self.send(200, {"Content-Type": "application/json"}, self.hub.garbage)
+            return
+        for entry in value if isinstance(value, list) else ():
+            if claim := self.hub.claims.get(entry["path"]):
+                entry["size"] = claim
+                entry.get("lfs", {})["size"] = claim
+        super().send_json(value)
+
+    @property
+    def file(self) -> str:
+        """The last part of the path."""
+        return unquote(self.path.partition("?")[0]).rpartition("/")[2]
+
     def send_body(self, body: bytes) -> None:
-        hub, name = self.hub, unquote(self.path.partition("?")[0]).rpartition("/")[2]
+        hub, name = self.hub, self.file
         stop = hub.cuts[name].pop(0) if hub.cuts.get(name) else hub.hangs.get(name, len(body))
         super().send_body(body[:stop])
         hub.served[name] += len(body[:stop])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from lorarep_runtime.adapters.weights import Adapter, check, compile_adapter, mi
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import AlreadyExists, Exhausted, InvalidArgument, NotFound
+from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import LOCAL, Progress, check_allowed, fetch, file_digest
 from lorarep_runtime.stack import Stack
 from lorarep_runtime.text import Tokenizer, fits
@@ -177,18 +179,19 @@ class AdapterPool:
             with self._changed:
                 return self._info(present)
         size = storage_bytes(layout, self._base.dtype)
-        with self._reserve(size), self._beside_steps():
-            adapter = compile_adapter(
-                weights,
-                spec,
-                layout,
-                walked,
-                modules=tuple(self._base.modules),
-                weight=self._base.weight,
-                dtype=self._base.dtype,
-                device=self._base.device,
-                progress=progress,
-            )
+        compiled = partial(
+            compile_adapter,
+            weights,
+            spec,
+            layout,
+            walked,
+            modules=tuple(self._base.modules),
+            weight=self._base.weight,
+            dtype=self._base.dtype,
+            device=self._base.device,
+            progress=progress,
+        )
+        adapter = self._in_room(size, compiled)
         info = AdapterInfo(
             name=name,
             repository=snapshot.repository,
@@ -235,25 +238,41 @@ class AdapterPool:
             return self._base.tokenizer.with_chat_template(template.read_text(encoding="utf-8", errors="replace"))
         return self._base.tokenizer
 
-    @contextmanager
-    def _reserve(self, size: int) -> Iterator[None]:
-        """Room for `size` bytes while they are being filled; idle adapters leave, the least recently used first."""
-        limit = self._limits.memory_bytes
-        with self._changed:
-            while limit is not None and self._held() + size > limit:
-                if not self._evict():
-                    raise Exhausted(
-                        f"adapter memory: {size} bytes wanted, {self._held()} of {limit} held by adapters in use",
-                        retry_after=1.0,
-                    )
-            self._reserved += size
+    def _in_room(self, size: int, make: Callable[[], Adapter]) -> Adapter:
+        """What `make` makes of `size` bytes of device memory; idle adapters leave, the least recently used first."""
+        self._reserve(size)
         try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise Exhausted(f"device memory: no room for an adapter of {size} bytes", retry_after=1.0) from error
+            while True:
+                try:
+                    failpoint("adapter")
+                    with self._beside_steps():
+                        return make()
+                except RuntimeError as error:
+                    # Others than us may hold the device's memory: that it is short shows when it is taken.
+                    if not _is_out_of_memory(error):
+                        raise
+                    with self._changed:
+                        if not self._evict():
+                            raise Exhausted(
+                                f"device memory: no room for an adapter of {size} bytes", retry_after=1.0
+                            ) from error
         finally:
             with self._changed:
                 self._reserved -= size
+
+    def _reserve(self, size: int) -> None:
+        limit = self._limits.memory_bytes
+        with self._changed:
+            if limit is not None:
+                in_use = self._reserved + sum(x.adapter.nbytes for x in self._all() if x.references)
+                if in_use + size > limit:  # nobody leaves for what would have no room all the same
+                    raise Exhausted(
+                        f"adapter memory: {size} bytes wanted, {in_use} of {limit} held by adapters in use",
+                        retry_after=1.0,
+                    )
+                while self._held() + size > limit:
+                    self._evict()
+            self._reserved += size
 
     @contextmanager
     def _beside_steps(self) -> Iterator[None]:
@@ -409,8 +428,8 @@ class AdapterPool:
         try:
             # Without the lock: steps need it to give back what finished requests held.
             size = sum(part.adapter.nbytes for part, _ in key)
-            with self._reserve(size), self._beside_steps():
-                adapter = mix([(part.adapter, weight) for part, weight in key], tuple(self._base.modules))
+            parts = [(part.adapter, weight) for part, weight in key]
+            adapter = self._in_room(size, lambda: mix(parts, tuple(self._base.modules)))
             mixed = _Loaded(adapter, key[0][0].tokenizer, None, references=1)
             with self._changed:
                 self._touch(mixed)
@@ -446,6 +465,11 @@ class AdapterPool:
     def _info(loaded: _Loaded) -> AdapterInfo:
         assert loaded.info is not None
         return replace(loaded.info, references=loaded.references)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has no class of its own for the CPU's memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_name(name: str) -> None:

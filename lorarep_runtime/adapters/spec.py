@@ -6,8 +6,9 @@ The fields and their meaning are those of PEFT's LoraConfig: https://huggingface
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,13 @@ CONSUMED = {
     "use_rslora",
 }
 ALL_LINEAR = "all-linear"
+_PLAIN = re.compile(r"[\w.]*")
+_BRACES = re.compile(r"\{[^{}]*\}")
 MAX_PATTERNS = 8192
 """Names and patterns in one field."""
+MAX_REPEATED = 100_000
+"""Characters that the repeats of one field's patterns add when they are written out, as `regex` does to compile them: a
+few nested ones would take all memory there is."""
 MATCHING_SECONDS = 10.0
 """For all matches of one adapter's patterns."""
 
@@ -131,6 +137,9 @@ class AdapterSpec:
             max_positions=limits.max_positions,
             deadline=time.monotonic() + MATCHING_SECONDS,
         )
+        _check_expressions("target_modules", [targets] if isinstance(targets, str) else [])
+        for field in ("layers_pattern", "rank_pattern", "alpha_pattern"):
+            _check_expressions(field, getattr(spec, field))
         if not spec.target_modules:
             raise InvalidArgument("target_modules: names no module")
         if spec.use_dora and spec.lora_bias:
@@ -190,7 +199,7 @@ class AdapterSpec:
             return match(pattern, path, timeout=max(self.deadline - time.monotonic(), 1e-3), concurrent=True)
         except TimeoutError as error:
             raise InvalidArgument(f"{field}: its patterns take over {MATCHING_SECONDS} s to match") from error
-        except (regex.error, RecursionError) as error:
+        except (regex.error, RecursionError, OverflowError, ValueError) as error:
             raise InvalidArgument(f"{field}: {_short(pattern)} is not a regular expression: {error}") from error
 
 
@@ -227,6 +236,26 @@ def _mapping(field: str, value: Any) -> Mapping[str, Any]:
 def _few(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:
     if len(items) > MAX_PATTERNS:
         raise InvalidArgument(f"{field}: {len(items)} entries are over the limit of {MAX_PATTERNS}")
+
+
+def _check_expressions(field: str, patterns: Iterable[str]) -> None:
+    """Refuses what would take all memory there is: repeats within repeats; and recursion, which PEFT's own `re` does
+    not know, as it knows none of `regex`'s extensions."""
+    added = 0
+    for pattern in patterns:
+        # As if each repeat were within the one before. Braces that are none cost nothing but a limit that is lower.
+        times = 1
+        for brace in _BRACES.findall(pattern):
+            count = max(map(int, re.findall(r"[0-9]{1,9}", brace)), default=1)
+            times = min(times * max(count, 1), MAX_REPEATED + 1)
+        added += len(pattern) * (times - 1)
+        if added > MAX_REPEATED:
+            raise InvalidArgument(f"{field}: its repeats written out are over the limit of {MAX_REPEATED} characters")
+        if not _PLAIN.fullmatch(pattern):
+            try:
+                re.compile(f"({pattern})")
+            except (re.error, RecursionError, OverflowError, ValueError) as error:
+                raise InvalidArgument(f"{field}: {_short(pattern)} is not a regular expression: {error}") from error
 
 
 def _integer(field: str, value: Any, low: int, high: int) -> int:

@@ -51,7 +51,7 @@ FAILURE_GRACE = 1.0
 FAILURE_POLL = 0.5
 """Seconds between looks at the engine's health."""
 LAST_WRITES = 1.0
-"""Seconds for statuses that are on their way to callers."""
+"""Seconds for statuses that are on their way to callers, and for the step under way."""
 
 GRPC_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a sharer of its calls
@@ -173,7 +173,7 @@ class App:
             self._calls.end()
             await self._calls.finished(LAST_WRITES)
         if self._loaded is not None:
-            await asyncio.to_thread(self._loaded.stop)
+            await asyncio.to_thread(self._loaded.stop, LAST_WRITES)
 
     def _build(self) -> grpc.aio.Server:
         config = self._config

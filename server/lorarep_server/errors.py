@@ -40,6 +40,8 @@ CODES: Mapping[type[LorarepError], StatusCode] = {
     EngineFailure: StatusCode.INTERNAL,
 }
 
+MAX_MESSAGE = 512
+"""Characters; a message travels in HTTP/2 headers, of which clients take 8 KiB."""
 RETRY_HINT = "grpc-retry-pushback-ms"
 """Trailing metadata that clients with a retry policy obey (gRPC proposal A6)."""
 
@@ -70,5 +72,11 @@ def status_of(error: BaseException) -> Status:
         log.error("an unexpected error", exc_info=error)
         return Status(code, "internal error; the server's log has the details")
     if isinstance(error, Exhausted) and error.retry_after is not None:
-        return Status(code, str(error), ((RETRY_HINT, str(round(1000 * error.retry_after))),))
-    return Status(code, str(error))
+        return Status(code, _sendable(error), ((RETRY_HINT, str(round(1000 * error.retry_after))),))
+    return Status(code, _sendable(error))
+
+
+def _sendable(error: LorarepError) -> str:
+    """Its message, which may hold names of foreign files: of any length, and with what no UTF-8 stands for."""
+    text = str(error).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."

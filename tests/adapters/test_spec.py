@@ -162,9 +162,8 @@ def test_hostile_expressions_end(field: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_expression_that_is_none_is_refused_by_name() -> None:
-    spec = AdapterSpec.parse({**PLAIN, "target_modules": "("}, LIMITS)
     with pytest.raises(InvalidArgument, match=r"^target_modules: "):
-        spec.targets("model.layers.0.self_attn.q_proj")
+        AdapterSpec.parse({**PLAIN, "target_modules": "("}, LIMITS)
 
 
 def test_contradictions_are_refused() -> None:

@@ -1,0 +1,112 @@
+"""A server that is told to end, or is killed, at the worst moment; and what the next one finds."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Failpoints, adapters, refused
+from tests.models import save_adapter
+from tests.server.conftest import ADAPTERS, World
+from tests.server.running import Server, request, serving, stream, wait_for
+from tests.server.test_life import NOT_SERVING, SERVING, health
+
+WEIGHTS = "adapter_model.safetensors"
+WANTED = request("x", "dora", new_tokens=40)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Failpoints:
+    return Failpoints(tmp_path / "failpoints")
+
+
+@pytest.mark.parametrize("held", ["base", "adapter"])
+def test_sigterm_during_a_start_ends_with_status_0(world: World, own: Failpoints, held: str) -> None:
+    own.set(held, "hold")
+    with serving([*world.flags(), "--adapter=dora=org/dora"], {**world.env, **own.env}) as server:
+        own.wait_reached(held)
+        assert (health(server, "liveness"), health(server, "readiness")) == (SERVING, NOT_SERVING)
+        refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
+        assert server.stop() == 0
+
+
+def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints) -> None:
+    flags = [*world.flags(), "--adapter=dora=org/dora", "--allow-repository=org/*", "--grace-seconds=5"]
+    with serving(flags, {**world.env, **own.env}) as server:
+        server.wait_ready()
+        alone = server.generation.Generate(WANTED).token_ids
+        own.set("adapter", "hold")
+        loading = server.adapters.LoadAdapter.future(load_request("late", "org/lora"))
+        own.wait_reached("adapter")
+        call = stream(server, WANTED)
+        next(call)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: health(server, "readiness") == NOT_SERVING, "readiness to go", 5)
+        refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
+        assert [token for message in call for token in message.chunk.token_ids] == alone
+        refused(loading.result, "UNAVAILABLE")
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - began < 15
+
+
+def load_request(name: str, repository: str):
+    from lorarep.v1 import adapters_pb2
+
+    return adapters_pb2.LoadAdapterRequest(name=name, repository=repository)
+
+
+@pytest.mark.parametrize("moment", ["download", "load"])
+def test_killed_in_a_download_or_a_load_a_restart_is_ready_and_downloads_nothing_twice(
+    world: World, own: Failpoints, server: Server, tmp_path: Path, moment: str
+) -> None:
+    repository = f"org/killed-in-a-{moment}"
+    world.hub.publish(repository, save_adapter(world.base, tmp_path / "new", seed=6, **ADAPTERS["lora"]))
+    cache = tmp_path / "cache"
+    flags = ["--base=org/base", "--dtype=float32", "--kv-bytes=2MiB", f"--cache-dir={cache}"]
+    flags += ["--adapter=dora=org/dora", "--allow-repository=org/*"]
+    alone = server.generation.Generate(WANTED).token_ids
+    whole = cache / f"models--{repository.replace('/', '--')}" / "snapshots"
+    with serving(flags, {**world.env, **own.env}) as killed:
+        killed.wait_ready()
+        call = stream(killed, WANTED)
+        next(call)
+        if moment == "download":
+            world.hub.hanging.clear()
+            world.hub.hangs[WEIGHTS] = 100
+        else:
+            own.set("adapter", "hold")
+        loading = killed.adapters.LoadAdapter.future(load_request("new", repository))
+        if moment == "download":
+            assert world.hub.hanging.wait(60)
+        else:
+            own.wait_reached("adapter")
+        assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
+        refused(loading.result, "UNAVAILABLE")
+        world.hub.hangs.clear()
+        own.clear()
+    kept = {path.name for path in whole.glob("*/*")}
+    assert (WEIGHTS in kept) == (moment == "load")
+    world.hub.asked.clear()
+    with serving([*flags, f"--adapter=new={repository}"], world.env) as restarted:
+        restarted.wait_ready()
+        assert restarted.generation.Generate(WANTED).token_ids == alone
+        assert len(restarted.generation.Generate(request("x", "new")).token_ids) == 12
+        assert set(adapters(restarted)) == {"dora", "new"}
+    downloaded = Counter(asked.file for asked in world.hub.asked if asked.method == "GET" and "/resolve/" in asked.path)
+    assert set(downloaded) <= {WEIGHTS, "adapter_config.json"} - kept
+    assert set(downloaded.values()) <= {1}
+
+
+def test_clients_of_a_killed_server_are_told(world: World, own: Failpoints) -> None:
+    with serving(world.flags(), {**world.env, **own.env}) as server:
+        server.wait_ready()
+        own.set("step", "sleep 0.05")
+        call = stream(server, request("x", new_tokens=400))
+        next(call)
+        server.process.send_signal(signal.SIGKILL)
+        refused(lambda: list(call), "UNAVAILABLE")

@@ -1,0 +1,151 @@
+"""Faults while an adapter comes: the Hub, the disk, device memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import HUB_SECONDS, Failpoints, Innocent, adapters, load, nothing_left, refused, unload
+from tests.hub_faults import FaultyHub
+from tests.models import save_adapter
+from tests.server.conftest import ADAPTERS, World
+from tests.server.running import Server, request, serving, stream
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def hub(world: World) -> Iterator[FaultyHub]:
+    """The server's, which behaves again in the end."""
+    hub = world.hub
+    yield hub
+    hub.stalled, hub.status, hub.faulty, hub.garbage = False, None, "", None
+    for faults in (hub.cuts, hub.hangs, hub.claims):
+        faults.clear()
+
+
+@pytest.fixture
+def new(world: World, tmp_path: Path) -> str:
+    """A repository that no cache holds."""
+    name = f"org/{tmp_path.name[:60]}"
+    world.hub.publish(name, save_adapter(world.base, tmp_path / "new", seed=5, **ADAPTERS["plain"]))
+    return name
+
+
+@pytest.mark.parametrize(
+    "fault", ["stalls", "hangs in a body", "cuts", "limits the rate", "is broken", "talks garbage"]
+)
+def test_a_hub_that_fails_is_unavailable_in_time_and_others_load_on(
+    server: Server, innocent: Innocent, hub: FaultyHub, new: str, fault: str
+) -> None:
+    match fault:
+        case "stalls":
+            hub.faulty, hub.stalled = new, True
+        case "hangs in a body":
+            hub.hangs[WEIGHTS] = 100
+        case "cuts":
+            hub.cuts[WEIGHTS] = [100] * 20
+        case "limits the rate":
+            hub.faulty, hub.status = new, 429
+        case "is broken":
+            hub.faulty, hub.status = new, 503
+        case "talks garbage":
+            hub.garbage = b"<html>down for maintenance</html>"
+    began = time.monotonic()
+    refused(lambda: load(server, "new", new), "UNAVAILABLE", new if fault != "limits the rate" else "rate")
+    assert time.monotonic() - began < 30 * HUB_SECONDS
+    assert load(server, "beside", "org/lora").loaded  # from the cache
+    unload(server, "beside")
+    hub.garbage, hub.stalled, hub.status = None, False, None
+    hub.cuts.clear()
+    hub.hangs.clear()
+    assert load(server, "new", new).loaded
+    unload(server, "new")
+
+
+@pytest.mark.parametrize("claim", [1 << 40])
+def test_a_hub_that_lies_about_a_size_is_unavailable(
+    server: Server, innocent: Innocent, hub: FaultyHub, new: str, claim: int
+) -> None:
+    hub.claims[WEIGHTS] = claim
+    refused(lambda: load(server, "new", new), "UNAVAILABLE", new)
+    assert "new" not in adapters(server)
+    hub.claims.clear()
+    assert load(server, "new", new).loaded
+    unload(server, "new")
+
+
+def test_device_memory_that_is_short_while_loading_leaves_what_is_loaded(
+    server: Server, innocent: Innocent, failpoints: Failpoints
+) -> None:
+    alone = server.generation.Generate(request("x", "lora")).token_ids
+    failpoints.set("adapter", "out-of-memory")
+    error = refused(lambda: load(server, "plain", "org/plain"), "RESOURCE_EXHAUSTED", "device memory")
+    assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+    here = adapters(server)
+    assert not here["lora"].loaded  # idle: it left for the new one
+    assert here["dora"].loaded == (here["dora"].references > 0)
+    assert "plain" not in here
+    failpoints.clear()
+    assert server.generation.Generate(request("x", "lora")).token_ids == alone  # loaded again by itself
+    failpoints.set("adapter", "once out-of-memory")
+    assert load(server, "plain", "org/plain").loaded
+    unload(server, "plain")
+
+
+def test_an_adapter_in_use_finishes_when_it_is_unloaded_and_evicted(
+    server: Server, innocent: Innocent, failpoints: Failpoints
+) -> None:
+    for name in ("going", "idle"):
+        load(server, name, "org/lora")
+    wanted = request("x", "going", new_tokens=200)
+    alone = server.generation.Generate(wanted).token_ids
+    call = stream(server, wanted)
+    tokens = [*next(message for message in call if message.chunk.token_ids).chunk.token_ids]
+    unload(server, "going")
+    failpoints.set("adapter", "once out-of-memory")
+    load(server, "going", "org/plain")  # the name is another's by now, and memory was short
+    tokens += [token for message in call for token in message.chunk.token_ids]
+    assert tokens == alone
+    for name in ("going", "idle"):
+        unload(server, name)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small filesystem can be mounted by root alone")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_exhausted_with_nothing_partial_until_there_is_room(
+    world: World, failpoints: Failpoints, small_disk: Path, tmp_path: Path
+) -> None:
+    large = save_adapter(world.base, tmp_path / "large", r=64, target_modules=["up_proj", "down_proj"])
+    world.hub.publish("org/large", large)
+    cache = small_disk / "cache"
+    flags = ["--base=org/base", "--dtype=float32", "--kv-bytes=2MiB", f"--cache-dir={cache}"]
+    loaded = ["--allow-repository=org/*", "--adapter=dora=org/dora"]
+    with serving([*flags, *loaded], {**world.env, **failpoints.env}) as server:
+        server.wait_ready()
+        free = os.statvfs(small_disk)
+        with (small_disk / "ballast").open("wb") as ballast:
+            ballast.write(bytes(free.f_bavail * free.f_frsize - (200 << 10)))
+        with nothing_left(server, failpoints):
+            refused(lambda: load(server, "large", "org/large"), "RESOURCE_EXHAUSTED", "disk")
+            assert "large" not in adapters(server)
+            assert not list(cache.glob(f"models--org--large/snapshots/*/{WEIGHTS}"))
+            load(server, "beside", "org/dora")  # cached, and needs no room
+            unload(server, "beside")
+            (small_disk / "ballast").unlink()
+            assert load(server, "large", "org/large").loaded
+            unload(server, "large")

@@ -1,0 +1,131 @@
+"""Bytes, requests and floods that no client of ours would send."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import socket
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from lorarep.v1 import adapters_pb2
+
+from tests.faults.conftest import Innocent, refused
+from tests.server.running import Server, request, wait_for
+
+ROUNDS = int(os.environ.get("LORAREP_FUZZ", "1"))
+"""How many times as much is tried as CI has time for."""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """Of HTTP/2 (RFC 9113, section 4.1)."""
+    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
+
+
+SETTINGS = frame(4, 0, 0, b"")
+
+
+def connect(server: Server) -> socket.socket:
+    host, _, port = server.address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """All that comes before the other side closes."""
+    got = b""
+    try:
+        while part := connection.recv(1 << 16):
+            got += part
+    except ConnectionError:
+        pass
+    return got
+
+
+def test_random_bytes_and_frames_on_the_port_harm_nobody(server: Server, innocent: Innocent) -> None:
+    def spoil(seed: int) -> None:
+        dice = random.Random(seed)
+        with connect(server) as connection:
+            data = dice.randbytes(dice.randrange(1, 4096))
+            if seed % 2:  # past the preface, where a parser of frames reads them
+                frames = (
+                    frame(
+                        dice.randrange(12), dice.randrange(256), dice.randrange(8), dice.randbytes(dice.randrange(64))
+                    )
+                    for _ in range(20)
+                )
+                data = PREFACE + SETTINGS + b"".join(frames)
+            try:
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(0.2)
+                connection.recv(4096)
+            except OSError:
+                pass
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(spoil, range(150 * ROUNDS)))
+    assert len(server.generation.Generate(request("abc")).token_ids) == 12
+
+
+def test_a_flood_of_pings_ends_its_connection_alone(server: Server, innocent: Innocent) -> None:
+    with connect(server) as connection:
+        connection.sendall(PREFACE + SETTINGS)
+        try:
+            for _ in range(100):
+                connection.sendall(frame(6, 0, 0, bytes(8)) * 100)
+        except ConnectionError:
+            pass
+        assert b"too_many_pings" in until_closed(connection)
+    assert len(server.generation.Generate(request("abc")).token_ids) == 12
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+def test_a_message_over_the_limit_fails_its_call_alone(
+    server: Server, innocent: Innocent, compression: grpc.Compression
+) -> None:
+    """Compressed it is small on the wire, and over the limit all the same."""
+    wanted = request("x" * (17 << 20))
+    assert len(gzip.compress(wanted.SerializeToString())) < 1 << 20
+    refused(lambda: server.generation.Generate(wanted, compression=compression), "RESOURCE_EXHAUSTED")
+    assert len(server.generation.Generate(request("abc")).token_ids) == 12
+
+
+def test_names_of_any_length_are_refused_in_a_message_that_arrives(server: Server, innocent: Innocent) -> None:
+    for name in ("x" * 100_000, "ü" * 50_000, "\U0001f600" * 20_000):
+        refused(lambda name=name: server.generation.Generate(request("x", name)), "NOT_FOUND", "adapter")
+        wanted = adapters_pb2.LoadAdapterRequest(name=name, repository="org/lora")
+        refused(lambda wanted=wanted: server.adapters.LoadAdapter(wanted), "INVALID_ARGUMENT", "name")
+
+
+def mutated(message: bytes, dice: random.Random) -> bytes:
+    data = bytearray(message)
+    for _ in range(dice.randrange(1, 4)):
+        at = dice.randrange(len(data) + 1)
+        match dice.randrange(4):
+            case 0:
+                data[at:at] = dice.randbytes(dice.randrange(1, 9))
+            case 1:
+                del data[at : at + dice.randrange(1, 9)]
+            case 2 if at < len(data):
+                data[at] ^= 1 << dice.randrange(8)
+            case _ if at < len(data):
+                data[at] = dice.choice((0, 1, 0x20, 0x7F))
+    return bytes(data)
+
+
+def test_connections_that_say_nothing_hold_nobody_up(server: Server, innocent: Innocent) -> None:
+    silent = [connect(server) for _ in range(200)]
+    try:
+        silent[0].sendall(PREFACE[:5])
+        began = time.monotonic()
+        assert len(server.generation.Generate(request("abc"), timeout=30).token_ids) == 12
+        assert time.monotonic() - began < 20
+    finally:
+        for connection in silent:
+            connection.close()
+    wait_for(lambda: server.process.poll() is None, "the process")

@@ -1,0 +1,119 @@
+"""Faults of a step, and of those who wait for its tokens."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from tests.faults.conftest import Failpoints, Innocent, refused
+from tests.server.conftest import World
+from tests.server.running import LORAREP, Server, request, serving, stream, wait_for
+from tests.server.test_life import NOT_SERVING, health
+
+LONG = request("x", "lora", new_tokens=500)
+
+
+def test_a_killed_client_process_frees_its_pages(server: Server, innocent: Innocent, failpoints: Failpoints) -> None:
+    failpoints.set("step", "sleep 0.02")  # so that the stream is under way for as long as the client takes to be seen
+    command = [*LORAREP, "generate", "x", f"--server={server.address}", "--adapter=lora", "--max-new-tokens=500"]
+    with subprocess.Popen([*command, "--ignore-eos"], stdout=subprocess.PIPE) as client:
+        assert client.stdout is not None
+        assert client.stdout.read(1)
+        wait_for(lambda: "lora" in running(server), "the stream to run")
+        client.send_signal(signal.SIGKILL)
+        wait_for(lambda: "lora" not in running(server), "the stream to end", 5)
+
+
+def running(server: Server) -> str:
+    """Adapters of running requests, comma-joined."""
+    sample = next(name for name in server.metrics() if name.startswith("lorarep_lora_requests_info"))
+    return sample.partition("running_lora_adapters=")[2].partition("}")[0]
+
+
+def test_a_deadline_in_a_slow_step_ends_running_and_queued(
+    server: Server, innocent: Innocent, failpoints: Failpoints
+) -> None:
+    failpoints.set("step", "sleep 0.3")
+    calls = [stream(server, LONG, timeout=0.8) for _ in range(12)]  # more than run at a time
+    for call in calls:
+        refused(lambda call=call: list(call), "DEADLINE_EXCEEDED")
+    wait_for(lambda: "lora" not in running(server), "the streams to end", 5)
+
+
+def test_an_error_in_a_forward_pass_ends_its_streams_and_the_engine_recovers(
+    server: Server, innocent: Innocent, failpoints: Failpoints
+) -> None:
+    innocent.may_end = True
+    calls = [stream(server, LONG) for _ in range(3)]
+    for call in calls:
+        next(message for message in call if message.chunk.token_ids)
+    failpoints.set("forward", "once error")
+    for call in calls:
+        error = refused(lambda call=call: list(call), "INTERNAL", "forward pass failed")
+        assert "failpoint" not in error.details()  # what went wrong is in the log alone
+    failpoints.wait_reached("forward")
+    innocent.may_end = False
+    assert len(server.generation.Generate(request("x", "lora")).token_ids) == 12
+    assert server.process.poll() is None
+
+
+def test_an_engine_that_cannot_go_on_ends_the_process(world: World, server: Server, failpoints: Failpoints) -> None:
+    alone = server.generation.Generate(LONG).token_ids
+    own = Failpoints(world.cache.parent / "own-failpoints")
+    with serving([*world.flags(), "--adapter=lora=org/lora"], {**world.env, **own.env}) as failing:
+        failing.wait_ready()
+        call = stream(failing, LONG)
+        tokens = [*next(message for message in call if message.chunk.token_ids).chunk.token_ids]
+        seen = watch(failing)
+        own.set("step", "error")
+
+        def rest() -> None:
+            for message in call:
+                tokens.extend(message.chunk.token_ids)
+
+        refused(rest, "INTERNAL", "engine has failed")
+        assert tokens == alone[: len(tokens)]
+        assert failing.process.wait(30) == 1
+        assert seen[-1] == NOT_SERVING
+        assert any("failpoint step" in line for line in failing.log)
+
+
+def watch(server: Server) -> list[int]:
+    """What the liveness of a server has been, until it ends; filled by gRPC's own thread."""
+    seen: list[int] = []
+    watching = server.channel.unary_stream(
+        "/grpc.health.v1.Health/Watch",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )(health_pb2.HealthCheckRequest(service="liveness"))
+    seen.append(next(watching).status)
+
+    def follow() -> None:
+        with suppress(grpc.RpcError):
+            seen.extend(message.status for message in watching)
+
+    threading.Thread(target=follow, daemon=True).start()
+    return seen
+
+
+def test_sigterm_ends_a_server_whose_step_hangs(world: World, server: Server, failpoints: Failpoints) -> None:
+    own = Failpoints(world.cache.parent / "hanging-failpoints")
+    flags = [*world.flags(), "--grace-seconds=0.5"]
+    with serving(flags, {**world.env, **own.env}) as hanging:
+        hanging.wait_ready()
+        call = stream(hanging, request("x", new_tokens=500))
+        next(message for message in call if message.chunk.token_ids)
+        own.set("step", "hold")
+        own.wait_reached("step")
+        began = time.monotonic()
+        hanging.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: health(hanging, "readiness") == NOT_SERVING, "readiness to go", 5)
+        refused(lambda: list(call), "UNAVAILABLE")
+        assert hanging.process.wait(30) == 0
+        assert time.monotonic() - began < 10

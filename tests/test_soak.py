@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pytest
 
 from lorarep_runtime.errors import Cancelled, DeadlineExceeded, Exhausted
 from lorarep_runtime.request import Event, Finished, Output, Request
@@ -21,7 +22,9 @@ KINDS = 60
 """Distinct requests, each with its answer alone."""
 
 
-def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
+def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # All products by BLAS: oneDNN keeps a kernel for every shape it meets, which for a while looks like growth.
+    monkeypatch.setattr("lorarep_runtime.linear.FEW_ROWS", range(1, 1 << 20))
     base = save_base("llama", tmp_path / "base", num_hidden_layers=3)
     maps = {"short": [[0, 2]], "plain": None, "long": [[0, 2], [1, 3]]}
     adapters = {

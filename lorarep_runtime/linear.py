@@ -44,16 +44,16 @@ class Weight(Protocol):
 
 
 FEW_ROWS = range(2, 7)
-"""Where BLAS reads a weight from its other side faster than oneDNN reads it."""
+"""Where BLAS reads an fp32 weight from its other side faster than oneDNN reads it."""
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, in) to x Wᵀ (rows, out) for a weight (out, in)."""
-    if x.is_cuda or not torch.backends.mkldnn.is_available():
+    if x.is_cuda or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight)
     if x.shape[0] in FEW_ROWS:
         return (weight @ x.T).T.contiguous()
-    # What torch.compile calls; in fp32, eager torch has BLAS do it, up to twice as slowly.
+    # What torch.compile calls; eager torch has BLAS do fp32, up to twice as slowly.
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y
 
@@ -117,17 +117,16 @@ class NF4TilesWeight:
 
     quantization: Quantization = "nf4"
 
-    def __init__(self, group: nf4.TiledGroup, module: int, dtype: torch.dtype) -> None:
+    def __init__(self, group: nf4.TiledGroup, module: int) -> None:
         tiles = [size // nf4.TILE for size in group.sizes]
         at = slice(sum(tiles[:module]), sum(tiles[: module + 1]))
         self.group = group
         self.shape = (group.sizes[module], group.tiles.shape[1] * nf4.CHUNK)
         self.data: tuple[Tensor, ...] = (group.tiles[at],)
         self.constants: tuple[Tensor, ...] = (group.scales[at],)
-        self._dtype = dtype
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        dense = torch.empty(self.shape, dtype=self._dtype, device=self.data[0].device)
+        dense = torch.empty(self.shape, dtype=torch.bfloat16, device=self.data[0].device)
         nf4.dequantize(self.data[0], self.constants[0], dense)
         return dense.to(dtype)
 
@@ -150,7 +149,7 @@ def tiled(weights: Sequence[Weight], dtype: torch.dtype) -> Sequence[Weight]:
         torch.cat([scales for _, scales in parts]),
         tuple(weight.shape[0] for weight in found),
     )
-    return [NF4TilesWeight(group, i, torch.bfloat16) for i in range(len(found))]
+    return [NF4TilesWeight(group, i) for i in range(len(found))]
 
 
 class Int8Weight:

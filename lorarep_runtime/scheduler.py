@@ -130,11 +130,11 @@ class Scheduler:
     def _next(self) -> Sequence:
         """The waiting sequence whose turn it is.
 
-        That of the adapter with the fewest running, so that a flood for one does not starve the others; the oldest of
-        several. One that gave its pages back goes before all.
+        The first that gave its pages back; else that of the adapter with the fewest running, so that a flood for one
+        does not starve the others, and the oldest of several.
         """
         running = self._running_by_adapter()
-        return min(self._free(), key=lambda s: (s.started is None, running[s.lease.names]))
+        return min(self._free(), key=lambda s: running[s.lease.names] if s.started is None else -1)
 
     def _fits(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
         """How many of its tokens go into the rest of the step."""

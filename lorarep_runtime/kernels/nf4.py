@@ -53,13 +53,6 @@ def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Ten
     )
 
 
-def restore(tiles: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """From tiles to bitsandbytes' order: uint8 (out · in / 2, 1) and fp32 (out · in / 64)."""
-    count, chunks = tiles.shape[:2]
-    bytes_ = tiles.view(count, chunks, 8, 4, 2, 8).permute(0, 4, 2, 1, 3, 5)
-    return bytes_.reshape(-1, 1).contiguous(), scales.permute(0, 3, 2, 1).reshape(-1).contiguous()
-
-
 class Group(ctypes.Structure):
     """`Group` of `nf4.cu`."""
 
@@ -119,8 +112,6 @@ CTA_BYTES = 1024
 """Of it, what each CTA takes for itself."""
 TABLE_BYTES = 256 * 128
 ENTRY_BYTES = 32
-MOST_ROWS = 32
-"""Of one launch; more rows take several."""
 RANK_SEGMENT = 64
 """Ranks whose low is in shared memory at a time."""
 SPREADS = {
@@ -128,7 +119,7 @@ SPREADS = {
     2: [Spread(2, 2, 2, 8, 2), Spread(2, 2, 2, 7, 2), Spread(2, 2, 2, 14, 1)],
     4: [Spread(4, 2, 2, 8, 2), Spread(4, 2, 2, 14, 1), Spread(4, 1, 2, 16, 1)],
 }
-"""By eights of rows, what measurements on an H100 left; for equal loads the first."""
+"""By eights of rows, what measurements on an H100 left; for equal loads the first. More rows take several launches."""
 
 
 @cache
@@ -140,15 +131,24 @@ def _kernel(name: str, spread: Spread) -> Kernel:
 
 @cache
 def spread_for(tiles: int, columns: int, rows: int, modules: int, rank_segment: int) -> Spread:
-    """The spread for a product of up to 32 rows."""
-    found = []
-    for spread in SPREADS[1 if rows <= 8 else 2 if rows <= 16 else 4]:
-        for cluster in (8, 4, 2, 1):
-            one = replace(spread, cluster=cluster)
-            if one.shared_bytes(columns, rows, modules, rank_segment) <= SHARED_BYTES // one.ctas - CTA_BYTES:
-                found.append(one)
-    # At most two CTAs a multiprocessor: beside them those of the next kernel can begin.
-    return min(found, key=lambda one: (one.grid(tiles) > 2 * MULTIPROCESSORS, one.load(tiles, columns // CHUNK)))
+    """The spread for a product, with as many of the rows at a time as x and sums leave shared memory for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for eights in (eights for eights in sorted(SPREADS, reverse=True) if eights == 1 or 4 * eights < rows):
+        spreads = [replace(one, cluster=cluster) for one in SPREADS[eights] for cluster in (8, 4, 2, 1)]
+        taken = min(rows, 8 * eights)
+        fitting = [
+            one
+            for one in spreads
+            if one.shared_bytes(columns, taken, modules, rank_segment) <= SHARED_BYTES // one.ctas - CTA_BYTES
+        ]
+        if fitting:
+            # At most two CTAs a multiprocessor: beside them those of the next kernel can begin.
+            full = 2 * MULTIPROCESSORS
+            return min(fitting, key=lambda one: (one.grid(tiles) > full, one.load(tiles, columns // CHUNK)))
+    raise ValueError(f"no spread for {columns} columns")
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,10 @@ class TiledGroup:
         segment = min(ranks, RANK_SEGMENT)
         columns, tiles = x.shape[1], len(self.tiles)
         ends = [*accumulate(self.sizes), *[tiles * TILE] * MAX_MODULES][:MAX_MODULES]
-        for at in range(0, len(x), MOST_ROWS):
-            count = min(len(x) - at, MOST_ROWS)
-            spread = spread_for(tiles, columns, count, len(self.sizes), segment)
+        at = 0
+        while at < len(x):
+            spread = spread_for(tiles, columns, len(x) - at, len(self.sizes), segment)
+            count = min(len(x) - at, 8 * spread.eights)
             group = Group(
                 weights=self.tiles.data_ptr(),
                 scales=self.scales.data_ptr(),
@@ -221,6 +222,7 @@ class TiledGroup:
                 cluster=spread.cluster,
                 dependent=True,
             )
+            at += count
 
 
 def product_reference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -23,7 +24,6 @@ from lorarep_runtime.kernels.nf4 import (
     arrange,
     dequantize,
     product_reference,
-    restore,
     spread_for,
 )
 from lorarep_runtime.kernels.rows import Entry, PlainRows, Rows, entry_table
@@ -31,7 +31,7 @@ from lorarep_runtime.kernels.rows import Entry, PlainRows, Rows, entry_table
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 SIZES = (256, 64, 48)
-SHAPES = [(6144, 4096, 3), (4096, 4096, 1), (28672, 4096, 2), (4096, 14336, 1), (368, 128, 3), (16, 64, 1)]
+SHAPES = [(6144, 4096, 3), (4096, 4096, 1), (28672, 4096, 2), (4096, 14336, 1), (8192, 28672, 1), (368, 128, 3)]
 
 
 def quantized(out: int, into: int) -> tuple[Tensor, bnb.functional.QuantState]:
@@ -44,27 +44,24 @@ def test_tiles_are_the_same_bytes_and_scales() -> None:
     packed, state = quantized(48, 192)
     tiles, scales = arrange(packed, state.absmax, (48, 192))
     assert (tiles.shape, scales.shape) == ((3, 3, 32, 16), (3, 3, 8, 2))
-    back, absmax = restore(tiles, scales)
-    assert torch.equal(back, packed.view(-1, 1))
-    assert torch.equal(absmax, state.absmax)
     # By the layout's definition: lane (g, t) holds 16 columns of the rows g and g + 8 of its tile, two to a byte.
-    rows = packed.view(48, 192 // 2)
-    for tile, chunk, g, t in ((0, 0, 0, 0), (1, 2, 5, 3), (2, 1, 7, 1)):
-        lane = tiles[tile, chunk, 4 * g + t].view(2, 8)
-        for half in (0, 1):
+    rows, row_scales = packed.view(48, 192 // 2), state.absmax.view(48, 192 // CHUNK)
+    for tile, chunk, g, half in product(range(3), range(3), range(8), range(2)):
+        row = tile * TILE + g + 8 * half
+        assert scales[tile, chunk, g, half] == row_scales[row, chunk]
+        for t in range(4):
             start = (chunk * CHUNK + 16 * t) // 2
-            assert torch.equal(lane[half], rows[tile * TILE + g + 8 * half, start : start + 8])
-            scale = state.absmax.view(48, -1)[tile * TILE + g + 8 * half, chunk]
-            assert scales[tile, chunk, g, half] == scale
+            assert torch.equal(tiles[tile, chunk, 4 * g + t].view(2, 8)[half], rows[row, start : start + 8])
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 45])
 @pytest.mark.parametrize(("out", "into", "modules"), SHAPES)
 def test_every_shape_has_a_spread_that_fits(rows: int, out: int, into: int, modules: int) -> None:
     spread = spread_for(out // TILE, into, rows, modules, 64)
-    assert spread.eights * 8 >= rows
+    taken = min(rows, 8 * spread.eights)
+    assert taken == min(rows, 32) or into > 20_000  # of such wide ones x leaves no room for more
     assert spread.grid(out // TILE) // spread.cluster * spread.cta_tiles >= out // TILE
-    assert spread.shared_bytes(into, rows, modules, 64) <= SHARED_BYTES // spread.ctas - CTA_BYTES
+    assert spread.shared_bytes(into, taken, modules, 64) <= SHARED_BYTES // spread.ctas - CTA_BYTES
     assert spread.load(out // TILE, into // CHUNK) * MULTIPROCESSORS >= out // TILE * (into // CHUNK)
 
 
@@ -105,7 +102,7 @@ if HOPPER:
 
     @pytest.mark.parametrize("count", [1, 3, 8, 13, 16, 32, 45])
     @pytest.mark.parametrize("add", [False, True])
-    @pytest.mark.parametrize(("into", "most"), [(128, 8), (1024, 64), (4096, 100)])
+    @pytest.mark.parametrize(("into", "most"), [(128, 8), (1024, 64), (4096, 100), (28672, 8)])
     def test_product(count: int, add: bool, into: int, most: int) -> None:
         generator = torch.Generator("cuda").manual_seed(count)
 

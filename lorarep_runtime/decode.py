@@ -87,7 +87,7 @@ class Decoder:
         config, attention = self._config, self._layers[0].attention
         widths = self._base.modules
 
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         def outputs(group: Sequence[str]) -> int:
@@ -97,24 +97,20 @@ class Decoder:
         parts = max(parts_for(n) * n for n in self._buckets())
         heads = attention.heads
         self._buffers = Buffers(
-            h=empty(rows, config.hidden_size),
-            x=empty(rows, config.hidden_size),
-            qkv=empty(rows, outputs(GROUPS[0])),
-            out=empty(rows, heads * attention.head_dim),
-            gate_up=empty(rows, outputs(GROUPS[2])),
-            gated=empty(rows, widths[GROUPS[3][0]][1]),
-            low=[empty(1, parts, len(group), self._ranks, dtype=torch.float32) for group in GROUPS],
-            partials=Partials(
-                empty(1, heads, splits, dtype=torch.float32),
-                empty(1, heads, splits, dtype=torch.float32),
-                empty(1, heads, splits, attention.head_dim, dtype=torch.float32),
-            ),
+            h=zeros(rows, config.hidden_size),
+            x=zeros(rows, config.hidden_size),
+            qkv=zeros(rows, outputs(GROUPS[0])),
+            out=zeros(rows, heads * attention.head_dim),
+            gate_up=zeros(rows, outputs(GROUPS[2])),
+            gated=zeros(rows, widths[GROUPS[3][0]][1]),
+            low=[zeros(1, parts, len(group), self._ranks, dtype=torch.float32) for group in GROUPS],
+            partials=Partials.empty(1, heads, splits, attention.head_dim, device),
         )
-        self._tokens = empty(rows, dtype=torch.int64)
-        self._lengths = empty(rows, dtype=torch.int32)
-        self._adapters = empty(rows, dtype=torch.int64)
-        self._tables = empty(rows, self._depth, self._pages, dtype=torch.int32)
-        self._logits = empty(rows, self._base.vocab_size, dtype=torch.float32)
+        self._tokens = zeros(rows, dtype=torch.int64)
+        self._lengths = zeros(rows, dtype=torch.int32)
+        self._adapters = zeros(rows, dtype=torch.int64)
+        self._tables = zeros(rows, self._depth, self._pages, dtype=torch.int32)
+        self._logits = zeros(rows, self._base.vocab_size, dtype=torch.float32)
 
     def _buckets(self) -> list[int]:
         return [1 << power for power in range(self._max_rows.bit_length())]

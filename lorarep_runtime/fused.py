@@ -72,14 +72,8 @@ class Buffers:
 
     def narrowed(self, rows: int, splits: int) -> Buffers:
         """The same memory for fewer rows."""
-        parts = parts_for(rows)
 
-        def low(whole: Tensor) -> Tensor:
-            shape = (rows, parts, *whole.shape[2:])
-            return whole.flatten()[: torch.Size(shape).numel()].view(shape)
-
-        def partial(whole: Tensor) -> Tensor:
-            shape = (rows, whole.shape[1], splits, *whole.shape[3:])
+        def shaped(whole: Tensor, *shape: int) -> Tensor:
             return whole.flatten()[: torch.Size(shape).numel()].view(shape)
 
         return Buffers(
@@ -89,8 +83,8 @@ class Buffers:
             self.out[:rows],
             self.gate_up[:rows],
             self.gated[:rows],
-            [low(one) for one in self.low],
-            Partials(*map(partial, self.partials)),
+            [shaped(low, rows, parts_for(rows), *low.shape[2:]) for low in self.low],
+            Partials(*(shaped(p, rows, p.shape[1], splits, *p.shape[3:]) for p in self.partials)),
         )
 
 
@@ -134,7 +128,7 @@ class FusedLayer:
         product(o, b.out, b.h, add=True)
         norm_low(b.h, self.norms[1], self.eps, b.x, gate_up[1], rows, gate_up[2], pdl=pdl)
         product(gate_up, b.x, b.gate_up, add=False)
-        gate_low(b.gate_up, b.gated, down[1], rows, down[2], "silu", pdl=pdl)
+        gate_low(b.gate_up, b.gated, down[1], rows, down[2], pdl=pdl)
         product(down, b.gated, b.h, add=True)
 
 

@@ -1,8 +1,6 @@
-"""The gated activation of each row (Shazeer, 2020), and low = A x of the module that reads it."""
+"""The SiLU-gated activation of each row (Shazeer, 2020), and low = A x of the module that reads it."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch.nn.functional as F
 import triton
@@ -12,20 +10,9 @@ from torch import Tensor
 from lorarep_runtime.kernels.low import await_previous, group_rows, load_ranks, low_options, part_columns, write_low
 from lorarep_runtime.kernels.rows import PlainRows, Rows, write_low_reference
 
-Activation = Literal["silu", "gelu_tanh"]
 
-
-def gate_low(
-    gate_up: Tensor,
-    x: Tensor,
-    low: Tensor,
-    rows: Rows,
-    first: int,
-    activation: Activation,
-    *,
-    pdl: bool = False,
-) -> None:
-    """x = activation(gate) · up, rounded after each of the two as in `transformers`' LlamaMLP.
+def gate_low(gate_up: Tensor, x: Tensor, low: Tensor, rows: Rows, first: int, *, pdl: bool = False) -> None:
+    """x = silu(gate) · up, rounded after each of the two as in `transformers`' LlamaMLP.
 
     All tensors are contiguous; gate_up and x have the dtype of the activations.
 
@@ -34,7 +21,6 @@ def gate_low(
         x: (rows, intermediate size), written.
         low: fp32 (rows, parts, 1, ranks), written.
         first: number of the module that reads x.
-        activation: "gelu_tanh" is `transformers`' gelu_pytorch_tanh.
         pdl: begin while the kernel before ends (`low`).
     """
     _gate_low[(len(x), low.shape[1])](
@@ -43,19 +29,16 @@ def gate_low(
         low,
         rows.positions,
         rows.adapters,
-        ACTIVATION=activation,
         PDL=pdl,
         launch_pdl=pdl,
         **low_options(low, x.shape[1], rows, first),
     )
 
 
-def gate_low_reference(
-    gate_up: Tensor, x: Tensor, low: Tensor, rows: PlainRows, first: int, activation: Activation
-) -> None:
+def gate_low_reference(gate_up: Tensor, x: Tensor, low: Tensor, rows: PlainRows, first: int) -> None:
     for row, _ in rows.walking():
         gate, up = gate_up[row].chunk(2)
-        x[row] = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+        x[row] = F.silu(gate) * up
     write_low_reference(x, low, rows, first)
 
 
@@ -66,7 +49,6 @@ def _gate_low(
     low,
     positions,
     adapters,
-    ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
@@ -89,10 +71,7 @@ def _gate_low(
         return
     gate = tl.load(gate_up + row * 2 * WIDTH + columns, mask=inside, other=0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + columns, mask=inside, other=0).to(tl.float32)
-    if ACTIVATION == "silu":
-        activated = gate * tl.sigmoid(gate)
-    else:  # (1 + tanh u) / 2 = sigmoid 2u; the factor is √(8/π)
-        activated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    activated = gate * tl.sigmoid(gate)
     own_x = (activated.to(dtype).to(tl.float32) * up).to(dtype)
     tl.store(x + row * WIDTH + columns, own_x, mask=inside)
     low += (row * tl.num_programs(1) + part) * COUNT * RANKS

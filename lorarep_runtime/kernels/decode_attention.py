@@ -35,15 +35,12 @@ class Attention:
     """Multiplies q · k."""
     window: int | None = None
     """Tokens that a query sees, itself included; None is all."""
-    softcap: float | None = None
-    """Bounds scores to ±softcap by tanh (Gemma 2); None is none."""
     q_norm: Tensor | None = None
     """(head_dim), weight of an RMSNorm of every query (Qwen 3); None is none."""
     k_norm: Tensor | None = None
     """Likewise of every key."""
     eps: float = 1e-6
-    offset: float = 0.0
-    """Of these norms, as in `norm_low`."""
+    """Of these norms."""
 
 
 class Cache(NamedTuple):
@@ -96,9 +93,7 @@ def attend(
         cache.tables.shape[2],
         layer.scale,
         layer.eps,
-        OFFSET=layer.offset,
         WINDOW=layer.window,
-        SOFTCAP=layer.softcap,
         HEADS=layer.heads,
         KV_HEADS=layer.kv_heads,
         BLOCK_HEADS=max(LEAST_HEADS, triton.next_power_of_2(layer.heads // layer.kv_heads)),
@@ -122,7 +117,7 @@ def attend_reference(
     for row, position in rows.walking():
         q, k, v = qkv[row].view(-1, layer.head_dim).split([layer.heads, layer.kv_heads, layer.kv_heads])
         q, k = (
-            rotated_reference(x, norm, cos[row], sin[row], layer.eps, layer.offset)
+            rotated_reference(x, norm, cos[row], sin[row], layer.eps)
             for x, norm in ((q, layer.q_norm), (k, layer.k_norm))
         )
         length = int(cache.lengths[row])
@@ -136,8 +131,6 @@ def attend_reference(
         group = layer.heads // layer.kv_heads
         keys, values = (p[at].float().repeat_interleave(group, 1) for p in (cache.key_pages, cache.value_pages))
         scores = torch.einsum("hd,thd->ht", q.float(), keys) * layer.scale
-        if layer.softcap is not None:
-            scores = (scores / layer.softcap).tanh() * layer.softcap
         maxima = scores.amax(1)
         weights = (scores - maxima[:, None]).exp()
         partials.maxima[row, :, 0], partials.sums[row, :, 0] = maxima, weights.sum(1)
@@ -155,13 +148,6 @@ def _load_block(
     mask = (t < stop)[:, None] & (d < DIM)[None, :]
     at = at[:, None] + d[None, :]
     return tl.load(key_pages + at, mask=mask, other=0), tl.load(value_pages + at, mask=mask, other=0)
-
-
-@triton.jit
-def _capped(scores, SOFTCAP: tl.constexpr):
-    if SOFTCAP is not None:
-        scores = SOFTCAP * (2 * tl.sigmoid(2 * scores / SOFTCAP) - 1)
-    return scores
 
 
 @triton.jit
@@ -183,9 +169,7 @@ def _attend(
     pages,
     scale,
     eps,
-    OFFSET: tl.constexpr,
     WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -226,9 +210,9 @@ def _attend(
     qkv += row * (HEADS + 2 * KV_HEADS) * DIM
     cos += row * DIM
     sin += row * DIM
-    q = rotated(qkv + (kv_head * group + head) * DIM, q_norm, cos, sin, eps, in_group, OFFSET, DIM, BLOCK_DIM)
+    q = rotated(qkv + (kv_head * group + head) * DIM, q_norm, cos, sin, eps, in_group, DIM, BLOCK_DIM)
     one = tl.arange(0, 1)
-    new_k = rotated(qkv + (HEADS + kv_head + one) * DIM, k_norm, cos, sin, eps, one == 0, OFFSET, DIM, BLOCK_DIM)
+    new_k = rotated(qkv + (HEADS + kv_head + one) * DIM, k_norm, cos, sin, eps, one == 0, DIM, BLOCK_DIM)
     new_v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + d, mask=d < DIM, other=0)[None, :]
 
     page = tl.load(table + new // PAGE).to(tl.int64)
@@ -238,7 +222,7 @@ def _attend(
     tl.store(value_pages + stored, new_v, mask=written)
 
     # Online softmax (Milakov and Gimelshein, 2018), which begins with the new token in the split that has it.
-    score = _capped(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale, SOFTCAP)
+    score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
     maximum = tl.where(has_new, score, float("-inf"))
     total = tl.zeros([BLOCK_HEADS], tl.float32) + tl.where(has_new, 1.0, 0.0)
     value = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32) + tl.where(has_new, new_v.to(tl.float32), 0.0)
@@ -246,7 +230,7 @@ def _attend(
         keys, vals = k, v
         k, v = _load_block(key_pages, value_pages, table, kv_head, block + BLOCK_TOKENS, cached, KV_HEADS, DIM, d, PAGE)
         t = block + tl.arange(0, BLOCK_TOKENS)
-        scores = _capped(tl.dot(q, tl.trans(keys), input_precision="ieee") * scale, SOFTCAP)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(((t >= visible) & (t < cached))[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
         fade = tl.exp(maximum - larger)

@@ -20,10 +20,9 @@ def norm_low(
     rows: Rows,
     first: int,
     *,
-    offset: float = 0.0,
     pdl: bool = False,
 ) -> None:
-    """Normalises rows as `transformers`' LlamaRMSNorm does, or with an offset as Gemma2RMSNorm.
+    """Normalises rows as `transformers`' LlamaRMSNorm does.
 
     All tensors are contiguous; h, weight and x have the dtype of the activations.
 
@@ -33,7 +32,6 @@ def norm_low(
         x: (rows, hidden size), written.
         low: fp32 (rows, parts, modules in the group, ranks), written.
         first: number of the group's first module.
-        offset: added to the weight. With one, the product with the weight is in fp32 and rounded once.
         pdl: begin while the kernel before ends (`low`).
     """
     width = h.shape[1]
@@ -45,7 +43,6 @@ def norm_low(
         rows.positions,
         rows.adapters,
         eps,
-        OFFSET=offset,
         ROW_BLOCK=triton.next_power_of_2(width),
         PDL=pdl,
         launch_pdl=pdl,
@@ -54,37 +51,23 @@ def norm_low(
 
 
 def norm_low_reference(
-    h: Tensor,
-    weight: Tensor,
-    eps: float,
-    x: Tensor,
-    low: Tensor,
-    rows: PlainRows,
-    first: int,
-    *,
-    offset: float = 0.0,
+    h: Tensor, weight: Tensor, eps: float, x: Tensor, low: Tensor, rows: PlainRows, first: int
 ) -> None:
     for row, _ in rows.walking():
-        x[row] = rms_norm_reference(h[row], weight, eps, offset)
+        x[row] = rms_norm_reference(h[row], weight, eps)
     write_low_reference(x, low, rows, first)
 
 
-def rms_norm_reference(h: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def rms_norm_reference(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension."""
     normed = h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + eps)
-    if offset:
-        return (normed * (offset + weight.float())).to(h.dtype)
     return weight * normed.to(h.dtype)
 
 
 @triton.jit
-def scale_by_weight(normed, weight, OFFSET: tl.constexpr):
+def scale_by_weight(normed, weight):
     """The end of RMSNorm: `normed` in fp32 times the weight, rounded as in `transformers` to the weight's dtype."""
-    if OFFSET == 0.0:
-        scaled = normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
-    else:
-        scaled = normed * (OFFSET + weight.to(tl.float32))
-    return scaled.to(weight.dtype)
+    return (normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)
 
 
 @triton.jit
@@ -96,7 +79,6 @@ def _norm_low(
     positions,
     adapters,
     eps,
-    OFFSET: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -123,7 +105,7 @@ def _norm_low(
     whole = tl.load(h + row * WIDTH + every, mask=every < WIDTH, other=0).to(tl.float32)
     own = tl.load(h + row * WIDTH + columns, mask=inside, other=0).to(tl.float32)
     normed = own * tl.rsqrt(tl.sum(whole * whole, 0) / WIDTH + eps)
-    own_x = scale_by_weight(normed, w, OFFSET)
+    own_x = scale_by_weight(normed, w)
     tl.store(x + row * WIDTH + columns, own_x, mask=inside)
     low += (row * tl.num_programs(1) + part) * COUNT * RANKS
     write_low(low, own_x, a, A, rank, columns, inside, WIDTH, RANKS, RANK_BLOCK, LANES)

@@ -10,16 +10,16 @@ from torch import Tensor
 from lorarep_runtime.kernels.norm import rms_norm_reference, scale_by_weight
 
 
-def rotated_reference(x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float) -> Tensor:
+def rotated_reference(x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """As `transformers`' apply_rotary_pos_emb rotates and rounds. x: (heads, head_dim); the others: (head_dim)."""
     if norm is not None:
-        x = rms_norm_reference(x, norm, eps, offset)
+        x = rms_norm_reference(x, norm, eps)
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
 @triton.jit
-def rotated(x, norm, cos, sin, eps, heads, OFFSET: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def rotated(x, norm, cos, sin, eps, heads, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """(heads, BLOCK_DIM): normed and rotated, in the dtype of x; 0 where `heads`, a mask, or the dimension ends.
 
     x: (heads) addresses.
@@ -34,9 +34,9 @@ def rotated(x, norm, cos, sin, eps, heads, OFFSET: tl.constexpr, DIM: tl.constex
     if norm is not None:
         wide = straight.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 1) / DIM + eps)[:, None]
-        straight = scale_by_weight(wide * factor, tl.load(norm + d, mask=inside, other=0)[None, :], OFFSET)
+        straight = scale_by_weight(wide * factor, tl.load(norm + d, mask=inside, other=0)[None, :])
         weight = tl.load(norm + other, mask=inside, other=0)[None, :]
-        crossed = scale_by_weight(crossed.to(tl.float32) * factor, weight, OFFSET)
+        crossed = scale_by_weight(crossed.to(tl.float32) * factor, weight)
     c = tl.load(cos + d, mask=inside, other=0).to(tl.float32)
     s = tl.load(sin + d, mask=inside, other=0).to(tl.float32)
     s = tl.where(d < DIM // 2, -s, s)

@@ -66,8 +66,9 @@ class Server:
             }
 
     def wait_idle(self) -> None:
-        """Until no request holds pages."""
-        wait_for(lambda: not self.metrics()["lorarep_kv_pages_used"], "pages to be free")
+        """Until no request runs, waits or holds pages."""
+        busy = ("lorarep_requests_running", "lorarep_requests_waiting", "lorarep_kv_pages_used")
+        wait_for(lambda: not any(map(self.metrics().__getitem__, busy)), "the server to be idle")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """The exit status."""

@@ -25,18 +25,19 @@ class Flight:
         self._logits = logits
         self.is_plain = all(is_plain(s.sampler) and s.request.logprobs is None for s in sequences)
         """Whether the likeliest tokens are all that is wanted."""
-        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
-        self._tokens.copy_(tokens, non_blocking=True)
-        self._done = torch.cuda.Event() if tokens.is_cuda else None
-        if self._done is not None:
-            self._done.record()
+        if self.is_plain:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event() if tokens.is_cuda else None
+            if self._copied is not None:
+                self._copied.record()
 
     def sampled(self) -> list[tuple[Sequence, Sampled]]:
         """Waits for the sequences' next tokens. Before the next step is launched, unless it is plain."""
         if not self.is_plain:
             return list(zip(self.sequences, sample(self._logits, [s.sampler for s in self.sequences]), strict=True))
-        if self._done is not None:
-            self._done.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         return [(s, Sampled(t, None)) for s, t in zip(self.sequences, self._tokens.tolist(), strict=True)]
 
 

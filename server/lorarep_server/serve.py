@@ -171,7 +171,7 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
             max_rank=given["max_rank"],
             max_positions=given["max_positions"],
             allow_repositories=given["allow_repository"],
-            memory_bytes=given["adapter_bytes"],
+            device_bytes=given["adapter_bytes"],
         ),
         scheduler=SchedulerConfig(**_taken(given, SchedulerConfig)),
     )

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.staging import moved
 
 
 class PagePool:
@@ -42,7 +43,7 @@ class PagePool:
         pages = np.array(self._free[self.free - count :], dtype=np.int64)
         del self._free[self.free - count :]
         # A page's rest is read with weight 0, and 0 times what an earlier sequence left may be NaN.
-        self.value_pages[torch.from_numpy(pages).to(self.value_pages.device)] = 0
+        self.value_pages.index_fill_(0, moved(torch.from_numpy(pages), self.value_pages.device), 0)
         return pages
 
     def give(self, pages: NDArray[np.int64]) -> None:

@@ -25,6 +25,7 @@ from lorarep_runtime.kernels.decode_attention import Cache
 from lorarep_runtime.kernels.rows import Rows
 from lorarep_runtime.linear import GROUPS
 from lorarep_runtime.stack import Plan, merge
+from lorarep_runtime.staging import staged
 
 if TYPE_CHECKING:
     from lorarep_runtime.base import Base
@@ -176,7 +177,8 @@ class Decoder:
 
     @staticmethod
     def _put(to: Tensor, values: Any) -> None:
-        to.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        # In the stream's order: the step in flight still reads what was there before.
+        to.copy_(staged(torch.from_numpy(np.ascontiguousarray(values)), to.device), non_blocking=True)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Launches a step for the rows' tokens, each one longer than the last.

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,16 +33,14 @@ from lorarep_runtime.errors import (
     Unavailable,
 )
 from lorarep_runtime.failpoints import failpoint
+from lorarep_runtime.flight import Flight, Flights, decoder_for
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.ledger import Ledger, take_stock
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Timings, TokenLogprob
-from lorarep_runtime.sampling import Sampled, SamplerState, is_plain, sample, validate
+from lorarep_runtime.sampling import Sampled, SamplerState, sample, validate
 from lorarep_runtime.scheduler import Scheduler, Sequence
 from lorarep_runtime.stack import Stack
 from lorarep_runtime.text import TextStream
-
-if TYPE_CHECKING:
-    from lorarep_runtime.decode import Decoder
 
 log = logging.getLogger(__name__)
 
@@ -88,27 +86,6 @@ class Answer:
     finished: Finished
 
 
-class Flight:
-    """A decoding step that has been launched and not been read."""
-
-    def __init__(self, sequences: Seq[Sequence], tokens: Tensor, logits: Tensor) -> None:
-        self.sequences = sequences
-        self._logits = logits
-        self.is_plain = all(is_plain(s.sampler) and s.request.logprobs is None for s in sequences)
-        """Whether the likeliest tokens are all that is wanted."""
-        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        self._tokens.copy_(tokens, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record()
-
-    def sampled(self) -> list[tuple[Sequence, Sampled]]:
-        """Waits for the sequences' next tokens. Before the next step is launched, unless it is plain."""
-        if not self.is_plain:
-            return list(zip(self.sequences, sample(self._logits, [s.sampler for s in self.sequences]), strict=True))
-        self._done.synchronize()
-        return [(s, Sampled(t, None)) for s, t in zip(self.sequences, self._tokens.tolist(), strict=True)]
-
-
 class Engine:
     """One base, its stacks and adapters, and the requests on them.
 
@@ -128,10 +105,10 @@ class Engine:
             )
         self.pool = self._page_pool()
         self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.tiers)
-        self._decoder = _decoder(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
-        if self._decoder is not None:
-            self._decoder.warm_up(progress)
-        self._flight: Flight | None = None
+        decoder = decoder_for(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
+        if decoder is not None:
+            decoder.warm_up(progress)
+        self._flights = Flights(decoder, self.scheduler)
         self.failure: Exception | None = None
         """What ended the step thread, if anything did."""
         self._ids = itertools.count(1)
@@ -263,7 +240,8 @@ class Engine:
 
     def ledger(self) -> Ledger:
         """Where every byte of device memory is."""
-        steps = [] if self._decoder is None else self._decoder.tensors()
+        decoder = self._flights.decoder
+        steps = [] if decoder is None else decoder.tensors()
         return take_stock(self.base, self.pool, self.adapters, steps)
 
     # The engine's side: one thread.
@@ -285,7 +263,7 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._flights.under_way)
 
     def _step_or_wait(self) -> None:
         """A step; if all that there is waits for adapters, until one has come or a deadline may have passed."""
@@ -305,8 +283,8 @@ class Engine:
         """Computes some tokens of some sequences; False if there was nothing to do."""
         failpoint("step")
         self._sweep()
-        if self._flight is not None:
-            self._land(self._flight)
+        if self._flights.under_way is not None:
+            self._land(self._flights.under_way)
             return True
         chosen = self.scheduler.schedule()
         while self.scheduler.failed:
@@ -314,25 +292,26 @@ class Engine:
         if not chosen:
             return False
         self._count([sequence for sequence, _ in chosen])
-        decoding = [s for s, _ in chosen if self._decoder is not None and s.computed and s.remaining == 1]
-        rest = [(s, count) for s, count in chosen if s not in decoding]
-        flight = self._guarded(decoding, lambda: self._begin(decoding)) if decoding else None
+        decoding, rest = self._flights.divide(chosen)
+        flight = self._guarded(decoding, lambda: self._flights.launch(decoding)) if decoding else None
         if rest:
             sequences = [s for s, _ in rest]
             self._emit_all(self._guarded(sequences, lambda: self._forward(rest)))
         if flight is not None and flight.is_plain and not rest:
-            self._flight = flight
+            self._flights.under_way = flight
         elif flight is not None:
             self._emit_all(self._guarded(decoding, flight.sampled))
         return True
 
     def _land(self, flight: Flight) -> None:
-        """Reads the tokens of a step that was launched; if the same rows go on, their next step is launched before."""
-        self._flight = None
-        if self._may_go_on(flight.sequences):
-            self._count(flight.sequences)
-            self._flight = self._guarded(flight.sequences, lambda: self._launch(flight.sequences))
-        self._emit_all(self._guarded(flight.sequences, flight.sampled))
+        """Emits the tokens of a step that was launched; if the same rows go on, their next step is launched before."""
+        flights, sequences = self._flights, flight.sequences
+        flights.under_way = None
+        if flights.may_go_on(flight):
+            self._count(sequences)
+            flights.under_way = self._guarded(sequences, lambda: flights.go_on(flight))
+        self._emit_all(self._guarded(sequences, flight.sampled))
+        flight.give_back()
 
     def _count(self, sequences: Seq[Sequence]) -> None:
         self._step_rows[len(sequences)] += 1
@@ -351,35 +330,6 @@ class Engine:
                 if sequence in self.scheduler.running:
                     self._end(sequence, EngineFailure("the forward pass failed"))
             return None
-
-    def _begin(self, sequences: Seq[Sequence]) -> Flight:
-        """Launches a step for sequences that decode."""
-        assert self._decoder is not None
-        self._decoder.set_rows([sequence.span(1) for sequence in sequences])
-        return self._launch(sequences)
-
-    def _launch(self, sequences: Seq[Sequence]) -> Flight:
-        assert self._decoder is not None
-        tokens, logits = self._decoder.step()
-        for sequence in sequences:
-            sequence.computed += 1
-        return Flight(sequences, tokens, logits)
-
-    def _may_go_on(self, sequences: Seq[Sequence]) -> bool:
-        """Whether the same rows' next step can be launched before the tokens of the last are read."""
-        scheduler = self.scheduler
-        if len(scheduler.running) != len(sequences) or scheduler.can_admit:
-            return False
-        if any(s not in scheduler.running or s.new_tokens + 2 > s.request.stopping.max_new_tokens for s in sequences):
-            return False
-        growing = [(i, s) for i, s in enumerate(sequences) if s.table.missing(s.computed + 1)]
-        if sum(s.table.missing(s.computed + 1) for _, s in growing) > self.pool.free:
-            return False
-        assert self._decoder is not None
-        for i, sequence in growing:
-            sequence.table.grow(sequence.computed + 1)
-            self._decoder.set_pages(i)
-        return True
 
     def _emit_all(self, sampled: Seq[tuple[Sequence, Sampled]] | None) -> None:
         for sequence, token in sampled or ():
@@ -448,13 +398,15 @@ class Engine:
 
     def _end(self, sequence: Sequence, event: Finished | LorarepError) -> None:
         self.scheduler.remove(sequence)
-        sequence.lease.release()
+        self._flights.release(sequence)
         self._tell(sequence, event)
 
     def _end_all(self, error: LorarepError) -> None:
         self._sweep()
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self._end(sequence, error)
+        if self._flights.under_way is not None:
+            self._flights.under_way.give_back()
 
     @staticmethod
     def _tell(sequence: Sequence, event: Event) -> None:
@@ -505,15 +457,6 @@ class Engine:
             return self.base.forward(batch, self.pool, torch.arange(len(tokens), device=self.base.device))
         finally:
             table.release()
-
-
-def _decoder(base: Base, pool: PagePool, max_sequences: int, max_tokens: int) -> Decoder | None:
-    """Kernels for decoding, where the base and its device have them."""
-    if base.device.type != "cuda":
-        return None
-    from lorarep_runtime.decode import Decoder, can_decode  # imports triton
-
-    return Decoder(base, pool, max_sequences, max_tokens) if can_decode(base) else None
 
 
 def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

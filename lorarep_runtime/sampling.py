@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Request, Sampling, Stopping, TokenLogprob
+from lorarep_runtime.staging import moved
 
 MAX_LOGPROBS = 20
 MAX_PENALTY = 2.0
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
+LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
+"""Up to it the likeliest token is chosen: smaller ones are 0 in fp32."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """
     chosen = logits.argmax(-1)
     if others := [i for i, state in enumerate(states) if not is_plain(state)]:
-        chosen[others] = _choose(logits[others], [states[i] for i in others])
-    tokens = chosen.tolist()  # the device is waited for once
+        rows = moved(torch.tensor(others), logits.device)
+        chosen.index_copy_(0, rows, _choose(logits.index_select(0, rows), [states[i] for i in others]))
+    tokens = chosen.tolist()  # waits for the device, as log-probabilities do, where they are asked for
     return [Sampled(token, _logprob(logits[i], token, states[i].request)) for i, token in enumerate(tokens)]
 
 
@@ -133,45 +137,46 @@ def _choose(scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
             _penalize(row, state)
         if _must_go_on(state.request.stopping, state):
             ends = [*state.eos_ids, *state.request.stopping.stop_token_ids]
-            row[torch.tensor(ends, dtype=torch.int64, device=device)] = -math.inf
+            row.index_fill_(0, moved(torch.tensor(ends, dtype=torch.int64), device), -math.inf)
     greedy = scores.argmax(-1)
     if all(state.request.sampling.temperature == 0 for state in states):
         return greedy
 
-    def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=device).unsqueeze(1)
-
-    asked = [state.request.sampling for state in states]
-    temperature = column(s.temperature or 1 for s in asked)
+    # All of them in one copy: float64 holds each exactly.
+    parameters = torch.tensor([_parameters(state, scores.shape[1]) for state in states], dtype=torch.float64)
+    temperature, last, top_p, min_p, uniform = moved(parameters, device).T.unsqueeze(2)
     # Temperatures near 0 would overflow; the difference to the largest score cannot.
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature.float()
     scores, order = scores.sort(dim=-1, descending=True, stable=True)
-    vocab = scores.shape[1]
-    last = column((min(s.top_k or vocab, vocab) - 1 for s in asked), torch.int64)
-    scores.masked_fill_(scores < scores.gather(1, last), -math.inf)
+    scores.masked_fill_(scores < scores.gather(1, last.long()), -math.inf)
     probabilities = scores.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     # Rounding must not take the end of a distribution that was asked for whole.
-    probabilities.masked_fill_(before >= column(s.top_p if s.top_p < 1 else math.inf for s in asked), 0)
-    probabilities.masked_fill_(probabilities < column(s.min_p for s in asked) * probabilities[:, :1], 0)
+    probabilities.masked_fill_(before >= top_p.float(), 0)
+    probabilities.masked_fill_(probabilities < min_p.float() * probabilities[:, :1], 0)
     cumulative = probabilities.double().cumsum(-1)
-    uniform = column((state.uniform() for state in states), torch.float64)
     place = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform, right=True)
-    # Nor lead past the last token that has a probability.
-    place = place.minimum((probabilities > 0).sum(-1, keepdim=True) - 1)
+    # Nor lead past the last token that has a probability. None has where scores overflow, are NaN or all forbidden.
+    place = place.minimum((probabilities > 0).sum(-1, keepdim=True) - 1).clamp_(min=0)
     drawn = order.gather(1, place).squeeze(1)
-    return torch.where(column(s.temperature for s in asked).squeeze(1) > 0, drawn, greedy)
+    return torch.where(temperature.squeeze(1) > LEAST_TEMPERATURE, drawn, greedy)
+
+
+def _parameters(state: SamplerState, vocab: int) -> tuple[float, ...]:
+    """Temperature, index of the last of top-k, top-p, min-p, random number."""
+    s = state.request.sampling
+    top_k, top_p = s.top_k or vocab, s.top_p if s.top_p < 1 else math.inf
+    return max(s.temperature, LEAST_TEMPERATURE), min(top_k, vocab) - 1, top_p, s.min_p, state.uniform()
 
 
 def _penalize(scores: Tensor, state: SamplerState) -> None:
     sampling, device = state.request.sampling, scores.device
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*state.request.prompt, *state.counts}), device=device)
+        seen = moved(torch.tensor(sorted({*state.request.prompt, *state.counts})), device)
         own = scores[seen]
         scores[seen] = torch.where(own > 0, own / sampling.repetition_penalty, own * sampling.repetition_penalty)
     if state.counts:
-        tokens = torch.tensor(list(state.counts), device=device)
-        counts = torch.tensor(list(state.counts.values()), dtype=scores.dtype, device=device)
+        tokens, counts = moved(torch.tensor([list(state.counts), list(state.counts.values())]), device)
         scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 

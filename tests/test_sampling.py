@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lorarep_runtime.request import Request, Sampling, Stopping
-from lorarep_runtime.sampling import SamplerState, sample
+from lorarep_runtime.sampling import SamplerState, _choose, sample
 
 VOCAB = 50
 PROMPT = (3, 7, 7, 11)
@@ -124,9 +124,40 @@ def test_the_logits_stay_as_they_are() -> None:
     assert torch.equal(logits, before)
 
 
-def test_a_tiny_temperature_is_greedy() -> None:
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = 1e4 * random_logits(3)
-    assert sample(logits, [state(Sampling(temperature=1e-30, seed=1))])[0].token == int(logits.argmax())
+    assert sample(logits, [state(Sampling(temperature=temperature, seed=1))])[0].token == int(logits.argmax())
+
+
+def test_a_row_without_probabilities_gets_a_token_and_leaves_the_others_theirs() -> None:
+    logits = random_logits(6, rows=5)
+    logits[1], logits[2, 7] = torch.nan, torch.inf
+    fine = state(Sampling(temperature=1, seed=4))
+    asked = [fine, fine, fine]
+    asked += [state(Sampling(temperature=1, repetition_penalty=1e-38, seed=4))]
+    asked += [state(Sampling(temperature=1, seed=4), min_new_tokens=1, stop_token_ids=tuple(range(VOCAB)))]
+    tokens = [one.token for one in sample(logits, asked)]
+    assert tokens[0] == sample(logits[:1], [fine])[0].token
+    assert all(0 <= token < VOCAB for token in tokens)
+
+
+if torch.cuda.is_available():
+
+    def test_choosing_does_not_wait_for_the_device() -> None:
+        logits = random_logits(7, rows=4).cuda()
+        asked = [
+            state(Sampling(temperature=1, top_k=3, seed=1)),
+            state(Sampling(temperature=0.5, top_p=0.5, repetition_penalty=2, seed=2), (4, 5)),
+            state(Sampling(presence_penalty=1), (4, 4)),
+            state(Sampling(), min_new_tokens=2),
+        ]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            chosen = _choose(logits.clone(), asked)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert chosen.tolist() == [one.token for one in sample(logits.cpu(), asked)]
 
 
 def test_no_end_token_before_the_least_number_of_tokens() -> None:

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -82,6 +83,15 @@ class Resident(ABC):
         """Told when it is neither on the device nor in the host's memory any more."""
 
 
+@dataclass(eq=False)
+class _Room:
+    """Device memory for what is on its way."""
+
+    size: int
+    taken: int
+    """Bytes of it that are kept free; what is leaving still takes the rest."""
+
+
 class Tiers:
     """Thread-safe. `changed` guards everything here and in the pool."""
 
@@ -97,8 +107,10 @@ class Tiers:
         self._limits = limits
         self._here: set[Resident] = set()
         self._copies: set[Resident] = set()
-        self._promised_bytes = self._promised_host_bytes = 0
-        """Of what is on its way to the device, and to the host."""
+        self._rooms: set[_Room] = set()
+        """Of what is on its way to the device."""
+        self._promised_host_bytes = 0
+        """Of what is on its way to the host."""
         self._tick = 0
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="lorarep-adapter")
         # One for all: libraries keep tens of megabytes for each stream that they have worked on.
@@ -198,7 +210,7 @@ class Tiers:
             if size > limit - pinned:
                 besides = f" beside {pinned} of pinned ones" if pinned else ""
                 raise Exhausted(f"adapter memory: {size} bytes wanted, the limit is {limit}{besides}")
-            free = limit - self._promised_bytes - sum(x.size for x in self._here if not x.is_leaving)
+            free = limit - sum(room.taken for room in self._rooms) - sum(x.size for x in self._here)
             idle = iter(self._idle(for_turn=for_turn))
             while free < size:
                 if (victim := next(idle, None)) is None:
@@ -207,8 +219,9 @@ class Tiers:
                 free += victim.size
         for victim in leaving:
             victim.is_leaving = True
-        self._promised_bytes += size
-        item.fetch = self._threads.submit(self._fetch, item, size, leaving, for_turn, progress)
+        room = _Room(size, max(0, size - sum(victim.size for victim in leaving)))
+        self._rooms.add(room)
+        item.fetch = self._threads.submit(self._fetch, item, room, leaving, for_turn, progress)
         item.fetch.add_done_callback(lambda _: self._fetched(item))
         return True
 
@@ -232,12 +245,12 @@ class Tiers:
     # Ways. In the threads, without the lock but for moments.
 
     def _fetch(
-        self, item: Resident, size: int, leaving: list[Resident], for_turn: bool, progress: Progress | None
+        self, item: Resident, room: _Room, leaving: list[Resident], for_turn: bool, progress: Progress | None
     ) -> None:
         adapter = None
         try:
             for victim in leaving:
-                self._move_out(victim)
+                self._move_out(victim, room)
             adapter = self._made(item, for_turn, progress)
         except LorarepError:
             raise
@@ -246,7 +259,7 @@ class Tiers:
             raise EngineFailure("the adapter could not be loaded") from error
         finally:
             with self.changed:
-                self._promised_bytes -= size
+                self._rooms.remove(room)
                 if adapter is not None and item.is_wanted:
                     item.adapter, item.size = adapter, adapter.nbytes
                     self._here.add(item)
@@ -272,8 +285,8 @@ class Tiers:
                     victim.is_leaving = True
                 self._move_out(victim)
 
-    def _move_out(self, item: Resident) -> None:
-        """From the device to the host, where it has room there."""
+    def _move_out(self, item: Resident, room: _Room | None = None) -> None:
+        """From the device to the host, where it has room there. Its own on the device goes over to somebody's."""
         adapter, copy = item.adapter, item.copy
         assert adapter is not None
         if copy is None and self._take_host_room(adapter.nbytes):
@@ -291,6 +304,8 @@ class Tiers:
         with self.changed:
             item.adapter, item.is_leaving = None, False
             self._here.discard(item)
+            if room is not None:
+                room.taken = min(room.size, room.taken + item.size)
             if item.copy is None:
                 item.cool()
             self._forget_unwanted(item)

@@ -149,7 +149,7 @@ def test_requests_wait_for_room_and_every_turn_comes(
 
 def test_what_came_for_a_request_stays_until_it_starts(base: Path, folders: dict[str, Path], size: int) -> None:
     engine = engine_for(base, limits=AdapterLimits(device_bytes=size), adapters={n: folders[n] for n in "ab"})
-    first, second = (engine.adapters.lease([(name, 1.0)]) for name in "ab")
+    first, second, third = (engine.adapters.lease([(name, 1.0)]) for name in "aba")
     assert first.turn() is Turn.COMING
     while engine.adapters.get("a").tier != "device":
         time.sleep(0.01)
@@ -157,6 +157,7 @@ def test_what_came_for_a_request_stays_until_it_starts(base: Path, folders: dict
     first.release()  # it left before it started: its place is free again
     second.wait()
     second.release()
+    third.release()
     assert_nothing_held(engine)
 
 

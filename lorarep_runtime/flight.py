@@ -1,0 +1,116 @@
+"""Decoding steps in flight: launched, and read only after the next one has been, so that the device never waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorarep_runtime.base import Base
+from lorarep_runtime.cache import PagePool
+from lorarep_runtime.sampling import Sampled, is_plain, sample
+from lorarep_runtime.scheduler import Scheduler, Sequence
+
+if TYPE_CHECKING:
+    from lorarep_runtime.decode import Decoder
+
+
+class Flight:
+    """A decoding step that has been launched and not been read."""
+
+    def __init__(self, sequences: Seq[Sequence], tokens: Tensor, logits: Tensor) -> None:
+        self.sequences = sequences
+        self._ended: list[Sequence] = []
+        self._logits = logits
+        self.is_plain = all(is_plain(s.sampler) and s.request.logprobs is None for s in sequences)
+        """Whether the likeliest tokens are all that is wanted."""
+        if self.is_plain:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event() if tokens.is_cuda else None
+            if self._copied is not None:
+                self._copied.record()
+
+    def sampled(self) -> list[tuple[Sequence, Sampled]]:
+        """Waits for the sequences' next tokens. Before the next step is launched, unless it is plain."""
+        if not self.is_plain:
+            return list(zip(self.sequences, sample(self._logits, [s.sampler for s in self.sequences]), strict=True))
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [(s, Sampled(t, None)) for s, t in zip(self.sequences, self._tokens.tolist(), strict=True)]
+
+    def end(self, sequence: Sequence) -> None:
+        """One of its sequences has ended before it was read."""
+        self._ended.append(sequence)
+
+    def give_back(self) -> None:
+        """Releases the adapters of sequences that ended meanwhile. Only once it has been read."""
+        while self._ended:
+            self._ended.pop().lease.release()
+
+
+class Flights:
+    """The decoder and its step in flight. The engine's thread alone touches it."""
+
+    def __init__(self, decoder: Decoder | None, scheduler: Scheduler) -> None:
+        self.decoder = decoder
+        """None where all sequences go through the base's own layers."""
+        self._scheduler = scheduler
+        self.under_way: Flight | None = None
+        """A plain one, whose sequences are all that were scheduled."""
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back what a sequence that has ended computed with, but not from under a step that still reads it."""
+        if self.under_way is not None and sequence in self.under_way.sequences:
+            self.under_way.end(sequence)
+        else:
+            sequence.lease.release()
+
+    def divide(self, chosen: Seq[tuple[Sequence, int]]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+        """The sequences that the decoder takes, and the others with how many of their tokens to compute."""
+        decoding = [s for s, _ in chosen if self.decoder is not None and s.computed and s.remaining == 1]
+        return decoding, [(s, count) for s, count in chosen if s not in decoding]
+
+    def launch(self, sequences: Seq[Sequence]) -> Flight:
+        """Launches a step for sequences that decode."""
+        assert self.decoder is not None
+        self.decoder.set_rows([sequence.span(1) for sequence in sequences])
+        return self._launch(sequences)
+
+    def may_go_on(self, flight: Flight) -> bool:
+        """Whether the same rows' next step can be launched before the tokens of this one are read."""
+        scheduler, sequences = self._scheduler, flight.sequences
+        if len(scheduler.running) != len(sequences) or scheduler.can_admit:
+            return False
+        if any(s not in scheduler.running or s.new_tokens + 2 > s.request.stopping.max_new_tokens for s in sequences):
+            return False
+        growing = [(i, s) for i, s in enumerate(sequences) if s.table.missing(s.computed + 1)]
+        if sum(s.table.missing(s.computed + 1) for _, s in growing) > scheduler.pool.free:
+            return False
+        assert self.decoder is not None
+        for i, sequence in growing:
+            sequence.table.grow(sequence.computed + 1)
+            self.decoder.set_pages(i)
+        return True
+
+    def go_on(self, flight: Flight) -> Flight:
+        """Launches the next step of the same rows, which `may_go_on` allowed."""
+        return self._launch(flight.sequences)
+
+    def _launch(self, sequences: Seq[Sequence]) -> Flight:
+        assert self.decoder is not None
+        tokens, logits = self.decoder.step()
+        for sequence in sequences:
+            sequence.computed += 1
+        return Flight(sequences, tokens, logits)
+
+
+def decoder_for(base: Base, pool: PagePool, max_sequences: int, max_tokens: int) -> Decoder | None:
+    """Kernels for decoding, where the base and its device have them."""
+    if base.device.type != "cuda":
+        return None
+    from lorarep_runtime.decode import Decoder, can_decode  # imports triton
+
+    return Decoder(base, pool, max_sequences, max_tokens) if can_decode(base) else None

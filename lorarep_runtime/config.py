@@ -47,6 +47,8 @@ class AdapterLimits:
     """Most device memory of all adapters together. None is no limit: they leave when the device is full."""
     host_bytes: int = 0
     """Most host memory of copies of adapters that had to leave the device."""
+    disk_bytes: int | None = None
+    """Most disk space of adapters in the Hub cache; None is no limit."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.revision import AdapterFiles, Revision
 from lorarep_runtime.adapters.tiers import Resident, Tiers, Turn
 from lorarep_runtime.adapters.weights import Adapter, mix, moved
@@ -176,6 +177,18 @@ class AdapterPool:
         self._mixes: dict[MixKey, Mix] = {}
         self._loading: dict[str, str] = {}
         """Names, and from where."""
+        if limits.disk_bytes is not None:
+            self._files.disk = DiskBudget(cache_dir, limits.disk_bytes, self._uses)
+
+    def _uses(self) -> dict[str, int | None]:
+        """As `DiskBudget` asks for it. What runs from memory does not need its files; what waits for a turn does."""
+        with self._changed:
+            uses: dict[str, int | None] = {}
+            for item in self._named.values():
+                used = None if item.pinned or item.leases else item.used
+                if uses.get(item.repository, 0) is not None:
+                    uses[item.repository] = used if used is None else max(used, uses.get(item.repository) or 0)
+            return uses | dict.fromkeys(self._loading.values())
 
     def load(
         self,

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.adapters.tiers import Resident
 from lorarep_runtime.adapters.weights import (
@@ -55,6 +56,7 @@ class AdapterFiles:
         self.stacks = stacks
         self._limits = limits
         self._cache_dir = cache_dir
+        self.disk: DiskBudget | None = None
         self._hashing = ThreadPoolExecutor(thread_name_prefix="lorarep-digest")
 
     def check(self, source: str, revision: str | None, stack: str | None, progress: Progress | None) -> Checked:
@@ -74,7 +76,11 @@ class AdapterFiles:
         return Checked(snapshot, spec, layout, walked, self._hashing.submit(file_digest, weights))
 
     def fetch(self, source: str, revision: str | None, progress: Progress | None = None) -> Snapshot:
-        return fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
+        """As `hub.fetch`."""
+        snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
+        if self.disk is not None:
+            self.disk.added(snapshot)
+        return snapshot
 
     def compile(self, checked: Checked, progress: Progress | None) -> Adapter:
         """As `compile_adapter`."""

@@ -43,8 +43,12 @@ class AdapterLimits:
     """Most positions of any stack."""
     allow_repositories: tuple[str, ...] = ()
     """Shell patterns of the repositories that LoadAdapter and requests may name; empty allows none."""
-    memory_bytes: int | None = None
-    """Most device bytes of all adapters together; idle ones are evicted first. None is no limit."""
+    device_bytes: int | None = None
+    """Most device memory of all adapters together. None is no limit: they leave when the device is full."""
+    host_bytes: int = 0
+    """Most host memory of copies of adapters that had to leave the device."""
+    disk_bytes: int | None = None
+    """Most disk space of adapters in the Hub cache; None is no limit."""
 
 
 @dataclass(frozen=True)

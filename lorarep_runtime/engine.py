@@ -49,6 +49,8 @@ T = TypeVar("T")
 BASE_STACK = "base"
 """Name of the base's own order of layers."""
 CPU_KV_BYTES = 1 << 30
+DEADLINE_POLL = 0.05
+"""Seconds between looks at the deadlines of requests whose adapters are on their way, while nothing else is to do."""
 ACCELERATOR_KV_SHARE = 0.8
 """Part of the memory left after loading the base that KV pages take where nothing else is said."""
 
@@ -102,7 +104,7 @@ class Engine:
                 f"max_sequence_tokens: {self.max_tokens} is over the {self.base.max_tokens} that the base serves"
             )
         self.pool = self._page_pool()
-        self.scheduler = Scheduler(config.scheduler, self.pool)
+        self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.tiers)
         decoder = decoder_for(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
         if decoder is not None:
             decoder.warm_up(progress)
@@ -113,7 +115,8 @@ class Engine:
         self._wake = threading.Condition()
         self._submitted: deque[Sequence] = deque()
         self._cancelled: set[int] = set()
-        self._draining = self._stopping = False
+        self._draining = self._stopping = self._arrived = False
+        self.adapters.tiers.on_arrival = self._arrival
         self._thread: threading.Thread | None = None
         self._step_rows: Counter[int] = Counter()
         self._step_adapters: Counter[int] = Counter()
@@ -250,7 +253,7 @@ class Engine:
                     self._wake.wait_for(lambda: self._stopping or self._submitted or self._cancelled or self._busy)
                     if self._stopping:
                         break
-                self.step()
+                self._step_or_wait()
             self._end_all(Unavailable("the server has stopped"))
         except Exception as error:
             log.exception("the engine has failed")
@@ -260,7 +263,21 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._flights.under_way)
+
+    def _step_or_wait(self) -> None:
+        """A step; if all that there is waits for adapters, until one has come or a deadline may have passed."""
+        if not self.step():
+            with self._wake:
+                news = self._wake.wait_for(
+                    lambda: self._stopping or self._submitted or self._cancelled or self._arrived, DEADLINE_POLL
+                )
+                self._arrived &= not news
+
+    def _arrival(self) -> None:
+        with self._wake:
+            self._arrived = True
+            self._wake.notify()
 
     def step(self) -> bool:
         """Computes some tokens of some sequences; False if there was nothing to do."""
@@ -270,6 +287,8 @@ class Engine:
             self._land(self._flights.under_way)
             return True
         chosen = self.scheduler.schedule()
+        while self.scheduler.failed:
+            self._end(*self.scheduler.failed.pop())
         if not chosen:
             return False
         self._count([sequence for sequence, _ in chosen])
@@ -292,6 +311,7 @@ class Engine:
             self._count(sequences)
             flights.under_way = self._guarded(sequences, lambda: flights.go_on(flight))
         self._emit_all(self._guarded(sequences, flight.sampled))
+        flight.give_back()
 
     def _count(self, sequences: Seq[Sequence]) -> None:
         self._step_rows[len(sequences)] += 1
@@ -378,13 +398,15 @@ class Engine:
 
     def _end(self, sequence: Sequence, event: Finished | LorarepError) -> None:
         self.scheduler.remove(sequence)
-        sequence.lease.release()
+        self._flights.release(sequence)
         self._tell(sequence, event)
 
     def _end_all(self, error: LorarepError) -> None:
         self._sweep()
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self._end(sequence, error)
+        if self._flights.under_way is not None:
+            self._flights.under_way.give_back()
 
     @staticmethod
     def _tell(sequence: Sequence, event: Event) -> None:
@@ -414,8 +436,8 @@ class Engine:
 
             self.submit(request, lease, on_event)
         if self._thread is None:
-            while self.step():
-                pass
+            while self._busy or self._submitted:
+                self._step_or_wait()
         for _ in streams:
             ended.acquire()
         return [_answer(events) for events in streams]
@@ -424,8 +446,9 @@ class Engine:
         """The fp32 logits (tokens, vocab) of every token of a text, computed in one pass; keeps the lease.
 
         Raises:
-            Exhausted: the pages for it are not free. Not while the step thread runs.
+            Exhausted: the pages or the adapter memory for it are not free. Not while the step thread runs.
         """
+        lease.wait()
         table = PageTable(self.pool, len(lease.stack))
         if not table.grow(len(tokens)):
             raise Exhausted(f"kv_bytes: {table.missing(len(tokens))} pages wanted, {self.pool.free} free")

@@ -22,6 +22,7 @@ class Flight:
 
     def __init__(self, sequences: Seq[Sequence], tokens: Tensor, logits: Tensor) -> None:
         self.sequences = sequences
+        self._ended: list[Sequence] = []
         self._logits = logits
         self.is_plain = all(is_plain(s.sampler) and s.request.logprobs is None for s in sequences)
         """Whether the likeliest tokens are all that is wanted."""
@@ -40,6 +41,15 @@ class Flight:
             self._copied.synchronize()
         return [(s, Sampled(t, None)) for s, t in zip(self.sequences, self._tokens.tolist(), strict=True)]
 
+    def end(self, sequence: Sequence) -> None:
+        """One of its sequences has ended before it was read."""
+        self._ended.append(sequence)
+
+    def give_back(self) -> None:
+        """Releases the adapters of sequences that ended meanwhile. Only once it has been read."""
+        while self._ended:
+            self._ended.pop().lease.release()
+
 
 class Flights:
     """The decoder and its step in flight. The engine's thread alone touches it."""
@@ -50,6 +60,13 @@ class Flights:
         self._scheduler = scheduler
         self.under_way: Flight | None = None
         """A plain one, whose sequences are all that were scheduled."""
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back what a sequence that has ended computed with, but not from under a step that still reads it."""
+        if self.under_way is not None and sequence in self.under_way.sequences:
+            self.under_way.end(sequence)
+        else:
+            sequence.lease.release()
 
     def divide(self, chosen: Seq[tuple[Sequence, int]]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
         """The sequences that the decoder takes, and the others with how many of their tokens to compute."""

@@ -3,6 +3,9 @@
 Sequences that decode come first, one token each; prompts fill the rest of the step (Agrawal et al., 2024), those of the
 adapters with the fewest running first, then in order of arrival. When pages run short the youngest sequence gives its
 own back and is computed anew later (Kwon et al., 2023).
+
+Adapters come to the device in the order of turns. Others pass those whose adapter is on its way; but when there is no
+room for one, nobody takes another adapter until there is, or it might wait for ever.
 """
 
 from __future__ import annotations
@@ -13,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lorarep_runtime.adapters.pool import Lease
+from lorarep_runtime.adapters.tiers import Tiers, Turn
 from lorarep_runtime.batch import Span
 from lorarep_runtime.cache import PagePool, PageTable, pages_of
 from lorarep_runtime.config import SchedulerConfig
-from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.errors import InvalidArgument, LorarepError
 from lorarep_runtime.request import Event, Request
 from lorarep_runtime.sampling import SamplerState
 from lorarep_runtime.text import TextStream
@@ -64,13 +68,20 @@ class Sequence:
 class Scheduler:
     """The sequences that wait and those that hold pages. The engine's thread alone touches it."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, tiers: Tiers) -> None:
         self.config = config
         self.pool = pool
+        self._tiers = tiers
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of arrival."""
+        self.failed: list[tuple[Sequence, LorarepError]] = []
+        """Those whose adapters cannot be brought to the device. They still wait, for who takes them out."""
         self.preemptions = 0
+        # Of the last look at adapters, and when that was.
+        self._passed: set[Sequence] = set()
+        self._has_room = True
+        self._version = 0
 
     def check(self, request: Request, depth: int) -> None:
         """Refuses what could never run alone.
@@ -97,8 +108,11 @@ class Scheduler:
                     continue
                 chosen[sequence] = count
                 budget -= count
-        while self.can_admit:
-            sequence = self._next()
+        self._passed, self._has_room, self._version = set(), True, self._tiers.version
+        while len(self.running) < self.config.max_sequences and (free := self._free()):
+            sequence = self._next(free)
+            if not self._has_turn(sequence):
+                continue
             count = self._fits(sequence, budget, alone=not chosen)
             # The whole prompt's room, or it would be preempted half-way.
             if not count or not sequence.table.grow(len(sequence.tokens)):
@@ -113,28 +127,46 @@ class Scheduler:
 
     @property
     def can_admit(self) -> bool:
-        """Whether a waiting sequence has its turn, if its pages are there."""
-        return len(self.running) < self.config.max_sequences and bool(self._free())
+        """Whether a waiting sequence may have its turn, if its pages are there."""
+        if len(self.running) == self.config.max_sequences:
+            return False
+        return bool(self._free()) or bool(self.waiting and self._version != self._tiers.version)
 
     def _free(self) -> list[Sequence]:
-        """The waiting sequences that no limit of their adapter holds back."""
+        """The waiting sequences that neither a limit of their adapter holds back nor its way to the device."""
         most = self.config.max_running_per_adapter
-        if most is None:
-            return list(self.waiting)
         running = self._running_by_adapter()
-        return [sequence for sequence in self.waiting if running[sequence.lease.names] < most]
+        return [
+            sequence
+            for sequence in self.waiting
+            if sequence not in self._passed
+            and (self._has_room or not sequence.lease.names)
+            and (most is None or running[sequence.lease.names] < most)
+        ]
 
     def _running_by_adapter(self) -> Counter[tuple[str, ...]]:
         return Counter(sequence.lease.names for sequence in self.running)
 
-    def _next(self) -> Sequence:
+    def _next(self, free: list[Sequence]) -> Sequence:
         """The waiting sequence whose turn it is.
 
-        The first that gave its pages back; else that of the adapter with the fewest running, so that a flood for one
-        does not starve the others, and the oldest of several.
+        The first that gave its pages back or whose adapter has been brought for it; else that of the adapter with the
+        fewest running, so that a flood for one does not starve the others, and the oldest of several.
         """
         running = self._running_by_adapter()
-        return min(self._free(), key=lambda s: running[s.lease.names] if s.started is None else -1)
+        return min(free, key=lambda s: -1 if s.started or s.lease.has_claim else running[s.lease.names])
+
+    def _has_turn(self, sequence: Sequence) -> bool:
+        """Whether its adapter is on the device, and stays there for it."""
+        try:
+            turn = sequence.lease.turn()
+        except LorarepError as error:
+            self.failed.append((sequence, error))
+            turn = Turn.COMING
+        if turn is not Turn.HERE:
+            self._passed.add(sequence)
+        self._has_room &= turn is not Turn.NO_ROOM
+        return turn is Turn.HERE
 
     def _fits(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
         """How many of its tokens go into the rest of the step."""

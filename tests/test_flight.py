@@ -168,6 +168,25 @@ def test_who_is_cancelled_in_flight_ends_there_and_the_others_go_on(base: Path) 
     assert_nothing_held(engine)
 
 
+def test_an_adapter_is_held_until_no_step_reads_it(base: Path, adapter: Path) -> None:
+    """The one row ends by a stop token that nobody foresaw: its next step is under way."""
+    engine = engine_for(base, adapters={"a": adapter})
+    first = engine.generate([(greedy(new_tokens=4), engine.adapters.lease([("a", 1.0)]))])[0].tokens
+    with_decoder(engine)
+    held: list[int] = []
+    engine.submit(
+        ends_at(first[3]),
+        engine.adapters.lease([("a", 1.0)]),
+        lambda event: held.append(engine.adapters.get("a").references),
+    )
+    while engine.scheduler.running or engine.scheduler.waiting or engine._submitted:
+        engine.step()
+    assert engine._flights.under_way is not None
+    assert held[-1] == engine.adapters.get("a").references == 1
+    engine._step_or_wait()
+    assert_nothing_held(engine)
+
+
 def test_a_step_that_cannot_be_launched_ends_its_requests_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_for(base)
     expected = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens

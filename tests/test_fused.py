@@ -73,6 +73,7 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
 
 def fill(engine: Engine, lease: Lease, text: list[int], table: PageTable) -> None:
     """Puts the keys and values of a text into its pages."""
+    lease.wait()
     from lorarep_runtime.batch import Batch
 
     batch = Batch([Span(text, 0, lease.stack, lease.adapter, table)], engine.base.device)
@@ -81,6 +82,7 @@ def fill(engine: Engine, lease: Lease, text: list[int], table: PageTable) -> Non
 
 def with_table(lease: Lease, engine: Engine):
     """The adapter with its entry table, which it has on a GPU alone."""
+    lease.wait()
     adapter = lease.adapter
     if adapter is None or adapter.table is not None:
         return adapter

@@ -61,6 +61,7 @@ def test_two_more_stacks_change_the_bases_bytes_by_nothing(
     own = set()
     for name in adapters:
         lease = engine.adapters.lease([(name, 1.0)])
+        lease.wait()
         own.add(lease.adapter.storage.untyped_storage().data_ptr())
         lease.release()
     assert own
@@ -100,17 +101,20 @@ def test_idle_adapters_make_room_and_come_back(base: Path, adapters: dict[str, P
     engine = engine_for(base, adapters=adapters)
     expected = {n: engine.generate([(greedy(), engine.adapters.lease([(n, 1.0)]))])[0].tokens for n in adapters}
     room = max(info.bytes for info in engine.adapters.list())
-    engine = engine_for(base, adapters=adapters, limits=AdapterLimits(memory_bytes=room))
+    engine = engine_for(base, adapters=adapters, limits=AdapterLimits(device_bytes=room))
     for _ in range(2):
         for name, tokens in expected.items():
             lease = engine.adapters.lease([(name, 1.0)])
-            assert [i.name for i in engine.adapters.list() if i.loaded] == [name]
+            lease.wait()
+            assert [i.name for i in engine.adapters.list() if i.tier == "device"] == [name]
             assert engine.generate([(greedy(), lease)])[0].tokens == tokens
-    assert engine.adapters.evictions == 5
-    held = engine.adapters.lease([("two", 1.0)])
+    assert engine.adapters.tiers.evictions == 5
+    held, waiting = engine.adapters.lease([("two", 1.0)]), engine.adapters.lease([("one", 1.0)])
+    held.wait()
     with pytest.raises(Exhausted, match="adapter memory"):
-        engine.adapters.lease([("one", 1.0)])
+        waiting.wait()
     held.release()
+    waiting.release()
     assert_nothing_held(engine)
 
 

@@ -1,43 +1,37 @@
-"""The adapters that are loaded, and who computes with them.
+"""The adapters that have a name, and who computes with them.
 
-A load is downloaded, checked and compiled by its caller's thread beside running requests, then appears under its name.
-Requests hold a lease on a revision: whatever happens to the name, they finish on what they were admitted with.
+A load is downloaded, checked and compiled beside running requests, then appears under its name. Requests hold a lease
+on a revision: whatever happens to the name, they finish on what they were admitted with.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from lorarep_runtime.adapters.spec import AdapterSpec
-from lorarep_runtime.adapters.weights import Adapter, check, compile_adapter, mix, read_header, storage_bytes
+from lorarep_runtime.adapters.disk import DiskBudget
+from lorarep_runtime.adapters.revision import AdapterFiles, Revision
+from lorarep_runtime.adapters.tiers import Resident, Tiers, Turn
+from lorarep_runtime.adapters.weights import Adapter, mix, moved
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.errors import AlreadyExists, Exhausted, InvalidArgument, NotFound
-from lorarep_runtime.failpoints import failpoint
-from lorarep_runtime.hub import LOCAL, Progress, check_allowed, fetch, file_digest
+from lorarep_runtime.errors import AlreadyExists, Cancelled, Exhausted, InvalidArgument, NotFound
+from lorarep_runtime.hub import Progress, check_allowed
 from lorarep_runtime.stack import Stack
-from lorarep_runtime.text import Tokenizer, fits
+from lorarep_runtime.text import Tokenizer
 
-log = logging.getLogger(__name__)
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-TEMPLATE_FILE = "chat_template.jinja"
 MAX_NAME = 256
-MAX_CONFIG_BYTES = 1 << 20
 MAX_ADAPTERS_OF_A_REQUEST = 16
 MAX_IDLE_MIXES = 16
+
+Tier = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
@@ -55,48 +49,119 @@ class AdapterInfo:
     rank: int
     """Largest of its modules."""
     parameters: int
+    tier: Tier
+    """The fastest memory that it is in. Wherever it is, the next request for it gets this revision."""
     bytes: int
     """On the device."""
     references: int
     """Requests that hold it."""
-    loaded: bool = True
-    """False once evicted: the next request for it loads the same revision again."""
+    pinned: bool
+    """Never leaves the device."""
+    priority: int
+    """The lowest leaves first."""
 
 
-@dataclass(eq=False)
-class _Loaded:
-    """An adapter or a mix in device memory."""
-
-    adapter: Adapter
-    tokenizer: Tokenizer
-    info: AdapterInfo | None
-    """None for a mix."""
-    references: int = 0
-    used: int = 0
-    """Tick of the last lease: the least goes first."""
-
-
-MixKey = tuple[tuple[_Loaded, float], ...]
+MixKey = tuple[tuple[Revision, float], ...]
 """The adapters of a mix and their weights."""
 
 
-@dataclass(frozen=True, eq=False)
-class Lease:
-    """A request's hold on what it computes with."""
+class Mix(Resident):
+    """Several adapters with weights as one."""
 
-    stack: Stack
-    adapter: Adapter | None
-    """None is the bare stack."""
-    tokenizer: Tokenizer
-    names: tuple[str, ...] = ()
-    """Of the adapters, as requested."""
-    adapters: tuple[AdapterInfo, ...] = ()
-    """The revisions behind the names, in the same order."""
-    _release: Callable[[], None] = lambda: None
+    def __init__(self, parts: MixKey, modules: tuple[str, ...], device: torch.device) -> None:
+        super().__init__(sum(part.size for part, _ in parts))
+        self.parts = parts
+        self._modules = modules
+        self._device = device
+
+    @property
+    def label(self) -> str:
+        return " + ".join(f"{weight:g}·{part.name}" for part, weight in self.parts)
+
+    @property
+    def scratch(self) -> int:
+        return sum(part.size for part, _ in self.parts if part.adapter is None)
+
+    def make(self, progress: Progress | None) -> Adapter:
+        return mix([(self._on_device(part, progress), weight) for part, weight in self.parts], self._modules)
+
+    def _on_device(self, part: Revision, progress: Progress | None) -> Adapter:
+        adapter, copy = part.adapter, part.copy
+        if adapter is None:
+            adapter = part.make(progress) if copy is None else moved(copy, self._device)
+        return adapter
+
+
+class Lease:
+    """A request's hold on what it computes with. From when it has had its turn, that is on the device."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        tokenizer: Tokenizer,
+        names: tuple[str, ...] = (),
+        adapters: tuple[AdapterInfo, ...] = (),
+        held: tuple[Tiers, Resident] | None = None,
+    ) -> None:
+        """Takes over a hold on `held`; None is the bare stack."""
+        self.stack = stack
+        self.tokenizer = tokenizer
+        self.names = names
+        """Of the adapters, as requested."""
+        self.adapters = adapters
+        """The revisions behind the names, in the same order."""
+        self._held = held
+        self._has_turn = False
+        self.has_claim = False
+        """Whether device memory is taken for its adapter, be it on its way."""
+        self._fetch: Future[None] | None = None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """None is the bare stack. Only for one that has had its turn."""
+        if self._held is None:
+            return None
+        assert self._has_turn
+        return self._held[1].adapter
+
+    def turn(self) -> Turn:
+        """Has the adapter brought to the device, and kept there from when it is.
+
+        Raises:
+            LorarepError: it cannot be brought.
+        """
+        if self._held is None or self._has_turn:
+            return Turn.HERE
+        tiers, item = self._held
+        fetch, self._fetch = self._fetch, None
+        if fetch is not None and fetch.done() and not isinstance(fetch.exception(), Cancelled):  # that was another's
+            fetch.result()
+        with tiers.changed:
+            turn = tiers.turn(item)
+            self._fetch = item.fetch
+        self._has_turn = turn is Turn.HERE
+        self.has_claim = turn is not Turn.NO_ROOM
+        return turn
+
+    def wait(self) -> None:
+        """Blocks until it has had its turn; raises as `turn`, and Exhausted where there is no room for now."""
+        while (turn := self.turn()) is not Turn.HERE:
+            if turn is Turn.NO_ROOM:
+                raise Exhausted(f"adapter memory: all of it is in use, none is left for {self.names}", retry_after=1.0)
+            if self._fetch is not None:
+                wait([self._fetch])
 
     def release(self) -> None:
         """Gives it back; once."""
-        self._release()
+        if self._held is None:
+            return
+        tiers, item = self._held
+        with tiers.changed:
+            if self._has_turn:
+                tiers.leave(item)
+            elif self.has_claim:
+                item.is_promised = False
+            tiers.let_go(item)
 
 
 class AdapterPool:
@@ -104,23 +169,26 @@ class AdapterPool:
 
     def __init__(self, base: Base, stacks: Mapping[str, Stack], limits: AdapterLimits, cache_dir: Path | None) -> None:
         self._base = base
-        self._stacks = stacks
         self._limits = limits
-        self._cache_dir = cache_dir
-        self._changed = threading.Condition(threading.RLock())
-        self._named: dict[str, _Loaded] = {}
-        self._evicted: dict[str, AdapterInfo] = {}
-        self._mixes: dict[MixKey, _Loaded] = {}
-        self._mixing: set[MixKey] = set()
-        self._leaving: set[_Loaded] = set()
-        """Without a name by now, still held by requests."""
-        self._loading: set[str] = set()
-        self._reserved = 0
-        """Bytes of what is being compiled."""
-        self._tick = 0
-        self._hashing = ThreadPoolExecutor(thread_name_prefix="lorarep-digest")
-        self._stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
-        self.evictions = 0
+        self._files = AdapterFiles(base, stacks, limits, cache_dir)
+        self.tiers = Tiers(base.device, limits)
+        self._changed = self.tiers.changed
+        self._named: dict[str, Revision] = {}
+        self._mixes: dict[MixKey, Mix] = {}
+        self._loading: dict[str, str] = {}
+        """Names, and from where."""
+        if limits.disk_bytes is not None:
+            self._files.disk = DiskBudget(cache_dir, limits.disk_bytes, self._uses)
+
+    def _uses(self) -> dict[str, int | None]:
+        """As `DiskBudget` asks for it. What runs from memory does not need its files; what waits for a turn does."""
+        with self._changed:
+            uses: dict[str, int | None] = {}
+            for item in self._named.values():
+                used = None if item.pinned or item.leases else item.used
+                if uses.get(item.repository, 0) is not None:
+                    uses[item.repository] = used if used is None else max(used, uses.get(item.repository) or 0)
+            return uses | dict.fromkeys(self._loading.values())
 
     def load(
         self,
@@ -130,9 +198,13 @@ class AdapterPool:
         *,
         stack: str | None = None,
         trusted: bool = False,
+        pinned: bool | None = None,
+        priority: int | None = None,
+        replace: bool = False,
         progress: Progress | None = None,
     ) -> AdapterInfo:
-        """Loads an adapter and gives it a name. Does nothing if the name is that very revision's already.
+        """Loads an adapter into device memory and gives it a name. If the name is that very revision's already, it only
+        sees to it that it is there.
 
         Args:
             source: repository, or, if trusted, also a folder.
@@ -140,180 +212,87 @@ class AdapterPool:
             stack: named stack that the adapter's layer numbers count, for adapters trained on a stacked model; default
                 is its own `layer_replication`, else the base's order.
             trusted: whether the operator asks, whom the allow-list does not bind.
+            pinned: whether it never leaves the device. None leaves it as it is, at first False.
+            priority: among those that may leave, the lowest leaves first. None leaves it as it is, at first 0.
+            replace: whether it may take the name of another revision, whose requests finish on that.
 
         Raises:
             LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights`; AlreadyExists if the name is another
-                revision's; Exhausted if there is no room. What was loaded before stays.
+                revision's; Exhausted if there is no room; what `progress` raises. What was loaded before stays.
         """
         _check_name(name)
         if not trusted:
             check_allowed(source, self._limits.allow_repositories)
-        with self._changed:
-            self._changed.wait_for(lambda: name not in self._loading)
-            self._loading.add(name)
-        try:
-            return self._load(name, source, revision, stack, progress)
-        finally:
-            with self._changed:
-                self._loading.discard(name)
-                self._changed.notify_all()
-
-    def _load(
-        self, name: str, source: str, revision: str | None, stack: str | None, progress: Progress | None
-    ) -> AdapterInfo:
-        snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
-        weights = snapshot.folder / WEIGHTS_FILE
-        spec = AdapterSpec.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
-        walked = self._walked(spec, stack)
-        header = read_header(weights)
-        layout = check(spec, header, walked, self._base.modules, self._base.prefix)
-        digest = self._hashing.submit(file_digest, weights)  # takes as long as the rest
-        with self._changed:
-            present = self._named.get(name)
-            before = present.info if present else self._evicted.get(name)
-        if before is not None:
-            ours = (snapshot.repository, snapshot.commit, digest.result(), walked)
-            if ours != (before.repository, before.commit, before.digest, before.stack):
-                raise AlreadyExists(f"name: {name!r} is {before.repository} at {before.commit}")
-        if present is not None:
-            with self._changed:
-                return self._info(present)
-        size = storage_bytes(layout, self._base.dtype)
-        compiled = partial(
-            compile_adapter,
-            weights,
-            spec,
-            layout,
-            walked,
-            modules=tuple(self._base.modules),
-            weight=self._base.weight,
-            dtype=self._base.dtype,
-            device=self._base.device,
-            progress=progress,
-        )
-        adapter = self._in_room(size, compiled)
-        info = AdapterInfo(
-            name=name,
-            repository=snapshot.repository,
-            commit=snapshot.commit,
-            digest=digest.result(),
-            stack=walked,
-            kind=adapter.kind,
-            rank=adapter.rank,
-            parameters=adapter.parameters,
-            bytes=adapter.nbytes,
-            references=0,
-        )
-        loaded = _Loaded(adapter, self._tokenizer(snapshot.folder), info)
-        with self._changed:
-            self._evicted.pop(name, None)
-            self._named[name] = loaded
-            self._touch(loaded)
-            return self._info(loaded)
-
-    def _walked(self, spec: AdapterSpec, name: str | None) -> Stack:
-        own = spec.stack(self._base.layers)
-        if name is None:
-            return own
-        named = self._named_stack(name)
-        if spec.layer_replication is not None and own != named:
-            raise InvalidArgument(f"stack: {name!r} is not what the adapter's layer_replication says")
-        return named
-
-    def _named_stack(self, name: str) -> Stack:
-        if name not in self._stacks:
-            raise NotFound(f"stack: {name!r} is none of {sorted(self._stacks)}")
-        return self._stacks[name]
-
-    def _tokenizer(self, folder: Path) -> Tokenizer:
-        """The adapter's own tokenizer where it has one that fits the base's vocabulary; or the base's with its own
-        chat template, if that is all it has."""
-        template = folder / TEMPLATE_FILE
-        if (folder / "tokenizer_config.json").exists():
-            own = Tokenizer(folder)
-            if fits(own, self._base.vocab_size):
-                return own
-            log.warning("the tokenizer in %s does not fit the base's vocabulary: the base's own is used", folder)
-        elif template.exists():
-            return self._base.tokenizer.with_chat_template(template.read_text(encoding="utf-8", errors="replace"))
-        return self._base.tokenizer
-
-    def _in_room(self, size: int, make: Callable[[], Adapter]) -> Adapter:
-        """What `make` makes of `size` bytes of device memory; idle adapters leave, the least recently used first."""
-        self._reserve(size)
-        try:
-            while True:
-                try:
-                    failpoint("adapter")
-                    with self._beside_steps():
-                        return make()
-                except RuntimeError as error:
-                    # Others than us may hold the device's memory: that it is short shows when it is taken.
-                    if not _is_out_of_memory(error):
-                        raise
-                    with self._changed:
-                        if not self._evict():
-                            raise Exhausted(
-                                f"device memory: no room for an adapter of {size} bytes", retry_after=1.0
-                            ) from error
-        finally:
-            with self._changed:
-                self._reserved -= size
-
-    def _reserve(self, size: int) -> None:
-        limit = self._limits.memory_bytes
-        with self._changed:
-            if limit is not None:
-                in_use = self._reserved + sum(x.adapter.nbytes for x in self._all() if x.references)
-                if in_use + size > limit:  # nobody leaves for what would have no room all the same
-                    raise Exhausted(
-                        f"adapter memory: {size} bytes wanted, {in_use} of {limit} held by adapters in use",
-                        retry_after=1.0,
-                    )
-                while self._held() + size > limit:
-                    self._evict()
-            self._reserved += size
+        with self._alone(name, source):
+            item = self._checked(name, source, revision, stack, replace, progress)
+            try:
+                with self._changed:
+                    item.pinned = item.pinned if pinned is None else pinned
+                    item.priority = item.priority if priority is None else priority
+                self._bring(item, progress)
+                self._give_name(item)
+            finally:
+                self.tiers.let_go(item)
+            return self._info(item)
 
     @contextmanager
-    def _beside_steps(self) -> Iterator[None]:
-        """On a GPU, work within goes on beside the steps under way instead of among them, and is done at the end.
-
-        On one stream for all, as libraries keep tens of megabytes for each that they have worked on.
-        """
-        if self._stream is None:
+    def _alone(self, name: str, source: str) -> Iterator[None]:
+        """One load of a name at a time."""
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._loading)
+            self._loading[name] = source
+        try:
             yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
+        finally:
+            with self._changed:
+                del self._loading[name]
+                self._changed.notify_all()
 
-    def _held(self) -> int:
-        return self._reserved + sum(x.adapter.nbytes for x in self._all())
+    def _checked(
+        self,
+        name: str,
+        source: str,
+        revision: str | None,
+        stack: str | None,
+        replace: bool,
+        progress: Progress | None,
+    ) -> Revision:
+        """The revision, held; the name's own if it is that already."""
+        checked = self._files.check(source, revision, stack, progress)
+        with self._changed:
+            present = self._named.get(name)
+        if present is not None and present.is_same(checked):
+            item = present
+        elif present is None or replace:
+            item = Revision(self._files, name, stack, checked)
+        else:
+            raise AlreadyExists(f"name: {name!r} is {present.repository} at {present.commit}")
+        self.tiers.hold(item)
+        return item
 
-    def _all(self) -> list[_Loaded]:
-        return [*self._named.values(), *self._mixes.values(), *self._leaving]
+    def _bring(self, item: Revision, progress: Progress | None) -> None:
+        while item.adapter is None:
+            fetch = self.tiers.prefetch(item, progress)
+            if fetch is not None:
+                fetch.result()
+            elif item.adapter is None:
+                raise Exhausted(
+                    f"adapter memory: {item.size} bytes wanted, {self._limits.device_bytes} taken by adapters in use",
+                    retry_after=1.0,
+                )
 
-    def _evict(self) -> bool:
-        """Frees the idle adapter or mix that has been idle longest; False if all are in use."""
-        idle = [x for x in self._all() if not x.references]
-        if not idle:
-            return False
-        leaving = min(idle, key=lambda x: x.used)
-        if leaving.info is not None:
-            name = leaving.info.name
-            del self._named[name]
-            self._evicted[name] = replace(leaving.info, loaded=False, bytes=0)
-        self._forget_mixes(leaving)
-        self.evictions += 1
-        return True
+    def _give_name(self, item: Revision) -> None:
+        with self._changed:
+            before = self._named.get(item.name)
+            self._named[item.name] = item
+            self.tiers.name(item, True)
+            if before is not None and before is not item:
+                self._take_name(before)
 
-    def _forget_mixes(self, leaving: _Loaded) -> None:
-        """Takes a mix, or the mixes of an adapter, out of what new requests find."""
-        for key, mixed in list(self._mixes.items()):
-            if mixed is leaving or any(part is leaving for part, _ in key):
-                del self._mixes[key]
-                if mixed.references:
-                    self._leaving.add(mixed)
+    def _take_name(self, item: Revision) -> None:
+        self.tiers.name(item, False)
+        for key in [key for key in self._mixes if any(part is item for part, _ in key)]:
+            self.tiers.name(self._mixes.pop(key), False)
 
     def unload(self, name: str) -> None:
         """Takes the name away; requests that hold the adapter finish on it, then its memory is freed.
@@ -322,50 +301,51 @@ class AdapterPool:
             NotFound: no adapter has the name.
         """
         with self._changed:
-            if self._evicted.pop(name, None) is not None:
-                return
-            loaded = self._named.pop(name, None)
-            if loaded is None:
+            item = self._named.pop(name, None)
+            if item is None:
                 raise NotFound(f"adapter: {name!r} is not loaded")
-            if loaded.references:
-                self._leaving.add(loaded)
-            self._forget_mixes(loaded)
+            self._take_name(item)
 
     def get(self, name: str) -> AdapterInfo:
         """Raises NotFound."""
         with self._changed:
-            if name in self._named:
-                return self._info(self._named[name])
-            if name in self._evicted:
-                return self._evicted[name]
-        raise NotFound(f"adapter: {name!r} is not loaded")
+            if name not in self._named:
+                raise NotFound(f"adapter: {name!r} is not loaded")
+            return self._info(self._named[name])
 
     def list(self) -> list[AdapterInfo]:
         """All that have a name, in its order."""
         with self._changed:
-            return [self.get(name) for name in sorted({*self._named, *self._evicted})]
+            return [self._info(self._named[name]) for name in sorted(self._named)]
 
     def held_bytes(self) -> dict[str, int]:
         """Device bytes of each adapter and mix; what requests hold of adapters without a name is under "(leaving)"."""
+        held: dict[str, int] = {}
         with self._changed:
-            held = {name: x.adapter.nbytes for name, x in self._named.items()}
-            for key, mixed in self._mixes.items():
-                parts = " + ".join(f"{weight:g}·{part.info.name}" for part, weight in key if part.info)
-                held[parts] = mixed.adapter.nbytes
-            if self._leaving:
-                held["(leaving)"] = sum(x.adapter.nbytes for x in self._leaving)
-            return held
+            for item in self.tiers.here():
+                if not item.has_name:
+                    name = "(leaving)"
+                else:
+                    name = item.name if isinstance(item, Revision) else item.label if isinstance(item, Mix) else ""
+                held[name] = held.get(name, 0) + item.size
+        return held
+
+    def is_at_hand(self, names: Sequence[str]) -> bool:
+        """Whether `lease` has nothing to wait for, be it that it fails."""
+        with self._changed:
+            known = [self._named.get(name) for name in names]
+        return all(item.has_tokenizer if item else "/" not in name for name, item in zip(names, known, strict=True))
 
     def lease(self, adapters: Sequence[tuple[str, float]], stack: str | None = None) -> Lease:
-        """What a request computes with, held until released. Blocks while an adapter has to be loaded first: one that
-        was evicted, or a repository ("org/name" or "org/name@revision") that the allow-list permits.
+        """What a request computes with, held until released; its way to the device begins if there is room. Blocks
+        while a repository ("org/name" or "org/name@revision") that the allow-list permits has to be downloaded.
 
         Args:
             adapters: names and weights; several are mixed as PEFT mixes several active adapters.
             stack: named stack; default is the adapters' own, or the base's order. With adapters it has to be theirs.
 
         Raises:
-            NotFound, InvalidArgument, and what `load` raises.
+            NotFound, InvalidArgument, Exhausted if they can never have room, and what `load` raises.
         """
         names = tuple(name for name, _ in adapters)
         if len(adapters) > MAX_ADAPTERS_OF_A_REQUEST or len(set(names)) < len(names):
@@ -373,103 +353,89 @@ class AdapterPool:
         for name, weight in adapters:
             if not math.isfinite(weight):
                 raise InvalidArgument(f"adapters: the weight of {name!r} is {weight}")
-        named = None if stack is None else self._named_stack(stack)
+        named = None if stack is None else self._files.named_stack(stack)
         if not adapters:
-            return Lease(named or self._stacks["base"], None, self._base.tokenizer)
-        parts: list[_Loaded] = []
+            return Lease(named or self._files.stacks["base"], self._base.tokenizer)
+        parts: list[Revision] = []
         try:
             for name in names:
                 parts.append(self._hold(name))
-            walked = parts[0].adapter.stack
+            walked = named or parts[0].stack
             for name, part in zip(names, parts, strict=True):
-                if part.adapter.stack != (named or walked):
+                if part.stack != walked:
                     other = "stack" if named else f"adapter {names[0]!r}"
                     raise InvalidArgument(f"adapters: {name!r} is for another stack than the {other}")
+            tokenizer, infos = parts[0].tokenizer(), tuple(map(self._info, parts))
             key = tuple((part, weight) for part, (_, weight) in zip(parts, adapters, strict=True))
-            whole = parts[0] if len(key) == 1 and key[0][1] == 1 else self._hold_mix(key)
-        except BaseException:
-            self._give_back(parts)
-            raise
-        if whole is not parts[0]:
-            self._give_back(parts)
-        infos = tuple(part.info for part in parts if part.info is not None)
-        return Lease(walked, whole.adapter, whole.tokenizer, names, infos, lambda: self._give_back([whole]))
+            whole = self._whole(key)
+            try:
+                self.tiers.prefetch(whole)
+            except BaseException:
+                self.tiers.let_go(whole)
+                raise
+            return Lease(walked, tokenizer, names, infos, (self.tiers, whole))
+        finally:
+            for part in parts:
+                self.tiers.let_go(part)
 
-    def _hold(self, name: str) -> _Loaded:
+    def _hold(self, name: str) -> Revision:
         while True:
             with self._changed:
-                loaded = self._named.get(name)
-                if loaded is not None:
-                    loaded.references += 1
-                    self._touch(loaded)
-                    return loaded
-                evicted = self._evicted.get(name)
-            if evicted is not None:
-                commit = None if evicted.commit == LOCAL else evicted.commit
-                self.load(name, evicted.repository, commit, stack=self._name_of(evicted), trusted=True)
-            elif "/" in name:
-                repository, _, revision = name.partition("@")
-                self.load(name, repository, revision or None)
-            else:
+                item = self._named.get(name)
+                if item is not None:
+                    self.tiers.hold(item)
+                    return item
+            if "/" not in name:
                 raise NotFound(f"adapter: {name!r} is not loaded")
+            self._register(name)
 
-    def _name_of(self, info: AdapterInfo) -> str | None:
-        return next((name for name, stack in self._stacks.items() if stack == info.stack), None)
+    def _register(self, name: str) -> None:
+        """Gives a repository that the allow-list permits its own name; it comes to the device with its turn."""
+        _check_name(name)
+        source, _, revision = name.partition("@")
+        check_allowed(source, self._limits.allow_repositories)
+        with self._alone(name, source):
+            item = self._checked(name, source, revision or None, None, False, None)
+            self._give_name(item)
+            self.tiers.let_go(item)
 
-    def _hold_mix(self, key: MixKey) -> _Loaded:
+    def _whole(self, key: MixKey) -> Resident:
+        """What to compute with for adapters and weights, held."""
         with self._changed:
-            self._changed.wait_for(lambda: key not in self._mixing)
-            mixed = self._mixes.get(key)
-            if mixed is not None:
-                mixed.references += 1
-                self._touch(mixed)
-                return mixed
-            self._mixing.add(key)
-        try:
-            # Without the lock: steps need it to give back what finished requests held.
-            size = sum(part.adapter.nbytes for part, _ in key)
-            parts = [(part.adapter, weight) for part, weight in key]
-            adapter = self._in_room(size, lambda: mix(parts, tuple(self._base.modules)))
-            mixed = _Loaded(adapter, key[0][0].tokenizer, None, references=1)
-            with self._changed:
-                self._touch(mixed)
-                if all(part.info and self._named.get(part.info.name) is part for part, _ in key):
-                    self._mixes[key] = mixed
-                    self._drop_idle_mixes()
-                else:  # a part has lost its name meanwhile
-                    self._leaving.add(mixed)
-                return mixed
-        finally:
-            with self._changed:
-                self._mixing.discard(key)
-                self._changed.notify_all()
+            if len(key) == 1 and key[0][1] == 1:
+                self.tiers.hold(key[0][0])
+                return key[0][0]
+            mixed = self._mixes.get(key) or Mix(key, tuple(self._base.modules), self._base.device)
+            self.tiers.hold(mixed)
+            if all(self._named.get(part.name) is part for part, _ in key):  # else a part has lost its name meanwhile
+                self._mixes[key] = mixed
+                self.tiers.name(mixed, True)
+                self._drop_idle_mixes()
+            return mixed
 
     def _drop_idle_mixes(self) -> None:
         """Keeps the latest; callers choose weights at will, and each choice is another mix."""
-        idle = sorted((mixed for mixed in self._mixes.values() if not mixed.references), key=lambda mixed: mixed.used)
+        idle = sorted((mixed for mixed in self._mixes.values() if not mixed.leases), key=lambda mixed: mixed.used)
         for mixed in idle[:-MAX_IDLE_MIXES]:
-            self._forget_mixes(mixed)
-
-    def _touch(self, loaded: _Loaded) -> None:
-        self._tick += 1
-        loaded.used = self._tick
-
-    def _give_back(self, held: Sequence[_Loaded]) -> None:
-        with self._changed:
-            for loaded in held:
-                loaded.references -= 1
-                if not loaded.references:
-                    self._leaving.discard(loaded)
+            self.tiers.name(self._mixes.pop(mixed.parts), False)
 
     @staticmethod
-    def _info(loaded: _Loaded) -> AdapterInfo:
-        assert loaded.info is not None
-        return replace(loaded.info, references=loaded.references)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has no class of its own for the CPU's memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    def _info(item: Revision) -> AdapterInfo:
+        return AdapterInfo(
+            name=item.name,
+            repository=item.repository,
+            commit=item.commit,
+            digest=item.digest,
+            stack=item.stack,
+            kind=item.kind,
+            rank=item.rank,
+            parameters=item.parameters,
+            tier="device" if item.adapter is not None else "host" if item.copy is not None else "disk",
+            bytes=item.size if item.adapter is not None else 0,
+            references=item.leases,
+            pinned=item.pinned,
+            priority=item.priority,
+        )
 
 
 def _check_name(name: str) -> None:
@@ -477,16 +443,3 @@ def _check_name(name: str) -> None:
         raise InvalidArgument(
             f"name: {name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces"
         )
-
-
-def read_config(file: Path) -> Mapping[str, object]:
-    """The JSON object of an `adapter_config.json`. Raises InvalidArgument where it is none."""
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise InvalidArgument(f"{CONFIG_FILE}: over {MAX_CONFIG_BYTES} bytes")
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{CONFIG_FILE}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InvalidArgument(f"{CONFIG_FILE}: not a JSON object")
-    return config

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +61,8 @@ class Adapter:
     """A compiled adapter on the device, or a mix of several: one entry for each targeted module at each position."""
 
     stack: Stack
+    modules: tuple[str, ...]
+    """All linear modules of a layer, in the order of their numbers in entry tables."""
     entries: Mapping[Key, Entry]
     storage: Tensor
     """(elements), the memory of all entries."""
@@ -264,7 +266,26 @@ def _adapter(
 ) -> Adapter:
     kind = "dora" if any(part.has_c for part in layout.values()) else "lora"
     table = entry_table(entries, len(stack), modules).to(storage.device) if storage.is_cuda else None
-    return Adapter(stack, entries, storage, table, kind, max(part.rank for part in layout.values()), parameters)
+    rank = max(part.rank for part in layout.values())
+    return Adapter(stack, tuple(modules), entries, storage, table, kind, rank, parameters)
+
+
+def moved(adapter: Adapter, device: torch.device) -> Adapter:
+    """A copy of an adapter in another memory; the host's is pinned where the copy comes from an accelerator."""
+    source = adapter.storage
+    pinned = device.type == "cpu" and source.is_cuda
+    storage = torch.empty(source.shape, dtype=source.dtype, device=device, pin_memory=pinned)
+    storage.copy_(source, non_blocking=True)
+
+    def there(view: Tensor) -> Tensor:
+        return storage.as_strided(view.shape, view.stride(), view.storage_offset())
+
+    entries = {
+        key: Entry(there(a), there(b), None if c is None else there(c), None if bias is None else there(bias))
+        for key, (a, b, c, bias) in adapter.entries.items()
+    }
+    table = entry_table(entries, len(adapter.stack), adapter.modules).to(device) if storage.is_cuda else None
+    return replace(adapter, storage=storage, entries=entries, table=table)
 
 
 def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:

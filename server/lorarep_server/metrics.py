@@ -108,12 +108,14 @@ class EngineCollector(Collector):
         yield _gauge("kv_usage_ratio", "Part of the pages in use, 0 to 1.", stats.pages_used / stats.pages_total)
         yield _by("memory_bytes", "Device memory.", "category", ledger.categories)
         yield _by("adapter_memory_bytes", "Device memory of each adapter and mix.", "adapter", ledger.adapters)
-        adapters = engine.adapters.list()
-        loaded = sum(info.loaded for info in adapters)
-        yield _by(
-            "adapters_loaded", "Adapters by where they are.", "tier", {"device": loaded, "disk": len(adapters) - loaded}
-        )
-        yield _counter("adapter_evictions", "Adapters that left device memory for others.", engine.adapters.evictions)
+        tiers = dict.fromkeys(("device", "host", "disk"), 0)
+        for adapter in engine.adapters.list():
+            tiers[adapter.tier] += 1
+        yield _by("adapters_loaded", "Adapters by the fastest memory they are in.", "tier", tiers)
+        evictions = engine.adapters.tiers.evictions
+        yield _counter("adapter_evictions", "Adapters that left device memory for others.", evictions)
+        host_bytes = engine.adapters.tiers.host_bytes
+        yield _gauge("adapter_host_bytes", "Host memory of copies of adapters.", host_bytes)
         info = GaugeMetricFamily(
             "lorarep_lora_requests_info",
             "Adapters of running and waiting requests; the value is the time of this snapshot.",

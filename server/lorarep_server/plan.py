@@ -74,7 +74,7 @@ def count(
     import torch
     from transformers import BitsAndBytesConfig
 
-    from lorarep_runtime.adapters.pool import CONFIG_FILE, WEIGHTS_FILE, read_config
+    from lorarep_runtime.adapters.revision import CONFIG_FILE, WEIGHTS_FILE, read_config
     from lorarep_runtime.adapters.spec import AdapterSpec
     from lorarep_runtime.adapters.weights import check, file_parameters, read_header, storage_bytes
     from lorarep_runtime.base import quantization_of, read_model_config

@@ -104,6 +104,18 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @option("--max-rank", type=POSITIVE, default=AdapterLimits.max_rank, help="Largest rank of an adapter.")
 @option("--max-positions", type=POSITIVE, default=AdapterLimits.max_positions, help="Most positions of a stack.")
 @option("--adapter-bytes", type=ByteSize(), show_default="no limit", help="Most device memory of all adapters.")
+@option(
+    "--adapter-host-bytes",
+    type=ByteSize(),
+    default="0",
+    help="Most host memory of copies of adapters that had to leave the device.",
+)
+@option(
+    "--adapter-disk-bytes",
+    type=ByteSize(),
+    show_default="no limit",
+    help="Most disk space of adapters in the Hub cache; others, of other programs too, are deleted for new ones.",
+)
 @option("--max-sequences", type=POSITIVE, default=SchedulerConfig.max_sequences, help="Most requests in a step.")
 @option("--max-step-tokens", type=POSITIVE, default=SchedulerConfig.max_step_tokens, help="Most tokens in a step.")
 @option(
@@ -171,7 +183,9 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
             max_rank=given["max_rank"],
             max_positions=given["max_positions"],
             allow_repositories=given["allow_repository"],
-            memory_bytes=given["adapter_bytes"],
+            device_bytes=given["adapter_bytes"],
+            host_bytes=given["adapter_host_bytes"],
+            disk_bytes=given["adapter_disk_bytes"],
         ),
         scheduler=SchedulerConfig(**_taken(given, SchedulerConfig)),
     )

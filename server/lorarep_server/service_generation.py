@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
-from lorarep_runtime.errors import NotFound
 from lorarep_runtime.request import Event, Finished, Output
 from lorarep_server import messages
 from lorarep_server.errors import code_of
@@ -128,21 +127,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 self._metrics.finished(events.end)
 
     async def _load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
-        """Has adapters loaded that are not in memory but can be, and waits for them."""
-        absent = bool(adapters) and await asyncio.to_thread(_any_absent, engine, adapters)
-        if absent:
+        """Has repositories downloaded that are named and not known yet, and waits for them."""
+        if not await asyncio.to_thread(engine.adapters.is_at_hand, [name for name, _ in adapters]):
             await self._loads.run(tuple(adapters), lambda: engine.adapters.lease(adapters).release())
-
-
-def _any_absent(engine: Engine, adapters: Sequence[tuple[str, float]]) -> bool:
-    for name, _ in adapters:
-        try:
-            if not engine.adapters.get(name).loaded:
-                return True
-        except NotFound:
-            if "/" in name:
-                return True
-    return False
 
 
 def _admit(

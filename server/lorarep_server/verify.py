@@ -57,7 +57,7 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
     The reference is `transformers` with physically stacked layers, under PEFT where that is installed. Ends with status
     1 if the two differ by more than rounding explains.
     """
-    from lorarep_runtime.adapters.pool import CONFIG_FILE, read_config
+    from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
     from lorarep_runtime.adapters.spec import AdapterSpec
     from lorarep_runtime.engine import Engine
     from lorarep_runtime.hub import fetch

@@ -75,17 +75,19 @@ def test_steps_go_on_while_an_adapter_is_compiled(
         answer_beside(engine, gate)
         assert "late" not in {info.name for info in engine.adapters.list()}
         gate.open.set()
-        assert loading.result().loaded
+        assert loading.result().tier == "device"
 
 
 def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(pool.mix)
     monkeypatch.setattr(pool, "mix", gate)
     with ThreadPoolExecutor(2) as threads:
-        mixing = [threads.submit(engine.adapters.lease, MIX) for _ in range(2)]
+        leases = [engine.adapters.lease(MIX) for _ in range(2)]
+        mixing = [threads.submit(lease.wait) for lease in leases]
         answer_beside(engine, gate)
         gate.open.set()
-        leases = [one.result() for one in mixing]
+        for one in mixing:
+            one.result()
     assert leases[0].adapter is leases[1].adapter
     for lease in leases:
         lease.release()
@@ -97,12 +99,11 @@ def test_a_mix_whose_part_is_unloaded_meanwhile_is_freed_with_its_last_request(
 ) -> None:
     gate = Gate(pool.mix)
     monkeypatch.setattr(pool, "mix", gate)
-    with ThreadPoolExecutor(1) as thread:
-        mixing = thread.submit(engine.adapters.lease, MIX)
-        assert gate.reached.wait(60)
-        engine.adapters.unload("two")
-        gate.open.set()
-        lease = mixing.result()
+    lease = engine.adapters.lease(MIX)
+    assert gate.reached.wait(60)
+    engine.adapters.unload("two")
+    gate.open.set()
+    lease.wait()
     assert set(engine.adapters.held_bytes()) == {"one", "(leaving)"}
     lease.release()
     assert set(engine.adapters.held_bytes()) == {"one"}
@@ -116,7 +117,9 @@ def test_a_server_without_an_allow_list_permits_no_repository(engine: Engine, hu
 
 def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:
     for i in range(pool.MAX_IDLE_MIXES + 5):
-        engine.adapters.lease([("one", 1.0), ("two", 1.0 + i)]).release()
+        lease = engine.adapters.lease([("one", 1.0), ("two", 1.0 + i)])
+        lease.wait()
+        lease.release()
     mixes = engine.adapters.held_bytes().keys() - {"one", "two"}
     assert len(mixes) == pool.MAX_IDLE_MIXES + 1
     assert "1·one + 1·two" not in mixes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorarep_runtime.adapters.pool import CONFIG_FILE, read_config
+from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
 from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.reference import Reference

@@ -1,0 +1,196 @@
+"""A revision of an adapter: its repository at a commit, checked against the base, compiled whenever it is wanted."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorarep_runtime.adapters.disk import DiskBudget
+from lorarep_runtime.adapters.spec import AdapterSpec
+from lorarep_runtime.adapters.tiers import Resident
+from lorarep_runtime.adapters.weights import (
+    Adapter,
+    Layout,
+    check,
+    compile_adapter,
+    file_parameters,
+    read_header,
+    storage_bytes,
+)
+from lorarep_runtime.base import Base
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
+from lorarep_runtime.hub import LOCAL, Progress, Snapshot, fetch, file_digest
+from lorarep_runtime.stack import Stack
+from lorarep_runtime.text import Tokenizer, fits
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An adapter's files that fit the base, and what they say."""
+
+    snapshot: Snapshot
+    spec: AdapterSpec
+    layout: Layout
+    stack: Stack
+    digest: Future[str]
+    """SHA-256 of the weights file; computed beside whatever follows."""
+
+
+class AdapterFiles:
+    """Finds adapters' files, checks and compiles them; knows the base, not who wants what."""
+
+    def __init__(self, base: Base, stacks: Mapping[str, Stack], limits: AdapterLimits, cache_dir: Path | None) -> None:
+        self.base = base
+        self.stacks = stacks
+        self._limits = limits
+        self._cache_dir = cache_dir
+        self.disk: DiskBudget | None = None
+        self._hashing = ThreadPoolExecutor(thread_name_prefix="lorarep-digest")
+
+    def check(self, source: str, revision: str | None, stack: str | None, progress: Progress | None) -> Checked:
+        """Downloads an adapter where it has to be, and reads its config and its file's header.
+
+        Args:
+            stack: as for `AdapterPool.load`.
+
+        Raises:
+            LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights.check`.
+        """
+        snapshot = self.fetch(source, revision, progress)
+        weights = snapshot.folder / WEIGHTS_FILE
+        spec = AdapterSpec.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
+        walked = self._walked(spec, stack)
+        layout = check(spec, read_header(weights), walked, self.base.modules, self.base.prefix)
+        return Checked(snapshot, spec, layout, walked, self._hashing.submit(file_digest, weights))
+
+    def fetch(self, source: str, revision: str | None, progress: Progress | None = None) -> Snapshot:
+        """As `hub.fetch`."""
+        snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
+        if self.disk is not None:
+            self.disk.added(snapshot)
+        return snapshot
+
+    def compile(self, checked: Checked, progress: Progress | None) -> Adapter:
+        """As `compile_adapter`."""
+        return compile_adapter(
+            checked.snapshot.folder / WEIGHTS_FILE,
+            checked.spec,
+            checked.layout,
+            checked.stack,
+            modules=tuple(self.base.modules),
+            weight=self.base.weight,
+            dtype=self.base.dtype,
+            device=self.base.device,
+            progress=progress,
+        )
+
+    def tokenizer(self, folder: Path) -> Tokenizer:
+        """The adapter's own tokenizer where it has one that fits the base's vocabulary; or the base's with its own
+        chat template, if that is all it has."""
+        template = folder / TEMPLATE_FILE
+        if (folder / "tokenizer_config.json").exists():
+            own = Tokenizer(folder)
+            if fits(own, self.base.vocab_size):
+                return own
+            log.warning("the tokenizer in %s does not fit the base's vocabulary: the base's own is used", folder)
+        elif template.exists():
+            return self.base.tokenizer.with_chat_template(template.read_text(encoding="utf-8", errors="replace"))
+        return self.base.tokenizer
+
+    def named_stack(self, name: str) -> Stack:
+        """Raises NotFound."""
+        if name not in self.stacks:
+            raise NotFound(f"stack: {name!r} is none of {sorted(self.stacks)}")
+        return self.stacks[name]
+
+    def _walked(self, spec: AdapterSpec, name: str | None) -> Stack:
+        own = spec.stack(self.base.layers)
+        if name is None:
+            return own
+        named = self.named_stack(name)
+        if spec.layer_replication is not None and own != named:
+            raise InvalidArgument(f"stack: {name!r} is not what the adapter's layer_replication says")
+        return named
+
+
+class Revision(Resident):
+    """What a name stands for. It is the same for as long as the server runs, wherever its weights are."""
+
+    def __init__(self, files: AdapterFiles, name: str, stack_name: str | None, checked: Checked) -> None:
+        super().__init__(storage_bytes(checked.layout, files.base.dtype))
+        self.name = name
+        self.repository, self.commit = checked.snapshot.repository, checked.snapshot.commit
+        self.stack = checked.stack
+        self.kind = "dora" if checked.spec.use_dora else "lora"
+        self.rank = max(part.rank for part in checked.layout.values())
+        self.parameters = file_parameters(checked.layout)
+        self._files = files
+        self._stack_name = stack_name
+        self._checked: Checked | None = checked
+        self._digest = checked.digest
+        self._tokenizer: Tokenizer | None = files.tokenizer(checked.snapshot.folder)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights file, in hexadecimal. Waits for it, if the files have just been found."""
+        return self._digest.result()
+
+    def is_same(self, checked: Checked) -> bool:
+        """Whether files are those of this revision."""
+        snapshot = checked.snapshot
+        ours = (self.repository, self.commit, self.stack)
+        return ours == (snapshot.repository, snapshot.commit, checked.stack) and self.digest == checked.digest.result()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether `tokenizer` gives it without a look at the disk."""
+        return self._tokenizer is not None
+
+    def tokenizer(self) -> Tokenizer:
+        """Its requests' tokenizer; raises as `hub.fetch`."""
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            tokenizer = self._tokenizer = self._files.tokenizer(self._files.fetch(*self._source).folder)
+        return tokenizer
+
+    @property
+    def _source(self) -> tuple[str, str | None]:
+        return self.repository, None if self.commit == LOCAL else self.commit
+
+    def make(self, progress: Progress | None) -> Adapter:
+        checked, self._checked = self._checked, None  # thousands of layouts would be gigabytes
+        if checked is None:
+            checked = self._files.check(*self._source, self._stack_name, progress)
+        adapter = self._files.compile(checked, progress)
+        if not self.is_same(checked):
+            raise FailedPrecondition(f"{self.name!r}: {self.repository} is not what it was when it was loaded")
+        return adapter
+
+    def cool(self) -> None:
+        if self._tokenizer is not self._files.base.tokenizer:
+            self._tokenizer = None
+
+
+def read_config(file: Path) -> Mapping[str, object]:
+    """The JSON object of an `adapter_config.json`. Raises InvalidArgument where it is none."""
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise InvalidArgument(f"{CONFIG_FILE}: over {MAX_CONFIG_BYTES} bytes")
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{CONFIG_FILE}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidArgument(f"{CONFIG_FILE}: not a JSON object")
+    return config

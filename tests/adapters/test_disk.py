@@ -1,0 +1,81 @@
+"""The Hub cache within a budget: who leaves it, and what never does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.engine import Engine
+from lorarep_runtime.hub import fetch
+from tests.engines import engine_for, greedy
+from tests.hub_faults import FaultyHub
+from tests.models import save_adapter, save_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("llama", tmp_path_factory.mktemp("disk") / "base")
+
+
+@pytest.fixture(scope="module")
+def folders(base: Path) -> dict[str, Path]:
+    return {
+        n: save_adapter(base, base.parent / n, seed=i, r=8, target_modules=["q_proj"]) for i, n in enumerate("abcde")
+    }
+
+
+def published(hub: FaultyHub, base: Path, folders: dict[str, Path]) -> int:
+    """Bytes that an adapter takes on the disk."""
+    hub.publish("org/base", base)
+    for name, folder in folders.items():
+        hub.publish(f"org/{name}", folder)
+    return sum(path.stat().st_size for path in folders["a"].iterdir() if path.name != "README.md")
+
+
+def cached(cache: Path) -> set[str]:
+    return {path.name.rpartition("--")[2] for path in cache.glob("models--*")}
+
+
+def answered(engine: Engine, name: str) -> tuple[int, ...]:
+    return engine.generate([(greedy(new_tokens=6), engine.adapters.lease([(name, 1.0)]))])[0].tokens
+
+
+def test_the_least_recently_used_leave_the_cache_and_come_back(
+    hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    size = published(hub, base, folders)
+    alone = engine_for(base, adapters=folders)
+    expected = {name: answered(alone, name) for name in folders}
+    cache = tmp_path / "cache"
+    fetch("org/base", None, kind="base", cache_dir=cache)
+    fetch("org/e", None, kind="adapter", cache_dir=cache)  # of an earlier run: before all others
+    limits = AdapterLimits(device_bytes=alone.adapters.get("a").bytes, disk_bytes=int(3.5 * size))
+    engine = engine_for(base, cache_dir=cache, limits=limits)
+    for name in "abc":
+        engine.adapters.load(name, f"org/{name}", trusted=True)
+    assert cached(cache) == {"base", "a", "b", "c"}
+    assert answered(engine, "a") == expected["a"]
+    engine.adapters.load("d", "org/d", trusted=True)
+    assert cached(cache) == {"base", "a", "c", "d"}
+    hub.asked.clear()
+    waiting = engine.adapters.lease([("a", 1.0)])  # has to come from its file: that stays
+    assert answered(engine, "b") == expected["b"]
+    assert hub.downloads() == ["adapter_config.json", "adapter_model.safetensors"]
+    assert cached(cache) == {"base", "a", "b", "d"}
+    assert engine.generate([(greedy(new_tokens=6), waiting)])[0].tokens == expected["a"]
+    assert {info.name for info in engine.adapters.list()} == set("abcd")
+
+
+def test_a_cache_full_of_what_is_in_use_grows(
+    hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = published(hub, base, folders)
+    engine = engine_for(base, cache_dir=tmp_path / "cache", limits=AdapterLimits(disk_bytes=int(1.5 * size)))
+    engine.adapters.load("a", "org/a", trusted=True, pinned=True)
+    with caplog.at_level("WARNING"):
+        engine.adapters.load("b", "org/b", trusted=True)
+    assert "adapters in use" in caplog.text
+    engine.adapters.load("c", "org/c", trusted=True)
+    assert cached(tmp_path / "cache") == {"a", "c"}

@@ -125,7 +125,7 @@ class Stream:
 
     @property
     def last(self) -> Event:
-        assert self.ended.wait(30)
+        assert self.ended.wait(600)
         return self.events[-1]
 
 
@@ -144,7 +144,7 @@ def test_cancelling_ends_a_stream_and_frees_its_pages(running: Engine) -> None:
     stream, innocent = Stream(), Stream()
     cancelled = running.submit(LONG, running.adapters.lease([("dora overlap", 1.0)]), stream)
     running.submit(greedy(), running.adapters.lease([("lora overlap", 1.0)]), innocent)
-    assert stream.first.wait(30)
+    assert stream.first.wait(600)
     running.cancel(cancelled)
     running.cancel(cancelled)
     assert isinstance(stream.last, Cancelled)

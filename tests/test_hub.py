@@ -320,7 +320,7 @@ def test_killed_download_leaves_nothing_whole_and_a_restart_continues(
         "fetch(sys.argv[1], None, kind='adapter', cache_dir=Path(sys.argv[2]))"
     )
     with subprocess.Popen([sys.executable, "-c", program, REPOSITORY, str(tmp_path / "cache")]) as process:
-        assert hub.hanging.wait(60)
+        assert hub.hanging.wait(600)
         process.kill()
     hub.close()
     with pytest.raises(Unavailable):

@@ -15,11 +15,11 @@ import pytest
 from lorarep.v1 import adapters_pb2
 
 from tests.server.conftest import ADAPTERS, World, world
-from tests.server.running import Server, request, serving, stream, wait_for
+from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
 
 __all__ = ["ADAPTERS", "world"]
 
-HUB_SECONDS = 1
+HUB_SECONDS = 4
 """Patience of the servers here with their Hub."""
 
 
@@ -65,7 +65,7 @@ class Innocent:
     def _tokens(self) -> list[int]:
         tokens: list[int] = []
         try:
-            for message in stream(self._server, self.WANTED, timeout=120):
+            for message in stream(self._server, self.WANTED, timeout=SECONDS):
                 tokens += message.chunk.token_ids
         except grpc.RpcError:
             if not self.may_end or tokens != self.alone[: len(tokens)]:
@@ -83,6 +83,12 @@ class Innocent:
                 self.whole += 1
             if tokens != self.alone[: len(tokens)] or (len(tokens) < len(self.alone) and not self.may_end):
                 self._wrong.append(f"{tokens} in place of {self.alone}")
+
+    def recover(self) -> None:
+        """Waits for a whole stream; from then on none may end."""
+        self.whole = 0
+        wait_for(lambda: self.whole or self._wrong, "a whole stream")
+        self.may_end = False
 
     def end(self) -> None:
         """Once a whole stream has run since."""
@@ -130,7 +136,7 @@ def nothing_left(server: Server, failpoints: Failpoints) -> Iterator[Innocent]:
         )
 
     try:
-        wait_for(clean, "everything to be back", 20)
+        wait_for(clean, "everything to be back")
     except AssertionError:
         assert latest == before
         raise
@@ -173,7 +179,7 @@ def refused(call: Any, code: str, named: str = "") -> grpc.RpcError:
 
 def load(server: Server, name: str, repository: str, **more: Any) -> Any:
     wanted = adapters_pb2.LoadAdapterRequest(name=name, repository=repository, **more)
-    return server.adapters.LoadAdapter(wanted, timeout=120).adapter
+    return server.adapters.LoadAdapter(wanted, timeout=SECONDS).adapter
 
 
 def unload(server: Server, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from tests.faults.conftest import Failpoints, adapters, refused
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, request, serving, stream, wait_for
+from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
 from tests.server.test_life import NOT_SERVING, SERVING, health
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,7 +34,7 @@ def test_sigterm_during_a_start_ends_with_status_0(world: World, own: Failpoints
 
 
 def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints) -> None:
-    flags = [*world.flags(), "--adapter=dora=org/dora", "--allow-repository=org/*", "--grace-seconds=5"]
+    flags = [*world.flags(), "--adapter=dora=org/dora", "--allow-repository=org/*", "--grace-seconds=15"]
     with serving(flags, {**world.env, **own.env}) as server:
         server.wait_ready()
         alone = server.generation.Generate(WANTED).token_ids
@@ -44,14 +43,12 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         own.wait_reached("adapter")
         call = stream(server, WANTED)
         next(call)
-        began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: health(server, "readiness") == NOT_SERVING, "readiness to go", 5)
+        wait_for(lambda: health(server, "readiness") == NOT_SERVING, "readiness to go")
         refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
         assert [token for message in call for token in message.chunk.token_ids] == alone
         refused(loading.result, "UNAVAILABLE")
-        assert server.process.wait(30) == 0
-        assert time.monotonic() - began < 15
+        assert server.process.wait(SECONDS) == 0
 
 
 def load_request(name: str, repository: str):
@@ -82,7 +79,7 @@ def test_killed_in_a_download_or_a_load_a_restart_is_ready_and_downloads_nothing
             own.set("adapter", "hold")
         loading = killed.adapters.LoadAdapter.future(load_request("new", repository))
         if moment == "download":
-            assert world.hub.hanging.wait(60)
+            assert world.hub.hanging.wait(SECONDS)
         else:
             own.wait_reached("adapter")
         assert killed.stop(signal.SIGKILL) == -signal.SIGKILL

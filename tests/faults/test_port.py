@@ -7,7 +7,6 @@ import os
 import random
 import socket
 import struct
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -15,7 +14,7 @@ import pytest
 from lorarep.v1 import adapters_pb2
 
 from tests.faults.conftest import Innocent, refused
-from tests.server.running import Server, request, wait_for
+from tests.server.running import SECONDS, Server, request, wait_for
 
 ROUNDS = int(os.environ.get("LORAREP_FUZZ", "1"))
 """How many times as much is tried as CI has time for."""
@@ -32,7 +31,7 @@ SETTINGS = frame(4, 0, 0, b"")
 
 def connect(server: Server) -> socket.socket:
     host, _, port = server.address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=SECONDS)
 
 
 def until_closed(connection: socket.socket) -> bytes:
@@ -122,9 +121,7 @@ def test_connections_that_say_nothing_hold_nobody_up(server: Server, innocent: I
     silent = [connect(server) for _ in range(200)]
     try:
         silent[0].sendall(PREFACE[:5])
-        began = time.monotonic()
-        assert len(server.generation.Generate(request("abc"), timeout=30).token_ids) == 12
-        assert time.monotonic() - began < 20
+        assert len(server.generation.Generate(request("abc"), timeout=SECONDS).token_ids) == 12
     finally:
         for connection in silent:
             connection.close()

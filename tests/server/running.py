@@ -24,7 +24,8 @@ from lorarep.v1 import (
 from prometheus_client.parser import text_string_to_metric_families
 
 LORAREP = (sys.executable, "-c", "from lorarep_server.cli import main; main()")
-SECONDS = 120
+SECONDS = 600
+"""Until what never comes is given up: a server takes minutes to start where many run on few cores."""
 PORTS = re.compile(r"listening on port (\d+), metrics on port (\d+)")
 
 
@@ -39,7 +40,7 @@ class Server:
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        found = wait_for(lambda: next(filter(None, map(PORTS.search, self.log)), None), "the port to open")
+        found = self.wait_logged(PORTS.search, "the port to open")
         self.address, self.metrics_url = f"127.0.0.1:{found[1]}", f"http://127.0.0.1:{found[2]}/metrics"
         self.channel = grpc.insecure_channel(self.address)
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
@@ -51,12 +52,24 @@ class Server:
         self.log.extend(self.process.stderr)
 
     def wait_ready(self) -> Server:
-        wait_for(lambda: any(": ready: " in line for line in self.log), "readiness")
+        self.wait_logged(lambda line: ": ready: " in line, "readiness")
         return self
+
+    def wait_logged(self, wanted: Callable[[str], Any], what: str) -> Any:
+        """What `wanted` gives for the first line that it is true of."""
+
+        def found() -> Any:
+            is_over = not self._reader.is_alive()
+            if value := next(filter(None, map(wanted, self.log)), None):
+                return value
+            assert not is_over, f"the server ended before {what}: {''.join(self.log)}"
+            return None
+
+        return wait_for(found, what)
 
     def metrics(self) -> dict[str, float]:
         """Samples as "name" or "name{label=value}"."""
-        with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+        with urllib.request.urlopen(self.metrics_url, timeout=SECONDS) as response:
             families = text_string_to_metric_families(response.read().decode())
             return {
                 sample.name
@@ -73,7 +86,7 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """The exit status."""
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(SECONDS)
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
@@ -107,7 +120,7 @@ def lorarep(*arguments: str, env: Mapping[str, str] | None = None, stdin: str = 
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from lorarep.v1 import adapters_pb2 as pb
 
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, request, stream, wait_for
+from tests.server.running import SECONDS, Server, request, stream, wait_for
 
 LORA = ADAPTERS["lora"]
 
@@ -20,7 +19,9 @@ LORA = ADAPTERS["lora"]
 @pytest.fixture
 def load(server: Server) -> Callable[..., pb.Adapter]:
     return lambda name, repository, **more: (
-        server.adapters.LoadAdapter(pb.LoadAdapterRequest(name=name, repository=repository, **more), timeout=60).adapter
+        server.adapters.LoadAdapter(
+            pb.LoadAdapterRequest(name=name, repository=repository, **more), timeout=SECONDS
+        ).adapter
     )
 
 
@@ -58,7 +59,7 @@ def test_a_stream_goes_on_while_an_adapter_is_downloaded_and_one_is_unloaded(
     world.hub.hangs["adapter_model.safetensors"] = 100
     slow = server.adapters.LoadAdapter.future(pb.LoadAdapterRequest(name="slow", repository="org/slow"))
     try:
-        assert world.hub.hanging.wait(30)
+        assert world.hub.hanging.wait(SECONDS)
         call = stream(server, wanted)
         next(call)
         server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="leaving"))
@@ -107,10 +108,8 @@ def test_with_the_hub_gone_what_is_cached_is_served(
 ) -> None:
     world.hub.status, world.hub.faulty = 503, ""
     try:
-        began = time.monotonic()
         assert load("cached", "org/lora").name == "cached"
         refused(lambda: load("other", "org/never-seen"), "UNAVAILABLE", "org/never-seen")
-        assert time.monotonic() - began < 40
     finally:
         world.hub.status = None
         server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="cached"))
@@ -133,4 +132,4 @@ def test_an_unloaded_adapters_memory_is_freed(server: Server, load: Callable[...
     size = load("brief", "org/plain").bytes
     assert server.metrics()["lorarep_memory_bytes{category=adapters}"] == before + size
     server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="brief"))
-    wait_for(lambda: server.metrics()["lorarep_memory_bytes{category=adapters}"] == before, "memory", 10)
+    wait_for(lambda: server.metrics()["lorarep_memory_bytes{category=adapters}"] == before, "memory")

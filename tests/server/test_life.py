@@ -14,23 +14,24 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lorarep.v1 import model_pb2
 
 from tests.server.conftest import World
-from tests.server.running import Server, lorarep, request, serving, stream, wait_for
+from tests.server.running import SECONDS, Server, lorarep, request, serving, stream, wait_for
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def health(server: Server, service: str) -> int:
     stub = health_pb2_grpc.HealthStub(server.channel)
-    return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status)
+    return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=SECONDS).status)
 
 
-def test_sigterm_lets_streams_finish_and_takes_no_more(world: World) -> None:
+def test_sigterm_lets_streams_finish_and_takes_no_more(world: World, tmp_path: Path) -> None:
     """Configured by file, environment and flag at once: the flag goes first, then the environment."""
     file = world.cache.parent / "server.yaml"
     settings = {
         "base": "org/base",
         "dtype": "float32",
         "kv-bytes": "1MiB",
+        "grace-seconds": SECONDS,
         "cache_dir": str(world.cache),
         "stack": {"deep": [[0, 4], [2, 6]]},
         "adapter": ["lora=org/lora"],
@@ -39,22 +40,26 @@ def test_sigterm_lets_streams_finish_and_takes_no_more(world: World) -> None:
     }
     file.write_text(yaml.safe_dump(settings))
     env = {**world.env, "LORAREP_SERVE_MAX_RANK": "8", "LORAREP_SERVE_MAX_QUEUED": "6"}
+    env["LORAREP_FAILPOINTS"] = str(tmp_path)
     with serving([f"--config={file}", "--max-queued=9"], env) as server:
         server.wait_ready()
         limits = server.model.GetModel(model_pb2.GetModelRequest()).limits
         assert (limits.max_rank, limits.max_queued) == (8, 9)
         assert [s.name for s in server.model.ListStacks(model_pb2.ListStacksRequest()).stacks] == ["base", "deep"]
         wanted = request("abc", "lora", new_tokens=400)
+        step = tmp_path / "step"
+        step.write_text("hold")  # so that the stream is under way for as long as it takes to look
         call = stream(server, wanted)
         next(call)
         server.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: health(server, "readiness") == NOT_SERVING, "readiness to go", 10)
+        wait_for(lambda: health(server, "readiness") == NOT_SERVING, "readiness to go")
         assert health(server, "liveness") == SERVING
         with pytest.raises(grpc.RpcError) as error:
             server.generation.Generate(request("abc"))
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        step.unlink()
         assert sum(len(message.chunk.token_ids) for message in call) == 400
-        assert server.process.wait(30) == 0
+        assert server.process.wait(SECONDS) == 0
 
 
 def test_the_grace_time_ends_streams(world: World) -> None:
@@ -66,7 +71,7 @@ def test_the_grace_time_ends_streams(world: World) -> None:
         with pytest.raises(grpc.RpcError) as error:
             list(call)
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert server.process.wait(30) == 0
+        assert server.process.wait(SECONDS) == 0
 
 
 def test_sigterm_during_a_stalled_start(world: World) -> None:

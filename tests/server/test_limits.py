@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import grpc
@@ -10,7 +9,7 @@ import pytest
 from lorarep.v1 import generation_pb2_grpc
 
 from tests.server.conftest import World
-from tests.server.running import Server, request, serving, stream, wait_for
+from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
 
 LONG = request("x", "lora", new_tokens=500)
 
@@ -18,7 +17,8 @@ LONG = request("x", "lora", new_tokens=500)
 @pytest.fixture(scope="module")
 def small(world: World) -> Iterator[Server]:
     flags = ["--adapter=lora=org/lora", "--max-sequences=1", "--max-queued=1"]
-    with serving([*world.flags(), *flags, "--max-unread=8", "--max-unread-seconds=0.2"], world.env) as server:
+    # Patience for a reader that reads and is not given a core to.
+    with serving([*world.flags(), *flags, "--max-unread=8", "--max-unread-seconds=5"], world.env) as server:
         yield server.wait_ready()
 
 
@@ -27,10 +27,8 @@ def test_a_full_queue_refuses_at_once_with_a_hint(small: Server) -> None:
     next(m for m in running if m.chunk.token_ids)
     waiting = stream(small, LONG)
     next(waiting)
-    began = time.monotonic()
     with pytest.raises(grpc.RpcError) as error:
-        small.generation.Generate(LONG, timeout=30)
-    assert time.monotonic() - began < 5
+        small.generation.Generate(LONG, timeout=SECONDS)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "max_queued" in error.value.details()
     assert int(dict(error.value.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
@@ -48,14 +46,12 @@ def test_a_reader_that_does_not_read_ends_alone(small: Server) -> None:
         wanted = request("x" * 200, "lora", new_tokens=300, logprobs=20)
         call = stream(small, wanted, stub=slow)
         next(m for m in call if m.chunk.token_ids)  # the first message may come while it still waits
-        began = time.monotonic()
         # Queued behind it: answered only if the engine does not wait for the reader.
-        alone = small.generation.Generate(request("abc", "lora"), timeout=60)
+        alone = small.generation.Generate(request("abc", "lora"), timeout=SECONDS)
         assert len(alone.token_ids) == 12
-        wait_for(lambda: any("RESOURCE_EXHAUSTED" in line for line in small.log[-5:]), "the stream to end", 30)
+        wait_for(lambda: any("RESOURCE_EXHAUSTED" in line for line in small.log[-5:]), "the stream to end")
         with pytest.raises(grpc.RpcError) as error:
             list(call)
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "slow reader" in error.value.details()
-        assert time.monotonic() - began < 60
     small.wait_idle()

@@ -22,7 +22,7 @@ from lorarep_server.access import ROLES, Access, Role, check_roles, is_loopback,
 from lorarep_server.demo.voices import BASE, MODELS
 
 from lorarep_runtime.errors import InvalidArgument
-from tests.server.running import Server, lorarep, request, serving
+from tests.server.running import SECONDS, Server, lorarep, request, serving
 
 BASE_FLAGS = (f"--base={MODELS / BASE}", "--dtype=float32", "--kv-bytes=16MiB")
 USER, ADMIN = "user-1234567890", "admin-1234567890"
@@ -50,7 +50,7 @@ def call(channel: grpc.Channel, method: MethodDescriptor, **given: Any) -> grpc.
         f"/{method.containing_service.full_name}/{method.name}", type(message).SerializeToString, bytes
     )
     try:
-        answer = stub(iter([message]) if method.client_streaming else message, timeout=20, **given)
+        answer = stub(iter([message]) if method.client_streaming else message, timeout=SECONDS, **given)
         if method.server_streaming:
             next(answer)
             answer.cancel()
@@ -158,7 +158,7 @@ def test_an_rpc_that_is_not_there_is_told_to_callers_with_a_token_alone(secured:
         absent = channel.unary_unary("/lorarep.v1.ModelService/Absent")
         for given, code in (({}, UNAUTHENTICATED), (bearer(USER), grpc.StatusCode.UNIMPLEMENTED)):
             with pytest.raises(grpc.RpcError) as error:
-                absent(b"", timeout=20, **given)
+                absent(b"", timeout=SECONDS, **given)
             assert error.value.code() is code
 
 
@@ -170,7 +170,7 @@ def test_tokens_are_read_again_when_their_file_changes(secured: Secured) -> None
 
         def is_known(token: str) -> bool:
             try:
-                stub.GetModel(model_pb2.GetModelRequest(), timeout=20, **bearer(token))
+                stub.GetModel(model_pb2.GetModelRequest(), timeout=SECONDS, **bearer(token))
             except grpc.RpcError as error:
                 return error.code() is not UNAUTHENTICATED
             return True
@@ -188,9 +188,10 @@ def test_tokens_are_read_again_when_their_file_changes(secured: Secured) -> None
         finally:
             replace(file, before)
         assert (is_known(USER), is_known("another-token")) == (True, False)
-    log = "".join(secured.server.log)
     for complaint in ("line 2 of", "has no token", "cannot read"):
-        assert log.count(complaint) == 1, log
+        secured.server.wait_logged(lambda line, complaint=complaint: complaint in line, complaint)
+        assert "".join(secured.server.log).count(complaint) == 1, secured.server.log
+    log = "".join(secured.server.log)
     assert not any(token in log for token in (USER, ADMIN, "another-token"))
 
 
@@ -248,7 +249,9 @@ def check(channel: grpc.Channel) -> grpc.StatusCode:
     """The status of a call that needs no token."""
     with channel:
         try:
-            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="liveness"), timeout=20)
+            health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service="liveness"), timeout=SECONDS
+            )
         except grpc.RpcError as error:
             return error.code()
         return OK
@@ -274,7 +277,7 @@ def served_certificate(secured: Secured) -> str:
     """The certificate of a new connection, in PEM."""
     with secured.channel() as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        stub.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        stub.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
     host, _, port = secured.server.address.rpartition(":")
     return ssl.get_server_certificate((host, int(port)))
 
@@ -339,6 +342,7 @@ def test_certificates_are_renewed_while_an_old_stream_runs(secured: Secured) -> 
         # Of another key: not usable, said once, and the one before stays.
         replace(secured.folder / "tls.key", secured.ca.issue_cert("127.0.0.1").private_key_pem.bytes())
         assert [served_certificate(secured) for _ in range(2)] == [renewed] * 2
+        secured.server.wait_logged(lambda line: "tls_certificate: cannot use" in line, "the complaint")
         assert sum("tls_certificate: cannot use" in line for line in secured.server.log) == 1
         replace(secured.folder / "tls.crt", b"not a certificate")
         assert served_certificate(secured) == renewed

@@ -79,7 +79,7 @@ def run(folder: Path, hub: HubStandIn, options: argparse.Namespace) -> None:
 
     def ask(name: str) -> None:
         began = time.perf_counter()
-        loaded = name in {info.name for info in engine.adapters.list() if info.loaded}
+        loaded = name in {info.name for info in engine.adapters.list() if info.tier == "device"}
         first, tokens = answer(engine, name, began)
         with lock:
             (warm if loaded else cold).append(first)

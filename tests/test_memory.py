@@ -104,7 +104,7 @@ def test_idle_adapters_make_room_and_come_back(base: Path, adapters: dict[str, P
     for _ in range(2):
         for name, tokens in expected.items():
             lease = engine.adapters.lease([(name, 1.0)])
-            assert [i.name for i in engine.adapters.list() if i.loaded] == [name]
+            assert [i.name for i in engine.adapters.list() if i.tier == "device"] == [name]
             assert engine.generate([(greedy(), lease)])[0].tokens == tokens
     assert engine.adapters.evictions == 5
     held = engine.adapters.lease([("two", 1.0)])

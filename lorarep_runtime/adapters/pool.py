@@ -59,8 +59,12 @@ class AdapterInfo:
     """On the device."""
     references: int
     """Requests that hold it."""
-    loaded: bool = True
-    """False once evicted: the next request for it loads the same revision again."""
+    tier: str = "device"
+    """"device", "host" or "disk": the next request for it brings the same revision back to the device."""
+    pinned: bool = False
+    """Whether it never leaves the device for others."""
+    priority: int = 0
+    """Of those that may leave, the lowest goes first."""
 
 
 @dataclass(eq=False)
@@ -74,6 +78,10 @@ class _Loaded:
     references: int = 0
     used: int = 0
     """Tick of the last lease: the least goes first."""
+
+    @property
+    def may_leave(self) -> bool:
+        return not self.references and not (self.info and self.info.pinned)
 
 
 MixKey = tuple[tuple[_Loaded, float], ...]
@@ -130,9 +138,13 @@ class AdapterPool:
         *,
         stack: str | None = None,
         trusted: bool = False,
+        pinned: bool = False,
+        priority: int = 0,
+        replace: bool = False,
         progress: Progress | None = None,
     ) -> AdapterInfo:
-        """Loads an adapter and gives it a name. Does nothing if the name is that very revision's already.
+        """Loads an adapter and gives it a name. If the name is that very revision's already, it only has another
+        `pinned` and `priority` from then on.
 
         Args:
             source: repository, or, if trusted, also a folder.
@@ -140,28 +152,42 @@ class AdapterPool:
             stack: named stack that the adapter's layer numbers count, for adapters trained on a stacked model; default
                 is its own `layer_replication`, else the base's order.
             trusted: whether the operator asks, whom the allow-list does not bind.
+            pinned: whether it never leaves the device for others.
+            priority: of those that may leave, the lowest goes first.
+            replace: whether another revision that has the name loses it, once the new one is loaded.
+            progress: told of stages "download" (bytes), "check" and "compile" (modules). What it raises ends the load.
 
         Raises:
             LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights`; AlreadyExists if the name is another
-                revision's; Exhausted if there is no room. What was loaded before stays.
+                revision's and is not replaced; Exhausted if there is no room. What was loaded before stays.
         """
-        _check_name(name)
+        check_name(name)
         if not trusted:
             check_allowed(source, self._limits.allow_repositories)
         with self._changed:
             self._changed.wait_for(lambda: name not in self._loading)
             self._loading.add(name)
         try:
-            return self._load(name, source, revision, stack, progress)
+            return self._load(name, source, revision, stack, pinned, priority, replace, progress)
         finally:
             with self._changed:
                 self._loading.discard(name)
                 self._changed.notify_all()
 
     def _load(
-        self, name: str, source: str, revision: str | None, stack: str | None, progress: Progress | None
+        self,
+        name: str,
+        source: str,
+        revision: str | None,
+        stack: str | None,
+        pinned: bool,
+        priority: int,
+        replaces: bool,
+        progress: Progress | None,
     ) -> AdapterInfo:
         snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
+        if progress is not None:
+            progress("check", 0, 1)
         weights = snapshot.folder / WEIGHTS_FILE
         spec = AdapterSpec.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(spec, stack)
@@ -173,11 +199,13 @@ class AdapterPool:
             before = present.info if present else self._evicted.get(name)
         if before is not None:
             ours = (snapshot.repository, snapshot.commit, digest.result(), walked)
-            if ours != (before.repository, before.commit, before.digest, before.stack):
+            if ours == (before.repository, before.commit, before.digest, before.stack):
+                if present is not None:
+                    with self._changed:
+                        present.info = replace(before, pinned=pinned, priority=priority)
+                        return self._info(present)
+            elif not replaces:
                 raise AlreadyExists(f"name: {name!r} is {before.repository} at {before.commit}")
-        if present is not None:
-            with self._changed:
-                return self._info(present)
         size = storage_bytes(layout, self._base.dtype)
         compiled = partial(
             compile_adapter,
@@ -203,10 +231,14 @@ class AdapterPool:
             parameters=adapter.parameters,
             bytes=adapter.nbytes,
             references=0,
+            pinned=pinned,
+            priority=priority,
         )
         loaded = _Loaded(adapter, self._tokenizer(snapshot.folder), info)
         with self._changed:
             self._evicted.pop(name, None)
+            if (replaced := self._named.get(name)) is not None:
+                self._drop(replaced)
             self._named[name] = loaded
             self._touch(loaded)
             return self._info(loaded)
@@ -264,7 +296,7 @@ class AdapterPool:
         limit = self._limits.memory_bytes
         with self._changed:
             if limit is not None:
-                in_use = self._reserved + sum(x.adapter.nbytes for x in self._all() if x.references)
+                in_use = self._reserved + sum(x.adapter.nbytes for x in self._all() if not x.may_leave)
                 if in_use + size > limit:  # nobody leaves for what would have no room all the same
                     raise Exhausted(
                         f"adapter memory: {size} bytes wanted, {in_use} of {limit} held by adapters in use",
@@ -295,14 +327,14 @@ class AdapterPool:
 
     def _evict(self) -> bool:
         """Frees the idle adapter or mix that has been idle longest; False if all are in use."""
-        idle = [x for x in self._all() if not x.references]
+        idle = [x for x in self._all() if x.may_leave]
         if not idle:
             return False
-        leaving = min(idle, key=lambda x: x.used)
+        leaving = min(idle, key=lambda x: (x.info.priority if x.info else 0, x.used))
         if leaving.info is not None:
             name = leaving.info.name
             del self._named[name]
-            self._evicted[name] = replace(leaving.info, loaded=False, bytes=0)
+            self._evicted[name] = replace(leaving.info, tier="disk", bytes=0)
         self._forget_mixes(leaving)
         self.evictions += 1
         return True
@@ -327,9 +359,13 @@ class AdapterPool:
             loaded = self._named.pop(name, None)
             if loaded is None:
                 raise NotFound(f"adapter: {name!r} is not loaded")
-            if loaded.references:
-                self._leaving.add(loaded)
-            self._forget_mixes(loaded)
+            self._drop(loaded)
+
+    def _drop(self, loaded: _Loaded) -> None:
+        """What has lost its name stays for the requests that hold it."""
+        if loaded.references:
+            self._leaving.add(loaded)
+        self._forget_mixes(loaded)
 
     def get(self, name: str) -> AdapterInfo:
         """Raises NotFound."""
@@ -356,13 +392,16 @@ class AdapterPool:
                 held["(leaving)"] = sum(x.adapter.nbytes for x in self._leaving)
             return held
 
-    def lease(self, adapters: Sequence[tuple[str, float]], stack: str | None = None) -> Lease:
+    def lease(
+        self, adapters: Sequence[tuple[str, float]], stack: str | None = None, progress: Progress | None = None
+    ) -> Lease:
         """What a request computes with, held until released. Blocks while an adapter has to be loaded first: one that
         was evicted, or a repository ("org/name" or "org/name@revision") that the allow-list permits.
 
         Args:
             adapters: names and weights; several are mixed as PEFT mixes several active adapters.
             stack: named stack; default is the adapters' own, or the base's order. With adapters it has to be theirs.
+            progress: of what has to be loaded, as for `load`.
 
         Raises:
             NotFound, InvalidArgument, and what `load` raises.
@@ -379,7 +418,7 @@ class AdapterPool:
         parts: list[_Loaded] = []
         try:
             for name in names:
-                parts.append(self._hold(name))
+                parts.append(self._hold(name, progress))
             walked = parts[0].adapter.stack
             for name, part in zip(names, parts, strict=True):
                 if part.adapter.stack != (named or walked):
@@ -395,7 +434,7 @@ class AdapterPool:
         infos = tuple(part.info for part in parts if part.info is not None)
         return Lease(walked, whole.adapter, whole.tokenizer, names, infos, lambda: self._give_back([whole]))
 
-    def _hold(self, name: str) -> _Loaded:
+    def _hold(self, name: str, progress: Progress | None) -> _Loaded:
         while True:
             with self._changed:
                 loaded = self._named.get(name)
@@ -406,10 +445,19 @@ class AdapterPool:
                 evicted = self._evicted.get(name)
             if evicted is not None:
                 commit = None if evicted.commit == LOCAL else evicted.commit
-                self.load(name, evicted.repository, commit, stack=self._name_of(evicted), trusted=True)
+                self.load(
+                    name,
+                    evicted.repository,
+                    commit,
+                    stack=self._name_of(evicted),
+                    trusted=True,
+                    pinned=evicted.pinned,
+                    priority=evicted.priority,
+                    progress=progress,
+                )
             elif "/" in name:
                 repository, _, revision = name.partition("@")
-                self.load(name, repository, revision or None)
+                self.load(name, repository, revision or None, progress=progress)
             else:
                 raise NotFound(f"adapter: {name!r} is not loaded")
 
@@ -472,7 +520,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises InvalidArgument for what cannot be an adapter's name."""
     if not name or len(name) > MAX_NAME or name != name.strip() or "," in name or not name.isprintable():
         raise InvalidArgument(
             f"name: {name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces"

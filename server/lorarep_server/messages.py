@@ -139,5 +139,5 @@ def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         parameters=info.parameters,
         bytes=info.bytes,
         references=info.references,
-        loaded=info.loaded,
+        loaded=info.tier == "device",
     )

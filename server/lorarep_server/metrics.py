@@ -7,6 +7,7 @@ protocol (its proposal 003), so that its scheduler can choose among servers.
 from __future__ import annotations
 
 import time
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
@@ -108,11 +109,9 @@ class EngineCollector(Collector):
         yield _gauge("kv_usage_ratio", "Part of the pages in use, 0 to 1.", stats.pages_used / stats.pages_total)
         yield _by("memory_bytes", "Device memory.", "category", ledger.categories)
         yield _by("adapter_memory_bytes", "Device memory of each adapter and mix.", "adapter", ledger.adapters)
-        adapters = engine.adapters.list()
-        loaded = sum(info.loaded for info in adapters)
-        yield _by(
-            "adapters_loaded", "Adapters by where they are.", "tier", {"device": loaded, "disk": len(adapters) - loaded}
-        )
+        tiers = Counts(info.tier for info in engine.adapters.list())
+        by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
+        yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)
         yield _counter("adapter_evictions", "Adapters that left device memory for others.", engine.adapters.evictions)
         info = GaugeMetricFamily(
             "lorarep_lora_requests_info",

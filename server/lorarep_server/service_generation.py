@@ -137,7 +137,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 def _any_absent(engine: Engine, adapters: Sequence[tuple[str, float]]) -> bool:
     for name, _ in adapters:
         try:
-            if not engine.adapters.get(name).loaded:
+            if engine.adapters.get(name).tier != "device":
                 return True
         except NotFound:
             if "/" in name:

@@ -75,7 +75,7 @@ def test_steps_go_on_while_an_adapter_is_compiled(
         answer_beside(engine, gate)
         assert "late" not in {info.name for info in engine.adapters.list()}
         gate.open.set()
-        assert loading.result().loaded
+        assert loading.result().tier == "device"
 
 
 def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

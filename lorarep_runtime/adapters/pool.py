@@ -187,7 +187,7 @@ class AdapterPool:
     ) -> AdapterInfo:
         snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
         if progress is not None:
-            progress("check", 0, 1)
+            progress("check", 0, 0)
         weights = snapshot.folder / WEIGHTS_FILE
         spec = AdapterSpec.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(spec, stack)

@@ -30,7 +30,7 @@ from lorarep_runtime.errors import InvalidArgument, Unavailable
 from lorarep_server.access import Access, check_exposure, check_roles
 from lorarep_server.calls import Calls
 from lorarep_server.config import ServerConfig
-from lorarep_server.loads import Loads
+from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import EngineCollector, Metrics
 from lorarep_server.service_adapters import AdapterService
 from lorarep_server.service_generation import GenerationService
@@ -138,17 +138,12 @@ class App:
     async def _start(self) -> None:
         # Not the event loop's own threads: those are waited for at its end, and a load can take minutes.
         thread = ThreadPoolExecutor(1, thread_name_prefix="lorarep-start")
-        engine = await asyncio.get_running_loop().run_in_executor(thread, self._load_engine)
+        loop = asyncio.get_running_loop()
+        engine = await loop.run_in_executor(thread, self._load_engine)
         for adapter in self._config.adapters:
-            load = partial(
-                engine.adapters.load,
-                adapter.name,
-                adapter.source,
-                adapter.revision,
-                trusted=True,
-                progress=self._progress,
-            )
-            await self._loads.run(adapter, load, "folder" if adapter.is_folder else "hub")
+            wanted = AdapterLoad(adapter.name, adapter.source, adapter.revision, trusted=True)
+            load = partial(wanted.run, engine.adapters, self._progress)
+            await loop.run_in_executor(thread, self._metrics.timed_load("folder" if adapter.is_folder else "hub", load))
         engine.start()
         self._loaded = engine
         for service in ("", "readiness"):

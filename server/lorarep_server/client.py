@@ -182,16 +182,41 @@ def _adapter_service(connection: Connection) -> Iterator[adapters_pb2_grpc.Adapt
 @adapters.command()
 @click.argument("adapter", type=AdapterSourceType())
 @option("--stack", help="Named stack that the adapter's layer numbers count.")
+@option("--pinned/--not-pinned", default=None, show_default="as it is", help="Never leave the device for others.")
+@option("--priority", type=int, show_default="as it is", help="Of those not pinned, the lowest leaves first.")
+@option("--replace", is_flag=True, help="Take the place of another revision, or follow a branch that has moved.")
 @with_connection
-def load(adapter: AdapterSource, stack: str | None, connection: Connection) -> None:
-    """Load a repository: NAME=REPOSITORY[@REVISION]."""
+def load(
+    adapter: AdapterSource,
+    stack: str | None,
+    pinned: bool | None,
+    priority: int | None,
+    replace: bool,
+    connection: Connection,
+) -> None:
+    """Load a repository: NAME=REPOSITORY[@REVISION]. Interrupted, it is cancelled, unless others wait for it too."""
     from lorarep.v1 import adapters_pb2 as pb
 
+    from lorarep_server.progress import ProgressBars
+
     request = pb.LoadAdapterRequest(
-        name=adapter.name, repository=adapter.source, revision=adapter.revision, stack=stack
+        name=adapter.name,
+        repository=adapter.source,
+        revision=adapter.revision,
+        stack=stack,
+        pinned=pinned,
+        priority=priority,
+        replace=replace,
     )
+    bars = ProgressBars(lines=True)
     with _adapter_service(connection) as service:
-        loaded = service.LoadAdapter(request, metadata=connection.metadata).adapter
+        for message in service.LoadAdapter(request, metadata=connection.metadata):
+            if message.HasField("progress"):
+                at = message.progress
+                stage = pb.LoadStage.Name(at.stage).removeprefix("LOAD_STAGE_").lower()
+                bars(stage, at.done, at.total)
+        bars.end()
+        loaded = message.adapter
     click.echo(f"{loaded.name}: {loaded.repository} at {loaded.commit}, {len(loaded.layers)} positions")
 
 
@@ -217,7 +242,7 @@ def list_(connection: Connection) -> None:
     rows = [("NAME", "KIND", "RANK", "POSITIONS", "MIB", "IN USE", "REPOSITORY", "COMMIT")]
     for a in found:
         kind = pb.AdapterKind.Name(a.kind).removeprefix("ADAPTER_KIND_").lower()
-        size = f"{a.bytes / 2**20:.1f}" if a.loaded else "evicted"
+        size = f"{a.bytes / 2**20:.1f}" if a.tier == pb.ADAPTER_TIER_DEVICE else "evicted"
         rows.append(
             (a.name, kind, str(a.rank), str(len(a.layers)), size, str(a.references), a.repository, a.commit[:12])
         )

@@ -18,12 +18,12 @@ from lorarep_runtime.errors import NotFound
 from lorarep_runtime.request import Event, Finished, Output
 from lorarep_server import messages
 from lorarep_server.errors import code_of
-from lorarep_server.loads import Loads
+from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import Metrics
 from lorarep_server.stream import EventStream
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.pool import AdapterInfo
+    from lorarep_runtime.adapters.pool import AdapterInfo, AdapterPool
     from lorarep_runtime.engine import Engine
     from lorarep_runtime.text import Tokenizer
 
@@ -128,21 +128,22 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 self._metrics.finished(events.end)
 
     async def _load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
-        """Has adapters loaded that are not in memory but can be, and waits for them."""
-        absent = bool(adapters) and await asyncio.to_thread(_any_absent, engine, adapters)
-        if absent:
-            await self._loads.run(tuple(adapters), lambda: engine.adapters.lease(adapters).release())
+        """Has adapters loaded that are not on the device but can be, and waits for them."""
+        pool = engine.adapters
+        for name, _ in adapters:
+            tier = await asyncio.to_thread(_tier, pool, name)
+            if tier is None and "/" in name:
+                repository, _, revision = name.partition("@")
+                await self._loads.load(pool, AdapterLoad(name, repository, revision or None))
+            elif tier not in (None, "device"):
+                await self._loads.bring(pool, name)
 
 
-def _any_absent(engine: Engine, adapters: Sequence[tuple[str, float]]) -> bool:
-    for name, _ in adapters:
-        try:
-            if engine.adapters.get(name).tier != "device":
-                return True
-        except NotFound:
-            if "/" in name:
-                return True
-    return False
+def _tier(pool: AdapterPool, name: str) -> str | None:
+    try:
+        return pool.get(name).tier
+    except NotFound:
+        return None
 
 
 def _admit(

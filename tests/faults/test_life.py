@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Failpoints, adapters, refused
+from tests.faults.conftest import Failpoints, refused
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, request, serving, stream, wait_for
+from tests.server.running import Server, adapters, loading, request, serving, stream, wait_for
 from tests.server.test_life import NOT_SERVING, SERVING, health
 
 WEIGHTS = "adapter_model.safetensors"
@@ -40,7 +40,7 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         server.wait_ready()
         alone = server.generation.Generate(WANTED).token_ids
         own.set("adapter", "hold")
-        loading = server.adapters.LoadAdapter.future(load_request("late", "org/lora"))
+        late = loading(server, "late", "org/lora")
         own.wait_reached("adapter")
         call = stream(server, WANTED)
         next(call)
@@ -49,15 +49,9 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         wait_for(lambda: health(server, "readiness") == NOT_SERVING, "readiness to go", 5)
         refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
         assert [token for message in call for token in message.chunk.token_ids] == alone
-        refused(loading.result, "UNAVAILABLE")
+        refused(lambda: list(late), "UNAVAILABLE")
         assert server.process.wait(30) == 0
         assert time.monotonic() - began < 15
-
-
-def load_request(name: str, repository: str):
-    from lorarep.v1 import adapters_pb2
-
-    return adapters_pb2.LoadAdapterRequest(name=name, repository=repository)
 
 
 @pytest.mark.parametrize("moment", ["download", "load"])
@@ -80,13 +74,13 @@ def test_killed_in_a_download_or_a_load_a_restart_is_ready_and_downloads_nothing
             world.hub.hangs[WEIGHTS] = 100
         else:
             own.set("adapter", "hold")
-        loading = killed.adapters.LoadAdapter.future(load_request("new", repository))
+        new = loading(killed, "new", repository)
         if moment == "download":
             assert world.hub.hanging.wait(60)
         else:
             own.wait_reached("adapter")
         assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
-        refused(loading.result, "UNAVAILABLE")
+        refused(lambda: list(new), "UNAVAILABLE")
         world.hub.hangs.clear()
         own.clear()
     kept = {path.name for path in whole.glob("*/*")}

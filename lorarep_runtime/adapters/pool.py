@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from lorarep_runtime.adapters.spec import AdapterSpec
+from lorarep_runtime.adapters.spec import AdapterSpec, check_name
 from lorarep_runtime.adapters.weights import Adapter, check, compile_adapter, mix, read_header, storage_bytes
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import AdapterLimits
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
-MAX_NAME = 256
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ADAPTERS_OF_A_REQUEST = 16
 MAX_IDLE_MIXES = 16
@@ -518,14 +517,6 @@ class AdapterPool:
 def _is_out_of_memory(error: Exception) -> bool:
     """PyTorch has no class of its own for the CPU's memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def check_name(name: str) -> None:
-    """Raises InvalidArgument for what cannot be an adapter's name."""
-    if not name or len(name) > MAX_NAME or name != name.strip() or "," in name or not name.isprintable():
-        raise InvalidArgument(
-            f"name: {name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces"
-        )
 
 
 def read_config(file: Path) -> Mapping[str, object]:

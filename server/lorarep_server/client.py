@@ -213,8 +213,7 @@ def load(
         for message in service.LoadAdapter(request, metadata=connection.metadata):
             if message.HasField("progress"):
                 at = message.progress
-                stage = pb.LoadStage.Name(at.stage).removeprefix("LOAD_STAGE_").lower()
-                bars(stage, at.done, at.total)
+                bars(_word(pb.LoadStage.Name(at.stage)), at.done, at.total)
         bars.end()
         loaded = message.adapter
     click.echo(f"{loaded.name}: {loaded.repository} at {loaded.commit}, {len(loaded.layers)} positions")
@@ -239,13 +238,26 @@ def list_(connection: Connection) -> None:
 
     with _adapter_service(connection) as service:
         found = service.ListAdapters(pb.ListAdaptersRequest(), metadata=connection.metadata).adapters
-    rows = [("NAME", "KIND", "RANK", "POSITIONS", "MIB", "IN USE", "REPOSITORY", "COMMIT")]
+    rows = [("NAME", "FROM", "STATE", "TIER", "PINNED", "PRIORITY", "BYTES", "IN USE", "ERROR")]
     for a in found:
-        kind = pb.AdapterKind.Name(a.kind).removeprefix("ADAPTER_KIND_").lower()
-        size = f"{a.bytes / 2**20:.1f}" if a.tier == pb.ADAPTER_TIER_DEVICE else "evicted"
         rows.append(
-            (a.name, kind, str(a.rank), str(len(a.layers)), size, str(a.references), a.repository, a.commit[:12])
+            (
+                a.name,
+                f"{a.repository}@{a.commit[:12]}" if a.commit else a.repository,
+                _word(pb.AdapterState.Name(a.state)),
+                _word(pb.AdapterTier.Name(a.tier)) if a.tier else "",
+                "pinned" if a.pinned else "",
+                str(a.priority),
+                str(a.bytes),
+                str(a.references),
+                a.error,
+            )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _word(name: str) -> str:
+    """Of an enumeration's value, such as LOAD_STAGE_WAITING."""
+    return name.rpartition("_")[2].lower()

@@ -41,7 +41,8 @@ class AdapterLoad:
     """What `AdapterPool.load` is asked for; equal ones are one load."""
 
     name: str
-    source: str
+    repository: str
+    """Or, if trusted, a folder."""
     revision: str | None = None
     stack: str | None = None
     trusted: bool = False
@@ -53,7 +54,7 @@ class AdapterLoad:
         """Raises as `AdapterPool.load`."""
         return pool.load(
             self.name,
-            self.source,
+            self.repository,
             self.revision,
             stack=self.stack,
             trusted=self.trusted,
@@ -81,7 +82,7 @@ class Loads:
 
     async def load(self, pool: AdapterPool, wanted: AdapterLoad, report: Report | None = None) -> AdapterInfo:
         """What `AdapterPool.load` returns or raises; see `run`."""
-        source = "folder" if is_folder(wanted.source) else "hub"
+        source = "folder" if is_folder(wanted.repository) else "hub"
         return await self.run(wanted, partial(wanted.run, pool), report, source)
 
     async def bring(self, pool: AdapterPool, name: str, report: Report | None = None) -> None:
@@ -117,10 +118,15 @@ class Loads:
                 shared.abandon()
                 self._forget(key, shared)
 
+    async def settled(self, name: str) -> None:
+        """Once no load of that name is under way, those that everybody has left included."""
+        while results := [shared.result for shared in self._unfinished if shared.name == name]:
+            await asyncio.wait(results)
+
     def _begin(self, key: Hashable, load: Callable[[Progress], T], source: str) -> _Load[T]:
         if len(self._unfinished) >= self._most:
             raise Exhausted(f"loads: {self._most} adapters are being loaded already, or wait for that", retry_after=1.0)
-        shared: _Load[T] = _Load()
+        shared: _Load[T] = _Load(key.name if isinstance(key, AdapterLoad) else "")
         timed = self._metrics.timed_load(source, partial(load, shared.progress))
         shared.begin(self._threads.submit(timed))
         self._shared[key] = shared
@@ -143,7 +149,8 @@ class Loads:
 class _Load(Generic[T]):
     """One load, and those who wait for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.callers = 0
         self.state = State()
         self.result: asyncio.Future[T]

@@ -16,6 +16,7 @@ from lorarep_runtime.request import Finished, FinishReason, Output, Request, Sam
 if TYPE_CHECKING:
     from lorarep_runtime.adapters.pool import AdapterInfo
     from lorarep_runtime.text import Tokenizer
+    from lorarep_server.adapters_file import DesiredAdapter
     from lorarep_server.loads import State
 
 FINISH_REASONS: Mapping[FinishReason, generation_pb2.FinishReason.ValueType] = {
@@ -142,7 +143,8 @@ def adapter_revision(info: AdapterInfo) -> generation_pb2.AdapterRevision:
     )
 
 
-def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
+def adapter(info: AdapterInfo, *, error: str = "", desired: bool = False) -> adapters_pb2.Adapter:
+    """Of an adapter that is loaded."""
     return adapters_pb2.Adapter(
         name=info.name,
         repository=info.repository,
@@ -157,6 +159,22 @@ def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         tier=TIERS[info.tier],
         pinned=info.pinned,
         priority=info.priority,
+        state=adapters_pb2.ADAPTER_STATE_LOADED,
+        error=error,
+        desired=desired,
+    )
+
+
+def absent_adapter(entry: DesiredAdapter, error: str) -> adapters_pb2.Adapter:
+    """Of an adapter that is loading, or failed with an error."""
+    return adapters_pb2.Adapter(
+        name=entry.name,
+        repository=entry.repository,
+        pinned=entry.pinned,
+        priority=entry.priority,
+        state=adapters_pb2.ADAPTER_STATE_FAILED if error else adapters_pb2.ADAPTER_STATE_LOADING,
+        error=error,
+        desired=True,
     )
 
 

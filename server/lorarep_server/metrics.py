@@ -23,6 +23,7 @@ from lorarep_server.errors import code_of
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine import Engine
+    from lorarep_server.desired import DesiredAdapters
 
 T = TypeVar("T")
 
@@ -87,8 +88,9 @@ class Metrics:
 class EngineCollector(Collector):
     """The engine's snapshot as metrics; nothing until there is an engine."""
 
-    def __init__(self, engine: Callable[[], Engine]) -> None:
+    def __init__(self, engine: Callable[[], Engine], desired: DesiredAdapters) -> None:
         self._engine = engine
+        self._desired = desired
 
     def collect(self) -> Iterable[Metric]:
         try:
@@ -112,6 +114,7 @@ class EngineCollector(Collector):
         tiers = Counts(info.tier for info in engine.adapters.list())
         by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
         yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)
+        yield _by("adapters_desired", "Entries of the adapters file.", "state", self._desired.states())
         yield _counter("adapter_evictions", "Adapters that left device memory for others.", engine.adapters.evictions)
         info = GaugeMetricFamily(
             "lorarep_lora_requests_info",

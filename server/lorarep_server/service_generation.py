@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
-from lorarep_runtime.errors import NotFound
+from lorarep_runtime.errors import NotFound, Unavailable
 from lorarep_runtime.request import Event, Finished, Output
 from lorarep_server import messages
+from lorarep_server.desired import DesiredAdapters
 from lorarep_server.errors import code_of
 from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import Metrics
@@ -42,10 +43,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Requests on their way into the engine, and answers on their way out."""
 
     def __init__(
-        self, engine: Callable[[], Engine], loads: Loads, metrics: Metrics, *, max_unread: int, patience: float
+        self,
+        engine: Callable[[], Engine],
+        loads: Loads,
+        desired: DesiredAdapters,
+        metrics: Metrics,
+        *,
+        max_unread: int,
+        patience: float,
     ) -> None:
         self._engine = engine
         self._loads = loads
+        self._desired = desired
         self._metrics = metrics
         self._max_unread = max_unread
         self._patience = patience
@@ -132,11 +141,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         pool = engine.adapters
         for name, _ in adapters:
             tier = await asyncio.to_thread(_tier, pool, name)
-            if tier is None and "/" in name:
+            if tier == "device":
+                continue
+            if tier is not None:
+                await self._loads.bring(pool, name)
+            elif self._desired.get(name) is not None:
+                if error := self._desired.error(name):
+                    raise Unavailable(f"adapter: {name!r} is not loaded, and is tried again: {error}")
+                await self._loads.load(pool, self._desired.load(name))
+            elif "/" in name:
                 repository, _, revision = name.partition("@")
                 await self._loads.load(pool, AdapterLoad(name, repository, revision or None))
-            elif tier not in (None, "device"):
-                await self._loads.bring(pool, name)
 
 
 def _tier(pool: AdapterPool, name: str) -> str | None:

@@ -24,13 +24,25 @@ def own(tmp_path: Path) -> Failpoints:
     return Failpoints(tmp_path / "failpoints")
 
 
-@pytest.mark.parametrize("held", ["base", "adapter"])
-def test_sigterm_during_a_start_ends_with_status_0(world: World, own: Failpoints, held: str) -> None:
+@pytest.mark.parametrize(
+    ("held", "flag"),
+    [
+        ("base", "--adapter=dora=org/dora"),
+        ("adapter", "--adapter=dora=org/dora"),
+        ("adapter", "--adapters-file={file}"),
+    ],
+)
+def test_sigterm_during_a_start_ends_with_status_0(
+    world: World, own: Failpoints, tmp_path: Path, held: str, flag: str
+) -> None:
     own.set(held, "hold")
-    with serving([*world.flags(), "--adapter=dora=org/dora"], {**world.env, **own.env}) as server:
+    file = tmp_path / "adapters.yaml"
+    file.write_text("dora: {repository: org/dora}")
+    with serving([*world.flags(), flag.format(file=file)], {**world.env, **own.env}) as server:
         own.wait_reached(held)
         assert (health(server, "liveness"), health(server, "readiness")) == (SERVING, NOT_SERVING)
-        refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
+        if flag.startswith("--adapter="):  # the file's do not keep the base from being served
+            refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
         assert server.stop() == 0
 
 

@@ -51,6 +51,34 @@ LOAD_STAGE_COMPILING: LoadStage.ValueType  # 4
 """Into device memory, in the form that is computed with."""
 Global___LoadStage: _TypeAlias = LoadStage  # noqa: Y015
 
+class _AdapterState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_STATE_UNSPECIFIED: _AdapterState.ValueType  # 0
+    """Never sent."""
+    ADAPTER_STATE_LOADING: _AdapterState.ValueType  # 1
+    """Not yet: the adapters file wants it, and it is on its way. Requests for it wait."""
+    ADAPTER_STATE_LOADED: _AdapterState.ValueType  # 2
+    """Yes."""
+    ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 3
+    """No: the adapters file wants it, and the last attempt failed. There will be another. Requests for it are UNAVAILABLE."""
+
+class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
+    """Whether requests can name an adapter."""
+
+ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
+"""Never sent."""
+ADAPTER_STATE_LOADING: AdapterState.ValueType  # 1
+"""Not yet: the adapters file wants it, and it is on its way. Requests for it wait."""
+ADAPTER_STATE_LOADED: AdapterState.ValueType  # 2
+"""Yes."""
+ADAPTER_STATE_FAILED: AdapterState.ValueType  # 3
+"""No: the adapters file wants it, and the last attempt failed. There will be another. Requests for it are UNAVAILABLE."""
+Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
+
 class _AdapterTier:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -355,7 +383,9 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
-    """An adapter that requests can name."""
+    """An adapter that requests can name, or will be able to: while it is not LOADED, only its name, repository, `pinned`,
+    `priority`, state and error are known.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -372,6 +402,9 @@ class Adapter(_message.Message):
     TIER_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    DESIRED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What requests call it."""
     repository: _builtins.str
@@ -395,6 +428,13 @@ class Adapter(_message.Message):
     """Whether it never leaves the device for others."""
     priority: _builtins.int
     """Among those that may leave the device, the lowest goes first."""
+    state: Global___AdapterState.ValueType
+    error: _builtins.str
+    """Why the last attempt to load it failed, as a status code and its message; empty if it did not. Of an adapter that is
+    LOADED, it is what the adapters file wants in its place by now that could not be loaded.
+    """
+    desired: _builtins.bool
+    """Whether the server's adapters file has it loaded."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The stack it is for: the base's layers in the order in which they are walked, counted from 0."""
@@ -415,10 +455,13 @@ class Adapter(_message.Message):
         tier: Global___AdapterTier.ValueType = ...,
         pinned: _builtins.bool = ...,
         priority: _builtins.int = ...,
+        state: Global___AdapterState.ValueType = ...,
+        error: _builtins.str = ...,
+        desired: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "commit", b"commit", "digest", b"digest", "kind", b"kind", "layers", b"layers", "name", b"name", "parameters", b"parameters", "pinned", b"pinned", "priority", b"priority", "rank", b"rank", "references", b"references", "repository", b"repository", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "commit", b"commit", "desired", b"desired", "digest", b"digest", "error", b"error", "kind", b"kind", "layers", b"layers", "name", b"name", "parameters", b"parameters", "pinned", b"pinned", "priority", b"priority", "rank", b"rank", "references", b"references", "repository", b"repository", "state", b"state", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -67,6 +67,9 @@ class AdapterServiceServicer:
         the same load while it is under way share it, whoever began it; it is cancelled at its next progress, and leaves
         nothing behind, when the last of them has been cancelled or has left.
 
+        What the server's adapters file wants under a name is had loaded at once by the same request, or is resolved anew if
+        `replace` is set; FAILED_PRECONDITION names a field in which the request wants it otherwise.
+
         OK without any work if the name is that very revision's already; ALREADY_EXISTS if it is another's, unless `replace`
         is set. PERMISSION_DENIED if the server's allow-list does not permit the repository; FAILED_PRECONDITION names a
         field or tensor that the server cannot honour; DATA_LOSS a corrupt file; RESOURCE_EXHAUSTED too little memory or
@@ -79,21 +82,21 @@ class AdapterServiceServicer:
 
     def UnloadAdapter(self, request, context):
         """Takes an adapter's name away. Requests under way finish on it, then its memory is freed. NOT_FOUND if no adapter has
-        the name.
+        the name; FAILED_PRECONDITION if it is the server's adapters file that has it loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """NOT_FOUND if no adapter has the name.
+        """NOT_FOUND if no adapter has the name, and the server's adapters file wants none of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """All adapters that have a name, in its order.
+        """All adapters that have a name, and those that the server's adapters file wants, in the order of their names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

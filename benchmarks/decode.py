@@ -23,13 +23,14 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.models import MISTRAL_7B, save_adapter, save_base
+from benchmarks.models import save_adapter, save_base
 from lorarep_runtime.adapters.pool import Lease
 from lorarep_runtime.cache import PagePool
 from lorarep_runtime.config import PAGE_TOKENS, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.request import Event, Output, Request, Stopping
 from lorarep_runtime.stack import merge
+from tests.models import MISTRAL_7B
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 144
@@ -97,7 +98,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     bandwidth = copy_bandwidth(device)
     print(f"copying moves {bandwidth / 1e12:.2f} TB/s; weights of a step {weight_bytes(engine, stack) / 1e9:.2f} GB")
     if options.profile:
-        profile(engine, loras[: options.batches[-1]])
+        profile(engine, loras)
     engine.start()
     print(f"\n{'ms a step, floor, ratio':26}" + "".join(f"{f'batch {batch}':>22}" for batch in options.batches))
     for title, names in (
@@ -136,7 +137,7 @@ def floor_of(engine: Engine, names: Sequence[str], bandwidth: float) -> float:
 
 def prompts(count: int) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(7)
-    return [tuple(p) for p in torch.randint(3, 259, (count, PROMPT_TOKENS), generator=generator).tolist()]
+    return [tuple(p) for p in torch.randint(0, 256, (count, PROMPT_TOKENS), generator=generator).tolist()]
 
 
 def request(prompt: tuple[int, ...], new_tokens: int) -> Request:

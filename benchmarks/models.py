@@ -9,23 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MistralConfig
 
-MISTRAL_7B: dict[str, Any] = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=32768,
-    sliding_window=None,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from tests.models import projections, save_tokenizer
 
 
 def save_base(folder: Path, shape: dict[str, Any], device: str) -> Path:
@@ -39,12 +25,7 @@ def save_base(folder: Path, shape: dict[str, Any], device: str) -> Path:
         else:
             parameter.data.normal_(std=1.0 if "embed" in name else parameter.shape[1] ** -0.5)
     model.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>").save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 
@@ -60,17 +41,6 @@ def save_adapter(
 ) -> Path:
     """An adapter of all seven projections in bf16, random and not zero, as PEFT's files are."""
     generator = torch.Generator(device).manual_seed(seed)
-    hidden, inner, dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
-    q, kv = shape["num_attention_heads"] * dim, shape["num_key_value_heads"] * dim
-    sizes = {
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
     positions = sum(end - start for start, end in replication) if replication else shape["num_hidden_layers"]
 
     def noise(*size: int) -> torch.Tensor:
@@ -78,7 +48,7 @@ def save_adapter(
 
     tensors = {}
     for position in range(positions):
-        for module, (out, into) in sizes.items():
+        for module, (out, into) in projections(shape).items():
             name = f"base_model.model.model.layers.{position}.{module}"
             tensors[f"{name}.lora_A.weight"] = (noise(rank, into) * into**-0.5).bfloat16()
             tensors[f"{name}.lora_B.weight"] = (noise(out, rank) * 0.1 * rank**-0.5).bfloat16()
@@ -91,7 +61,7 @@ def save_adapter(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=rank,
-        target_modules=list(MODULES),
+        target_modules=[path.partition(".")[2] for path in projections(shape)],
         use_dora=dora,
         layer_replication=replication,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,21 @@ SHAPE = dict(
     eos_token_id=258,
     pad_token_id=256,
 )
+MISTRAL_7B: dict[str, Any] = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=32768,
+    sliding_window=None,
+    bos_token_id=257,
+    eos_token_id=258,
+    pad_token_id=256,
+)
+"""Mistral-7B-v0.1's, with the end tokens of `save_tokenizer`'s tokenizer."""
 ALTERNATING = ["sliding_attention" if i % 2 else "full_attention" for i in range(LAYERS)]
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SHAPE),
@@ -75,6 +90,21 @@ MAPS: dict[str, list[list[int]] | None] = {
     "repeated": [[0, 2], [0, 2], [0, 2]],
     "four ranges": [[0, 3], [1, 4], [3, 6], [3, 6]],
 }
+
+
+def projections(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear modules of a layer of the Llama kind."""
+    hidden, inner, dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    q, kv = shape["num_attention_heads"] * dim, shape["num_key_value_heads"] * dim
+    return {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
 
 
 def randomize(module: nn.Module, seed: int) -> None:

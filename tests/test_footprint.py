@@ -18,17 +18,9 @@ from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.footprint import footprint
 from tests.hub_faults import FaultyHub
-from tests.models import FAMILIES, save_adapter, save_base
+from tests.models import FAMILIES, MISTRAL_7B, projections, save_adapter, save_base
 
-PROJECTIONS = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}
+PROJECTIONS = projections(MISTRAL_7B)
 MAPS = {"ten": [[0, 16], [8, 24], [16, 32]], "thirteen": [[0, 16], [8, 24], [16, 32], [16, 32]]}
 
 
@@ -82,12 +74,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Mistral-7B-v0.1's config and adapters of its shape, their numbers a hole in the file."""
     folder = tmp_path_factory.mktemp("mistral")
     MistralConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **MISTRAL_7B,
         tie_word_embeddings=False,
         architectures=["MistralForCausalLM"],
         dtype="bfloat16",

@@ -1,0 +1,186 @@
+"""The NF4 product alone on one GPU: microseconds, bytes a second, and the distance to the floor.
+
+    python benchmarks/product.py [--rows 1,8,16,32] [--rank 8] [--hidden-size 4096] [--intermediate-size 14336]
+
+The shapes are Mistral-7B's, a group of modules that read the same x at a time, and each row has a LoRA of its own where
+the rank is not 0. Every product is compared with that of bitsandbytes' dequantized weight before it is timed. Timed are
+launches chained in one CUDA graph, as a captured step chains them, over copies of weights and adapters that are more
+than the L2 cache holds. The floor is what reading their bytes costs at the bandwidth that copying reaches.
+
+Without a Hopper GPU there is no kernel: everything is made and the reference is run, and that is all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.decode import copy_bandwidth
+from lorarep_runtime.decode import LEAST_RANKS
+from lorarep_runtime.fused import parts_for
+from lorarep_runtime.kernels.nf4 import TiledGroup, arrange, product_reference
+from lorarep_runtime.kernels.rows import Entries, Entry, PlainRows, Rows, entry_table
+from lorarep_runtime.linear import GROUPS
+from tests.models import MISTRAL_7B, projections
+
+POSITIONS = 64
+"""Of the stack whose step the sums are for."""
+LAUNCHES = 200
+"""In a graph, at least."""
+REPLAYS = 20
+CACHES = 4
+"""How often the L2 cache is filled before a copy's turn comes again."""
+LARGEST_ERROR = 6e-3
+"""bf16's rounding, relative to the length of a row."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 16, 32])
+    parser.add_argument("--rank", type=int, default=8, help="0 is no adapter.")
+    parser.add_argument("--hidden-size", type=int, default=MISTRAL_7B["hidden_size"])
+    parser.add_argument("--intermediate-size", type=int, default=MISTRAL_7B["intermediate_size"])
+    run(parser.parse_args())
+
+
+def run(options: argparse.Namespace) -> None:
+    heads = options.hidden_size // MISTRAL_7B["head_dim"]
+    shape = dict(hidden_size=options.hidden_size, intermediate_size=options.intermediate_size)
+    kv_heads = max(1, heads // 4)
+    modules = projections({**MISTRAL_7B, **shape, "num_attention_heads": heads, "num_key_value_heads": kv_heads})
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    device = "cuda" if hopper else "cpu"
+    bandwidth = copy_bandwidth(device) if hopper else 0.0
+    if hopper:
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copying moves {bandwidth / 1e12:.2f} TB/s")
+    print(f"{f'rank {options.rank}':9}" + "".join(f"{f'{rows} rows: µs, GB/s, x floor':>34}" for rows in options.rows))
+    sums = dict.fromkeys(options.rows, 0.0)
+    for names in GROUPS:
+        line = f"{', '.join(name.partition('.')[2].removesuffix('_proj') for name in names):9}"
+        for rows in options.rows:
+            case = Case.of([modules[name] for name in names], names, rows, options.rank, device)
+            if not hopper:
+                case.reference()
+                line += f"{'reference alone':>34}"
+                continue
+            case.check()
+            seconds = timed(case.launches())
+            sums[rows] += seconds
+            floor = case.bytes / bandwidth
+            line += f"{seconds * 1e6:19.1f}{case.bytes / seconds / 1e9:8.0f}{seconds / floor:7.2f}"
+        print(line, flush=True)
+    if hopper:
+        total = "".join(f"{POSITIONS * seconds * 1e3:34.2f}" for seconds in sums.values())
+        print(f"all four, {POSITIONS} positions, ms\n{'':9}{total}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A group's product with some rows, on several copies of everything that a step would not find in the cache."""
+
+    groups: Sequence[TiledGroup]
+    dense: Tensor
+    """(out, in), the weight as bitsandbytes dequantizes it."""
+    x: Tensor
+    low: Tensor
+    names: Sequence[str]
+    adapters: Sequence[Entries | None]
+    """Of the rows; a copy's entries are those at its position."""
+    tables: Sequence[Tensor]
+    rank: int
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, int]], names: Sequence[str], rows: int, rank: int, device: str) -> Case:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def noise(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device)
+
+        into, sizes = shapes[0][1], tuple(out for out, _ in shapes)
+        packed = [bnb.functional.quantize_4bit(noise(*shape).bfloat16(), quant_type="nf4") for shape in shapes]
+        tiles = [arrange(p, state.absmax, shape) for (p, state), shape in zip(packed, shapes, strict=True)]
+        first = TiledGroup(torch.cat([t for t, _ in tiles]), torch.cat([s for _, s in tiles]), sizes)
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 1
+        copies = 1 + CACHES * cache // (first.tiles.nbytes + first.scales.nbytes)
+        A = noise(max(rank, 1), into).bfloat16()  # only its length is read here
+
+        def adapter() -> Entries:
+            places = [(copy, name, out) for copy in range(copies) for name, out in zip(names, sizes, strict=True)]
+            return {(at, name): Entry(A, noise(rank, out).bfloat16().T, None, None) for at, name, out in places}
+
+        adapters = [adapter() if rank else None for _ in range(rows)]
+        return cls(
+            groups=[replace(first, tiles=first.tiles.clone(), scales=first.scales.clone()) for _ in range(copies)],
+            dense=torch.cat([bnb.functional.dequantize_4bit(p, state) for p, state in packed]),
+            x=noise(rows, into).bfloat16(),
+            low=noise(rows, parts_for(rows), len(names), max(rank, LEAST_RANKS)),
+            names=names,
+            adapters=adapters,
+            tables=[entry_table(a, copies, names).to(device) for a in adapters if a is not None],
+            rank=rank,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Of what one product reads and writes."""
+        group, rows, out = self.groups[0], len(self.x), len(self.dense)
+        weights, adapters = group.tiles.nbytes + group.scales.nbytes, rows * out * self.rank * self.x.itemsize
+        return weights + adapters + self.x.nbytes + rows * out * self.x.itemsize
+
+    def launches(self) -> list[Callable[[], None]]:
+        """The product on each copy."""
+        y = torch.empty(len(self.x), len(self.dense), dtype=self.x.dtype, device=self.x.device)
+        return [self._launch(copy, y) for copy in range(len(self.groups))]
+
+    def _launch(self, copy: int, y: Tensor) -> Callable[[], None]:
+        device, count = self.x.device, len(self.x)
+        addresses = [table.data_ptr() for table in self.tables] or [0] * count
+        positions = torch.full((count,), copy, dtype=torch.int32, device=device)
+        rows = Rows(positions, torch.tensor(addresses, device=device), len(self.names))
+        return lambda: self.groups[copy].product(self.x, y, self.low, rows, 0)
+
+    def reference(self, copy: int = 0) -> Tensor:
+        y = torch.zeros(len(self.x), len(self.dense), dtype=self.x.dtype, device=self.x.device)
+        rows = PlainRows([copy] * len(self.x), self.adapters, self.names)
+        product_reference(self.dense, self.x, y, self.low, rows, 0, self.groups[0].sizes)
+        return y
+
+    def check(self) -> None:
+        """The first copy and the last."""
+        for copy in (0, len(self.groups) - 1):
+            y, wanted = torch.empty_like(self.reference(copy)), self.reference(copy).float()
+            self._launch(copy, y)()
+            error = ((y.float() - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
+            if not error < LARGEST_ERROR:
+                raise SystemExit(f"{self.names[0]}, {len(self.x)} rows: the product is {error:.4f} off")
+
+
+def timed(launches: Sequence[Callable[[], None]]) -> float:
+    """Seconds a launch."""
+    rounds = -(-LAUNCHES // len(launches))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in [*launches] * rounds:
+            launch()
+    seconds = []
+    for _ in range(3 + REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(seconds[3:]) / (rounds * len(launches))
+
+
+if __name__ == "__main__":
+    main()

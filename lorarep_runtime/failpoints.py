@@ -11,14 +11,12 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
 _FOLDER = os.environ.get("LORAREP_FAILPOINTS")
 
 
 def failpoint(name: str) -> None:
     """Passes a failpoint: `step` before each, `forward` inside what ends its requests alone, `base` and `adapter`
-    before each is put into device memory."""
+    before each is put into device memory, `load-` and a stage when a load has reported it."""
     if _FOLDER is not None:
         _act(Path(_FOLDER, name))
 
@@ -36,6 +34,8 @@ def _act(file: Path) -> None:
         case "error":
             raise RuntimeError(f"failpoint {file.name}")
         case "out-of-memory":
+            import torch  # slow to import, and no business of a server that has yet to open its port
+
             raise torch.OutOfMemoryError(f"failpoint {file.name}")
         case "sleep":
             time.sleep(float(more[0]))

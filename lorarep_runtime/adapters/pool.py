@@ -18,6 +18,7 @@ import torch
 
 from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.revision import AdapterFiles, Revision
+from lorarep_runtime.adapters.spec import check_name
 from lorarep_runtime.adapters.tiers import Resident, Tiers, Turn
 from lorarep_runtime.adapters.weights import Adapter, mix, moved
 from lorarep_runtime.base import Base
@@ -27,7 +28,6 @@ from lorarep_runtime.hub import Progress, check_allowed
 from lorarep_runtime.stack import Stack
 from lorarep_runtime.text import Tokenizer
 
-MAX_NAME = 256
 MAX_ADAPTERS_OF_A_REQUEST = 16
 MAX_IDLE_MIXES = 16
 
@@ -215,12 +215,13 @@ class AdapterPool:
             pinned: whether it never leaves the device. None leaves it as it is, at first False.
             priority: among those that may leave, the lowest leaves first. None leaves it as it is, at first 0.
             replace: whether it may take the name of another revision, whose requests finish on that.
+            progress: told of stages "download" (bytes), "check" and "compile" (modules). What it raises ends the load.
 
         Raises:
             LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights`; AlreadyExists if the name is another
-                revision's; Exhausted if there is no room; what `progress` raises. What was loaded before stays.
+                revision's; Exhausted if there is no room. What was loaded before stays.
         """
-        _check_name(name)
+        check_name(name)
         if not trusted:
             check_allowed(source, self._limits.allow_repositories)
         with self._alone(name, source):
@@ -330,19 +331,22 @@ class AdapterPool:
                 held[name] = held.get(name, 0) + item.size
         return held
 
-    def is_at_hand(self, names: Sequence[str]) -> bool:
-        """Whether `lease` has nothing to wait for, be it that it fails."""
+    def is_at_hand(self, name: str) -> bool:
+        """Whether a lease of it has nothing to wait for."""
         with self._changed:
-            known = [self._named.get(name) for name in names]
-        return all(item.has_tokenizer if item else "/" not in name for name, item in zip(names, known, strict=True))
+            item = self._named.get(name)
+            return item is not None and item.has_tokenizer
 
-    def lease(self, adapters: Sequence[tuple[str, float]], stack: str | None = None) -> Lease:
+    def lease(
+        self, adapters: Sequence[tuple[str, float]], stack: str | None = None, progress: Progress | None = None
+    ) -> Lease:
         """What a request computes with, held until released; its way to the device begins if there is room. Blocks
         while a repository ("org/name" or "org/name@revision") that the allow-list permits has to be downloaded.
 
         Args:
             adapters: names and weights; several are mixed as PEFT mixes several active adapters.
             stack: named stack; default is the adapters' own, or the base's order. With adapters it has to be theirs.
+            progress: of what has to be downloaded, as for `load`.
 
         Raises:
             NotFound, InvalidArgument, Exhausted if they can never have room, and what `load` raises.
@@ -359,7 +363,7 @@ class AdapterPool:
         parts: list[Revision] = []
         try:
             for name in names:
-                parts.append(self._hold(name))
+                parts.append(self._hold(name, progress))
             walked = named or parts[0].stack
             for name, part in zip(names, parts, strict=True):
                 if part.stack != walked:
@@ -378,7 +382,7 @@ class AdapterPool:
             for part in parts:
                 self.tiers.let_go(part)
 
-    def _hold(self, name: str) -> Revision:
+    def _hold(self, name: str, progress: Progress | None) -> Revision:
         while True:
             with self._changed:
                 item = self._named.get(name)
@@ -387,15 +391,15 @@ class AdapterPool:
                     return item
             if "/" not in name:
                 raise NotFound(f"adapter: {name!r} is not loaded")
-            self._register(name)
+            self._register(name, progress)
 
-    def _register(self, name: str) -> None:
+    def _register(self, name: str, progress: Progress | None) -> None:
         """Gives a repository that the allow-list permits its own name; it comes to the device with its turn."""
-        _check_name(name)
+        check_name(name)
         source, _, revision = name.partition("@")
         check_allowed(source, self._limits.allow_repositories)
         with self._alone(name, source):
-            item = self._checked(name, source, revision or None, None, False, None)
+            item = self._checked(name, source, revision or None, None, False, progress)
             self._give_name(item)
             self.tiers.let_go(item)
 
@@ -435,11 +439,4 @@ class AdapterPool:
             references=item.leases,
             pinned=item.pinned,
             priority=item.priority,
-        )
-
-
-def _check_name(name: str) -> None:
-    if not name or len(name) > MAX_NAME or name != name.strip() or "," in name or not name.isprintable():
-        raise InvalidArgument(
-            f"name: {name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces"
         )

@@ -69,6 +69,8 @@ class AdapterFiles:
             LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights.check`.
         """
         snapshot = self.fetch(source, revision, progress)
+        if progress is not None:
+            progress("check", 0, 0)
         weights = snapshot.folder / WEIGHTS_FILE
         spec = AdapterSpec.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(spec, stack)

@@ -18,6 +18,8 @@ from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.stack import Stack, stack_from_ranges
 
+MAX_NAME = 256
+
 NO_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -279,3 +281,11 @@ def _boolean(field: str, value: Any) -> bool:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidArgument for what cannot be an adapter's name."""
+    if not name or len(name) > MAX_NAME or name != name.strip() or "," in name or not name.isprintable():
+        raise InvalidArgument(
+            f"name: {name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces"
+        )

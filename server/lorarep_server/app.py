@@ -30,7 +30,8 @@ from lorarep_runtime.errors import InvalidArgument, Unavailable
 from lorarep_server.access import Access, check_exposure, check_roles
 from lorarep_server.calls import Calls
 from lorarep_server.config import ServerConfig
-from lorarep_server.loads import Loads
+from lorarep_server.desired import DesiredAdapters
+from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import EngineCollector, Metrics
 from lorarep_server.service_adapters import AdapterService
 from lorarep_server.service_generation import GenerationService
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+FIRST_ATTEMPTS = 60.0
+"""Seconds for which readiness waits for the adapters file's adapters to be loaded or to fail."""
 FAILURE_GRACE = 1.0
 """Seconds for calls to hear of a failure."""
 FAILURE_POLL = 0.5
@@ -80,13 +83,14 @@ class App:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
-        self._registry.register(EngineCollector(self.engine))
         self._metrics = Metrics(self._registry)
         self._loads = Loads(self._metrics)
+        self._desired = DesiredAdapters(config.adapters_file, self._loads)
         self._calls = Calls(config.max_calls)
+        self._registry.register(EngineCollector(self.engine, self._desired))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self.ready = asyncio.Event()
-        """Set once the base is served."""
+        """Set once new calls are taken."""
         self.port = self.metrics_port = 0
         """Bound ports, once the server listens."""
 
@@ -138,23 +142,22 @@ class App:
     async def _start(self) -> None:
         # Not the event loop's own threads: those are waited for at its end, and a load can take minutes.
         thread = ThreadPoolExecutor(1, thread_name_prefix="lorarep-start")
-        engine = await asyncio.get_running_loop().run_in_executor(thread, self._load_engine)
+        loop = asyncio.get_running_loop()
+        engine = await loop.run_in_executor(thread, self._load_engine)
         for adapter in self._config.adapters:
-            load = partial(
-                engine.adapters.load,
-                adapter.name,
-                adapter.source,
-                adapter.revision,
-                trusted=True,
-                progress=self._progress,
-            )
-            await self._loads.run(adapter, load, "folder" if adapter.is_folder else "hub")
+            wanted = AdapterLoad(adapter.name, adapter.source, adapter.revision, trusted=True)
+            load = partial(wanted.run, engine.adapters, self._progress)
+            await loop.run_in_executor(thread, self._metrics.timed_load("folder" if adapter.is_folder else "hub", load))
         engine.start()
         self._loaded = engine
-        for service in ("", "readiness"):
-            await self._health.set(service, SERVING)
+        await self._health.set("", SERVING)
+        self._desired.start(engine.adapters)
+        # Callers would only wait for what is not there yet. But none of the file's adapters may keep the server from
+        # starting, be it missing or slow.
+        await self._desired.attempted(FIRST_ATTEMPTS)
+        await self._health.set("readiness", SERVING)
         self.ready.set()
-        log.info("ready: %s with %d adapters", engine.base.repository, len(self._config.adapters))
+        log.info("ready: %s with %d adapters", engine.base.repository, len(engine.adapters.list()))
 
     async def _failure(self) -> None:
         """Returns when the engine has failed."""
@@ -168,6 +171,7 @@ class App:
                 await self._health.set(service, NOT_SERVING)
         await self._health.set("readiness", NOT_SERVING)
         self._calls.close()
+        self._desired.stop()
         log.info("ending: waiting for calls under way")
         if not await self._calls.finished(FAILURE_GRACE if failed else self._config.grace_seconds):
             self._calls.end()
@@ -182,10 +186,17 @@ class App:
         access = () if config.token_file is None else (Access(config.token_file),)
         server = grpc.aio.server(interceptors=(*access, self._calls), options=GRPC_OPTIONS)
         generation = GenerationService(
-            self.engine, self._loads, self._metrics, max_unread=config.max_unread, patience=config.max_unread_seconds
+            self.engine,
+            self._loads,
+            self._desired,
+            self._metrics,
+            max_unread=config.max_unread,
+            patience=config.max_unread_seconds,
         )
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(self.engine, self._loads), server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterService(self.engine, self._loads, self._desired), server
+        )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self.engine), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         files = (generation_pb2, adapters_pb2, model_pb2, health_pb2, reflection_pb2)

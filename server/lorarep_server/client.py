@@ -182,16 +182,40 @@ def _adapter_service(connection: Connection) -> Iterator[adapters_pb2_grpc.Adapt
 @adapters.command()
 @click.argument("adapter", type=AdapterSourceType())
 @option("--stack", help="Named stack that the adapter's layer numbers count.")
+@option("--pinned/--not-pinned", default=None, show_default="as it is", help="Never leave the device for others.")
+@option("--priority", type=int, show_default="as it is", help="Of those not pinned, the lowest leaves first.")
+@option("--replace", is_flag=True, help="Take the place of another revision, or follow a branch that has moved.")
 @with_connection
-def load(adapter: AdapterSource, stack: str | None, connection: Connection) -> None:
-    """Load a repository: NAME=REPOSITORY[@REVISION]."""
+def load(
+    adapter: AdapterSource,
+    stack: str | None,
+    pinned: bool | None,
+    priority: int | None,
+    replace: bool,
+    connection: Connection,
+) -> None:
+    """Load a repository: NAME=REPOSITORY[@REVISION]. Interrupted, it is cancelled, unless others wait for it too."""
     from lorarep.v1 import adapters_pb2 as pb
 
+    from lorarep_server.progress import ProgressBars
+
     request = pb.LoadAdapterRequest(
-        name=adapter.name, repository=adapter.source, revision=adapter.revision, stack=stack
+        name=adapter.name,
+        repository=adapter.source,
+        revision=adapter.revision,
+        stack=stack,
+        pinned=pinned,
+        priority=priority,
+        replace=replace,
     )
+    bars = ProgressBars(lines=True)
     with _adapter_service(connection) as service:
-        loaded = service.LoadAdapter(request, metadata=connection.metadata).adapter
+        for message in service.LoadAdapter(request, metadata=connection.metadata):
+            if message.HasField("progress"):
+                at = message.progress
+                bars(_word(pb.LoadStage.Name(at.stage)), at.done, at.total)
+        bars.end()
+        loaded = message.adapter
     click.echo(f"{loaded.name}: {loaded.repository} at {loaded.commit}, {len(loaded.layers)} positions")
 
 
@@ -214,13 +238,26 @@ def list_(connection: Connection) -> None:
 
     with _adapter_service(connection) as service:
         found = service.ListAdapters(pb.ListAdaptersRequest(), metadata=connection.metadata).adapters
-    rows = [("NAME", "KIND", "RANK", "POSITIONS", "MIB", "IN USE", "REPOSITORY", "COMMIT")]
+    rows = [("NAME", "FROM", "STATE", "TIER", "PINNED", "PRIORITY", "BYTES", "IN USE", "ERROR")]
     for a in found:
-        kind = pb.AdapterKind.Name(a.kind).removeprefix("ADAPTER_KIND_").lower()
-        size = f"{a.bytes / 2**20:.1f}" if a.loaded else "evicted"
         rows.append(
-            (a.name, kind, str(a.rank), str(len(a.layers)), size, str(a.references), a.repository, a.commit[:12])
+            (
+                a.name,
+                f"{a.repository}@{a.commit[:12]}" if a.commit else a.repository,
+                _word(pb.AdapterState.Name(a.state)),
+                _word(pb.AdapterTier.Name(a.tier)) if a.tier else "",
+                "pinned" if a.pinned else "",
+                str(a.priority),
+                str(a.bytes),
+                str(a.references),
+                a.error,
+            )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _word(name: str) -> str:
+    """Of an enumeration's value, such as LOAD_STAGE_WAITING."""
+    return name.rpartition("_")[2].lower()

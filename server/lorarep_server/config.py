@@ -28,6 +28,8 @@ class ServerConfig:
     """Allows other machines to call with neither."""
     adapters: tuple[AdapterSource, ...] = ()
     """Loaded before the server is ready, from anywhere."""
+    adapters_file: Path | None = None
+    """YAML file of adapters that are kept loaded, and as the file says, while the server runs."""
     grace_seconds: float = 30.0
     """Seconds that calls under way have to finish when the server is told to end."""
     max_calls: int = 4096

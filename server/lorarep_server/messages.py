@@ -16,6 +16,8 @@ from lorarep_runtime.request import Finished, FinishReason, Output, Request, Sam
 if TYPE_CHECKING:
     from lorarep_runtime.adapters.pool import AdapterInfo
     from lorarep_runtime.text import Tokenizer
+    from lorarep_server.adapters_file import DesiredAdapter
+    from lorarep_server.loads import State
 
 FINISH_REASONS: Mapping[FinishReason, generation_pb2.FinishReason.ValueType] = {
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
@@ -27,6 +29,20 @@ FINISH_REASONS: Mapping[FinishReason, generation_pb2.FinishReason.ValueType] = {
 KINDS: Mapping[str, adapters_pb2.AdapterKind.ValueType] = {
     "lora": adapters_pb2.ADAPTER_KIND_LORA,
     "dora": adapters_pb2.ADAPTER_KIND_DORA,
+}
+
+
+TIERS: Mapping[str, adapters_pb2.AdapterTier.ValueType] = {
+    "device": adapters_pb2.ADAPTER_TIER_DEVICE,
+    "host": adapters_pb2.ADAPTER_TIER_HOST,
+    "disk": adapters_pb2.ADAPTER_TIER_DISK,
+}
+
+STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
+    "waiting": adapters_pb2.LOAD_STAGE_WAITING,
+    "download": adapters_pb2.LOAD_STAGE_DOWNLOADING,
+    "check": adapters_pb2.LOAD_STAGE_CHECKING,
+    "compile": adapters_pb2.LOAD_STAGE_COMPILING,
 }
 
 
@@ -127,7 +143,8 @@ def adapter_revision(info: AdapterInfo) -> generation_pb2.AdapterRevision:
     )
 
 
-def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
+def adapter(info: AdapterInfo, *, error: str = "", desired: bool = False) -> adapters_pb2.Adapter:
+    """Of an adapter that is loaded."""
     return adapters_pb2.Adapter(
         name=info.name,
         repository=info.repository,
@@ -139,5 +156,27 @@ def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         parameters=info.parameters,
         bytes=info.bytes,
         references=info.references,
-        loaded=info.tier == "device",
+        tier=TIERS[info.tier],
+        pinned=info.pinned,
+        priority=info.priority,
+        state=adapters_pb2.ADAPTER_STATE_LOADED,
+        error=error,
+        desired=desired,
     )
+
+
+def absent_adapter(entry: DesiredAdapter, error: str) -> adapters_pb2.Adapter:
+    """Of an adapter that is loading, or failed with an error."""
+    return adapters_pb2.Adapter(
+        name=entry.name,
+        repository=entry.repository,
+        pinned=entry.pinned,
+        priority=entry.priority,
+        state=adapters_pb2.ADAPTER_STATE_FAILED if error else adapters_pb2.ADAPTER_STATE_LOADING,
+        error=error,
+        desired=True,
+    )
+
+
+def load_progress(state: State) -> adapters_pb2.LoadProgress:
+    return adapters_pb2.LoadProgress(stage=STAGES[state.stage], done=state.done, total=state.total)

@@ -7,6 +7,7 @@ protocol (its proposal 003), so that its scheduler can choose among servers.
 from __future__ import annotations
 
 import time
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +23,7 @@ from lorarep_server.errors import code_of
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine import Engine
+    from lorarep_server.desired import DesiredAdapters
 
 T = TypeVar("T")
 
@@ -86,8 +88,9 @@ class Metrics:
 class EngineCollector(Collector):
     """The engine's snapshot as metrics; nothing until there is an engine."""
 
-    def __init__(self, engine: Callable[[], Engine]) -> None:
+    def __init__(self, engine: Callable[[], Engine], desired: DesiredAdapters) -> None:
         self._engine = engine
+        self._desired = desired
 
     def collect(self) -> Iterable[Metric]:
         try:
@@ -108,10 +111,10 @@ class EngineCollector(Collector):
         yield _gauge("kv_usage_ratio", "Part of the pages in use, 0 to 1.", stats.pages_used / stats.pages_total)
         yield _by("memory_bytes", "Device memory.", "category", ledger.categories)
         yield _by("adapter_memory_bytes", "Device memory of each adapter and mix.", "adapter", ledger.adapters)
-        tiers = dict.fromkeys(("device", "host", "disk"), 0)
-        for adapter in engine.adapters.list():
-            tiers[adapter.tier] += 1
-        yield _by("adapters_loaded", "Adapters by the fastest memory they are in.", "tier", tiers)
+        tiers = Counts(info.tier for info in engine.adapters.list())
+        by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
+        yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)
+        yield _by("adapters_desired", "Entries of the adapters file.", "state", self._desired.states())
         evictions = engine.adapters.tiers.evictions
         yield _counter("adapter_evictions", "Adapters that left device memory for others.", evictions)
         host_bytes = engine.adapters.tiers.host_bytes

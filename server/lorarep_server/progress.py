@@ -1,28 +1,52 @@
-"""Progress bars of the command line."""
+"""Progress of the command line, on standard error."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
+import click
 from tqdm import tqdm
 
 
 class ProgressBars:
-    """A bar for each stage that reports. Thread-safe; shows nothing where standard error is no terminal."""
+    """A bar for each stage that reports and can be counted, on a terminal. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        lines: whether every other stage, and where there is no terminal every stage, has a line.
+    """
+
+    def __init__(self, *, lines: bool = False) -> None:
         self._lock = threading.Lock()
-        self._bars: dict[str, tqdm[Any]] = {}
+        self._lines = lines
+        self._stage = ""
+        self._bar: tqdm[Any] | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Says that `done` of `total` units of a stage are done."""
+        """Says that `done` of `total` units of a stage are done; 0 units cannot be counted."""
         with self._lock:
-            bar = self._bars.get(stage)
-            if bar is None:
-                bar = self._bars[stage] = tqdm(desc=stage, total=total, unit_scale=True, disable=None)
-            bar.total = total
-            bar.update(done - bar.n)
+            if stage != self._stage:
+                self._end()
+                self._stage = stage
+                if self._lines and not (total and sys.stderr.isatty()):
+                    click.echo(stage, err=True)
+            if not total:
+                return
+            if self._bar is None:
+                self._bar = tqdm(desc=stage, total=total, unit_scale=True, disable=None)
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
             if done >= total:
-                bar.close()
-                del self._bars[stage]
+                self._end()
+
+    def end(self) -> None:
+        """Says that the last stage is done, whatever it has reported."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.update((self._bar.total or 0) - self._bar.n)
+            self._bar.close()
+            self._bar = None

@@ -96,6 +96,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @option("--stack", type=StackType(), multiple=True, help="Named stack, such as deep=0-24,8-32, or a mergekit recipe.")
 @option("--adapter", type=AdapterSourceType(), multiple=True, help="Adapter to load before the server is ready.")
 @option(
+    "--adapters-file", type=FILE, help="YAML file of adapters to keep loaded while the server runs; see the README."
+)
+@option(
     "--allow-repository",
     metavar="PATTERN",
     multiple=True,
@@ -198,6 +201,7 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
         token_file=given["token_file"],
         insecure=given["insecure"],
         adapters=adapter,
+        adapters_file=given["adapters_file"],
         grace_seconds=given["grace_seconds"],
         max_calls=given["max_calls"],
         max_unread=given["max_unread"],

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
+from lorarep_runtime.errors import Exhausted, NotFound, Unavailable
 from lorarep_runtime.request import Event, Finished, Output
 from lorarep_server import messages
+from lorarep_server.desired import DesiredAdapters
 from lorarep_server.errors import code_of
-from lorarep_server.loads import Loads
+from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import Metrics
 from lorarep_server.stream import EventStream
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.pool import AdapterInfo
+    from lorarep_runtime.adapters.pool import AdapterInfo, AdapterPool
     from lorarep_runtime.engine import Engine
     from lorarep_runtime.text import Tokenizer
 
@@ -41,10 +43,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Requests on their way into the engine, and answers on their way out."""
 
     def __init__(
-        self, engine: Callable[[], Engine], loads: Loads, metrics: Metrics, *, max_unread: int, patience: float
+        self,
+        engine: Callable[[], Engine],
+        loads: Loads,
+        desired: DesiredAdapters,
+        metrics: Metrics,
+        *,
+        max_unread: int,
+        patience: float,
     ) -> None:
         self._engine = engine
         self._loads = loads
+        self._desired = desired
         self._metrics = metrics
         self._max_unread = max_unread
         self._patience = patience
@@ -127,9 +137,31 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 self._metrics.finished(events.end)
 
     async def _load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
-        """Has repositories downloaded that are named and not known yet, and waits for them."""
-        if not await asyncio.to_thread(engine.adapters.is_at_hand, [name for name, _ in adapters]):
-            await self._loads.run(tuple(adapters), lambda: engine.adapters.lease(adapters).release())
+        """Has adapters found that are not at hand and can be, and waits for that."""
+        pool = engine.adapters
+        for name, _ in adapters:
+            if await asyncio.to_thread(pool.is_at_hand, name):
+                continue
+            if await asyncio.to_thread(_is_known, pool, name):
+                await self._loads.bring(pool, name)
+            elif self._desired.get(name) is not None:
+                if error := self._desired.error(name):
+                    raise Unavailable(f"adapter: {name!r} is not loaded, and is tried again: {error}")
+                await self._loads.load(pool, self._desired.load(name))
+            elif "/" in name:
+                repository, _, revision = name.partition("@")
+                try:
+                    await self._loads.load(pool, AdapterLoad(name, repository, revision or None))
+                except Exhausted:
+                    await self._loads.bring(pool, name)  # it waits in the queue for room on the device
+
+
+def _is_known(pool: AdapterPool, name: str) -> bool:
+    try:
+        pool.get(name)
+    except NotFound:
+        return False
+    return True
 
 
 def _admit(

@@ -41,6 +41,9 @@ class Failpoints:
     def wait_reached(self, name: str) -> None:
         wait_for((self._folder / f"{name}.reached").exists, f"the failpoint {name}")
 
+    def unset(self, name: str) -> None:
+        (self._folder / name).unlink()
+
     def clear(self) -> None:
         for file in self._folder.iterdir():
             file.unlink()
@@ -175,17 +178,3 @@ def refused(call: Any, code: str, named: str = "") -> grpc.RpcError:
         call()
     assert (error.value.code().name, named in error.value.details()) == (code, True), error.value.details()
     return error.value
-
-
-def load(server: Server, name: str, repository: str, **more: Any) -> Any:
-    wanted = adapters_pb2.LoadAdapterRequest(name=name, repository=repository, **more)
-    return server.adapters.LoadAdapter(wanted, timeout=SECONDS).adapter
-
-
-def unload(server: Server, name: str) -> None:
-    server.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name=name))
-
-
-def adapters(server: Server) -> dict[str, Any]:
-    listed = server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters
-    return {adapter.name: adapter for adapter in listed}

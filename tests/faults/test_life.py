@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Failpoints, adapters, refused
+from tests.faults.conftest import Failpoints, refused
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
+from tests.server.running import SECONDS, Server, adapters, loading, request, serving, stream, wait_for
 from tests.server.test_life import NOT_SERVING, SERVING, health
 
 WEIGHTS = "adapter_model.safetensors"
@@ -23,13 +23,25 @@ def own(tmp_path: Path) -> Failpoints:
     return Failpoints(tmp_path / "failpoints")
 
 
-@pytest.mark.parametrize("held", ["base", "adapter"])
-def test_sigterm_during_a_start_ends_with_status_0(world: World, own: Failpoints, held: str) -> None:
+@pytest.mark.parametrize(
+    ("held", "flag"),
+    [
+        ("base", "--adapter=dora=org/dora"),
+        ("adapter", "--adapter=dora=org/dora"),
+        ("adapter", "--adapters-file={file}"),
+    ],
+)
+def test_sigterm_during_a_start_ends_with_status_0(
+    world: World, own: Failpoints, tmp_path: Path, held: str, flag: str
+) -> None:
     own.set(held, "hold")
-    with serving([*world.flags(), "--adapter=dora=org/dora"], {**world.env, **own.env}) as server:
+    file = tmp_path / "adapters.yaml"
+    file.write_text("dora: {repository: org/dora}")
+    with serving([*world.flags(), flag.format(file=file)], {**world.env, **own.env}) as server:
         own.wait_reached(held)
         assert (health(server, "liveness"), health(server, "readiness")) == (SERVING, NOT_SERVING)
-        refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
+        if flag.startswith("--adapter="):  # the file's do not keep the base from being served
+            refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
         assert server.stop() == 0
 
 
@@ -39,7 +51,7 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         server.wait_ready()
         alone = server.generation.Generate(WANTED).token_ids
         own.set("adapter", "hold")
-        loading = server.adapters.LoadAdapter.future(load_request("late", "org/lora"))
+        late = loading(server, "late", "org/lora")
         own.wait_reached("adapter")
         call = stream(server, WANTED)
         next(call)
@@ -47,14 +59,8 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         wait_for(lambda: health(server, "readiness") == NOT_SERVING, "readiness to go")
         refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
         assert [token for message in call for token in message.chunk.token_ids] == alone
-        refused(loading.result, "UNAVAILABLE")
+        refused(lambda: list(late), "UNAVAILABLE")
         assert server.process.wait(SECONDS) == 0
-
-
-def load_request(name: str, repository: str):
-    from lorarep.v1 import adapters_pb2
-
-    return adapters_pb2.LoadAdapterRequest(name=name, repository=repository)
 
 
 @pytest.mark.parametrize("moment", ["download", "load"])
@@ -77,13 +83,13 @@ def test_killed_in_a_download_or_a_load_a_restart_is_ready_and_downloads_nothing
             world.hub.hangs[WEIGHTS] = 100
         else:
             own.set("adapter", "hold")
-        loading = killed.adapters.LoadAdapter.future(load_request("new", repository))
+        new = loading(killed, "new", repository)
         if moment == "download":
             assert world.hub.hanging.wait(SECONDS)
         else:
             own.wait_reached("adapter")
         assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
-        refused(loading.result, "UNAVAILABLE")
+        refused(lambda: list(new), "UNAVAILABLE")
         world.hub.hangs.clear()
         own.clear()
     kept = {path.name for path in whole.glob("*/*")}

@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lorarep.v1 import adapters_pb2
 
-from tests.faults.conftest import HUB_SECONDS, Failpoints, Innocent, adapters, load, nothing_left, refused, unload
+from tests.faults.conftest import HUB_SECONDS, Failpoints, Innocent, nothing_left, refused
 from tests.hub_faults import FaultyHub
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, request, serving, stream
+from tests.server.running import Server, adapters, load, request, serving, stream, unload
 
 WEIGHTS = "adapter_model.safetensors"
+ON_DEVICE = adapters_pb2.ADAPTER_TIER_DEVICE
 
 
 @pytest.fixture
@@ -59,12 +61,12 @@ def test_a_hub_that_fails_is_unavailable_in_time_and_others_load_on(
     began = time.monotonic()
     refused(lambda: load(server, "new", new), "UNAVAILABLE", new if fault != "limits the rate" else "rate")
     assert time.monotonic() - began < 30 * HUB_SECONDS
-    assert load(server, "beside", "org/lora").loaded  # from the cache
+    assert load(server, "beside", "org/lora").tier == ON_DEVICE  # from the cache
     unload(server, "beside")
     hub.garbage, hub.stalled, hub.status = None, False, None
     hub.cuts.clear()
     hub.hangs.clear()
-    assert load(server, "new", new).loaded
+    assert load(server, "new", new).tier == ON_DEVICE
     unload(server, "new")
 
 
@@ -76,7 +78,7 @@ def test_a_hub_that_lies_about_a_size_is_unavailable(
     refused(lambda: load(server, "new", new), "UNAVAILABLE", new)
     assert "new" not in adapters(server)
     hub.claims.clear()
-    assert load(server, "new", new).loaded
+    assert load(server, "new", new).tier == ON_DEVICE
     unload(server, "new")
 
 
@@ -88,13 +90,13 @@ def test_device_memory_that_is_short_while_loading_leaves_what_is_loaded(
     error = refused(lambda: load(server, "plain", "org/plain"), "RESOURCE_EXHAUSTED", "device memory")
     assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
     here = adapters(server)
-    assert not here["lora"].loaded  # idle: it left for the new one
-    assert here["dora"].loaded == (here["dora"].references > 0)
+    assert here["lora"].tier != ON_DEVICE  # idle: it left for the new one
+    assert (here["dora"].tier == ON_DEVICE) == (here["dora"].references > 0)
     assert "plain" not in here
     failpoints.clear()
     assert server.generation.Generate(request("x", "lora")).token_ids == alone  # loaded again by itself
     failpoints.set("adapter", "once out-of-memory")
-    assert load(server, "plain", "org/plain").loaded
+    assert load(server, "plain", "org/plain").tier == ON_DEVICE
     unload(server, "plain")
 
 
@@ -147,5 +149,5 @@ def test_a_full_disk_is_exhausted_with_nothing_partial_until_there_is_room(
             load(server, "beside", "org/dora")  # cached, and needs no room
             unload(server, "beside")
             (small_disk / "ballast").unlink()
-            assert load(server, "large", "org/large").loaded
+            assert load(server, "large", "org/large").tier == ON_DEVICE
             unload(server, "large")

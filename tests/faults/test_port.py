@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from lorarep.v1 import adapters_pb2
 
 from tests.faults.conftest import Innocent, refused
-from tests.server.running import SECONDS, Server, request, wait_for
+from tests.server.running import SECONDS, Server, load, request, wait_for
 
 ROUNDS = int(os.environ.get("LORAREP_FUZZ", "1"))
 """How many times as much is tried as CI has time for."""
@@ -97,8 +96,7 @@ def test_a_message_over_the_limit_fails_its_call_alone(
 def test_names_of_any_length_are_refused_in_a_message_that_arrives(server: Server, innocent: Innocent) -> None:
     for name in ("x" * 100_000, "ü" * 50_000, "\U0001f600" * 20_000):
         refused(lambda name=name: server.generation.Generate(request("x", name)), "NOT_FOUND", "adapter")
-        wanted = adapters_pb2.LoadAdapterRequest(name=name, repository="org/lora")
-        refused(lambda wanted=wanted: server.adapters.LoadAdapter(wanted), "INVALID_ARGUMENT", "name")
+        refused(lambda name=name: load(server, name, "org/lora"), "INVALID_ARGUMENT", "name")
 
 
 def mutated(message: bytes, dice: random.Random) -> bytes:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
 from lorarep.v1 import (
+    adapters_pb2,
     adapters_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
@@ -112,6 +115,33 @@ def serving(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> I
         server._reader.join()
 
 
+class OnTerminal:
+    """A command that is shown on a terminal of its own; what it says on standard output is not."""
+
+    def __init__(self, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 100))
+        self._process = subprocess.Popen(
+            [*LORAREP, *arguments], env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL, stderr=theirs
+        )
+        os.close(theirs)
+        self.shown = ""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while piece := os.read(self._ours, 4096):
+                self.shown += piece.decode(errors="replace")
+
+    def wait(self) -> int:
+        """The exit status, once everything is shown."""
+        status = self._process.wait(SECONDS)
+        self._reader.join()
+        os.close(self._ours)
+        return status
+
+
 def lorarep(*arguments: str, env: Mapping[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """A command, to its end."""
     return subprocess.run(
@@ -144,3 +174,24 @@ def stream(server: Server, wanted: generation_pb2.GenerateRequest, *, stub: Any 
     """The call of a stream, over the server's own channel or another's stub."""
     stub = stub or server.generation
     return stub.GenerateStream(generation_pb2.GenerateStreamRequest(request=wanted), **call)
+
+
+def loading(server: Server, name: str, repository: str, *, timeout: float = SECONDS, **more: Any) -> Any:
+    """The call of a load: its messages."""
+    wanted = adapters_pb2.LoadAdapterRequest(name=name, repository=repository, **more)
+    return server.adapters.LoadAdapter(wanted, timeout=timeout)
+
+
+def load(server: Server, name: str, repository: str, **more: Any) -> adapters_pb2.Adapter:
+    *_, last = loading(server, name, repository, **more)
+    assert last.HasField("adapter")
+    return last.adapter
+
+
+def unload(server: Server, name: str) -> None:
+    server.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name=name))
+
+
+def adapters(server: Server) -> dict[str, adapters_pb2.Adapter]:
+    listed = server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters
+    return {adapter.name: adapter for adapter in listed}

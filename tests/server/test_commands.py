@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import subprocess
-import termios
 from pathlib import Path
 
 import pytest
 
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import LORAREP, Server, lorarep, request
+from tests.server.running import OnTerminal, Server, lorarep, request
 
 
 def test_generate_streams_to_the_terminal(server: Server) -> None:
@@ -28,6 +24,8 @@ def test_adapters_are_loaded_listed_and_unloaded(server: Server) -> None:
     loaded = lorarep("adapters", "load", "typed=org/plain", at)
     assert loaded.stdout.startswith("typed: org/plain at ")
     assert loaded.stdout.endswith(", 6 positions\n")
+    assert loaded.stderr.startswith("waiting\n")
+    assert "%|" not in loaded.stderr  # no terminal
     assert "typed" in lorarep("adapters", "list", env={"LORAREP_ADAPTERS_LIST_SERVER": server.address}).stdout
     assert lorarep("adapters", "unload", "typed", at).returncode == 0
     again = lorarep("adapters", "unload", "typed", at)
@@ -54,22 +52,10 @@ def test_progress_of_every_stage_is_on_the_terminal(world: World, tmp_path: Path
     """And nowhere else: see `test_a_server_draws_no_bars_into_its_log`."""
     arguments = ["verify", "--base=org/base", "--adapter=org/lora", "--quantization=nf4", "--device=cpu"]
     arguments += ["--dtype=float32", "--max-new-tokens=1", f"--cache-dir={tmp_path}"]
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
-    shown = b""
-    with subprocess.Popen(
-        [*LORAREP, *arguments], env={**os.environ, **world.env}, stdout=subprocess.DEVNULL, stderr=theirs
-    ) as process:
-        os.close(theirs)
-        try:
-            while piece := os.read(ours, 4096):
-                shown += piece
-        except OSError:  # how a terminal says that nobody writes to it any more
-            pass
-    os.close(ours)
-    assert process.returncode == 0, shown
+    shown = OnTerminal(*arguments, env=world.env)
+    assert shown.wait() == 0, shown.shown
     for stage in ("download", "quantize", "compile"):
-        assert f"{stage}: 100%" in shown.decode(), shown
+        assert f"{stage}: 100%" in shown.shown, shown.shown
 
 
 def test_a_server_draws_no_bars_into_its_log(server: Server) -> None:

@@ -35,6 +35,11 @@ METRICS = {
     "memory_bytes{category=workspace}",
     "adapter_memory_bytes{adapter=lora}",
     "adapters_loaded{tier=device}",
+    "adapters_loaded{tier=host}",
+    "adapters_loaded{tier=disk}",
+    "adapters_desired{state=loaded}",
+    "adapters_desired{state=loading}",
+    "adapters_desired{state=failed}",
     "adapter_load_seconds_count{outcome=ok}{source=hub}",
     "adapter_evictions_total",
 }

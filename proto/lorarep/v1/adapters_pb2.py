@@ -24,33 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorarep/v1/adapters.proto\x12\nlorarep.v1\"x\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrepository\x18\x02 \x01(\t\x12\x15\n\x08revision\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05stack\x18\x04 \x01(\tH\x01\x88\x01\x01\x42\x0b\n\t_revisionB\x08\n\x06_stack\";\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.lorarep.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.lorarep.v1.Adapter\"\x15\n\x13ListAdaptersRequest\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.lorarep.v1.Adapter\"\xd7\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrepository\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12%\n\x04kind\x18\x05 \x01(\x0e\x32\x17.lorarep.v1.AdapterKind\x12\x0e\n\x06layers\x18\x06 \x03(\r\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\r\n\x05\x62ytes\x18\t \x01(\x04\x12\x12\n\nreferences\x18\n \x01(\r\x12\x0e\n\x06loaded\x18\x0b \x01(\x08*Y\n\x0b\x41\x64\x61pterKind\x12\x1c\n\x18\x41\x44\x41PTER_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_KIND_LORA\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_KIND_DORA\x10\x02\x32\xd6\x02\n\x0e\x41\x64\x61pterService\x12N\n\x0bLoadAdapter\x12\x1e.lorarep.v1.LoadAdapterRequest\x1a\x1f.lorarep.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .lorarep.v1.UnloadAdapterRequest\x1a!.lorarep.v1.UnloadAdapterResponse\x12K\n\nGetAdapter\x12\x1d.lorarep.v1.GetAdapterRequest\x1a\x1e.lorarep.v1.GetAdapterResponse\x12Q\n\x0cListAdapters\x12\x1f.lorarep.v1.ListAdaptersRequest\x1a .lorarep.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorarep/v1/adapters.proto\x12\nlorarep.v1\"\xcd\x01\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrepository\x18\x02 \x01(\t\x12\x15\n\x08revision\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05stack\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x13\n\x06pinned\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x15\n\x08priority\x18\x06 \x01(\x05H\x03\x88\x01\x01\x12\x0f\n\x07replace\x18\x07 \x01(\x08\x42\x0b\n\t_revisionB\x08\n\x06_stackB\t\n\x07_pinnedB\x0b\n\t_priority\"t\n\x13LoadAdapterResponse\x12,\n\x08progress\x18\x01 \x01(\x0b\x32\x18.lorarep.v1.LoadProgressH\x00\x12&\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x13.lorarep.v1.AdapterH\x00\x42\x07\n\x05\x65vent\"Q\n\x0cLoadProgress\x12$\n\x05stage\x18\x01 \x01(\x0e\x32\x15.lorarep.v1.LoadStage\x12\x0c\n\x04\x64one\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.lorarep.v1.Adapter\"\x15\n\x13ListAdaptersRequest\"=\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.lorarep.v1.Adapter\"\xd9\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrepository\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12%\n\x04kind\x18\x05 \x01(\x0e\x32\x17.lorarep.v1.AdapterKind\x12\x0e\n\x06layers\x18\x06 \x03(\r\x12\x0c\n\x04rank\x18\x07 \x01(\r\x12\x12\n\nparameters\x18\x08 \x01(\x04\x12\r\n\x05\x62ytes\x18\t \x01(\x04\x12\x12\n\nreferences\x18\n \x01(\r\x12%\n\x04tier\x18\x0b \x01(\x0e\x32\x17.lorarep.v1.AdapterTier\x12\x0e\n\x06pinned\x18\x0c \x01(\x08\x12\x10\n\x08priority\x18\r \x01(\x05\x12\'\n\x05state\x18\x0e \x01(\x0e\x32\x18.lorarep.v1.AdapterState\x12\r\n\x05\x65rror\x18\x0f \x01(\t\x12\x0f\n\x07\x64\x65sired\x18\x10 \x01(\x08*\x8e\x01\n\tLoadStage\x12\x1a\n\x16LOAD_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12LOAD_STAGE_WAITING\x10\x01\x12\x1a\n\x16LOAD_STAGE_DOWNLOADING\x10\x02\x12\x17\n\x13LOAD_STAGE_CHECKING\x10\x03\x12\x18\n\x14LOAD_STAGE_COMPILING\x10\x04*|\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_STATE_LOADED\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x03*r\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_TIER_DEVICE\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_TIER_HOST\x10\x02\x12\x15\n\x11\x41\x44\x41PTER_TIER_DISK\x10\x03*Y\n\x0b\x41\x64\x61pterKind\x12\x1c\n\x18\x41\x44\x41PTER_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x41\x44\x41PTER_KIND_LORA\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_KIND_DORA\x10\x02\x32\xd8\x02\n\x0e\x41\x64\x61pterService\x12P\n\x0bLoadAdapter\x12\x1e.lorarep.v1.LoadAdapterRequest\x1a\x1f.lorarep.v1.LoadAdapterResponse0\x01\x12T\n\rUnloadAdapter\x12 .lorarep.v1.UnloadAdapterRequest\x1a!.lorarep.v1.UnloadAdapterResponse\x12K\n\nGetAdapter\x12\x1d.lorarep.v1.GetAdapterRequest\x1a\x1e.lorarep.v1.GetAdapterResponse\x12Q\n\x0cListAdapters\x12\x1f.lorarep.v1.ListAdaptersRequest\x1a .lorarep.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorarep.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERKIND']._serialized_start=686
-  _globals['_ADAPTERKIND']._serialized_end=775
-  _globals['_LOADADAPTERREQUEST']._serialized_start=41
-  _globals['_LOADADAPTERREQUEST']._serialized_end=161
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=163
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=222
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=224
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=260
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=262
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=285
-  _globals['_GETADAPTERREQUEST']._serialized_start=287
-  _globals['_GETADAPTERREQUEST']._serialized_end=320
-  _globals['_GETADAPTERRESPONSE']._serialized_start=322
-  _globals['_GETADAPTERRESPONSE']._serialized_end=380
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=382
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=403
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=405
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=466
-  _globals['_ADAPTER']._serialized_start=469
-  _globals['_ADAPTER']._serialized_end=684
-  _globals['_ADAPTERSERVICE']._serialized_start=778
-  _globals['_ADAPTERSERVICE']._serialized_end=1120
+  _globals['_LOADSTAGE']._serialized_start=1043
+  _globals['_LOADSTAGE']._serialized_end=1185
+  _globals['_ADAPTERSTATE']._serialized_start=1187
+  _globals['_ADAPTERSTATE']._serialized_end=1311
+  _globals['_ADAPTERTIER']._serialized_start=1313
+  _globals['_ADAPTERTIER']._serialized_end=1427
+  _globals['_ADAPTERKIND']._serialized_start=1429
+  _globals['_ADAPTERKIND']._serialized_end=1518
+  _globals['_LOADADAPTERREQUEST']._serialized_start=42
+  _globals['_LOADADAPTERREQUEST']._serialized_end=247
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=249
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=365
+  _globals['_LOADPROGRESS']._serialized_start=367
+  _globals['_LOADPROGRESS']._serialized_end=448
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=450
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=486
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=488
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=511
+  _globals['_GETADAPTERREQUEST']._serialized_start=513
+  _globals['_GETADAPTERREQUEST']._serialized_end=546
+  _globals['_GETADAPTERRESPONSE']._serialized_start=548
+  _globals['_GETADAPTERRESPONSE']._serialized_end=606
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=608
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=629
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=631
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=692
+  _globals['_ADAPTER']._serialized_start=695
+  _globals['_ADAPTER']._serialized_end=1040
+  _globals['_ADAPTERSERVICE']._serialized_start=1521
+  _globals['_ADAPTERSERVICE']._serialized_end=1865
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,94 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _LoadStage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LoadStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoadStage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOAD_STAGE_UNSPECIFIED: _LoadStage.ValueType  # 0
+    """Never sent."""
+    LOAD_STAGE_WAITING: _LoadStage.ValueType  # 1
+    """For its turn, as only so many are loaded at a time; or for another load of the name to end."""
+    LOAD_STAGE_DOWNLOADING: _LoadStage.ValueType  # 2
+    """From the Hub into the server's cache."""
+    LOAD_STAGE_CHECKING: _LoadStage.ValueType  # 3
+    """Configuration and header against the base; the file's digest."""
+    LOAD_STAGE_COMPILING: _LoadStage.ValueType  # 4
+    """Into device memory, in the form that is computed with."""
+
+class LoadStage(_LoadStage, metaclass=_LoadStageEnumTypeWrapper):
+    """Part of a load. One that takes no time may never be seen."""
+
+LOAD_STAGE_UNSPECIFIED: LoadStage.ValueType  # 0
+"""Never sent."""
+LOAD_STAGE_WAITING: LoadStage.ValueType  # 1
+"""For its turn, as only so many are loaded at a time; or for another load of the name to end."""
+LOAD_STAGE_DOWNLOADING: LoadStage.ValueType  # 2
+"""From the Hub into the server's cache."""
+LOAD_STAGE_CHECKING: LoadStage.ValueType  # 3
+"""Configuration and header against the base; the file's digest."""
+LOAD_STAGE_COMPILING: LoadStage.ValueType  # 4
+"""Into device memory, in the form that is computed with."""
+Global___LoadStage: _TypeAlias = LoadStage  # noqa: Y015
+
+class _AdapterState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_STATE_UNSPECIFIED: _AdapterState.ValueType  # 0
+    """Never sent."""
+    ADAPTER_STATE_LOADING: _AdapterState.ValueType  # 1
+    """Not yet: the adapters file wants it, and it is on its way. Requests for it wait."""
+    ADAPTER_STATE_LOADED: _AdapterState.ValueType  # 2
+    """Yes."""
+    ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 3
+    """No: the adapters file wants it, and the last attempt failed. There will be another. Requests for it are UNAVAILABLE."""
+
+class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
+    """Whether requests can name an adapter."""
+
+ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
+"""Never sent."""
+ADAPTER_STATE_LOADING: AdapterState.ValueType  # 1
+"""Not yet: the adapters file wants it, and it is on its way. Requests for it wait."""
+ADAPTER_STATE_LOADED: AdapterState.ValueType  # 2
+"""Yes."""
+ADAPTER_STATE_FAILED: AdapterState.ValueType  # 3
+"""No: the adapters file wants it, and the last attempt failed. There will be another. Requests for it are UNAVAILABLE."""
+Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
+
+class _AdapterTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_TIER_UNSPECIFIED: _AdapterTier.ValueType  # 0
+    """Nowhere yet."""
+    ADAPTER_TIER_DEVICE: _AdapterTier.ValueType  # 1
+    """Device memory: requests start at once."""
+    ADAPTER_TIER_HOST: _AdapterTier.ValueType  # 2
+    """Compiled, in the host's memory."""
+    ADAPTER_TIER_DISK: _AdapterTier.ValueType  # 3
+    """The server's cache of downloaded files alone."""
+
+class AdapterTier(_AdapterTier, metaclass=_AdapterTierEnumTypeWrapper):
+    """Where an adapter is."""
+
+ADAPTER_TIER_UNSPECIFIED: AdapterTier.ValueType  # 0
+"""Nowhere yet."""
+ADAPTER_TIER_DEVICE: AdapterTier.ValueType  # 1
+"""Device memory: requests start at once."""
+ADAPTER_TIER_HOST: AdapterTier.ValueType  # 2
+"""Compiled, in the host's memory."""
+ADAPTER_TIER_DISK: AdapterTier.ValueType  # 3
+"""The server's cache of downloaded files alone."""
+Global___AdapterTier: _TypeAlias = AdapterTier  # noqa: Y015
+
 class _AdapterKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -53,6 +141,9 @@ class LoadAdapterRequest(_message.Message):
     REPOSITORY_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     STACK_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that requests will use. 1 to 256 printable characters, without commas and without spaces at its edges."""
     repository: _builtins.str
@@ -63,6 +154,16 @@ class LoadAdapterRequest(_message.Message):
     """Name of the stack whose positions the adapter's layer numbers count, for an adapter that was trained on a physically
     stacked model; see ListStacks. Default: the adapter's own `layer_replication`, or the base's order of layers.
     """
+    pinned: _builtins.bool
+    """Whether it never leaves the device for others. Default: as it is if it is loaded already, else false."""
+    priority: _builtins.int
+    """Among those that may leave the device, the lowest goes first, then the one that has gone unused the longest. Default:
+    as it is if it is loaded already, else 0.
+    """
+    replace: _builtins.bool
+    """Whether another revision that has the name gives it up, once this one is loaded; requests under way finish on
+    theirs. A branch is resolved anew, so that this is how one that has moved is followed.
+    """
     def __init__(
         self,
         *,
@@ -70,15 +171,26 @@ class LoadAdapterRequest(_message.Message):
         repository: _builtins.str = ...,
         revision: _builtins.str | None = ...,
         stack: _builtins.str | None = ...,
+        pinned: _builtins.bool | None = ...,
+        priority: _builtins.int | None = ...,
+        replace: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_revision", b"_revision", "_stack", b"_stack", "revision", b"revision", "stack", b"stack"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pinned", b"_pinned", "_priority", b"_priority", "_revision", b"_revision", "_stack", b"_stack", "pinned", b"pinned", "priority", b"priority", "revision", b"revision", "stack", b"stack"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_revision", b"_revision", "_stack", b"_stack", "name", b"name", "repository", b"repository", "revision", b"revision", "stack", b"stack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pinned", b"_pinned", "_priority", b"_priority", "_revision", b"_revision", "_stack", b"_stack", "name", b"name", "pinned", b"pinned", "priority", b"priority", "replace", b"replace", "repository", b"repository", "revision", b"revision", "stack", b"stack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pinned: _TypeAlias = _typing.Literal["pinned"]  # noqa: Y015
+    _WhichOneofArgType__pinned: _TypeAlias = _typing.Literal["_pinned", b"_pinned"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__revision: _TypeAlias = _typing.Literal["revision"]  # noqa: Y015
     _WhichOneofArgType__revision: _TypeAlias = _typing.Literal["_revision", b"_revision"]  # noqa: Y015
     _WhichOneofReturnType__stack: _TypeAlias = _typing.Literal["stack"]  # noqa: Y015
     _WhichOneofArgType__stack: _TypeAlias = _typing.Literal["_stack", b"_stack"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pinned) -> _WhichOneofReturnType__pinned | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__revision) -> _WhichOneofReturnType__revision | None: ...
     @_typing.overload
@@ -88,25 +200,62 @@ Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class LoadAdapterResponse(_message.Message):
-    """An adapter was loaded."""
+    """How a load goes on, then the adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PROGRESS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def progress(self) -> Global___LoadProgress: ...
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The last message: requests can name it."""
+
     def __init__(
         self,
         *,
+        progress: Global___LoadProgress | None = ...,
         adapter: Global___Adapter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "adapter"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class LoadProgress(_message.Message):
+    """Where a load is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    stage: Global___LoadStage.ValueType
+    done: _builtins.int
+    """How much of the stage is done: bytes while downloading, linear modules while compiling, else 0."""
+    total: _builtins.int
+    """How much there is, as far as it is known yet; 0 if it is not, or there is nothing to count."""
+    def __init__(
+        self,
+        *,
+        stage: Global___LoadStage.ValueType = ...,
+        done: _builtins.int = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "stage", b"stage", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+Global___LoadProgress: _TypeAlias = LoadProgress  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterRequest(_message.Message):
@@ -234,7 +383,9 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
-    """An adapter that requests can name."""
+    """An adapter that requests can name, or will be able to: while it is not LOADED, only its name, repository, `pinned`,
+    `priority`, state and error are known.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -248,7 +399,12 @@ class Adapter(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     REFERENCES_FIELD_NUMBER: _builtins.int
-    LOADED_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    DESIRED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What requests call it."""
     repository: _builtins.str
@@ -263,11 +419,22 @@ class Adapter(_message.Message):
     parameters: _builtins.int
     """Numbers in its file."""
     bytes: _builtins.int
-    """Device memory it holds, in bytes; 0 while it is evicted."""
+    """Device memory it holds, in bytes; 0 while it is not on the device."""
     references: _builtins.int
     """Requests that hold it now."""
-    loaded: _builtins.bool
-    """Whether it is in device memory. If not, it was evicted, and the next request for it loads the same revision again."""
+    tier: Global___AdapterTier.ValueType
+    """Where it is now. The next request for it brings the same revision back to the device."""
+    pinned: _builtins.bool
+    """Whether it never leaves the device for others."""
+    priority: _builtins.int
+    """Among those that may leave the device, the lowest goes first."""
+    state: Global___AdapterState.ValueType
+    error: _builtins.str
+    """Why the last attempt to load it failed, as a status code and its message; empty if it did not. Of an adapter that is
+    LOADED, it is what the adapters file wants in its place by now that could not be loaded.
+    """
+    desired: _builtins.bool
+    """Whether the server's adapters file has it loaded."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The stack it is for: the base's layers in the order in which they are walked, counted from 0."""
@@ -285,11 +452,16 @@ class Adapter(_message.Message):
         parameters: _builtins.int = ...,
         bytes: _builtins.int = ...,
         references: _builtins.int = ...,
-        loaded: _builtins.bool = ...,
+        tier: Global___AdapterTier.ValueType = ...,
+        pinned: _builtins.bool = ...,
+        priority: _builtins.int = ...,
+        state: Global___AdapterState.ValueType = ...,
+        error: _builtins.str = ...,
+        desired: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "commit", b"commit", "digest", b"digest", "kind", b"kind", "layers", b"layers", "loaded", b"loaded", "name", b"name", "parameters", b"parameters", "rank", b"rank", "references", b"references", "repository", b"repository"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "commit", b"commit", "desired", b"desired", "digest", b"digest", "error", b"error", "kind", b"kind", "layers", b"layers", "name", b"name", "parameters", b"parameters", "pinned", b"pinned", "priority", b"priority", "rank", b"rank", "references", b"references", "repository", b"repository", "state", b"state", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -35,7 +35,7 @@ class AdapterServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.LoadAdapter = channel.unary_unary(
+        self.LoadAdapter = channel.unary_stream(
                 '/lorarep.v1.AdapterService/LoadAdapter',
                 request_serializer=lorarep_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=lorarep_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
@@ -62,11 +62,19 @@ class AdapterServiceServicer:
     """
 
     def LoadAdapter(self, request, context):
-        """Downloads, checks and compiles an adapter, then gives it its name. OK without any work if the name is that very
-        revision's already; ALREADY_EXISTS if it is another's. PERMISSION_DENIED if the server's allow-list does not permit
-        the repository; FAILED_PRECONDITION names a field or tensor that the server cannot honour; DATA_LOSS a corrupt file;
-        RESOURCE_EXHAUSTED too little memory or disk; UNAVAILABLE a Hub that does not answer. A load goes on if its caller
-        leaves.
+        """Downloads, checks and compiles an adapter, then gives it its name. Answers with any number of `progress`, at most a
+        few a second and none that is out of date by the time it is sent, and one `adapter` at the end. Calls that ask for
+        the same load while it is under way share it, whoever began it; it is cancelled at its next progress, and leaves
+        nothing behind, when the last of them has been cancelled or has left.
+
+        What the server's adapters file wants under a name is had loaded at once by the same request, or is resolved anew if
+        `replace` is set; FAILED_PRECONDITION names a field in which the request wants it otherwise.
+
+        OK without any work if the name is that very revision's already; ALREADY_EXISTS if it is another's, unless `replace`
+        is set. PERMISSION_DENIED if the server's allow-list does not permit the repository; FAILED_PRECONDITION names a
+        field or tensor that the server cannot honour; DATA_LOSS a corrupt file; RESOURCE_EXHAUSTED too little memory or
+        disk, or too many loads that wait already, with the milliseconds to wait before another attempt in the trailing
+        metadata `grpc-retry-pushback-ms`; UNAVAILABLE a Hub that does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,21 +82,21 @@ class AdapterServiceServicer:
 
     def UnloadAdapter(self, request, context):
         """Takes an adapter's name away. Requests under way finish on it, then its memory is freed. NOT_FOUND if no adapter has
-        the name.
+        the name; FAILED_PRECONDITION if it is the server's adapters file that has it loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """NOT_FOUND if no adapter has the name.
+        """NOT_FOUND if no adapter has the name, and the server's adapters file wants none of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """All adapters that have a name, in its order.
+        """All adapters that have a name, and those that the server's adapters file wants, in the order of their names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +105,7 @@ class AdapterServiceServicer:
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+            'LoadAdapter': grpc.unary_stream_rpc_method_handler(
                     servicer.LoadAdapter,
                     request_deserializer=lorarep_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
                     response_serializer=lorarep_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
@@ -140,7 +148,7 @@ class AdapterService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/lorarep.v1.AdapterService/LoadAdapter',

@@ -189,8 +189,9 @@ async def _load(adapters: Any) -> tuple[str, str]:
     """Repository and commit of the late adapter, once it can be used."""
     from lorarep.v1 import adapters_pb2 as pb
 
-    response = await adapters.LoadAdapter(pb.LoadAdapterRequest(name=LATE, repository=_repository(LATE)))
-    return response.adapter.repository, response.adapter.commit
+    call = adapters.LoadAdapter(pb.LoadAdapterRequest(name=LATE, repository=_repository(LATE)))
+    *_, last = [message async for message in call]
+    return last.adapter.repository, last.adapter.commit
 
 
 async def _show_adapters(adapters: Any) -> None:

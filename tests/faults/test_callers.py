@@ -1,0 +1,153 @@
+"""Those who wait for a load: together, in a queue, and leaving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lorarep.v1 import adapters_pb2 as pb
+
+from tests.faults.conftest import Failpoints, Innocent, refused
+from tests.models import save_adapter
+from tests.server.conftest import ADAPTERS, World
+from tests.server.running import OnTerminal, Server, adapters, load, loading, request, stream, unload, wait_for
+
+WEIGHTS = "adapter_model.safetensors"
+AT_A_TIME, MOST = 8, 72
+STAGES = {
+    pb.LOAD_STAGE_DOWNLOADING: "load-download",
+    pb.LOAD_STAGE_CHECKING: "load-check",
+    pb.LOAD_STAGE_COMPILING: "load-compile",
+}
+"""And where they are held."""
+
+
+@pytest.fixture
+def new(world: World, tmp_path: Path) -> str:
+    """A repository that no cache holds."""
+    name = f"org/{tmp_path.name[:60]}"
+    world.hub.publish(name, save_adapter(world.base, tmp_path / "new", seed=5, **ADAPTERS["plain"]))
+    return name
+
+
+def until(call: Any, stage: int) -> pb.LoadProgress:
+    return next(message.progress for message in call if message.progress.stage == stage)
+
+
+def ended(server: Server, outcome: str) -> float:
+    """How many loads ended so."""
+    return server.metrics().get(f"lorarep_adapter_load_seconds_count{{outcome={outcome}}}{{source=hub}}", 0)
+
+
+def leave(server: Server, *calls: Any) -> None:
+    """Cancels calls, until the server has noticed."""
+
+    def noticed() -> int:
+        return sum(" CANCELLED " in line for line in server.log)
+
+    before = noticed()
+    for call in calls:
+        call.cancel()
+    wait_for(lambda: noticed() >= before + len(calls), "the callers to have left")
+
+
+def test_every_stage_of_a_load_is_told(server: Server, innocent: Innocent, failpoints: Failpoints, new: str) -> None:
+    for failpoint in STAGES.values():
+        failpoints.set(failpoint, "hold")
+    seen = []
+    for message in loading(server, "new", new):
+        at = message.progress
+        seen.append((at.stage, 0 < at.done <= at.total))
+        if at.stage in STAGES:
+            failpoints.unset(STAGES[at.stage])
+    assert message.adapter.name == "new"
+    downloading = [counted for stage, counted in seen if stage == pb.LOAD_STAGE_DOWNLOADING]
+    assert downloading
+    assert all(downloading)
+    assert (pb.LOAD_STAGE_CHECKING, False) in seen
+    assert (pb.LOAD_STAGE_COMPILING, True) in seen
+    assert [stage for stage, _ in seen[:-1]] == sorted(stage for stage, _ in seen[:-1])
+    unload(server, "new")
+
+
+def test_callers_share_a_load_that_goes_on_while_one_of_them_waits(
+    server: Server, world: World, innocent: Innocent, failpoints: Failpoints, new: str
+) -> None:
+    world.hub.asked.clear()
+    before = {outcome: ended(server, outcome) for outcome in ("ok", "cancelled")}
+    failpoints.set("load-download", "hold")
+    generating = stream(server, request("x", new))
+    failpoints.wait_reached("load-download")
+    first, second = loading(server, new, new), loading(server, new, new)
+    for call in (first, second):
+        # It was begun by the request, and is where that one has brought it.
+        assert next(call).progress.stage == pb.LOAD_STAGE_DOWNLOADING
+    leave(server, generating, first)
+    failpoints.unset("load-download")
+    *_, last = second
+    assert last.adapter.name == new
+    assert world.hub.downloads().count(WEIGHTS) == 1
+    assert {outcome: ended(server, outcome) - before[outcome] for outcome in before} == {"ok": 1, "cancelled": 0}
+    unload(server, new)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("asks", ["LoadAdapter", "GenerateStream"])
+def test_a_load_that_all_callers_have_left_is_cancelled_and_leaves_nothing(
+    server: Server, world: World, innocent: Innocent, failpoints: Failpoints, new: str, stage: int, asks: str
+) -> None:
+    before = ended(server, "cancelled")
+    failpoints.set(STAGES[stage], "hold")
+    call = loading(server, new, new) if asks == "LoadAdapter" else stream(server, request("x", new))
+    failpoints.wait_reached(STAGES[stage])
+    leave(server, call)
+    failpoints.unset(STAGES[stage])
+    wait_for(lambda: ended(server, "cancelled") == before + 1, "the load to end")
+    assert new not in adapters(server)
+    cached = world.cache / f"models--{new.replace('/', '--')}"
+    assert not list(cached.rglob("*.incomplete"))
+    if stage == pb.LOAD_STAGE_DOWNLOADING:
+        assert len(list(cached.glob("blobs/*"))) <= 1  # of the two files, the other one
+    assert load(server, new, new).name == new
+    unload(server, new)
+
+
+def test_loads_wait_their_turn_and_one_too_many_is_refused_with_a_hint(
+    server: Server, innocent: Innocent, failpoints: Failpoints
+) -> None:
+    failpoints.set("load-check", "hold")
+    calls = [loading(server, f"held{i}", "org/plain") for i in range(AT_A_TIME)]
+    for call in calls:
+        until(call, pb.LOAD_STAGE_CHECKING)
+    calls += [loading(server, f"waits{i}", "org/plain") for i in range(MOST - AT_A_TIME)]
+    for call in calls[AT_A_TIME:]:
+        assert next(call).progress == pb.LoadProgress(stage=pb.LOAD_STAGE_WAITING)
+    error = refused(lambda: load(server, "over", "org/plain"), "RESOURCE_EXHAUSTED", f"loads: {MOST}")
+    assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+    leave(server, calls.pop())  # makes room at once, though the threads are held
+    calls.append(loading(server, "again", "org/plain"))
+    assert next(calls[-1]).HasField("progress")
+    before = ended(server, "cancelled")
+    leave(server, *calls[1:])
+    failpoints.unset("load-check")
+    *_, last = calls[0]
+    assert last.adapter.name == "held0"
+    wait_for(lambda: ended(server, "cancelled") == before + AT_A_TIME - 1, "the others that had begun to end")
+    unload(server, "held0")
+
+
+def test_the_command_line_shows_a_loads_progress(
+    server: Server, innocent: Innocent, failpoints: Failpoints, new: str
+) -> None:
+    for name in ("load-download", "load-compile"):
+        failpoints.set(name, "hold")
+    command = OnTerminal("adapters", "load", f"new={new}", f"--server={server.address}")
+    wait_for(lambda: "downloading: " in command.shown, "the download to be shown")
+    failpoints.unset("load-download")
+    wait_for(lambda: "compiling: " in command.shown, "the compilation to be shown")
+    failpoints.unset("load-compile")
+    assert command.wait() == 0, command.shown
+    for stage in ("downloading", "compiling"):
+        assert f"{stage}: 100%" in command.shown, command.shown
+    unload(server, "new")

@@ -46,7 +46,7 @@ class Failpoints:
 
     def clear(self) -> None:
         for file in self._folder.iterdir():
-            file.unlink()
+            file.unlink(missing_ok=True)  # what acts once goes by itself
 
 
 class Innocent:

@@ -8,8 +8,6 @@ from tests.hub_faults import FaultyHub
 
 # Before torch is imported: the workers share the cores, and so do the servers they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# oneDNN keeps a kernel for each of the last thousand shapes, which would look like growth until they are there.
-os.environ.update(LRU_CACHE_CAPACITY="128", ONEDNN_PRIMITIVE_CACHE_CAPACITY="128")
 # All servers are on loopback, which a proxy for the package index cannot reach.
 os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # else huggingface_hub, imported later, asks its own Hub about the caller

@@ -72,6 +72,17 @@ def test_random_bytes_and_frames_on_the_port_harm_nobody(server: Server, innocen
     assert len(server.generation.Generate(request("abc")).token_ids) == 12
 
 
+def test_a_peer_writes_no_lines_of_the_log(server: Server, innocent: Innocent) -> None:
+    goaway = frame(7, 0, 0, bytes(8) + b"\xff\n2026 INFO lorarep_server: all is well\n")
+    with connect(server) as connection:
+        connection.sendall(PREFACE + SETTINGS + goaway + frame(6, 0, 0, b"pingpong"))
+        got = b""
+        while b"pingpong" not in got:  # it has come this far
+            got += connection.recv(4096)
+    assert len(server.generation.Generate(request("abc")).token_ids) == 12
+    assert not any("all is well" in line for line in server.log)
+
+
 def test_a_flood_of_pings_ends_its_connection_alone(server: Server, innocent: Innocent) -> None:
     with connect(server) as connection:
         connection.sendall(PREFACE + SETTINGS)

@@ -272,7 +272,9 @@ class AdapterPool:
         return item
 
     def _bring(self, item: Revision, progress: Progress | None) -> None:
-        while item.adapter is None:
+        while item.adapter is None or item.is_leaving:
+            with self._changed:
+                self._changed.wait_for(lambda: not item.is_leaving)
             fetch = self.tiers.prefetch(item, progress)
             if fetch is not None:
                 fetch.result()

@@ -1,10 +1,11 @@
-"""Thousands of adapters through one small base on the CPU: what a request waits whose adapter has to come from the Hub.
+"""Thousands of adapters over one small base on the CPU: what a request waits for its adapter, by where that is.
 
-    python benchmarks/adapters.py [--published 10000] [--used 2000] [--device-adapters 64] [--minutes 10]
+    python benchmarks/adapters.py [--registered 10000] [--used 2000] [--device-adapters 64] [--host-adapters 512]
+        [--minutes 10]
 
-A Hub on loopback publishes all of them. Requests draw their adapter by Zipf's law over the published ones, eight at a
-time, until enough different ones have been used; a few dozen fit in memory, so the others come and go. Every answer is
-compared with that of the same adapter earlier.
+A Hub on loopback publishes all of them, and each is loaded under a name. Requests draw names by Zipf's law, eight at a
+time, until enough different ones have been used; a few dozen fit on the device and some hundreds in host memory, so the
+others come and go. Every answer is compared with that of the same adapter earlier.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lorarep_server.demo.hub import HubStandIn
@@ -37,9 +39,10 @@ PROMPT = tuple(range(40, 60))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--published", type=int, default=10_000)
+    parser.add_argument("--registered", type=int, default=10_000)
     parser.add_argument("--used", type=int, default=2_000)
     parser.add_argument("--device-adapters", type=int, default=64)
+    parser.add_argument("--host-adapters", type=int, default=512)
     parser.add_argument("--minutes", type=float, default=10)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, HubStandIn() as hub:
@@ -53,52 +56,69 @@ def run(folder: Path, hub: HubStandIn, options: argparse.Namespace) -> None:
         base, folder / "adapter", r=4, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 4], [2, 6]]
     )
     config = json.loads((made / "adapter_config.json").read_text())
-    for i in range(options.published):
+    for i in range(options.registered):
         # Each is its own: another scale.
-        (made / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1 + i * 16 / options.published}))
+        (made / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1 + i * 16 / options.registered}))
         hub.publish(f"many/adapter-{i}", made)
     probe = Engine(EngineConfig(BaseConfig(str(base), device="cpu"), scheduler=SchedulerConfig(kv_bytes=16 << 20)))
     size = probe.adapters.load("probe", str(made), trusted=True).bytes
     engine = Engine(
         EngineConfig(
             BaseConfig(str(base), device="cpu"),
-            adapters=AdapterLimits(allow_repositories=("many/*",), device_bytes=size * options.device_adapters),
+            adapters=AdapterLimits(
+                device_bytes=size * options.device_adapters,
+                host_bytes=size * options.host_adapters,
+            ),
             scheduler=SchedulerConfig(kv_bytes=16 << 20),
         )
     )
+    names = [f"adapter-{i}" for i in range(options.registered)]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(AT_ONCE) as loaders:
+        loads = loaders.map(lambda name: engine.adapters.load(name, f"many/{name}", trusted=True), names)
+        for _ in tqdm(loads, "adapters", len(names)):
+            pass
+    loading = time.perf_counter() - began
     engine.start()
-    popularity = 1 / np.arange(1, options.published + 1)
+    popularity = 1 / np.arange(1, options.registered + 1)
     dice = np.random.default_rng(0)
     lock = threading.Lock()
     answers: dict[str, tuple[int, ...]] = {}
-    cold: list[float] = []
-    warm: list[float] = []
+    firsts: dict[str, list[float]] = {"device": [], "host": [], "disk": []}
     wrong: list[str] = []
-    memory: list[int] = []
+    memory = [psutil.Process().memory_info().rss]
     until = time.monotonic() + 60 * options.minutes
 
     def ask(name: str) -> None:
         began = time.perf_counter()
-        loaded = name in {info.name for info in engine.adapters.list() if info.tier == "device"}
+        tier = engine.adapters.get(name).tier
         first, tokens = answer(engine, name, began)
         with lock:
-            (warm if loaded else cold).append(first)
+            firsts[tier].append(first)
             if answers.setdefault(name, tokens) != tokens:
                 wrong.append(name)
 
     with ThreadPoolExecutor(AT_ONCE) as callers:
         while len(answers) < options.used and time.monotonic() < until:
-            drawn = dice.choice(options.published, size=AT_ONCE * 4, p=popularity / popularity.sum())
-            list(callers.map(ask, [f"many/adapter-{i}" for i in drawn]))
+            drawn = dice.choice(options.registered, size=AT_ONCE * 4, p=popularity / popularity.sum())
+            list(callers.map(ask, [names[i] for i in drawn]))
             memory.append(psutil.Process().memory_info().rss)
     engine.stop()
-    requests = len(cold) + len(warm)
-    print(f"{options.published} adapters published, {len(answers)} used by {requests} requests, {len(wrong)} wrong")
-    print(f"{engine.adapters.evictions} evictions; room for {options.device_adapters} of {size} bytes")
-    for title, seconds in (("loaded", warm), ("from the Hub or its cache", cold)):
-        median, late = statistics.median(seconds), sorted(seconds)[int(len(seconds) * 0.99)]
-        print(f"first token, adapter {title}: median {median * 1e3:.0f} ms, 99 % {late * 1e3:.0f} ms")
-    print(f"resident after half of the time {memory[len(memory) // 2] >> 20} MiB, at the end {memory[-1] >> 20} MiB")
+    requests = sum(map(len, firsts.values()))
+    print(f"{options.registered} adapters downloaded and loaded in {loading:.0f} s")
+    print(f"{len(answers)} used by {requests} requests, {len(wrong)} wrong")
+    print(
+        f"{engine.adapters.tiers.evictions} evictions; on the device is room for {options.device_adapters} of {size} "
+        f"bytes, in host memory for {options.host_adapters}"
+    )
+    for tier, seconds in firsts.items():
+        if seconds:
+            median, late = statistics.median(seconds), sorted(seconds)[int(len(seconds) * 0.99)]
+            print(
+                f"first token, adapter from {tier}: {len(seconds)} requests, median {median * 1e3:.0f} ms, "
+                f"99 % {late * 1e3:.0f} ms"
+            )
+    print(f"resident before the first request {memory[0] >> 20} MiB, after the last {memory[-1] >> 20} MiB")
     if wrong or len(answers) < options.used:
         raise SystemExit(1)
 

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_session
+from huggingface_hub import HfApi, RepoFile, constants, get_cached_repo_tree, get_session
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     DisabledRepoError,
@@ -30,7 +30,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 from huggingface_hub.utils.tqdm import tqdm
 
 from lorarep_runtime.errors import (
@@ -116,7 +118,7 @@ def fetch(
         NotFound: no such folder; or the Hub knows no such repository, revision or file.
         PermissionDenied: the Hub refuses access.
         FailedPrecondition: the weights are pickled; they are neither downloaded nor opened.
-        DataLoss: shards of a base are missing.
+        DataLoss: shards of a base are missing, or what came is not what the Hub lists; the cache does not keep that.
         Exhausted: the disk is full.
         Unavailable: the Hub did not answer properly, and the cache does not hold all files.
     """
@@ -129,6 +131,7 @@ def fetch(
     _check_repository(source)
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise InvalidArgument(f"revision: {revision!r} is not the name of a branch, tag or commit")
+    known = _blobs(source, cache_dir)
     folder = _download(source, revision, kind, cache_dir, progress)
     try:
         tree = get_cached_repo_tree(source, revision=folder.name, cache_dir=cache_dir)
@@ -136,6 +139,7 @@ def fetch(
         # Without the listing nobody can tell a whole snapshot from a partial one.
         raise Unavailable(f"{source}: the hub cannot be reached, and the cache may hold only part of it") from error
     _check_files({file.path for file in tree}, kind, source)
+    _check_contents(folder, tree, known)
     if kind == "base":
         _check_shards(folder)
     return Snapshot(folder, source, folder.name)
@@ -213,6 +217,37 @@ def _check_shards(folder: Path) -> None:
         raise DataLoss(f"{INDEX}: not an index of safetensors") from error
     if missing:
         raise DataLoss(f"{INDEX}: names {missing[0]}, which is not there")
+
+
+def _blobs(repository: str, cache_dir: Path | None) -> set[str]:
+    """Names of the contents that the cache holds of a repository."""
+    name = repo_folder_name(repo_id=repository, repo_type="model")
+    try:
+        return set(os.listdir(Path(cache_dir or constants.HF_HUB_CACHE, name, "blobs")))
+    except OSError:
+        return set()
+
+
+def _check_contents(folder: Path, tree: Sequence[RepoFile], known: Collection[str]) -> None:
+    """Takes out of the cache again what came and is not what the Hub lists. The client compares sizes alone, and those
+    with what the same answer claims."""
+    lost = [file.path for file in tree if (folder / file.path).exists() and not _is_whole(folder, file, known)]
+    for name in lost:
+        path = folder / name
+        if path.is_symlink():
+            (path.parent / path.readlink()).unlink(missing_ok=True)
+        path.unlink()
+    if lost:
+        # The listing may be what was wrong.
+        (folder.parents[1] / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
+        raise DataLoss(f"{lost[0]}: what came is not what the hub lists")
+
+
+def _is_whole(folder: Path, file: RepoFile, known: Collection[str]) -> bool:
+    path = folder / file.path
+    if path.is_symlink() and path.readlink().name in known:
+        return True
+    return git_hash(path.read_bytes()) == file.blob_id if file.lfs is None else file_digest(path) == file.lfs.sha256
 
 
 def _download(

@@ -221,9 +221,7 @@ class AdapterPool:
             LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights`; AlreadyExists if the name is another
                 revision's; Exhausted if there is no room. What was loaded before stays.
         """
-        check_name(name)
-        if not trusted:
-            check_allowed(source, self._limits.allow_repositories)
+        self.check_allowed(name, source, trusted)
         with self._alone(name, source):
             item = self._checked(name, source, revision, stack, replace, progress)
             try:
@@ -235,6 +233,17 @@ class AdapterPool:
             finally:
                 self.tiers.let_go(item)
             return self._info(item)
+
+    def check_allowed(self, name: str, source: str, trusted: bool) -> None:
+        """Whether `load` may be asked for that; asks nobody.
+
+        Raises:
+            InvalidArgument: the name or the repository is none.
+            PermissionDenied: the allow-list does not permit the repository.
+        """
+        check_name(name)
+        if not trusted:
+            check_allowed(source, self._limits.allow_repositories)
 
     @contextmanager
     def _alone(self, name: str, source: str) -> Iterator[None]:
@@ -272,7 +281,9 @@ class AdapterPool:
         return item
 
     def _bring(self, item: Revision, progress: Progress | None) -> None:
-        while item.adapter is None:
+        while item.adapter is None or item.is_leaving:
+            with self._changed:
+                self._changed.wait_for(lambda: not item.is_leaving)
             fetch = self.tiers.prefetch(item, progress)
             if fetch is not None:
                 fetch.result()
@@ -395,9 +406,8 @@ class AdapterPool:
 
     def _register(self, name: str, progress: Progress | None) -> None:
         """Gives a repository that the allow-list permits its own name; it comes to the device with its turn."""
-        check_name(name)
         source, _, revision = name.partition("@")
-        check_allowed(source, self._limits.allow_repositories)
+        self.check_allowed(name, source, False)
         with self._alone(name, source):
             item = self._checked(name, source, revision or None, None, False, progress)
             self._give_name(item)

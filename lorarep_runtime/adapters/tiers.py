@@ -26,8 +26,8 @@ from lorarep_runtime.hub import Progress
 
 log = logging.getLogger(__name__)
 
-THREADS = 8
-"""Adapters on their way to the device at the same time."""
+COMPILING, COPYING = 8, 2
+"""Adapters on their way to the device at the same time: from their files, and from the host's memory."""
 
 
 class Turn(enum.Enum):
@@ -112,7 +112,9 @@ class Tiers:
         self._promised_host_bytes = 0
         """Of what is on its way to the host."""
         self._tick = 0
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="lorarep-adapter")
+        # Apart: a file may have to come from a Hub that does not answer.
+        self._compiling = ThreadPoolExecutor(COMPILING, thread_name_prefix="lorarep-adapter")
+        self._copying = ThreadPoolExecutor(COPYING, thread_name_prefix="lorarep-copy")
         # One for all: libraries keep tens of megabytes for each stream that they have worked on.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -185,7 +187,12 @@ class Tiers:
     def host_bytes(self) -> int:
         """Of copies in the host's memory."""
         with self.changed:
-            return sum(item.copy.nbytes for item in self._copies if item.copy is not None)
+            return sum(self._host_size(item.copy) for item in self._copies if item.copy is not None)
+
+    def _host_size(self, adapter: Adapter) -> int:
+        """What a copy of it takes. PyTorch pins memory in powers of two (CachingHostAllocator)."""
+        size = adapter.storage.nbytes
+        return 1 << (size - 1).bit_length() if self._device.type == "cuda" else size
 
     # Room. All of it under the lock.
 
@@ -221,7 +228,8 @@ class Tiers:
             victim.is_leaving = True
         room = _Room(size, max(0, size - sum(victim.size for victim in leaving)))
         self._rooms.add(room)
-        item.fetch = self._threads.submit(self._fetch, item, room, leaving, for_turn, progress)
+        threads = self._compiling if item.copy is None else self._copying
+        item.fetch = threads.submit(self._fetch, item, room, leaving, for_turn, progress)
         item.fetch.add_done_callback(lambda _: self._fetched(item))
         return True
 
@@ -289,7 +297,8 @@ class Tiers:
         """From the device to the host, where it has room there. Its own on the device goes over to somebody's."""
         adapter, copy = item.adapter, item.copy
         assert adapter is not None
-        if copy is None and self._take_host_room(adapter.nbytes):
+        size = self._host_size(adapter)
+        if copy is None and self._take_host_room(size):
             try:
                 with self.beside_steps():
                     copy = moved(adapter, torch.device("cpu"))
@@ -297,7 +306,7 @@ class Tiers:
                 log.exception("no copy of an adapter in host memory")
             finally:
                 with self.changed:
-                    self._promised_host_bytes -= adapter.nbytes
+                    self._promised_host_bytes -= size
                     if copy is not None:
                         item.copy = copy
                         self._copies.add(item)
@@ -317,6 +326,8 @@ class Tiers:
     def _take_host_room(self, size: int) -> bool:
         """Room for another copy; others go for it: those of what is on the device, then the least recently used."""
         limit = self._limits.host_bytes
+        if size > limit:
+            return False
         with self.changed:
             others = [item for item in self._copies if item.fetch is None]
             others.sort(key=lambda x: (x.adapter is None, x.priority, x.used))

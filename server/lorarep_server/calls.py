@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from lorarep_runtime.errors import Exhausted, Unavailable
+from lorarep_runtime.errors import Exhausted, InvalidArgument, Unavailable
 from lorarep_server.errors import status_of
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,19 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         streams = handler.response_streaming
         inner = handler.unary_stream if streams else handler.unary_unary
 
-        async def guarded(request: Any, context: Any) -> Any:
-            return await self._guard(method.removeprefix(OWN_SERVICES), inner, request, context)
+        async def answer(data: bytes, context: Any) -> Any:
+            try:
+                request = handler.request_deserializer(data)
+            except DecodeError as error:
+                raise InvalidArgument("the request is not a message of its type") from error
+            return await inner(request, context)
+
+        async def guarded(data: bytes, context: Any) -> Any:
+            return await self._guard(method.removeprefix(OWN_SERVICES), answer, data, context)
 
         wrap: Any = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        return wrap(guarded, handler.request_deserializer, handler.response_serializer)
+        # Bytes come as they are: what gRPC's own reading of a request fails with would be UNKNOWN.
+        return wrap(guarded, None, handler.response_serializer)
 
     async def _guard(self, method: str, inner: Callable[..., Awaitable[Any]], request: Any, context: Any) -> Any:
         started, code = time.monotonic(), "OK"

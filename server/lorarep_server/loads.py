@@ -82,6 +82,7 @@ class Loads:
 
     async def load(self, pool: AdapterPool, wanted: AdapterLoad, report: Report | None = None) -> AdapterInfo:
         """What `AdapterPool.load` returns or raises; see `run`."""
+        pool.check_allowed(wanted.name, wanted.repository, wanted.trusted)  # before it waits for others
         source = "folder" if is_folder(wanted.repository) else "hub"
         return await self.run(wanted, partial(wanted.run, pool), report, source)
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from lorarep_runtime.config import AdapterLimits, BaseConfig, DType, EngineConfig, Quantization, SchedulerConfig
 from lorarep_server.config import ServerConfig
+from lorarep_server.log import logging_aside
 from lorarep_server.options import AdapterSource, AdapterSourceType, ByteSize, NamedStack, StackType, option, read_yaml
 
 if TYPE_CHECKING:
@@ -175,11 +175,6 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
         names = [value.name for value in values]
         if twice := {name for name in names if names.count(name) > 1}:
             raise click.UsageError(f"--{flag}: {min(twice)!r} is named twice")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Of what others log, warnings alone: HTTP clients have a line for every request, signed addresses included.
-    logging.getLogger().setLevel(max(logging.WARNING, logging.getLevelName(log_level.upper())))
-    for package in ("lorarep_runtime", "lorarep_server"):
-        logging.getLogger(package).setLevel(log_level.upper())
     config = EngineConfig(
         base=BaseConfig(**_taken(given, BaseConfig)),
         adapters=AdapterLimits(
@@ -207,19 +202,25 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
         max_unread=given["max_unread"],
         max_unread_seconds=given["max_unread_seconds"],
     )
-    run(config, stack, server)
+    with logging_aside(log_level):
+        status = run(config, stack, server)
+    # A load that is under way cannot be interrupted, and must not hold the process back.
+    os._exit(status)
 
 
 def _taken(given: Mapping[str, Any], config: type) -> dict[str, Any]:
     return {field.name: given[field.name] for field in fields(config)}
 
 
-def run(config: EngineConfig, stacks: Sequence[NamedStack], server: ServerConfig) -> NoReturn:
-    """Serves until told to end, and ends the process.
+def run(config: EngineConfig, stacks: Sequence[NamedStack], server: ServerConfig) -> int:
+    """Serves until told to end; the exit status.
 
     Raises:
         LorarepError: the server cannot be started.
     """
+    # Before gRPC is imported: it would log what a peer says at its leave, byte for byte.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
     from lorarep_server.app import App
     from lorarep_server.progress import ProgressBars
 
@@ -231,10 +232,7 @@ def run(config: EngineConfig, stacks: Sequence[NamedStack], server: ServerConfig
             asyncio.get_running_loop().add_signal_handler(number, app.stop)
         return await app.run()
 
-    status = asyncio.run(until_told())
-    # A load that is under way cannot be interrupted, and must not hold the process back.
-    logging.shutdown()
-    os._exit(status)
+    return asyncio.run(until_told())
 
 
 def load_engine(config: EngineConfig, stacks: Sequence[NamedStack], progress: Progress) -> Engine:

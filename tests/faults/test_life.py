@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 from collections import Counter
 from pathlib import Path
@@ -113,3 +114,15 @@ def test_clients_of_a_killed_server_are_told(world: World, own: Failpoints) -> N
         next(call)
         server.process.send_signal(signal.SIGKILL)
         refused(lambda: list(call), "UNAVAILABLE")
+
+
+def test_a_log_that_nobody_reads_holds_nobody_up(world: World) -> None:
+    with serving([*world.flags(), "--log-level=debug"], world.env) as server:
+        server.wait_ready()
+        assert server.process.stderr is not None
+        fcntl.fcntl(server.process.stderr, fcntl.F_SETPIPE_SZ, 1 << 12)
+        server.reads.clear()
+        for _ in range(300):
+            refused(lambda: server.generation.Generate(request("x", "absent"), timeout=SECONDS), "NOT_FOUND")
+        assert len(server.generation.Generate(request("x"), timeout=SECONDS).token_ids) == 12
+        assert server.stop() == 0

@@ -70,13 +70,17 @@ def test_a_hub_that_fails_is_unavailable_in_time_and_others_load_on(
     unload(server, "new")
 
 
-@pytest.mark.parametrize("claim", [1 << 40])
-def test_a_hub_that_lies_about_a_size_is_unavailable(
-    server: Server, innocent: Innocent, hub: FaultyHub, new: str, claim: int
+@pytest.mark.parametrize(
+    ("file", "claim", "code"),
+    [(WEIGHTS, 1 << 40, "UNAVAILABLE"), (WEIGHTS, 1000, "DATA_LOSS"), ("adapter_config.json", 50, "DATA_LOSS")],
+)
+def test_a_hub_that_lies_about_a_size_poisons_no_cache(
+    server: Server, innocent: Innocent, hub: FaultyHub, world: World, new: str, file: str, claim: int, code: str
 ) -> None:
-    hub.claims[WEIGHTS] = claim
-    refused(lambda: load(server, "new", new), "UNAVAILABLE", new)
+    hub.claims[file] = claim
+    refused(lambda: load(server, "new", new), code, new if code == "UNAVAILABLE" else file)
     assert "new" not in adapters(server)
+    assert not list(world.cache.glob(f"models--{new.replace('/', '--')}/snapshots/*/{file}"))
     hub.claims.clear()
     assert load(server, "new", new).tier == ON_DEVICE
     unload(server, "new")

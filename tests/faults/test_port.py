@@ -7,10 +7,12 @@ import os
 import random
 import socket
 import struct
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
+from lorarep.v1 import generation_pb2
 
 from tests.faults.conftest import Innocent, refused
 from tests.server.running import SECONDS, Server, load, request, wait_for
@@ -70,6 +72,17 @@ def test_random_bytes_and_frames_on_the_port_harm_nobody(server: Server, innocen
     assert len(server.generation.Generate(request("abc")).token_ids) == 12
 
 
+def test_a_peer_writes_no_lines_of_the_log(server: Server, innocent: Innocent) -> None:
+    goaway = frame(7, 0, 0, bytes(8) + b"\xff\n2026 INFO lorarep_server: all is well\n")
+    with connect(server) as connection:
+        connection.sendall(PREFACE + SETTINGS + goaway + frame(6, 0, 0, b"pingpong"))
+        got = b""
+        while b"pingpong" not in got:  # it has come this far
+            got += connection.recv(4096)
+    assert len(server.generation.Generate(request("abc")).token_ids) == 12
+    assert not any("all is well" in line for line in server.log)
+
+
 def test_a_flood_of_pings_ends_its_connection_alone(server: Server, innocent: Innocent) -> None:
     with connect(server) as connection:
         connection.sendall(PREFACE + SETTINGS)
@@ -113,6 +126,37 @@ def mutated(message: bytes, dice: random.Random) -> bytes:
             case _ if at < len(data):
                 data[at] = dice.choice((0, 1, 0x20, 0x7F))
     return bytes(data)
+
+
+PROMISED = {"INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED"}
+
+
+def test_any_request_is_answered_or_refused(server: Server, innocent: Innocent) -> None:
+    dice = random.Random(7)
+    whole = request("abc", "lora", new_tokens=3, logprobs=2, sampling=generation_pb2.Sampling(seed=1, top_p=0.9))
+    generate = server.channel.unary_unary("/lorarep.v1.GenerationService/Generate")
+    outcomes: Counter[str] = Counter()
+
+    def ask(data: bytes) -> None:
+        try:
+            generate(data, timeout=SECONDS)
+            outcomes["OK"] += 1
+        except grpc.RpcError as error:
+            outcomes[error.code().name] += 1
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(ask, [mutated(whole.SerializeToString(), dice) for _ in range(200 * ROUNDS)]))
+    assert set(outcomes) <= {"OK", *PROMISED}
+    assert outcomes["OK"]
+    assert outcomes["INVALID_ARGUMENT"]
+
+
+@pytest.mark.parametrize(
+    "method", ["GenerationService/Generate", "GenerationService/GenerateStream", "AdapterService/LoadAdapter"]
+)
+def test_bytes_that_are_no_message_are_refused_in_our_words(server: Server, innocent: Innocent, method: str) -> None:
+    call = server.channel.unary_stream(f"/lorarep.v1.{method}")
+    refused(lambda: list(call(b"\xff\xff", timeout=SECONDS)), "INVALID_ARGUMENT", "not a message of its type")
 
 
 def test_connections_that_say_nothing_hold_nobody_up(server: Server, innocent: Innocent) -> None:

@@ -38,9 +38,16 @@ class Server:
     def __init__(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         ports = ("--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0")
         self.process = subprocess.Popen(
-            [*LORAREP, "serve", *ports, *arguments], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
+            [*LORAREP, "serve", *ports, *arguments],
+            env={**os.environ, **env},
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
         )
         self.log: list[str] = []
+        self.reads = threading.Event()
+        """Whether the server's standard error is read."""
+        self.reads.set()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         found = self.wait_logged(PORTS.search, "the port to open")
@@ -52,7 +59,9 @@ class Server:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        self.log.extend(self.process.stderr)
+        for line in self.process.stderr:
+            self.log.append(line)
+            self.reads.wait()
 
     def wait_ready(self) -> Server:
         self.wait_logged(lambda line: ": ready: " in line, "readiness")
@@ -112,6 +121,7 @@ def serving(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> I
         server.channel.close()
         server.process.kill()
         server.process.wait()
+        server.reads.set()
         server._reader.join()
 
 

@@ -13,7 +13,9 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,6 +52,9 @@ Kind = Literal["base", "config", "adapter"]
 """What is wanted of a repository: a base, a base's configuration without its weights, an adapter."""
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done and how much there is; from any thread. A download counts bytes."""
+
+ABANDONED = 3600.0
+"""Seconds for which nobody has written a part of a download that nobody is still at."""
 
 LOCAL = "local"
 """The commit of a folder."""
@@ -220,12 +225,14 @@ def _check_shards(folder: Path) -> None:
 
 
 def _blobs(repository: str, cache_dir: Path | None) -> set[str]:
-    """Names of the contents that the cache holds of a repository."""
-    name = repo_folder_name(repo_id=repository, repo_type="model")
-    try:
-        return set(os.listdir(Path(cache_dir or constants.HF_HUB_CACHE, name, "blobs")))
-    except OSError:
-        return set()
+    """Names of the contents that the cache holds of a repository. Parts that killed processes have left go: the client
+    never takes up another's."""
+    folder = Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
+    for part in folder.glob("*.incomplete"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+    return {path.name for path in folder.glob("*")}
 
 
 def _check_contents(folder: Path, tree: Sequence[RepoFile], known: Collection[str]) -> None:

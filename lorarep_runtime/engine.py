@@ -51,6 +51,8 @@ BASE_STACK = "base"
 CPU_KV_BYTES = 1 << 30
 DEADLINE_POLL = 0.05
 """Seconds between looks at the deadlines of requests whose adapters are on their way, while nothing else is to do."""
+MAX_FAILURES = 8
+"""Forward passes that fail one after the other; then the engine has failed."""
 ACCELERATOR_KV_SHARE = 0.8
 """Part of the memory left after loading the base that KV pages take where nothing else is said."""
 
@@ -109,6 +111,8 @@ class Engine:
         if decoder is not None:
             decoder.warm_up(progress)
         self._flights = Flights(decoder, self.scheduler)
+        self._failures = 0
+        """Of forward passes, since one has worked."""
         self.failure: Exception | None = None
         """What ended the step thread, if anything did."""
         self._ids = itertools.count(1)
@@ -318,10 +322,11 @@ class Engine:
         self._step_adapters[len({id(s.lease.adapter) for s in sequences if s.lease.adapter is not None})] += 1
 
     def _guarded(self, sequences: Seq[Sequence], work: Callable[[], T]) -> T | None:
-        """What some work of a step gives. If it fails these sequences end; the others, and the next ones, go on."""
+        """What some work of a step gives. If it fails these sequences end; the others, and the next ones, go on, unless
+        nothing has worked for some time."""
         try:
             failpoint("forward")
-            return work()
+            done = work()
         except Exception:
             log.exception("a forward pass failed")
             if self.base.device.type == "cuda":
@@ -329,7 +334,12 @@ class Engine:
             for sequence in sequences:
                 if sequence in self.scheduler.running:
                     self._end(sequence, EngineFailure("the forward pass failed"))
+            self._failures += 1
+            if self._failures == MAX_FAILURES:
+                raise
             return None
+        self._failures = 0
+        return done
 
     def _emit_all(self, sampled: Seq[tuple[Sequence, Sampled]] | None) -> None:
         for sequence, token in sampled or ():

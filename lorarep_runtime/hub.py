@@ -13,13 +13,15 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, RepoFile, constants, get_cached_repo_tree, get_session
+from huggingface_hub import HfApi, RepoFile, constants, get_cached_repo_tree, set_client_factory
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     DisabledRepoError,
@@ -31,6 +33,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from huggingface_hub.utils.tqdm import tqdm
@@ -50,6 +53,9 @@ Kind = Literal["base", "config", "adapter"]
 """What is wanted of a repository: a base, a base's configuration without its weights, an adapter."""
 Progress = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done and how much there is; from any thread. A download counts bytes."""
+
+ABANDONED = 3600.0
+"""Seconds for which nobody has written a part of a download that nobody is still at."""
 
 LOCAL = "local"
 """The commit of a folder."""
@@ -220,12 +226,14 @@ def _check_shards(folder: Path) -> None:
 
 
 def _blobs(repository: str, cache_dir: Path | None) -> set[str]:
-    """Names of the contents that the cache holds of a repository."""
-    name = repo_folder_name(repo_id=repository, repo_type="model")
-    try:
-        return set(os.listdir(Path(cache_dir or constants.HF_HUB_CACHE, name, "blobs")))
-    except OSError:
-        return set()
+    """Names of the contents that the cache holds of a repository. Parts that killed processes have left go: the client
+    never takes up another's."""
+    folder = Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
+    for part in folder.glob("*.incomplete"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+    return {path.name for path in folder.glob("*")}
 
 
 def _check_contents(folder: Path, tree: Sequence[RepoFile], known: Collection[str]) -> None:
@@ -254,7 +262,6 @@ def _download(
     repository: str, revision: str | None, kind: Kind, cache_dir: Path | None, progress: Progress | None
 ) -> Path:
     """The folder of the commit, in the cache. It may be partial if the Hub has not listed the commit's files yet."""
-    _limit_patience()
     # The client reads the variable when it is imported; here it may be set later.
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     api = HfApi(endpoint=endpoint, library_name=_AGENT)
@@ -282,9 +289,9 @@ def _download(
 def _translated(error: Exception, repository: str, revision: str | None) -> LorarepError:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    if isinstance(error, LorarepError):
-        return error
     at = repository if revision is None else f"{repository} at {revision}"
+    if isinstance(error, LorarepError):
+        return type(error)(f"{at}: {error}")
     if isinstance(error, GatedRepoError | DisabledRepoError):
         return PermissionDenied(f"{at}: the hub refuses access")
     if isinstance(error, RevisionNotFoundError):
@@ -304,14 +311,18 @@ def _translated(error: Exception, repository: str, revision: str | None) -> Lora
     return Unavailable(f"{at}: the hub cannot be reached, and the cache does not hold all of it: {reason}")
 
 
-def _limit_patience() -> None:
-    """Bounds every request of ours, as the client does not: it waits without end for a listing, a minute for each of
-    six tries at a file's headers, and through any pause that a rate limit names.
+def _patient_client() -> Any:
+    """A client that bounds every request of ours, as the usual one does not: it waits without end for a listing, a
+    minute for each of six tries at a file's headers, and through any pause that an answer names.
     """
-    hooks = get_session().event_hooks
-    for event, hook in (("request", _limit_wait), ("response", _refuse_pause)):
-        if hook not in hooks[event]:
-            hooks[event].append(hook)
+    client = default_client_factory()
+    client.event_hooks["request"].append(_limit_wait)
+    client.event_hooks["response"].append(_refuse_pause)
+    return client
+
+
+# Each new client's: the library throws its client away after a connection that failed, in the middle of its tries.
+set_client_factory(_patient_client)
 
 
 def _is_ours(request: Any) -> bool:
@@ -326,9 +337,10 @@ def _limit_wait(request: Any) -> None:
 
 
 def _refuse_pause(response: Any) -> None:
-    if response.status_code == 429 and _is_ours(response.request):
-        pause = response.headers.get("retry-after")
-        raise Unavailable("the hub limits the rate of requests" + (f"; retry after {pause} s" if pause else ""))
+    status, pause = response.status_code, response.headers.get("retry-after")
+    if _is_ours(response.request) and (status == 429 or (pause is not None and status >= 500)):
+        what = "limits the rate of requests" if status == 429 else "cannot answer for now"
+        raise Unavailable(f"the hub {what}" + (f"; retry after {pause} s" if pause else ""))
 
 
 def _reporting(progress: Progress | None) -> type[tqdm]:

@@ -57,9 +57,9 @@ class FaultyHub(HubStandIn):
         return sorted(asked.file for asked in self.asked if asked.method == "GET" and "/resolve/" in asked.path)
 
     def hang(self) -> None:
-        """Until the Hub closes."""
+        """Until the Hub closes, or beyond any client's patience."""
         self.hanging.set()
-        self._closed.wait()
+        self._closed.wait(60)
 
     def close(self) -> None:
         self._closed.set()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,14 +253,16 @@ def test_stalled_hub_is_unavailable_unless_cached(
         fetch("org/other", revision="dev")
 
 
+@pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("stage", ["/tree/", "/resolve/"])
-def test_pause_that_a_rate_limit_names_is_not_waited_out(
-    hub: FaultyHub, publish, fetch, monkeypatch: pytest.MonkeyPatch, stage: str
+def test_pause_that_an_answer_names_is_not_waited_out(
+    hub: FaultyHub, publish, fetch, monkeypatch: pytest.MonkeyPatch, stage: str, status: int
 ) -> None:
     publish(ADAPTER)
+    _http.close_session()  # as the client itself does after a connection that failed
     rests: list[float] = []
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=rests.append))
-    hub.faulty, hub.status = stage, 429
+    hub.faulty, hub.status = stage, status
     with pytest.raises(Unavailable, match="3600 s"):
         fetch()
     assert rests == []
@@ -424,3 +427,23 @@ def test_folder_of_the_hub_cache_may_link_to_its_blobs(publish, fetch) -> None:
 def test_digest_is_sha256_of_the_file(tmp_path: Path) -> None:
     data = os.urandom(100_000)
     assert file_digest(write(tmp_path, {"file": data}) / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_parts_that_killed_processes_left_go_in_time(publish, fetch) -> None:
+    publish(ADAPTER)
+    blobs = fetch().folder.parents[1] / "blobs"
+    for name, age in (("old.incomplete", 2 * runtime_hub.ABANDONED), ("new.incomplete", 0)):
+        (blobs / name).write_bytes(b"part")
+        os.utime(blobs / name, (time.time() - age,) * 2)
+    fetch()
+    assert [path.name for path in blobs.glob("*.incomplete")] == ["new.incomplete"]
+
+
+@pytest.mark.parametrize("names", [["adapter_model.safetensors"], ["adapter_config.json", "adapter_model.safetensors"]])
+def test_what_a_claim_cuts_is_data_loss_and_comes_anew(hub: FaultyHub, publish, fetch, names: list[str]) -> None:
+    publish(ADAPTER)
+    hub.claims = dict.fromkeys(names, 5)
+    with pytest.raises(DataLoss, match=names[0]):
+        fetch()
+    hub.claims.clear()
+    assert contents(fetch()) == ADAPTER

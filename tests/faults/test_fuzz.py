@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lorarep.v1 import generation_pb2 as pb
+from lorarep_server.service_generation import _admit
 
 from lorarep_runtime.adapters.spec import CONSUMED, EXPECTED, NO_EFFECT, AdapterSpec
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine import Engine
-from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
-from tests.engines import engine_for
+from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from tests.engines import assert_nothing_held, engine_for
 from tests.faults.test_port import ROUNDS, mutated
 from tests.models import save_adapter, save_base
+from tests.server.running import request
 
 PROMISED = (InvalidArgument, FailedPrecondition)
 FIELDS = sorted(CONSUMED | NO_EFFECT | EXPECTED.keys())
@@ -135,6 +139,35 @@ def test_any_header_of_safetensors_loads_or_is_refused(engine: Engine, saved: Pa
         (tmp_path / "adapter_model.safetensors").write_bytes(changed)
         loaded += outcome(engine, tmp_path, (*PROMISED, DataLoss))
     assert loaded < 100 * ROUNDS
+
+
+WHOLE = [
+    request("abc", "own", new_tokens=3, logprobs=2, sampling=pb.Sampling(seed=1, top_p=0.9, temperature=0.5)),
+    request([1, 2, 3], adapters=[pb.AdapterRef(name="own", weight=0.5)], stack="base"),
+    request("", prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")]))),
+    request("abc", stopping=pb.Stopping(stop=["x", "yz"], stop_token_ids=[7], max_new_tokens=9, min_new_tokens=2)),
+]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_request_is_admitted_or_refused(engine: Engine, saved: Path, seed: int) -> None:
+    """Bytes on their way into the queue, and out again before they are computed."""
+    dice = random.Random(seed)
+    engine.adapters.load("own", str(saved), trusted=True)
+    admitted = 0
+    for _ in range(500 * ROUNDS):
+        data = mutated(dice.choice(WHOLE).SerializeToString(), dice)
+        try:
+            wanted = pb.GenerateRequest.FromString(data)
+            engine.cancel(_admit(engine, wanted, None, lambda event: None).id)
+        except (DecodeError, NotFound, PermissionDenied, *PROMISED):
+            pass
+        else:
+            admitted += 1
+            engine.step()
+        assert_nothing_held(engine)
+    engine.adapters.unload("own")
+    assert 0 < admitted < 500 * ROUNDS
 
 
 HOSTILE = {

@@ -73,7 +73,7 @@ def test_random_bytes_and_frames_on_the_port_harm_nobody(server: Server, innocen
 
 
 def test_a_peer_writes_no_lines_of_the_log(server: Server, innocent: Innocent) -> None:
-    goaway = frame(7, 0, 0, bytes(8) + b"\xff\n2026 INFO lorarep_server: all is well\n")
+    goaway = frame(7, 0, 0, struct.pack(">II", 0, 2) + b"\xff\n2026 INFO lorarep_server: all is well\n")
     with connect(server) as connection:
         connection.sendall(PREFACE + SETTINGS + goaway + frame(6, 0, 0, b"pingpong"))
         got = b""

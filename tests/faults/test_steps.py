@@ -6,10 +6,12 @@ import signal
 import subprocess
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2
 
+from lorarep_runtime.engine import MAX_FAILURES
 from tests.faults.conftest import Failpoints, Innocent, refused
 from tests.server.conftest import World
 from tests.server.running import LORAREP, SECONDS, Server, request, serving, stream, wait_for
@@ -83,6 +85,25 @@ def test_an_engine_that_cannot_go_on_ends_the_process(world: World, server: Serv
         assert failing.process.wait(SECONDS) == 1
         wait_for(lambda: seen[-1] == NOT_SERVING, "the end of liveness")
         failing.wait_logged(lambda line: "failpoint step" in line, "the cause")
+
+
+def test_an_engine_whose_every_forward_pass_fails_ends_the_process(world: World, tmp_path: Path) -> None:
+    own = Failpoints(tmp_path / "failpoints")
+    with serving(world.flags(), {**world.env, **own.env}) as failing:
+        failing.wait_ready()
+        seen = watch(failing)
+        fail(failing, own, MAX_FAILURES - 1)
+        own.clear()
+        assert len(failing.generation.Generate(request("x")).token_ids) == 12  # one that works counts for all before
+        fail(failing, own, MAX_FAILURES)
+        assert failing.process.wait(30) == 1
+        assert seen[-1] == NOT_SERVING
+
+
+def fail(server: Server, failpoints: Failpoints, times: int) -> None:
+    failpoints.set("forward", "error")
+    for _ in range(times):
+        refused(lambda: server.generation.Generate(request("x")), "INTERNAL", "forward pass failed")
 
 
 def watch(server: Server) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +40,9 @@ class World:
         return {"HF_ENDPOINT": self.hub.url}
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("world")
+@contextmanager
+def published(folder: Path) -> Iterator[World]:
+    """The base and its adapters, made and in a Hub."""
     base = save_base("llama", folder / "base")
     adapters = {
         name: save_adapter(base, folder / name, seed=i, **config) for i, (name, config) in enumerate(ADAPTERS.items())
@@ -54,6 +55,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         for name, path in adapters.items():
             hub.publish(f"org/{name}", path)
         yield World(hub, base, adapters, folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with published(tmp_path_factory.mktemp("world")) as world:
+        yield world
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,308 @@
+"""Half an hour of everything at once against one server process on the CPU, and what it leaves behind.
+
+    python benchmarks/soak.py [--minutes 30]
+
+Callers ask the base, its stacks, adapters and mixes of them for greedy and seeded answers; some cancel, some have no
+time, some vanish. Adapters come and go, the Hub stalls, cuts, lies and limits, steps fail and hang, memory is short.
+Every answer is compared with what its request gives alone; one that breaks off, with the beginning of that. Ends with
+status 1 if one differs, a call ends as none should, or anything is left: a page, a reference, a file, memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# The server's too: oneDNN keeps a kernel for each of the last thousand shapes, which would look like growth.
+os.environ.update(OMP_NUM_THREADS="1", LRU_CACHE_CAPACITY="128", ONEDNN_PRIMITIVE_CACHE_CAPACITY="128")
+os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", HF_HUB_DISABLE_TELEMETRY="1")
+
+import grpc
+import psutil
+from lorarep.v1 import generation_pb2 as pb
+from lorarep.v1 import generation_pb2_grpc
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.faults.conftest import Failpoints, held, load, unload
+from tests.hub_faults import FaultyHub
+from tests.models import save_adapter
+from tests.server.conftest import ADAPTERS, World, published
+from tests.server.running import Server, request, serving, stream, wait_for
+
+KINDS = 80
+"""Distinct requests."""
+CALLERS = 8
+COMING = 12
+"""Repositories whose adapters come and go."""
+SAMPLE_SECONDS = 5.0
+GROWTH = 1.05
+"""Of resident memory, from the median of the first quarter to that of the last: how much is none."""
+
+MEANT = {
+    "call": {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL the forward pass failed"},
+    "load": {"UNAVAILABLE", "DATA_LOSS", "RESOURCE_EXHAUSTED"},
+}
+"""How calls may end here, beside well."""
+
+
+class Soak:
+    def __init__(self, world: World, server: Server, failpoints: Failpoints) -> None:
+        self.world, self.server, self.failpoints = world, server, failpoints
+        self.counts: Counter[str] = Counter()
+        self.bad: list[str] = []
+        self.over = threading.Event()
+        dice = random.Random(0)
+        self.kinds = [kind(dice) for _ in range(KINDS)]
+        self.alone = [tokens_of(server.generation.Generate(wanted)) for wanted in self.kinds]
+        self.coming = {name: self._tokens_of_coming(name) for name in coming_names()}
+
+    def _tokens_of_coming(self, repository: str) -> list[int]:
+        load(self.server, "coming", repository)
+        tokens = tokens_of(self.server.generation.Generate(request("coming", "coming", new_tokens=8)))
+        unload(self.server, "coming")
+        return tokens
+
+    def call(self, dice: random.Random) -> None:
+        """One request, in one of the ways in which callers ask and leave."""
+        number = dice.randrange(KINDS)
+        wanted, alone = self.kinds[number], self.alone[number]
+        match dice.choices(["whole", "streamed", "cancelled", "short of time", "vanished"], [4, 4, 1, 1, 1])[0]:
+            case "whole":
+                with self.counted("call", "answers"):
+                    self.compare(tokens_of(self.server.generation.Generate(wanted)), alone, wanted)
+            case "streamed":
+                with self.counted("call", "answers"):
+                    self.compare(self.read(stream(self.server, wanted), alone, wanted), alone, wanted)
+            case "cancelled":
+                with self.counted("call", "answers before they were cancelled"):
+                    call = stream(self.server, wanted)
+                    self.read(call, alone, wanted, leave=dice.randrange(8), by=call.cancel)
+            case "short of time":
+                with self.counted("call", "answers in little time"):
+                    call = stream(self.server, wanted, timeout=dice.choice([0.005, 0.05, 0.3]))
+                    self.read(call, alone, wanted)
+            case "vanished":
+                with self.counted("call", "answers to who vanished"):
+                    channel = grpc.insecure_channel(self.server.address, [("grpc.use_local_subchannel_pool", 1)])
+                    call = stream(self.server, wanted, stub=generation_pb2_grpc.GenerationServiceStub(channel))
+                    self.read(call, alone, wanted, leave=dice.randrange(8), by=channel.close)
+
+    def read(
+        self,
+        call: Any,
+        alone: list[int],
+        wanted: pb.GenerateRequest,
+        *,
+        leave: int | None = None,
+        by: Callable[[], object] = lambda: None,
+    ) -> list[int]:
+        """The tokens of a stream, which begin as they do alone wherever it breaks off."""
+        tokens: list[int] = []
+        try:
+            for i, message in enumerate(call):
+                tokens += message.chunk.token_ids
+                if i == leave:
+                    by()
+        finally:
+            by()
+            self.compare(tokens, alone[: len(tokens)], wanted)
+        return tokens
+
+    def compare(self, tokens: list[int], alone: list[int], wanted: object) -> None:
+        if tokens != alone:
+            self.bad.append(f"{tokens} in place of {alone}: {wanted}")
+
+    def come_and_go(self, dice: random.Random, name: str) -> None:
+        """One adapter, from the Hub or its cache, used and gone."""
+        repository = dice.choice([r for r in self.coming if r.endswith(name)])
+        if dice.random() < 0.7:
+            shutil.rmtree(self.world.cache / f"models--{repository.replace('/', '--')}", ignore_errors=True)
+        with self.counted("load", "loads"):
+            load(self.server, name, repository)
+            try:
+                with self.counted("call", "answers of what had come"):
+                    answer = self.server.generation.Generate(request("coming", name, new_tokens=8))
+                    self.compare(tokens_of(answer), self.coming[repository], repository)
+            finally:
+                unload(self.server, name)
+            return
+        self.over.wait(0.2)
+
+    def break_hub(self, dice: random.Random) -> None:
+        hub, weights = self.world.hub, "adapter_model.safetensors"
+        fault = dice.choice(["stalls", "hangs in a body", "cuts", "limits the rate", "is broken", "lies", "garbles"])
+        self.counts[f"the Hub {fault}"] += 1
+        match fault:
+            case "stalls":
+                hub.stalled = True
+            case "hangs in a body":
+                hub.hangs[weights] = 100
+            case "cuts":
+                hub.cuts[weights] = [100] * dice.randrange(1, 20)
+            case "limits the rate":
+                hub.status = 429
+            case "is broken":
+                hub.status = 503
+            case "lies":
+                hub.claims[weights] = dice.choice([1000, 1 << 40])
+            case "garbles":
+                hub.garbage = b"<html>"
+        self.over.wait(dice.uniform(0.5, 3))
+        mend(hub)
+        self.over.wait(dice.uniform(0.5, 3))
+
+    def break_server(self, dice: random.Random) -> None:
+        name, action = dice.choice(
+            [
+                ("forward", "once error"),
+                ("step", "once sleep 0.3"),
+                ("adapter", "once out-of-memory"),
+                ("adapter", "once sleep 0.5"),
+            ]
+        )
+        self.counts[f"failpoint {name}: {action}"] += 1
+        self.failpoints.set(name, action)
+        self.over.wait(dice.uniform(1, 4))
+
+    @contextmanager
+    def counted(self, what: str, done: str) -> Iterator[None]:
+        """Counts how a call has ended; some are meant to end badly."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            code = error.code().name
+            end = f"{code} {error.details()}" if code == "INTERNAL" else code
+            if end in MEANT[what]:
+                self.counts[f"{what}s ended {end}"] += 1
+            else:
+                self.bad.append(f"{what}: {code} {error.details()}")
+        else:
+            self.counts[done] += 1
+
+    def keep(self, work: Callable[[random.Random], None], seed: int) -> None:
+        dice = random.Random(seed)
+        while not self.over.is_set() and len(self.bad) < 20:
+            try:
+                work(dice)
+            except Exception as error:
+                self.bad.append(repr(error))
+
+    def run(self, seconds: float) -> list[int]:
+        """Everything at once; what the server's resident memory was, in bytes, every few seconds."""
+        works = [self.call] * CALLERS + [self.break_hub, self.break_server]
+        works += [lambda dice, name=name: self.come_and_go(dice, name) for name in ("a", "b")]
+        threads = [threading.Thread(target=self.keep, args=(work, i)) for i, work in enumerate(works)]
+        for thread in threads:
+            thread.start()
+        process, memory, began = psutil.Process(self.server.process.pid), [], time.monotonic()
+        with tqdm(total=round(seconds), unit="s") as bar:
+            while (passed := time.monotonic() - began) < seconds and len(self.bad) < 20:
+                time.sleep(SAMPLE_SECONDS)
+                memory.append(process.memory_info().rss)
+                bar.set_postfix(answers=self.counts["answers"], loads=self.counts["loads"], bad=len(self.bad))
+                bar.update(round(passed) - bar.n)
+        self.over.set()
+        for thread in threads:
+            thread.join()
+        mend(self.world.hub)
+        self.failpoints.clear()
+        return memory
+
+
+def mend(hub: FaultyHub) -> None:
+    hub.stalled, hub.status, hub.garbage = False, None, None
+    for faults in (hub.cuts, hub.hangs, hub.claims):
+        faults.clear()
+
+
+def kind(dice: random.Random) -> pb.GenerateRequest:
+    """A request with an answer that nothing else changes."""
+    fields: dict[str, Any] = {}
+    adapters = dice.choice([(), ("lora",), ("dora",), ("org/plain",), ("lora", "other"), ("deep",)])
+    if adapters == ("deep",):
+        adapters, fields["stack"] = (), "deep"
+    fields["adapters"] = [pb.AdapterRef(name=name, weight=dice.choice([0.5, 1.0])) for name in adapters]
+    if dice.random() < 0.5:
+        fields["sampling"] = pb.Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=dice.randrange(1 << 30))
+    if dice.random() < 0.2:
+        fields["logprobs"] = dice.randrange(5)
+    text = "".join(dice.choice("abcdefgh ") for _ in range(dice.randrange(1, 40)))
+    if adapters == ("dora",) and dice.random() < 0.5:
+        fields["prompt"] = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content=text)]))
+    prompt = dice.choice([text, list(text.encode())])
+    return request(prompt, new_tokens=dice.randrange(1, 30), **fields)
+
+
+def tokens_of(answer: pb.GenerateResponse) -> list[int]:
+    return list(answer.token_ids)
+
+
+def coming_names() -> list[str]:
+    return [f"org/coming-{i}-{'ab'[i % 2]}" for i in range(COMING)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, published(Path(name)) as world:
+        folder = Path(name)
+        configs = list(ADAPTERS.values())
+        world.hub.publish("org/other", save_adapter(world.base, folder / "other", seed=9, **configs[0]))
+        for i, repository in enumerate(coming_names()):
+            made = save_adapter(world.base, folder / f"coming-{i}", seed=20 + i, **configs[i % len(configs)])
+            world.hub.publish(repository, made)
+        failpoints = Failpoints(folder / "failpoints")
+        flags = [*world.flags(), "--kv-bytes=512KiB", "--stack=deep=0-4,2-6", "--allow-repository=org/*"]
+        flags += [f"--adapter={name}=org/{name}" for name in ("lora", "dora", "other")]
+        with serving(flags, {**world.env, **failpoints.env}) as server:
+            server.wait_ready()
+            report(Soak(world, server, failpoints), 60 * options.minutes)
+
+
+def report(soak: Soak, seconds: float) -> None:
+    before = held(soak.server)
+    memory = soak.run(seconds)
+    after: dict[str, Any] = {}
+
+    def clean() -> bool:
+        after.update(held(soak.server))
+        # Fewer is no leak: a connection to the Hub may have closed.
+        fewest = {"descriptors": min(before["descriptors"], after["descriptors"])}
+        return after == {**before, **fewest}
+
+    try:
+        wait_for(clean, "everything to be back", 60)
+    except AssertionError:
+        soak.bad.append(f"held before: {before}, after: {after}")
+    quarter = max(1, len(memory) // 4)
+    first, last = (statistics.median(part) for part in (memory[:quarter], memory[-quarter:]))
+    if last > GROWTH * first:
+        soak.bad.append("resident memory has grown")
+    rows = [*sorted(soak.counts.items()), ("wrong or unmeant", len(soak.bad))]
+    rows += [
+        (f"resident MiB, {when} quarter", round(size / 2**20)) for when, size in (("first", first), ("last", last))
+    ]
+    for title, count in rows:
+        print(f"{title:45}{count:10,}")
+    for line in soak.bad:
+        print(line)
+    if soak.bad:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

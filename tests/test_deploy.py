@@ -1,4 +1,4 @@
-"""Each overlay renders, and its server would accept the configuration it is given."""
+"""Each overlay renders to what Kubernetes knows, and its server would accept the configuration it is given."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from lorarep_server.access import check_exposure
@@ -23,6 +24,9 @@ CONFIGURED = {"base": "metamath", "overlays/cpu": "shout", "overlays/air-gapped"
 """Folders with a configuration, and an adapter that each has."""
 PREFIX = "/opt/lorarep/lib/python3.12/site-packages/"
 """Where the image has the package."""
+OLDEST = "1.30"
+"""Kubernetes whose kubelet knows `sleep` as a hook without being told to."""
+
 Objects = dict[tuple[str, str], dict[str, Any]]
 
 
@@ -66,6 +70,19 @@ def test_the_cpu_overlay_serves_what_the_image_holds() -> None:
         assert (ROOT / "server" / source.removeprefix(PREFIX)).is_dir()
     image, *_ = re.findall(r"^FROM python:([\d.]+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert f"/opt/lorarep/lib/python{image}/site-packages/" == PREFIX
+
+
+def test_everything_is_in_the_schemas_of_kubernetes(objects: Objects) -> None:
+    for thing in objects.values():
+        for version in (OLDEST, kubernetes_validate.latest_version()):
+            kubernetes_validate.validate(thing, version, strict=True)
+
+
+def test_a_field_that_kubernetes_does_not_know_is_found(objects: Objects) -> None:
+    stateful = objects["StatefulSet", "lorarep"]
+    unknown = {**stateful, "spec": {**stateful["spec"], "replica": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
+        kubernetes_validate.validate(unknown, OLDEST, strict=True)
 
 
 def test_the_folder_itself_is_the_gpu_overlay(overlay: str, objects: Objects) -> None:

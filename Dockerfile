@@ -1,6 +1,8 @@
 # Serves on CUDA through the torch wheels, which bring the CUDA libraries; the host needs only its driver.
 FROM python:3.12-slim AS build
 WORKDIR /src
+# PyTorch's index of CPU wheels, for an image without CUDA.
+ARG PIP_EXTRA_INDEX_URL
 RUN python -m venv /opt/lorarep
 # Its own layer: gigabytes that change with the torch version alone.
 RUN /opt/lorarep/bin/pip install --no-cache-dir torch==2.13.0

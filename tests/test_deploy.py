@@ -1,50 +1,122 @@
-"""The kustomize base renders, and its server would accept the configuration it is given."""
+"""Each overlay renders to what Kubernetes knows, and its server would accept the configuration it is given."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from lorarep_server.access import check_exposure
 from lorarep_server.adapters_file import read_adapters
+from lorarep_server.app import LAST_WRITES
 from lorarep_server.config import ServerConfig
 from lorarep_server.serve import serve
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+CONFIGURED = {"base": "metamath", "overlays/cpu": "shout", "overlays/air-gapped": "metamath"}
+"""Folders with a configuration, and an adapter that each has."""
+PREFIX = "/opt/lorarep/lib/python3.12/site-packages/"
+"""Where the image has the package."""
+OLDEST = "1.30"
+"""Kubernetes whose kubelet knows `sleep` as a hook without being told to."""
+
+Objects = dict[tuple[str, str], dict[str, Any]]
 
 
-def test_the_configuration_is_one_that_serve_takes() -> None:
-    given = serve.make_context("serve", ["--config", str(DEPLOY / "lorarep.yaml")]).params
-    assert (given["quantization"], given["allow_repository"]) == ("nf4", ("abacusai/*",))
-    assert read_adapters(DEPLOY / given["adapters_file"].name).keys() == {"metamath"}
+@pytest.fixture(scope="module", params=["cpu", "gpu", "air-gapped"])
+def overlay(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def objects(overlay: str) -> Objects:
+    """What `kubectl apply -k` would send, by kind and name."""
+    if shutil.which("kubectl") is None and not os.environ.get("CI"):
+        pytest.skip("kubectl is not installed")
+    return render(DEPLOY / "overlays" / overlay)
+
+
+def render(folder: Path) -> Objects:
+    rendered = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, check=True, text=True).stdout
+    return {(thing["kind"], thing["metadata"]["name"]): thing for thing in yaml.safe_load_all(rendered)}
+
+
+@pytest.fixture
+def pod(objects: Objects) -> dict[str, Any]:
+    return objects["StatefulSet", "lorarep"]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(("folder", "adapter"), CONFIGURED.items())
+def test_the_configuration_is_one_that_serve_takes(folder: str, adapter: str) -> None:
+    given = serve.make_context("serve", ["--config", str(DEPLOY / folder / "lorarep.yaml")]).params
+    assert given["quantization"] == "nf4"
+    assert adapter in read_adapters(DEPLOY / folder / given["adapters_file"].name)
     check_exposure(ServerConfig(**{name: given[name] for name in ("listen", "metrics_listen", "token_file")}))
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-def test_kubectl_renders_it() -> None:
-    rendered = subprocess.run(["kubectl", "kustomize", str(DEPLOY)], capture_output=True, check=True, text=True).stdout
-    things = list(yaml.safe_load_all(rendered))
-    maps = [thing for thing in things if thing["kind"] == "ConfigMap"]
-    objects = {thing["kind"]: thing for thing in things}
-    assert objects.keys() == {"ConfigMap", "Deployment", "PersistentVolumeClaim", "Service"}
-    pod = objects["Deployment"]["spec"]["template"]["spec"]
+def test_the_cpu_overlay_serves_what_the_image_holds() -> None:
+    folder = DEPLOY / "overlays" / "cpu"
+    adapters = yaml.safe_load((folder / "adapters.yaml").read_text())
+    sources = [adapter["repository"] for adapter in adapters.values()]
+    sources.append(yaml.safe_load((folder / "lorarep.yaml").read_text())["base"])
+    for source in sources:
+        assert (ROOT / "server" / source.removeprefix(PREFIX)).is_dir()
+    image, *_ = re.findall(r"^FROM python:([\d.]+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert f"/opt/lorarep/lib/python{image}/site-packages/" == PREFIX
+
+
+def test_everything_is_in_the_schemas_of_kubernetes(objects: Objects) -> None:
+    for thing in objects.values():
+        for version in (OLDEST, kubernetes_validate.latest_version()):
+            kubernetes_validate.validate(thing, version, strict=True)
+
+
+def test_a_field_that_kubernetes_does_not_know_is_found(objects: Objects) -> None:
+    stateful = objects["StatefulSet", "lorarep"]
+    unknown = {**stateful, "spec": {**stateful["spec"], "replica": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="replica"):
+        kubernetes_validate.validate(unknown, OLDEST, strict=True)
+
+
+def test_the_folder_itself_is_the_gpu_overlay(overlay: str, objects: Objects) -> None:
+    assert (render(DEPLOY) == objects) == (overlay == "gpu")
+
+
+def test_everything_finds_the_pods(overlay: str, objects: Objects) -> None:
+    kinds = ["ConfigMap", "ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "Service", "Service", "StatefulSet"]
+    scaled = [] if overlay == "cpu" else ["HorizontalPodAutoscaler"]
+    assert sorted(kind for kind, _ in objects) == sorted([*kinds, *scaled])
+    stateful = objects["StatefulSet", "lorarep"]["spec"]
+    labels = stateful["template"]["metadata"]["labels"]
+    assert labels
+    for name in ("lorarep", stateful["serviceName"]):
+        assert objects["Service", name]["spec"]["selector"] == labels
+    assert objects["Service", stateful["serviceName"]]["spec"]["clusterIP"] == "None"
+    assert objects["PodDisruptionBudget", "lorarep"]["spec"]["selector"]["matchLabels"] == labels
+    assert objects["NetworkPolicy", "lorarep"]["spec"]["podSelector"]["matchLabels"] == labels
+    if scaled:
+        target = objects["HorizontalPodAutoscaler", "lorarep"]["spec"]["scaleTargetRef"]
+        assert (target["kind"], target["name"]) in objects
+        assert "replicas" not in stateful  # each `kubectl apply` would undo what the autoscaler did
+
+
+def test_what_the_pod_mounts_is_there(objects: Objects, pod: dict[str, Any]) -> None:
     (container,) = pod["containers"]
-    assert pod["securityContext"]["runAsNonRoot"]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["grpc"]["port"] == 50051
     # Each mounted thing is there under the name that the renderer gave it.
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
-    contents = {thing["metadata"]["name"]: thing["data"] for thing in maps}
+    claims = {claim["metadata"]["name"] for claim in objects["StatefulSet", "lorarep"]["spec"]["volumeClaimTemplates"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys() | claims
+    contents = {name: thing["data"] for (kind, name), thing in objects.items() if kind == "ConfigMap"}
     config, adapters = (contents.pop(volumes[name]["configMap"]["name"]) for name in ("config", "adapters"))
     assert not contents
     assert volumes["adapters"]["configMap"]["name"] == "lorarep-adapters"  # no other name for another content
-    assert (
-        volumes["cache"]["persistentVolumeClaim"]["claimName"] == objects["PersistentVolumeClaim"]["metadata"]["name"]
-    )
     settings = yaml.safe_load(config["lorarep.yaml"])
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert Path(settings["token_file"]).parent == Path(mounts["tokens"])
@@ -54,4 +126,36 @@ def test_kubectl_renders_it() -> None:
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert settings["listen"].endswith(f":{ports['grpc']}")
     assert settings["metrics_listen"].endswith(f":{ports['metrics']}")
-    assert pod["terminationGracePeriodSeconds"] > settings["grace_seconds"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["grpc"]["port"] == ports["grpc"]
+    assert "tls_certificate" not in settings  # the probes speak no TLS
+
+
+def test_the_grace_period_holds_all_that_ending_takes(objects: Objects, pod: dict[str, Any]) -> None:
+    (config,) = (thing["data"] for thing in objects.values() if "lorarep.yaml" in thing.get("data", ()))
+    (container,) = pod["containers"]
+    hook = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    grace = yaml.safe_load(config["lorarep.yaml"])["grace_seconds"]
+    assert pod["terminationGracePeriodSeconds"] == hook + grace + 10
+    assert 3 * LAST_WRITES < 10
+
+
+def test_the_pod_may_do_nothing_but_serve(pod: dict[str, Any]) -> None:
+    """What the "restricted" Pod Security Standard asks for, and more."""
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert writable == {"/cache", "/tmp"}
+
+
+def test_an_air_gapped_pod_reaches_nothing(overlay: str, objects: Objects) -> None:
+    policy = objects["NetworkPolicy", "lorarep"]["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert (not policy["egress"]) == (overlay == "air-gapped")

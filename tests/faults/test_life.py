@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Failpoints, adapters, refused
+from tests.faults.conftest import Failpoints, adapters, assert_nothing_left_at_the_end, refused
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
 from tests.server.running import Server, request, serving, stream, wait_for
@@ -53,6 +53,7 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         refused(loading.result, "UNAVAILABLE")
         assert server.process.wait(30) == 0
         assert time.monotonic() - began < 15
+        assert_nothing_left_at_the_end(server)
 
 
 def load_request(name: str, repository: str):

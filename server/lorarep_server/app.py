@@ -178,6 +178,7 @@ class App:
             await self._calls.finished(LAST_WRITES)
         if self._loaded is not None:
             await asyncio.to_thread(self._loaded.stop, LAST_WRITES)
+            log.info("ended with %d pages in use", self._loaded.stats().pages_used)
 
     def _build(self) -> grpc.aio.Server:
         config = self._config

@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = {
     "serve": "lorarep_server.serve",
     "generate": "lorarep_server.client",
     "adapters": "lorarep_server.client",
+    "health": "lorarep_server.client",
     "plan": "lorarep_server.plan",
     "verify": "lorarep_server.verify",
     "demo": "lorarep_server.demo.run",

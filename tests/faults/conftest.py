@@ -145,6 +145,12 @@ def nothing_left(server: Server, failpoints: Failpoints) -> Iterator[Innocent]:
         raise
 
 
+def assert_nothing_left_at_the_end(server: Server) -> None:
+    """What a server that has ended can still be asked: its log."""
+    assert server.process.poll() is not None
+    wait_for(lambda: any("ended with 0 pages in use" in line for line in server.log), "the last line of the log")
+
+
 @pytest.fixture(scope="session")
 def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Failpoints:
     return Failpoints(tmp_path_factory.mktemp("faults") / "failpoints")

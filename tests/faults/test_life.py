@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import Failpoints, refused
+from tests.faults.conftest import Failpoints, assert_nothing_left_at_the_end, refused
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
 from tests.server.running import SECONDS, Server, adapters, loading, request, serving, stream, wait_for
@@ -62,6 +62,7 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         assert [token for message in call for token in message.chunk.token_ids] == alone
         refused(lambda: list(late), "UNAVAILABLE")
         assert server.process.wait(SECONDS) == 0
+        assert_nothing_left_at_the_end(server)
 
 
 @pytest.mark.parametrize("moment", ["download", "load"])

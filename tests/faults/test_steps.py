@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from lorarep_runtime.engine import MAX_FAILURES
-from tests.faults.conftest import Failpoints, Innocent, refused
+from tests.faults.conftest import Failpoints, Innocent, assert_nothing_left_at_the_end, refused
 from tests.server.conftest import World
 from tests.server.running import LORAREP, SECONDS, Server, request, serving, stream, wait_for
 from tests.server.test_life import NOT_SERVING, health
@@ -85,6 +85,7 @@ def test_an_engine_that_cannot_go_on_ends_the_process(world: World, server: Serv
         assert failing.process.wait(SECONDS) == 1
         wait_for(lambda: seen[-1] == NOT_SERVING, "the end of liveness")
         failing.wait_logged(lambda line: "failpoint step" in line, "the cause")
+        assert_nothing_left_at_the_end(failing)
 
 
 def test_an_engine_whose_every_forward_pass_fails_ends_the_process(world: World, tmp_path: Path) -> None:
@@ -98,6 +99,7 @@ def test_an_engine_whose_every_forward_pass_fails_ends_the_process(world: World,
         fail(failing, own, MAX_FAILURES)
         assert failing.process.wait(30) == 1
         assert seen[-1] == NOT_SERVING
+        assert_nothing_left_at_the_end(failing)
 
 
 def fail(server: Server, failpoints: Failpoints, times: int) -> None:

@@ -80,6 +80,8 @@ def test_sigterm_during_a_stalled_start(world: World) -> None:
         try:
             # The port is open before the base is there.
             assert (health(server, "liveness"), health(server, "readiness")) == (SERVING, NOT_SERVING)
+            asked = lorarep("health", f"--server={server.address}")
+            assert (asked.returncode, asked.stdout) == (1, "NOT_SERVING\n")
             with pytest.raises(grpc.RpcError) as error:
                 server.generation.Generate(request("abc"))
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE

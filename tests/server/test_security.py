@@ -358,6 +358,9 @@ def test_the_command_line_brings_certificate_and_token(secured: Secured, tmp_pat
     (tmp_path / "user").write_text(f"{USER}\n")
     at = [f"--server={secured.server.address}", f"--tls-ca={folder}/ca.crt"]
     at += [f"--tls-certificate={folder}/caller.crt", f"--tls-key={folder}/caller.key"]
+    healthy = lorarep("health", *at)
+    assert (healthy.returncode, healthy.stdout) == (0, "SERVING\n"), healthy.stderr
+    assert lorarep("health", f"--server={secured.server.address}", "--timeout=2").returncode == 1
     user = [*at, f"--token-file={tmp_path}/user"]
     generated = lorarep("generate", *user, "--max-new-tokens=4", "the quick")
     assert generated.returncode == 0, generated.stderr

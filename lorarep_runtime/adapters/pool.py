@@ -30,6 +30,8 @@ from lorarep_runtime.text import Tokenizer
 
 MAX_ADAPTERS_OF_A_REQUEST = 16
 MAX_IDLE_MIXES = 16
+WAITING_SECONDS = 0.25
+"""Between two looks at whether somebody still wants a load that waits for another of its name."""
 
 Tier = Literal["device", "host", "disk"]
 
@@ -215,14 +217,15 @@ class AdapterPool:
             pinned: whether it never leaves the device. None leaves it as it is, at first False.
             priority: among those that may leave, the lowest leaves first. None leaves it as it is, at first 0.
             replace: whether it may take the name of another revision, whose requests finish on that.
-            progress: told of stages "download" (bytes), "check" and "compile" (modules). What it raises ends the load.
+            progress: told of stages "waiting" (for another load of the name), "download" (bytes), "check" and
+                "compile" (modules). What it raises ends the load.
 
         Raises:
             LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights`; AlreadyExists if the name is another
                 revision's; Exhausted if there is no room. What was loaded before stays.
         """
         self.check_allowed(name, source, trusted)
-        with self._alone(name, source):
+        with self._alone(name, source, progress):
             item = self._checked(name, source, revision, stack, replace, progress)
             try:
                 with self._changed:
@@ -246,10 +249,12 @@ class AdapterPool:
             check_allowed(source, self._limits.allow_repositories)
 
     @contextmanager
-    def _alone(self, name: str, source: str) -> Iterator[None]:
+    def _alone(self, name: str, source: str, progress: Progress | None) -> Iterator[None]:
         """One load of a name at a time."""
         with self._changed:
-            self._changed.wait_for(lambda: name not in self._loading)
+            while not self._changed.wait_for(lambda: name not in self._loading, WAITING_SECONDS):
+                if progress is not None:
+                    progress("waiting", 0, 0)
             self._loading[name] = source
         try:
             yield
@@ -408,7 +413,7 @@ class AdapterPool:
         """Gives a repository that the allow-list permits its own name; it comes to the device with its turn."""
         source, _, revision = name.partition("@")
         self.check_allowed(name, source, False)
-        with self._alone(name, source):
+        with self._alone(name, source, progress):
             item = self._checked(name, source, revision or None, None, False, progress)
             self._give_name(item)
             self.tiers.let_go(item)

@@ -6,6 +6,7 @@ import random
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,24 @@ def test_copies_are_bit_for_bit(base: Path, folders: dict[str, Path], size: int)
                 assert mine.stride() == theirs.stride()
                 assert mine.untyped_storage().data_ptr() == after.storage.untyped_storage().data_ptr()
     lease.release()
+
+
+def test_a_load_behind_another_of_its_name_can_be_cancelled(base: Path, folders: dict[str, Path]) -> None:
+    engine = engine_for(base)
+    begun, on = threading.Event(), threading.Event()
+
+    def hold(stage: str, done: int, total: int) -> None:
+        begun.set()
+        assert on.wait(60)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        assert stage == "waiting"
+        raise Cancelled("enough")
+
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(engine.adapters.load, "a", str(folders["a"]), trusted=True, progress=hold)
+        assert begun.wait(60)
+        with pytest.raises(Cancelled, match="enough"):
+            engine.adapters.load("a", str(folders["b"]), trusted=True, progress=stop)
+        on.set()
+        assert first.result().tier == "device"

@@ -127,8 +127,8 @@ def test_what_the_pod_mounts_is_there(objects: Objects, pod: dict[str, Any]) -> 
     assert settings["listen"].endswith(f":{ports['grpc']}")
     assert settings["metrics_listen"].endswith(f":{ports['metrics']}")
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["grpc"]["port"] == ports["grpc"]
-    assert "tls_certificate" not in settings  # the probes speak no TLS
+        assert container[probe]["grpc"]["port"] == ports["health"]
+    assert settings["health_listen"].endswith(f":{ports['health']}")
 
 
 def test_the_grace_period_holds_all_that_ending_takes(objects: Objects, pod: dict[str, Any]) -> None:

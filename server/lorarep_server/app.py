@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -91,8 +91,8 @@ class App:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self.ready = asyncio.Event()
         """Set once new calls are taken."""
-        self.port = self.metrics_port = 0
-        """Bound ports, once the server listens."""
+        self.port = self.metrics_port = self.health_port = 0
+        """Bound ports, once the server listens; that of health alone if there is one."""
 
     def engine(self) -> Engine:
         """Raises Unavailable until it is loaded."""
@@ -113,10 +113,13 @@ class App:
         for service in ("", "readiness"):
             await self._health.set(service, NOT_SERVING)
         await self._health.set("liveness", SERVING)
-        server = self._build()
+        servers = [self._build(), *self._build_health()]
         http = self._serve_metrics()
-        await server.start()
+        for server in servers:
+            await server.start()
         log.info("listening on port %d, metrics on port %d", self.port, self.metrics_port)
+        if self.health_port:
+            log.info("health alone on port %d", self.health_port)
         try:
             failed = False
             if await self._unless_stopped(self._start()):
@@ -124,7 +127,8 @@ class App:
             await self._end(failed)
             return 1 if failed else 0
         finally:
-            await server.stop(LAST_WRITES)
+            for server in servers:
+                await server.stop(LAST_WRITES)
             http.shutdown()
             http.server_close()
 
@@ -204,15 +208,16 @@ class App:
         services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
         check_roles(services)
         reflection.enable_server_reflection([service.full_name for service in services], server)
-        credentials = self._credentials()
-        try:
-            if credentials is None:
-                self.port = server.add_insecure_port(config.listen)
-            else:
-                self.port = server.add_secure_port(config.listen, credentials)
-        except RuntimeError as error:
-            raise InvalidArgument(f"listen: cannot serve at {config.listen!r}") from error
+        self.port = _bind(server, "listen", config.listen, self._credentials())
         return server
+
+    def _build_health(self) -> Iterator[grpc.aio.Server]:
+        """None, if health is served with the rest alone."""
+        if (address := self._config.health_listen) is not None:
+            server = grpc.aio.server(options=GRPC_OPTIONS)
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            self.health_port = _bind(server, "health_listen", address, None)
+            yield server
 
     def _credentials(self) -> grpc.ServerCredentials | None:
         """None for plain text."""
@@ -233,3 +238,13 @@ class App:
             ) from error
         self.metrics_port = http.server_port
         return http
+
+
+def _bind(server: grpc.aio.Server, field: str, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    """The port; in plain text without credentials."""
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise InvalidArgument(f"{field}: cannot serve at {address!r}") from error

@@ -16,6 +16,8 @@ class ServerConfig:
     """Where gRPC is served."""
     metrics_listen: str = "127.0.0.1:9095"
     """Where Prometheus metrics are served over HTTP."""
+    health_listen: str | None = None
+    """Where grpc.health.v1 is served once more, alone and in plain text, for probes that speak no TLS."""
     tls_certificate: Path | None = None
     """PEM file of the chain that callers are shown; unset, gRPC is in plain text..."""
     tls_key: Path | None = None

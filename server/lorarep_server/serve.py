@@ -152,6 +152,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     default=ServerConfig.metrics_listen,
     help="Where Prometheus metrics are served.",
 )
+@option(
+    "--health-listen",
+    metavar="HOST:PORT",
+    show_default="with gRPC alone",
+    help="Where health is served besides, in plain text, for probes that speak no TLS.",
+)
 @option("--tls-certificate", type=FILE, help="PEM file of the certificate chain for gRPC; read again when it changes.")
 @option("--tls-key", type=FILE, help="PEM file of its key.")
 @option("--tls-client-ca", type=FILE, help="PEM file of authorities; callers need a certificate of theirs.")
@@ -190,6 +196,7 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
     server = ServerConfig(
         listen=given["listen"],
         metrics_listen=given["metrics_listen"],
+        health_listen=given["health_listen"],
         tls_certificate=given["tls_certificate"],
         tls_key=given["tls_key"],
         tls_client_ca=given["tls_client_ca"],

@@ -148,8 +148,13 @@ def test_a_bad_setting_is_refused_by_name(tmp_path: Path, flags: list[str], cont
 def test_a_port_that_is_taken_is_said(world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for flags in ([f"--listen={address}"], ["--listen=127.0.0.1:0", f"--metrics-listen={address}"]):
-            ended = lorarep("serve", *world.flags(), *flags, "--log-level=critical".replace("critical", "error"))
+        free = "--listen=127.0.0.1:0"
+        for flags in (
+            [f"--listen={address}"],
+            [free, f"--metrics-listen={address}"],
+            [free, f"--health-listen={address}"],
+        ):
+            ended = lorarep("serve", *world.flags(), *flags, "--log-level=error")
             assert ended.returncode == 1
             assert address in ended.stderr.splitlines()[-1]
 

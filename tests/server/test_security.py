@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     (folder / "tokens").write_text(f"# who may what\n\ngenerate {USER}\n  administer\t{ADMIN}  \n")
     flags = [f"--tls-certificate={folder}/tls.crt", f"--tls-key={folder}/tls.key", f"--tls-client-ca={folder}/ca.crt"]
     flags += [f"--token-file={folder}/tokens", "--listen=0.0.0.0:0", "--metrics-listen=0.0.0.0:0"]
-    with serving([*BASE_FLAGS, *flags]) as server:
+    with serving([*BASE_FLAGS, *flags, "--health-listen=0.0.0.0:0"]) as server:
         chain, key = callers.cert_chain_pems[0].bytes(), callers.private_key_pem.bytes()
         yield Secured(server, folder, ca, chain, key)
 
@@ -141,6 +142,19 @@ def test_every_rpc_but_health_wants_a_token(secured: Secured) -> None:
             is_open = rpc.containing_service.full_name == "grpc.health.v1.Health"
             for given in wrong:
                 assert (call(channel, rpc, **given) is UNAUTHENTICATED) != is_open, (rpc.name, given)
+
+
+def test_health_alone_is_in_plain_text_on_its_own_port(secured: Secured) -> None:
+    secured.server.wait_ready()
+    port = next(found[1] for line in secured.server.log if (found := re.search(r"health alone on port (\d+)", line)))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for service in ("", "liveness", "readiness"):
+            asked = health_pb2.HealthCheckRequest(service=service)
+            answer = health_pb2_grpc.HealthStub(channel).Check(asked, timeout=20)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        for rpc in secured.rpcs():
+            if rpc.containing_service.full_name != "grpc.health.v1.Health":
+                assert call(channel, rpc, **bearer(ADMIN)) is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_token_opens_what_its_role_includes(secured: Secured) -> None:

@@ -36,11 +36,11 @@ from lorarep.v1 import generation_pb2_grpc
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.faults.conftest import Failpoints, held, load, unload
+from tests.faults.conftest import Failpoints, held
 from tests.hub_faults import FaultyHub
 from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World, published
-from tests.server.running import Server, request, serving, stream, wait_for
+from tests.server.running import Server, load, request, serving, stream, unload, wait_for
 
 KINDS = 80
 """Distinct requests."""

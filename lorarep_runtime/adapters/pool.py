@@ -330,6 +330,11 @@ class AdapterPool:
                 raise NotFound(f"adapter: {name!r} is not loaded")
             return self._info(self._named[name])
 
+    def __contains__(self, name: str) -> bool:
+        """Whether an adapter has the name."""
+        with self._changed:
+            return name in self._named
+
     def list(self) -> list[AdapterInfo]:
         """All that have a name, in its order."""
         with self._changed:

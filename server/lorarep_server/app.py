@@ -87,7 +87,7 @@ class App:
         self._loads = Loads(self._metrics)
         self._desired = DesiredAdapters(config.adapters_file, self._loads)
         self._calls = Calls(config.max_calls)
-        self._registry.register(EngineCollector(self.engine, self._desired))
+        self._registry.register(EngineCollector(self.engine, self._desired.states))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self.ready = asyncio.Event()
         """Set once new calls are taken."""

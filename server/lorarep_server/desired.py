@@ -170,7 +170,7 @@ class DesiredAdapters:
         while True:
             try:
                 if not entry.ours:
-                    entry.ours = not await asyncio.to_thread(_is_there, pool, name)
+                    entry.ours = not await asyncio.to_thread(pool.__contains__, name)
                 if not entry.ours:
                     raise AlreadyExists(f"name: {name!r} was loaded otherwise than by the adapters file")
                 async with self._places:
@@ -191,14 +191,6 @@ class DesiredAdapters:
             pause = min(2 * pause, LONGEST_PAUSE)
             if not entry.error:  # a call has had it loaded meanwhile
                 return
-
-
-def _is_there(pool: AdapterPool, name: str) -> bool:
-    try:
-        pool.get(name)
-    except NotFound:
-        return False
-    return True
 
 
 def _unload(pool: AdapterPool, name: str) -> None:

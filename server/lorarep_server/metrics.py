@@ -23,7 +23,6 @@ from lorarep_server.errors import code_of
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine import Engine
-    from lorarep_server.desired import DesiredAdapters
 
 T = TypeVar("T")
 
@@ -86,9 +85,12 @@ class Metrics:
 
 
 class EngineCollector(Collector):
-    """The engine's snapshot as metrics; nothing until there is an engine."""
+    """The engine's snapshot as metrics; nothing until there is an engine.
 
-    def __init__(self, engine: Callable[[], Engine], desired: DesiredAdapters) -> None:
+    `desired` gives how many entries of the adapters file are in which state.
+    """
+
+    def __init__(self, engine: Callable[[], Engine], desired: Callable[[], Mapping[str, int]]) -> None:
         self._engine = engine
         self._desired = desired
 
@@ -114,7 +116,7 @@ class EngineCollector(Collector):
         tiers = Counts(info.tier for info in engine.adapters.list())
         by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
         yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)
-        yield _by("adapters_desired", "Entries of the adapters file.", "state", self._desired.states())
+        yield _by("adapters_desired", "Entries of the adapters file.", "state", self._desired())
         evictions = engine.adapters.tiers.evictions
         yield _counter("adapter_evictions", "Adapters that left device memory for others.", evictions)
         host_bytes = engine.adapters.tiers.host_bytes

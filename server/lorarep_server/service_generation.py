@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
-from lorarep_runtime.errors import Exhausted, NotFound, Unavailable
+from lorarep_runtime.errors import Exhausted, Unavailable
 from lorarep_runtime.request import Event, Finished, Output
 from lorarep_server import messages
 from lorarep_server.desired import DesiredAdapters
@@ -24,7 +24,7 @@ from lorarep_server.metrics import Metrics
 from lorarep_server.stream import EventStream
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.pool import AdapterInfo, AdapterPool
+    from lorarep_runtime.adapters.pool import AdapterInfo
     from lorarep_runtime.engine import Engine
     from lorarep_runtime.text import Tokenizer
 
@@ -142,7 +142,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         for name, _ in adapters:
             if await asyncio.to_thread(pool.is_at_hand, name):
                 continue
-            if await asyncio.to_thread(_is_known, pool, name):
+            if await asyncio.to_thread(pool.__contains__, name):
                 await self._loads.bring(pool, name)
             elif self._desired.get(name) is not None:
                 if error := self._desired.error(name):
@@ -154,14 +154,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     await self._loads.load(pool, AdapterLoad(name, repository, revision or None))
                 except Exhausted:
                     await self._loads.bring(pool, name)  # it waits in the queue for room on the device
-
-
-def _is_known(pool: AdapterPool, name: str) -> bool:
-    try:
-        pool.get(name)
-    except NotFound:
-        return False
-    return True
 
 
 def _admit(

@@ -126,7 +126,7 @@ def floor_of(engine: Engine, names: Sequence[str], bandwidth: float) -> float:
     """Seconds to read what a step reads once: its plan's weights, each row's adapter, keys and values."""
     rows = [lease(engine, name) for name in names]
     plan = merge(tuple(sorted({row.stack for row in rows})))
-    adapters = sum(row.adapter.nbytes for row in rows if row.adapter is not None)
+    adapters = sum(engine.adapters.get(name).bytes for name in names if name not in engine.stacks)
     base = engine.base
     token = PagePool.page_bytes(base.kv_heads, base.head_dim, base.dtype) // PAGE_TOKENS
     keys = sum(len(row.stack) for row in rows) * (PROMPT_TOKENS + NEW_TOKENS // 2) * token

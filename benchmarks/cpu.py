@@ -1,6 +1,6 @@
 """Eight requests on eight adapters of one replicated stack, on the CPU: lorarep beside PEFT, in one run.
 
-    python benchmarks/cpu.py [--hidden-size 512] [--new-tokens 64] [--repeats 5] [--threads N]
+    python benchmarks/cpu.py [--hidden-size 512] [--new-tokens 64] [--repeats 5]
 
 PEFT gets a physically stacked model, since its own replication goes wrong with a second adapter; its weights take more
 memory there, and its arithmetic is the same. Both sides answer the same prompts greedily; the answers are compared
@@ -38,9 +38,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), options.hidden_size, options.new_tokens, options.repeats)
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from lorarep_runtime.adapters.weights import Adapter, moved
 from lorarep_runtime.config import AdapterLimits
@@ -92,6 +93,16 @@ class _Room:
     """Bytes of it that are kept free; what is leaving still takes the rest."""
 
 
+def work_alone() -> None:
+    """Keeps torch's parallel loops in this thread from then on.
+
+    Every thread that runs one gets an OpenMP team of its own, for as long as it lives; and once there are more threads
+    in teams than processors, GNU's OpenMP lets the engine's sleep, too, between any two products of a step.
+    """
+    torch.get_num_threads()  # or the first loop would set them again
+    threadpool_limits(1, user_api="openmp")
+
+
 class Tiers:
     """Thread-safe. `changed` guards everything here and in the pool."""
 
@@ -113,8 +124,8 @@ class Tiers:
         """Of what is on its way to the host."""
         self._tick = 0
         # Apart: a file may have to come from a Hub that does not answer.
-        self._compiling = ThreadPoolExecutor(COMPILING, thread_name_prefix="lorarep-adapter")
-        self._copying = ThreadPoolExecutor(COPYING, thread_name_prefix="lorarep-copy")
+        self._compiling = ThreadPoolExecutor(COMPILING, "lorarep-adapter", initializer=work_alone)
+        self._copying = ThreadPoolExecutor(COPYING, "lorarep-copy", initializer=work_alone)
         # One for all: libraries keep tens of megabytes for each stream that they have worked on.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 

@@ -122,7 +122,7 @@ class Case:
             groups=[replace(first, tiles=first.tiles.clone(), scales=first.scales.clone()) for _ in range(copies)],
             dense=torch.cat([bnb.functional.dequantize_4bit(p, state) for p, state in packed]),
             x=noise(rows, into).bfloat16(),
-            low=noise(rows, parts_for(rows), len(names), max(rank, LEAST_RANKS)),
+            low=noise(rows, parts_for(rows, into), len(names), max(rank, LEAST_RANKS)),
             names=names,
             adapters=adapters,
             tables=[entry_table(a, copies, names).to(device) for a in adapters if a is not None],

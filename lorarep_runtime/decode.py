@@ -1,8 +1,8 @@
 """Decoding on a GPU: a step of one new token for each row is one captured graph, from the tokens to the next ones.
 
-A graph belongs to a plan and a number of rows. Which rows walk which of the plan's stacks, with which adapters and on
-which pages, is data that it reads: rows without a position at a step pass through. It takes the tokens that it chose
-itself, so the next step can be launched before anybody has read them.
+A graph belongs to a plan, a number of rows and a largest rank. Which rows walk which of the plan's stacks, with which
+adapters and on which pages, is data that it reads: rows without a position at a step pass through. It takes the tokens
+that it chose itself, so the next step can be launched before anybody has read them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MOST_GRAPHS = 64
 """Captured at a time; the least recently used goes first."""
 LEAST_RANKS = 8
-"""Of low, until an adapter has more."""
+"""Of low. A batch with larger ranks takes eight times as many, or sixty-four times: few sizes, so few graphs."""
 CHANGING_ROTARY = {"dynamic", "longrope"}
 """`rope_type`s whose frequencies depend on the length."""
 
@@ -72,9 +72,9 @@ class Decoder:
         self._modules = len(modules)
         self._max_rows = 1 << (max_rows - 1).bit_length()
         self._pages = pages_of(max_tokens)
-        self._ranks = LEAST_RANKS
+        self._ranks = self._most_ranks = LEAST_RANKS
         self._depth = base.layers
-        self._graphs: OrderedDict[tuple[Plan, int], Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Plan, int, int], Graph] = OrderedDict()
         self._rows = 0
         self._spans: list[Span] = []
         self._known_pages: dict[int, tuple[int, ...]] = {}
@@ -94,8 +94,11 @@ class Decoder:
         def outputs(group: Sequence[str]) -> int:
             return sum(widths[name][0] for name in group)
 
+        def low(group: Sequence[str]) -> Tensor:
+            parts = max(parts_for(n, widths[group[0]][1]) * n for n in self._buckets())
+            return zeros(1, parts, len(group), self._most_ranks, dtype=torch.float32)
+
         splits = max(splits_for(n, attention.kv_heads) * n for n in self._buckets())
-        parts = max(parts_for(n) * n for n in self._buckets())
         heads = attention.heads
         self._buffers = Buffers(
             h=zeros(rows, config.hidden_size),
@@ -104,7 +107,7 @@ class Decoder:
             out=zeros(rows, heads * attention.head_dim),
             gate_up=zeros(rows, outputs(GROUPS[2])),
             gated=zeros(rows, widths[GROUPS[3][0]][1]),
-            low=[zeros(1, parts, len(group), self._ranks, dtype=torch.float32) for group in GROUPS],
+            low=[low(group) for group in GROUPS],
             partials=Partials.empty(1, heads, splits, attention.head_dim, device),
         )
         self._tokens = zeros(rows, dtype=torch.int64)
@@ -148,8 +151,11 @@ class Decoder:
                 return
         ranks = max((span.adapter.rank for span in spans if span.adapter is not None), default=1)
         depth = max(len(span.stack) for span in spans)
-        if ranks > self._ranks or depth > self._depth:
-            self._ranks, self._depth = max(self._ranks, 1 << (ranks - 1).bit_length()), max(self._depth, depth)
+        self._ranks = LEAST_RANKS
+        while self._ranks < ranks:
+            self._ranks *= 8
+        if self._ranks > self._most_ranks or depth > self._depth:
+            self._most_ranks, self._depth = max(self._most_ranks, self._ranks), max(self._depth, depth)
             self._allocate()
         self._spans = list(spans)
         self._rows = 1 << (len(spans) - 1).bit_length()
@@ -191,7 +197,7 @@ class Decoder:
         return self._tokens[: len(self._spans)], self._logits[: len(self._spans)]
 
     def _graph_for(self, plan: Plan) -> Graph:
-        key = (plan, self._rows)
+        key = (plan, self._rows, self._ranks)
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -213,7 +219,7 @@ class Decoder:
     def _forward(self, plan: Plan, positions: Tensor) -> Callable[[], None]:
         n, model = self._rows, self._base.model
         decoder: Any = model.get_decoder()
-        buffers = self._buffers.narrowed(n, splits_for(n, self._layers[0].attention.kv_heads))
+        buffers = self._buffers.narrowed(n, splits_for(n, self._layers[0].attention.kv_heads), self._ranks)
         tokens, lengths, logits = self._tokens[:n], self._lengths[:n], self._logits[:n]
         cache = Cache(*self._pool.tensors, self._tables[:n], lengths)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

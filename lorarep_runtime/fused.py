@@ -70,12 +70,13 @@ class Buffers:
     """Of each of GROUPS: fp32 (rows, parts, modules, ranks)."""
     partials: Partials
 
-    def narrowed(self, rows: int, splits: int) -> Buffers:
-        """The same memory for fewer rows."""
+    def narrowed(self, rows: int, splits: int, ranks: int) -> Buffers:
+        """The same memory for fewer rows and ranks."""
 
         def shaped(whole: Tensor, *shape: int) -> Tensor:
             return whole.flatten()[: torch.Size(shape).numel()].view(shape)
 
+        inputs = (self.x, self.out, self.x, self.gated)
         return Buffers(
             self.h[:rows],
             self.x[:rows],
@@ -83,19 +84,22 @@ class Buffers:
             self.out[:rows],
             self.gate_up[:rows],
             self.gated[:rows],
-            [shaped(low, rows, parts_for(rows), *low.shape[2:]) for low in self.low],
+            [
+                shaped(low, rows, parts_for(rows, x.shape[1]), low.shape[2], ranks)
+                for low, x in zip(self.low, inputs, strict=True)
+            ],
             Partials(*(shaped(p, rows, p.shape[1], splits, *p.shape[3:]) for p in self.partials)),
         )
 
 
-def parts_for(rows: int) -> int:
-    """Parts of low."""
-    return min(MOST_PARTS, 16 if rows <= 8 else 8)
+def parts_for(rows: int, width: int) -> int:
+    """Parts of low, of an x of `width`."""
+    return min(MOST_PARTS, -(-width // (256 if rows <= 8 else 512)))
 
 
 def splits_for(rows: int, kv_heads: int) -> int:
     """Parts that a sequence is split into."""
-    return max(2, min(MOST_SPLITS, PROGRAMS // (rows * kv_heads)))
+    return max(1, min(MOST_SPLITS, PROGRAMS // (rows * kv_heads)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.low import await_previous, group_rows, load_ranks, low_options, part_columns, write_low
+from lorarep_runtime.kernels.low import (
+    await_previous,
+    group_of_row,
+    idle,
+    load_ranks,
+    low_grid,
+    low_options,
+    part_columns,
+    write_low,
+)
 from lorarep_runtime.kernels.rows import PlainRows, Rows, write_low_reference
 
 
@@ -23,7 +32,7 @@ def gate_low(gate_up: Tensor, x: Tensor, low: Tensor, rows: Rows, first: int, *,
         first: number of the module that reads x.
         pdl: begin while the kernel before ends (`low`).
     """
-    _gate_low[(len(x), low.shape[1])](
+    _gate_low[low_grid(low)](
         gate_up,
         x,
         low,
@@ -57,22 +66,20 @@ def _gate_low(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     RANKS: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype = x.dtype.element_ty
     position = tl.load(positions + row)
     columns, inside = part_columns(part, WIDTH, PART, BLOCK)
-    A, rank = group_rows(adapters, row, position, dtype, MODULES, FIRST, COUNT, RANK_BLOCK, LANES)
-    a = load_ranks(A, rank, 0, columns, inside, WIDTH, RANK_BLOCK, LANES)
+    addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+    a, there = load_ranks(addresses, ranks, tl.program_id(2), columns, inside, dtype, WIDTH, COUNT, RANKS, LANES)
     await_previous(PDL)
-    if position < 0:
+    if idle(position, ranks, LANES):
         return
     gate = tl.load(gate_up + row * 2 * WIDTH + columns, mask=inside, other=0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + columns, mask=inside, other=0).to(tl.float32)
     activated = gate * tl.sigmoid(gate)
     own_x = (activated.to(dtype).to(tl.float32) * up).to(dtype)
-    tl.store(x + row * WIDTH + columns, own_x, mask=inside)
-    low += (row * tl.num_programs(1) + part) * COUNT * RANKS
-    write_low(low, own_x, a, A, rank, columns, inside, WIDTH, RANKS, RANK_BLOCK, LANES)
+    tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
+    write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.low import await_previous, group_rows, load_ranks, low_options, part_columns, write_low
+from lorarep_runtime.kernels.low import (
+    await_previous,
+    group_of_row,
+    idle,
+    load_ranks,
+    low_grid,
+    low_options,
+    part_columns,
+    write_low,
+)
 from lorarep_runtime.kernels.rows import PlainRows, Rows, write_low_reference
 
 
@@ -41,7 +50,7 @@ def combine_low(partials: Partials, out: Tensor, low: Tensor, rows: Rows, first:
         pdl: begin while the kernel before ends (`low`).
     """
     splits, head_dim = partials.values.shape[2:]
-    _combine_low[(len(out), low.shape[1])](
+    _combine_low[low_grid(low)](
         *partials,
         out,
         low,
@@ -84,17 +93,16 @@ def _combine_low(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     RANKS: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype = out.dtype.element_ty
     position = tl.load(positions + row)
     columns, inside = part_columns(part, WIDTH, PART, BLOCK)
-    A, rank = group_rows(adapters, row, position, dtype, MODULES, FIRST, COUNT, RANK_BLOCK, LANES)
-    a = load_ranks(A, rank, 0, columns, inside, WIDTH, RANK_BLOCK, LANES)
+    addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+    a, there = load_ranks(addresses, ranks, tl.program_id(2), columns, inside, dtype, WIDTH, COUNT, RANKS, LANES)
     await_previous(PDL)
-    if position < 0:
+    if idle(position, ranks, LANES):
         return
     # Every column takes its head's numbers, rather than every head its columns: a part need not be whole heads.
     at = (row * (WIDTH // DIM) + columns // DIM) * SPLITS
@@ -109,6 +117,5 @@ def _combine_low(
         part_value = tl.load(values + (at + split) * DIM + columns % DIM, mask=inside, other=0)
         value += tl.where(weight > 0, weight * part_value, 0.0)
     own_x = (value / total).to(dtype)
-    tl.store(out + row * WIDTH + columns, own_x, mask=inside)
-    low += (row * tl.num_programs(1) + part) * COUNT * RANKS
-    write_low(low, own_x, a, A, rank, columns, inside, WIDTH, RANKS, RANK_BLOCK, LANES)
+    tl.store(out + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
+    write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

@@ -1,8 +1,9 @@
 """low = A x beside the kernels that make x: what they share in Triton. `rows` says what low and entry tables are.
 
-A program has one row and one part of x. It has to follow three addresses to get at its piece of A (row, table, entry,
-A), none of which any kernel of a step writes. So it does that first and waits for the kernel before it only then, if
-that is still running: programmatic dependent launch, from Hopper on.
+A program has a row and a part of x, and where ranks are many, every so many blocks of them: a block is some ranks of a
+module, or all of all modules if they are few. It has to follow three addresses to get at its piece of A (row, table,
+entry, A), none of which any kernel of a step writes. So it does that first and waits for the kernel before it only
+then, if that is still running: programmatic dependent launch, from Hopper on.
 """
 
 from __future__ import annotations
@@ -18,13 +19,22 @@ from lorarep_runtime.kernels.rows import FIELDS, Rows, part_width
 ENTRY_FIELDS: tl.constexpr = tl.constexpr(FIELDS)
 
 
+MOST_RANK_PROGRAMS = 4
+"""For a row and a part."""
+
+
+def low_grid(low: Tensor) -> tuple[int, int, int]:
+    """Programs of a kernel that makes x and its low."""
+    rows, parts, _, ranks = low.shape
+    lanes = _lanes(low)
+    return rows, parts, min(MOST_RANK_PROGRAMS, ranks // lanes) if ranks % lanes == 0 else 1
+
+
 def low_options(low: Tensor, width: int, rows: Rows, first: int) -> dict[str, Any]:
     """What a kernel that makes x of `width` is launched with for its low."""
     _, parts, count, ranks = low.shape
-    part = part_width(width, parts)
+    part, lanes = part_width(width, parts), _lanes(low)
     block = triton.next_power_of_2(part)
-    rank_block = 8 if ranks <= 8 else 16
-    lanes = triton.next_power_of_2(count) * rank_block
     return dict(
         WIDTH=width,
         PART=part,
@@ -33,10 +43,15 @@ def low_options(low: Tensor, width: int, rows: Rows, first: int) -> dict[str, An
         FIRST=first,
         COUNT=count,
         RANKS=ranks,
-        RANK_BLOCK=rank_block,
         LANES=lanes,
         num_warps=max(4, min(16, lanes * block // 2048)),
     )
+
+
+def _lanes(low: Tensor) -> int:
+    """Ranks, of all modules one after the other, that a program takes at a time."""
+    _, _, count, ranks = low.shape
+    return triton.next_power_of_2(count * ranks) if ranks <= 8 else 16
 
 
 @triton.jit
@@ -59,34 +74,42 @@ def part_columns(part, WIDTH: tl.constexpr, PART: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def group_rows(
-    adapters,
-    row,
-    position,
-    dtype: tl.constexpr,
-    MODULES: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """For each module of a group, RANK_BLOCK times over: the address of its A, and its rank."""
-    module = tl.arange(0, LANES) // RANK_BLOCK
+def group_of_row(adapters, row, position, MODULES: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """For each module of a group, to the next power of two: the address of its A, and its rank, 0 where it has none."""
+    module = tl.arange(0, triton.next_power_of_2(COUNT))
     table = tl.load(adapters + row)
     present = module < tl.where((table != 0) & (position >= 0), COUNT, 0)
     entry = table.to(tl.pointer_type(tl.int64)) + (position * MODULES + FIRST + module) * ENTRY_FIELDS
-    address = tl.load(entry, mask=present, other=0)
-    rank = tl.load(entry + 4, mask=present, other=0).to(tl.int32)
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16), rank
+    return tl.load(entry, mask=present, other=0), tl.load(entry + 4, mask=present, other=0).to(tl.int32)
 
 
 @triton.jit
-def load_ranks(A, rank, start, columns, inside, WIDTH: tl.constexpr, RANK_BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """(LANES, BLOCK): a block of ranks of each module's A; 0 beyond a module's rank."""
-    j = start + tl.arange(0, LANES) % RANK_BLOCK
-    return tl.load(
-        A[:, None] + j[:, None] * WIDTH + columns[None, :], mask=(j < rank)[:, None] & inside[None, :], other=0
-    )
+def load_ranks(
+    addresses,
+    ranks,
+    block,
+    columns,
+    inside,
+    dtype: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """(LANES, BLOCK), a block of ranks of A, 0 beyond a module's; and (LANES), which of them there are."""
+    lane = block * LANES + tl.arange(0, LANES)
+    own = (lane // RANKS)[:, None] == tl.arange(0, triton.next_power_of_2(COUNT))[None, :]
+    A = tl.sum(tl.where(own, addresses[None, :], 0), 1).to(tl.pointer_type(dtype))
+    there = lane % RANKS < tl.sum(tl.where(own, ranks[None, :], 0), 1)
+    at = tl.multiple_of(A, 16)[:, None] + (lane % RANKS * WIDTH)[:, None] + columns[None, :]
+    return tl.load(at, mask=there[:, None] & inside[None, :], other=0), there
+
+
+@triton.jit
+def idle(position, ranks, LANES: tl.constexpr):
+    """Whether nothing is left for a program to do: the row passes through, or has no ranks beyond other programs'."""
+    program = tl.program_id(2)
+    return (position < 0) | ((program > 0) & (program * LANES >= tl.max(ranks, 0)))
 
 
 @triton.jit
@@ -94,26 +117,29 @@ def write_low(
     low,
     x,
     a,
-    A,
-    rank,
+    there,
+    addresses,
+    ranks,
     columns,
     inside,
     WIDTH: tl.constexpr,
+    COUNT: tl.constexpr,
     RANKS: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Stores a part of low.
+    """Stores this program's part of low.
 
     Args:
-        low: address of the part, (modules, ranks).
+        low: (rows, parts, modules, ranks).
         x: (BLOCK), 0 where not `inside`.
-        a: the first block of ranks, loaded early.
+        a, there: the first of this program's blocks, loaded early.
     """
-    lane = tl.arange(0, LANES)
-    for start in range(0, tl.max(rank, 0), RANK_BLOCK):
-        current = a
-        a = load_ranks(A, rank, start + RANK_BLOCK, columns, inside, WIDTH, RANK_BLOCK, LANES)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    low += (row * tl.num_programs(1) + part) * COUNT * RANKS
+    blocks: tl.constexpr = (COUNT * RANKS + LANES - 1) // LANES
+    for block in range(tl.program_id(2), tl.where(tl.max(ranks, 0) > 0, blocks, 0), tl.num_programs(2)):
+        current, current_there = a, there
+        next_block = block + tl.num_programs(2)
+        a, there = load_ranks(addresses, ranks, next_block, columns, inside, x.dtype, WIDTH, COUNT, RANKS, LANES)
         sums = tl.sum(current.to(tl.float32) * x.to(tl.float32)[None, :], 1)
-        j = start + lane % RANK_BLOCK
-        tl.store(low + lane // RANK_BLOCK * RANKS + j, sums, mask=j < rank)
+        tl.store(low + block * LANES + tl.arange(0, LANES), sums, mask=current_there)

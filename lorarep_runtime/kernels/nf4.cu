@@ -51,6 +51,7 @@ struct Output {  // which module an output of the group belongs to, its place th
 #define ENTRY 5
 #define CHUNK 64
 #define ROWS (EIGHTS * 8)
+#define AHEAD 8  // loads of B that a thread has on their way
 #define PAD 8  // bf16 numbers after each row of x in shared memory: neighbouring rows fall into different banks
 
 __device__ __forceinline__ float bf16_to_float(u16 v) { return __uint_as_float(u32(v) << 16); }
@@ -67,17 +68,31 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     return r;
 }
 
-// Read once, past L1. Where `wanted` is false the registers keep what they hold: a plain condition would have the compiler
-// load into others and wait to copy them.
-__device__ __forceinline__ void load_once(uint4& v, const uint4* p, bool wanted) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;"
-                 "  @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(u32(wanted)));
+__device__ __forceinline__ void load4(float (&v)[4], const u16* p) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(p);
+    v[0] = __uint_as_float(bits.x << 16), v[1] = __uint_as_float(bits.x & 0xffff0000);
+    v[2] = __uint_as_float(bits.y << 16), v[3] = __uint_as_float(bits.y & 0xffff0000);
 }
 
-__device__ __forceinline__ void load_once(float2& v, const float2* p, bool wanted) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.f32 {%0,%1}, [%2]; }"
-                 : "+f"(v.x), "+f"(v.y) : "l"(p), "r"(u32(wanted)));
+// Weights go first when the L2 cache needs room: what is prefetched there, and activations, are read again.
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Read once, past L1. Where `wanted` is false the registers keep what they hold: a plain condition would have the compiler
+// load into others and wait to copy them.
+__device__ __forceinline__ void load_once(uint4& v, const uint4* p, bool wanted, u64 policy) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;"
+                 "  @p ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4], %6; }"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(u32(wanted)), "l"(policy));
+}
+
+__device__ __forceinline__ void load_once(float2& v, const float2* p, bool wanted, u64 policy) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;"
+                 "  @p ld.global.nc.L1::no_allocate.L2::cache_hint.v2.f32 {%0,%1}, [%2], %4; }"
+                 : "+f"(v.x), "+f"(v.y) : "l"(p), "r"(u32(wanted)), "l"(policy));
 }
 
 __device__ __forceinline__ void store_cluster(u32 address, u32 rank, float v) {
@@ -96,10 +111,6 @@ __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ u32 cluster_rank() {
@@ -136,6 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     const int cta_tile = blockIdx.x / size * G.tiles_per_cta, tile = cta_tile + warp * TILES;
 
     // Weights do not depend on what came before: the first ones are on their way while it ends.
+    const u64 policy = read_once();
     const uint4* w[TILES];
     const float2* s[TILES];
     uint4 bytes[DEPTH][TILES] = {};
@@ -149,8 +161,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     auto load = [&](int d, int ahead, bool wanted) {
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-            load_once(bytes[d][i], w[i] + (d + ahead) * 32, wanted);
-            load_once(scale[d][i], s[i] + (d + ahead) * 8, wanted);
+            load_once(bytes[d][i], w[i] + (d + ahead) * 32, wanted, policy);
+            load_once(scale[d][i], s[i] + (d + ahead) * 8, wanted, policy);
         }
     };
 #pragma unroll
@@ -203,20 +215,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
         for (int k = lane * 8; k < width; k += 256)
             copy16(u32(__cvta_generic_to_shared(x + m * pitch + k)), row + k, there ? 16 : 0);
     }
-    auto sum_low = [&](int from) {
-        for (int i = warp; i < G.rows * G.modules; i += THREADS / 32) {
-            const int count = min(int(entries[i].rank) - from, G.rank_segment);
-            const i64 stride = i64(G.modules) * G.ranks;
-            const float* part = G.low + i64(i / G.modules) * G.parts * stride + i % G.modules * G.ranks + from;
-            for (int j = lane; j < count; j += 32) {
-                float sum = 0;
-#pragma unroll 8
-                for (int p = 0; p < G.parts; p++) sum += part[p * stride + j];
-                low[i * G.rank_segment + j] = sum;
-            }
-        }
-    };
-    sum_low(0);
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
 
@@ -284,10 +282,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
                 store_cluster(sums_at + ((rank * ROWS + e * 8 + 2 * t + q % 2) * share + n % share) * 4, owner,
                               sums[i][e][q]);
         }
-    if (size > 1) cluster_sync(); else __syncthreads();
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    auto sum_low = [&](int from) {
+        const i64 stride = i64(G.modules) * G.ranks;
+        for (int i = threadIdx.x; i < G.rows * G.modules * G.rank_segment; i += THREADS) {
+            const int at = i / G.rank_segment, j = from + i % G.rank_segment;
+            if (j >= entries[at].rank) continue;
+            const float* part = G.low + i64(at / G.modules) * G.parts * stride + at % G.modules * G.ranks + j;
+            float sum = 0;
+#pragma unroll 8
+            for (int p = 0; p < G.parts; p++) sum += part[p * stride];
+            low[i] = sum;
+        }
+    };
+    sum_low(0);
+    __syncthreads();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 
-    const int end = G.tiles * 16, local = threadIdx.x % share, n = first_output + local;
-    const Output at(G, n);
+    // A lane finishes four neighbouring outputs of a row; where its ranks are many, several lanes share them. So rows have
+    // different numbers of tasks for warps, and these are all equally long. Lane m counts those of row m.
+    const int end = G.tiles * 16, fours = share / 4;
+    int most_ranks = -1;
+    for (int i = 0; lane < G.rows && i < G.modules; i++)
+        most_ranks = max(most_ranks, int(entries[lane * G.modules + i].rank));
+    int sharing = 1;
+    while (sharing < 8 && sharing * AHEAD < most_ranks) sharing *= 2;
+    const int tasks = most_ranks < 0 ? 0 : (fours * sharing + 31) / 32;
+    int tasks_before = tasks;
+    for (int other = 1; other < 32; other *= 2) {
+        const int sum = __shfl_up_sync(~0u, tasks_before, other);
+        if (lane >= other) tasks_before += sum;
+    }
+    const int all_tasks = __shfl_sync(~0u, tasks_before, 31);
+    tasks_before -= tasks;
     for (int from = 0; from < G.ranks; from += G.rank_segment) {
         if (from > 0) {
             __syncthreads();
@@ -295,23 +322,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
             __syncthreads();
         }
         const bool first = from == 0;
-        for (int m = threadIdx.x / share; m < G.rows; m += THREADS / share) {
+        for (int task = warp; task < all_tasks; task += THREADS / 32) {
+            const int m = __popc(__ballot_sync(~0u, tasks_before + tasks <= task));
+            const int splits = __shfl_sync(~0u, sharing, m), split = lane % splits;
+            const int four = ((task - __shfl_sync(~0u, tasks_before, m)) * 32 + lane) / splits;
+            const int local = four * 4, n = first_output + local;
+            const Output at(G, min(n, end - 1));
             const Entry entry = entries[m * G.modules + at.module];
             const int ranks = min(int(entry.rank) - from, G.rank_segment);
-            if (n >= end || (first ? entry.rank < 0 : ranks <= 0)) continue;
+            const bool wanted = four < fours && n < end && (first || ranks > 0);
             u16* y = G.y + i64(m) * end + n;
-            float v = 0;
-            if (first) {
-                for (u32 r = 0; r < size; r++) v += sums_in[(r * ROWS + m) * share + local];
-                if (entry.c) v *= bf16_to_float(entry.c[at.inner]);
-                if (entry.bias) v += bf16_to_float(entry.bias[at.inner]);
-                if (G.base_bias) v += bf16_to_float(G.base_bias[n]);
+            float v[4] = {}, c[4] = {1, 1, 1, 1}, plus[3][4] = {};
+            if (wanted && first) {
+                if (entry.c) load4(c, entry.c + at.inner);
+                if (entry.bias && split == 0) load4(plus[0], entry.bias + at.inner);
+                if (G.base_bias && split == 0) load4(plus[1], G.base_bias + n);
             }
+            if (wanted && split == 0 && !(first && !G.add)) load4(plus[2], y);
+            if (wanted && first)
+                for (u32 r = split; r < size; r += splits) {
+                    const float* sum = sums_in + (r * ROWS + m) * share + local;
+                    for (int q = 0; q < 4; q++) v[q] += sum[q] * c[q];
+                }
             const u16* B = entry.B + i64(from) * at.out + at.inner;
             const float* a = low + (m * G.modules + at.module) * G.rank_segment;
-#pragma unroll 8
-            for (int j = 0; j < ranks; j++) v += bf16_to_float(B[i64(j) * at.out]) * a[j];
-            *y = float_to_bf16(first && !G.add ? v : v + bf16_to_float(*y));
+            for (int j = split; wanted && j < ranks; j += splits * AHEAD) {
+                float b[AHEAD][4] = {};
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++)
+                    if (j + i * splits < ranks) load4(b[i], B + i64(j + i * splits) * at.out);
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++)
+                    if (j + i * splits < ranks)
+                        for (int q = 0; q < 4; q++) v[q] += b[i][q] * a[j + i * splits];
+            }
+            for (int other = 1; other < splits; other *= 2)
+                for (int q = 0; q < 4; q++) v[q] += __shfl_xor_sync(~0u, v[q], other);
+            if (!wanted || split > 0) continue;
+            for (int q = 0; q < 4; q++) v[q] += plus[0][q] + plus[1][q] + plus[2][q];
+            *reinterpret_cast<uint2*>(y) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
         }
     }
 }
@@ -324,8 +373,8 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
     const i64 tile = unit / chunks, chunk = unit % chunks;
     uint4 bytes;
     float2 scale;
-    load_once(bytes, weights + unit * 32 + lane, true);
-    load_once(scale, scales + unit * 8 + g, true);
+    load_once(bytes, weights + unit * 32 + lane, true, read_once());
+    load_once(scale, scales + unit * 8 + g, true, read_once());
     const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
     for (int half = 0; half < 2; half++) {

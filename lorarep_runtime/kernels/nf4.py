@@ -89,9 +89,13 @@ class Spread:
     def grid(self, tiles: int) -> int:
         return -(-tiles // self.cta_tiles) * self.cluster
 
-    def load(self, tiles: int, chunks: int) -> int:
-        """Tiles times chunks that the busiest multiprocessor multiplies."""
-        return -(-self.grid(tiles) // MULTIPROCESSORS) * self.cta_tiles * -(-chunks // self.cluster)
+    def load(self, tiles: int, chunks: int) -> tuple[int, int]:
+        """Tiles times chunks that the busiest multiprocessor multiplies; and in how many CTAs.
+
+        It takes as many as it can at once, even where others are left without.
+        """
+        ctas = max(self.ctas, -(-self.grid(tiles) // MULTIPROCESSORS))
+        return ctas * self.cta_tiles * -(-chunks // self.cluster), ctas
 
     def shared_bytes(self, columns: int, rows: int, modules: int, rank_segment: int) -> int:
         width = -(-(columns // CHUNK) // self.cluster) * CHUNK
@@ -115,9 +119,9 @@ ENTRY_BYTES = 32
 RANK_SEGMENT = 64
 """Ranks whose low is in shared memory at a time."""
 SPREADS = {
-    1: [Spread(1, 1, 4, 8, 3), Spread(1, 2, 4, 8, 2), Spread(1, 2, 4, 7, 2)],
-    2: [Spread(2, 2, 2, 8, 2), Spread(2, 2, 2, 7, 2), Spread(2, 2, 2, 14, 1)],
-    4: [Spread(4, 2, 2, 8, 2), Spread(4, 2, 2, 14, 1), Spread(4, 1, 2, 16, 1)],
+    1: [Spread(1, 2, 4, 8, 2), Spread(1, 2, 4, 10, 1)],
+    2: [Spread(2, 2, 2, 14, 1), Spread(2, 2, 2, 10, 1)],
+    4: [Spread(4, 1, 3, 14, 1), Spread(4, 2, 2, 10, 1)],
 }
 """By eights of rows, what measurements on an H100 left; for equal loads the first. More rows take several launches."""
 

@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.low import await_previous, group_rows, load_ranks, low_options, part_columns, write_low
+from lorarep_runtime.kernels.low import (
+    await_previous,
+    group_of_row,
+    idle,
+    load_ranks,
+    low_grid,
+    low_options,
+    part_columns,
+    write_low,
+)
 from lorarep_runtime.kernels.rows import PlainRows, Rows, write_low_reference
 
 
@@ -35,7 +44,7 @@ def norm_low(
         pdl: begin while the kernel before ends (`low`).
     """
     width = h.shape[1]
-    _norm_low[(len(h), low.shape[1])](
+    _norm_low[low_grid(low)](
         h,
         weight,
         x,
@@ -88,17 +97,18 @@ def _norm_low(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     RANKS: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row)
     columns, inside = part_columns(part, WIDTH, PART, BLOCK)
-    A, rank = group_rows(adapters, row, position, h.dtype.element_ty, MODULES, FIRST, COUNT, RANK_BLOCK, LANES)
-    a = load_ranks(A, rank, 0, columns, inside, WIDTH, RANK_BLOCK, LANES)
+    addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+    a, there = load_ranks(
+        addresses, ranks, tl.program_id(2), columns, inside, h.dtype.element_ty, WIDTH, COUNT, RANKS, LANES
+    )
     w = tl.load(weight + columns, mask=inside, other=0)
     await_previous(PDL)
-    if position < 0:
+    if idle(position, ranks, LANES):
         return
     # Each part takes the mean of the whole row anew: reading it again costs less than another kernel.
     every = tl.arange(0, ROW_BLOCK)
@@ -106,6 +116,5 @@ def _norm_low(
     own = tl.load(h + row * WIDTH + columns, mask=inside, other=0).to(tl.float32)
     normed = own * tl.rsqrt(tl.sum(whole * whole, 0) / WIDTH + eps)
     own_x = scale_by_weight(normed, w)
-    tl.store(x + row * WIDTH + columns, own_x, mask=inside)
-    low += (row * tl.num_programs(1) + part) * COUNT * RANKS
-    write_low(low, own_x, a, A, rank, columns, inside, WIDTH, RANKS, RANK_BLOCK, LANES)
+    tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
+    write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

@@ -1,0 +1,88 @@
+"""What the endpoint picker of the Gateway API Inference Extension sees of a server.
+
+Its model server protocol: gauges of queued requests and of KV memory in use, and one sample whose labels name
+the adapters of running and of waiting requests, joined by commas, and whose value is the time it was taken. Of several
+samples the picker takes the latest, so a second one would hide the first.
+"""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from lorarep.v1 import adapters_pb2
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.conftest import World
+from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
+
+QUEUED, KV_USAGE, LORA_INFO = "lorarep_requests_waiting", "lorarep_kv_usage_ratio", "lorarep_lora_requests_info"
+
+
+@dataclass(frozen=True)
+class View:
+    queued: float
+    kv_usage: float
+    most: int
+    running: set[str]
+    waiting: set[str]
+    taken: float
+
+
+def view(server: Server) -> View:
+    with urllib.request.urlopen(server.metrics_url, timeout=SECONDS) as response:
+        families = {f.name: f for f in text_string_to_metric_families(response.read().decode())}
+    assert {families[name].type for name in (QUEUED, KV_USAGE, LORA_INFO)} == {"gauge"}
+    (queued,), (usage,), (info,) = (families[name].samples for name in (QUEUED, KV_USAGE, LORA_INFO))
+
+    def names(label: str) -> set[str]:
+        return {name for name in info.labels[label].split(",") if name}
+
+    return View(
+        queued.value,
+        usage.value,
+        int(info.labels["max_lora"]),
+        names("running_lora_adapters"),
+        names("waiting_lora_adapters"),
+        info.value,
+    )
+
+
+@pytest.fixture(scope="module")
+def narrow(world: World) -> Iterator[Server]:
+    """One request at a time."""
+    flags = [*world.flags(), "--max-sequences=1", "--allow-repository=org/*", "--adapter=lora=org/lora"]
+    with serving(flags, world.env) as server:
+        yield server.wait_ready()
+
+
+def test_adapters_come_and_go(narrow: Server) -> None:
+    idle = view(narrow)
+    assert (idle.queued, idle.kv_usage, idle.most, idle.running, idle.waiting) == (0, 0, 1, set(), set())
+
+    first = stream(narrow, request("x", "lora", new_tokens=500))
+    next(m for m in first if m.chunk.token_ids)
+    busy = view(narrow)
+    assert (busy.queued, busy.running, busy.waiting) == (0, {"lora"}, set())
+    assert 0 < busy.kv_usage <= 1
+    assert busy.taken > idle.taken
+
+    list(
+        narrow.adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="hot", repository="org/dora"), timeout=SECONDS)
+    )
+    second = stream(narrow, request("x", "hot", new_tokens=500))
+    next(second)
+    full = view(narrow)
+    assert (full.queued, full.running, full.waiting) == (1, {"lora"}, {"hot"})
+
+    first.cancel()
+    wait_for(lambda: view(narrow).running == {"hot"}, "the second to run")
+    assert (view(narrow).queued, view(narrow).waiting) == (0, set())
+
+    second.cancel()
+    narrow.wait_idle()
+    narrow.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="hot"), timeout=SECONDS)
+    gone = view(narrow)
+    assert (gone.queued, gone.kv_usage, gone.running, gone.waiting) == (0, 0, set(), set())

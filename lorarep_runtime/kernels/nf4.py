@@ -77,6 +77,7 @@ class Spread:
     depth: int
     """Chunks of each tile that a warp has on their way."""
     warps: int
+    """Warps times tiles are even: each CTA of a cluster of 8 finishes a multiple of four outputs."""
     ctas: int
     """CTAs for which a multiprocessor has registers."""
     cluster: int = 1

@@ -62,6 +62,7 @@ def test_every_shape_has_a_spread_that_fits(rows: int, out: int, into: int, modu
     assert taken == min(rows, 32) or into > 20_000  # of such wide ones x leaves no room for more
     assert spread.grid(out // TILE) // spread.cluster * spread.cta_tiles >= out // TILE
     assert spread.shared_bytes(into, taken, modules, 64) <= SHARED_BYTES // spread.ctas - CTA_BYTES
+    assert spread.cta_tiles * TILE // spread.cluster % 4 == 0  # outputs that a lane finishes at once
     assert spread.load(out // TILE, into // CHUNK)[0] * MULTIPROCESSORS >= out // TILE * (into // CHUNK)
 
 

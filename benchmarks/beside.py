@@ -109,7 +109,7 @@ def beside(engine: Engine, adapters: Sequence[str], new_tokens: int, work: Calla
     during = [gap for stream in streams for gap in stream.gaps(begin, end)]
     before, meanwhile, longest = statistics.fmean(usual), statistics.fmean(during), max(during)
     return (
-        f"time per token {before * 1e3:.2f} ms before, {meanwhile * 1e3:.2f} meanwhile: {meanwhile / before:.2f} times; "
+        f"a token {before * 1e3:.2f} ms before, {meanwhile * 1e3:.2f} meanwhile, {meanwhile / before:.2f} times; "
         f"longest gap {longest * 1e3:.1f} ms, {longest / statistics.median(usual):.1f} times the median"
     )
 
@@ -209,7 +209,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     few = throughput(engine, [names[i % fitting] for i in drawn])
     many = throughput(engine, [names[i] for i in drawn])
     print(
-        f"{options.requests} requests over {options.adapters} adapters, {len(set(drawn))} of them drawn: {many:.0f} tokens/s; "
+        f"{options.requests} requests over {len(set(drawn))} of {options.adapters} adapters: {many:.0f} tokens/s; "
         f"over {fitting} that stay on the device {few:.0f}: {many / few:.2f} times"
     )
     engine.stop()

@@ -22,7 +22,7 @@ from lorarep_runtime.adapters.pool import AdapterPool, Lease
 from lorarep_runtime.base import Base
 from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PagePool, PageTable
-from lorarep_runtime.config import EngineConfig
+from lorarep_runtime.config import PAGE_TOKENS, EngineConfig
 from lorarep_runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -194,6 +194,10 @@ class Engine:
             table=PageTable(self.pool, len(lease.stack)),
             tokens=list(request.prompt),
         )
+
+    def longest(self, depth: int) -> int:
+        """Most tokens that prompt and answer can have together at so many positions."""
+        return min(self.max_tokens, self.pool.total // depth * PAGE_TOKENS)
 
     def cancel(self, request_id: int) -> None:
         """Ends a request with Cancelled before the next step; does nothing if it has ended."""

@@ -1,4 +1,4 @@
-"""Who may call what: roles of bearer tokens, the role that each RPC needs, and where neither is asked for."""
+"""Who may call what: roles of bearer tokens, the role that each call needs, and where neither is asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,6 +17,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.config import ServerConfig
+from lorarep_server.errors import Status
 from lorarep_server.watched import Watched
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ def check_exposure(config: ServerConfig) -> None:
     """Raises InvalidArgument if anyone beyond this machine could call, and nobody has said that this is meant."""
     if config.token_file or config.tls_client_ca or config.insecure:
         return
-    for field, address in (("listen", config.listen), ("metrics_listen", config.metrics_listen)):
-        if not is_loopback(address):
+    for field in ("listen", "metrics_listen", "openai_listen"):
+        address: str | None = getattr(config, field)
+        if address is not None and not is_loopback(address):
             raise InvalidArgument(
                 f"{field}: {address!r} is open to other machines: set token_file or tls_client_ca, or insecure"
             )
@@ -80,7 +82,7 @@ def is_loopback(address: str) -> bool:
 
 
 class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses calls without a token of the role that their RPC needs."""
+    """Refuses calls without a token of the role that they need."""
 
     def __init__(self, token_file: Path) -> None:
         """Raises InvalidArgument if the file cannot be used."""
@@ -94,29 +96,36 @@ class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Any:
         method = handler_call_details.method
         needed = ROLES.get(method)
-        if needed is Role.ANYONE:
-            return await continuation(handler_call_details)
-        role = self._role(handler_call_details)
-        if role is None:
-            return _refusal(method, grpc.StatusCode.UNAUTHENTICATED, "authorization: has to be 'Bearer' and a token")
-        if role is Role.ANYONE:
-            return _refusal(method, grpc.StatusCode.UNAUTHENTICATED, "authorization: the token is not known")
+        given = [str(value) for key, value in handler_call_details.invocation_metadata if key == "authorization"]
+        # One that is not known may be none at all, which those with a token are told.
+        if refusal := self.refusal(given, Role.GENERATE if needed is None else needed):
+            return _refuse(method, refusal)
         handler = await continuation(handler_call_details)
         if handler is not None and needed is None:
-            return _refusal(method, grpc.StatusCode.PERMISSION_DENIED, "no role is known to be enough")
-        if needed is not None and role < needed:
-            return _refusal(method, grpc.StatusCode.PERMISSION_DENIED, f"needs a token to {needed.name.lower()}")
+            return _refuse(method, Status(grpc.StatusCode.PERMISSION_DENIED, "no role is known to be enough"))
         return handler
 
-    def _role(self, details: grpc.HandlerCallDetails) -> Role | None:
+    def refusal(self, authorization: Sequence[str], needed: Role) -> Status | None:
+        """What the caller is told if it may not, by all its values of `authorization`."""
+        if needed is Role.ANYONE:
+            return None
+        role = self._role(authorization)
+        if role is None:
+            return Status(grpc.StatusCode.UNAUTHENTICATED, "authorization: has to be 'Bearer' and a token")
+        if role is Role.ANYONE:
+            return Status(grpc.StatusCode.UNAUTHENTICATED, "authorization: the token is not known")
+        if role < needed:
+            return Status(grpc.StatusCode.PERMISSION_DENIED, f"needs a token to {needed.name.lower()}")
+        return None
+
+    def _role(self, authorization: Sequence[str]) -> Role | None:
         """Of the call's token; None if it has none."""
-        given = [value for key, value in details.invocation_metadata if key == "authorization"]
-        scheme, _, token = str(given[0]).partition(" ") if len(given) == 1 else ("", "", "")
+        scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         if scheme.lower() != "bearer" or not token:
             return None
         if (tokens := self._file.changed()) is not None:
             self._tokens = tokens
-        digest, role = _digest(token.encode()), Role.ANYONE
+        digest, role = _digest(token.encode("utf-8", "surrogateescape")), Role.ANYONE
         # All of them, each to its end: the time that this takes tells nothing.
         for known, its_role in self._tokens.items():
             if hmac.compare_digest(known, digest):
@@ -156,11 +165,11 @@ def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
-def _refusal(method: str, code: grpc.StatusCode, message: str) -> Any:
+def _refuse(method: str, refusal: Status) -> Any:
     """A handler that refuses a call of any kind, without reading what it sends."""
 
     async def refuse(requests: Any, context: Any) -> None:
-        log.info("%r %s", method, code.name)
-        await context.abort(code, message)
+        log.info("%r %s", method, refusal.code.name)
+        await context.abort(refusal.code, refusal.message)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

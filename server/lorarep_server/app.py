@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
 import grpc
+from aiohttp.web import AppRunner
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from lorarep.v1 import (
@@ -28,15 +29,17 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 
 from lorarep_runtime.errors import InvalidArgument, Unavailable
 from lorarep_server.access import Access, check_exposure, check_roles
+from lorarep_server.answers import Answers
 from lorarep_server.calls import Calls
 from lorarep_server.config import ServerConfig
 from lorarep_server.desired import DesiredAdapters
 from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import EngineCollector, Metrics
+from lorarep_server.openai import OpenAI
 from lorarep_server.service_adapters import AdapterService
 from lorarep_server.service_generation import GenerationService
 from lorarep_server.service_model import ModelService
-from lorarep_server.tls import server_credentials
+from lorarep_server.tls import TlsFiles
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine import Engine
@@ -87,12 +90,20 @@ class App:
         self._loads = Loads(self._metrics)
         self._desired = DesiredAdapters(config.adapters_file, self._loads)
         self._calls = Calls(config.max_calls)
+        self._answers = Answers(
+            self.engine,
+            self._loads,
+            self._desired,
+            self._metrics,
+            max_unread=config.max_unread,
+            patience=config.max_unread_seconds,
+        )
         self._registry.register(EngineCollector(self.engine, self._desired.states))
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self.ready = asyncio.Event()
         """Set once new calls are taken."""
-        self.port = self.metrics_port = self.health_port = 0
-        """Bound ports, once the server listens; that of health alone if there is one."""
+        self.port = self.metrics_port = self.health_port = self.openai_port = 0
+        """Bound ports, once the server listens; those of health alone and of OpenAI's API if there are any."""
 
     def engine(self) -> Engine:
         """Raises Unavailable until it is loaded."""
@@ -113,13 +124,18 @@ class App:
         for service in ("", "readiness"):
             await self._health.set(service, NOT_SERVING)
         await self._health.set("liveness", SERVING)
-        servers = [self._build(), *self._build_health()]
+        check_exposure(self._config)
+        access = None if self._config.token_file is None else Access(self._config.token_file)
+        servers = [self._build(access), *self._build_health()]
         http = self._serve_metrics()
+        openai = await self._serve_openai(access)
         for server in servers:
             await server.start()
         log.info("listening on port %d, metrics on port %d", self.port, self.metrics_port)
         if self.health_port:
             log.info("health alone on port %d", self.health_port)
+        if self.openai_port:
+            log.info("OpenAI's API on port %d", self.openai_port)
         try:
             failed = False
             if await self._unless_stopped(self._start()):
@@ -129,6 +145,8 @@ class App:
         finally:
             for server in servers:
                 await server.stop(LAST_WRITES)
+            if openai is not None:
+                await openai.cleanup()
             http.shutdown()
             http.server_close()
 
@@ -184,21 +202,11 @@ class App:
             await asyncio.to_thread(self._loaded.stop, LAST_WRITES)
             log.info("ended with %d pages in use", self._loaded.stats().pages_used)
 
-    def _build(self) -> grpc.aio.Server:
-        config = self._config
-        check_exposure(config)
+    def _build(self, access: Access | None) -> grpc.aio.Server:
         # Tokens come first: a call without one is none of those under way.
-        access = () if config.token_file is None else (Access(config.token_file),)
-        server = grpc.aio.server(interceptors=(*access, self._calls), options=GRPC_OPTIONS)
-        generation = GenerationService(
-            self.engine,
-            self._loads,
-            self._desired,
-            self._metrics,
-            max_unread=config.max_unread,
-            patience=config.max_unread_seconds,
-        )
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, server)
+        interceptors = (self._calls,) if access is None else (access, self._calls)
+        server = grpc.aio.server(interceptors=interceptors, options=GRPC_OPTIONS)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self._answers), server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(self.engine, self._loads, self._desired), server
         )
@@ -208,7 +216,8 @@ class App:
         services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
         check_roles(services)
         reflection.enable_server_reflection([service.full_name for service in services], server)
-        self.port = _bind(server, "listen", config.listen, self._credentials())
+        tls = self._tls_files()
+        self.port = _bind(server, "listen", self._config.listen, None if tls is None else tls.grpc_credentials())
         return server
 
     def _build_health(self) -> Iterator[grpc.aio.Server]:
@@ -219,11 +228,21 @@ class App:
             self.health_port = _bind(server, "health_listen", address, None)
             yield server
 
-    def _credentials(self) -> grpc.ServerCredentials | None:
+    async def _serve_openai(self, access: Access | None) -> AppRunner | None:
+        """What has to be cleaned up in the end, if it is served."""
+        if (address := self._config.openai_listen) is None:
+            return None
+        tls = self._tls_files()
+        openai = OpenAI(self._answers, self._desired, self._calls, access)
+        context = None if tls is None else tls.context()
+        runner, self.openai_port = await openai.serve(address, context, LAST_WRITES)
+        return runner
+
+    def _tls_files(self) -> TlsFiles | None:
         """None for plain text."""
         config = self._config
         if config.tls_certificate is not None and config.tls_key is not None:
-            return server_credentials(config.tls_certificate, config.tls_key, config.tls_client_ca)
+            return TlsFiles(config.tls_certificate, config.tls_key, config.tls_client_ca)
         if config.tls_certificate or config.tls_key or config.tls_client_ca:
             raise InvalidArgument("tls_certificate: TLS needs tls_certificate and tls_key, both")
         return None

@@ -1,20 +1,22 @@
-"""What every call of lorarep's own services goes through: admission, the error table, one line in the log."""
+"""What every call goes through, but of health and reflection: admission, the error table, one line in the log."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from lorarep_runtime.errors import Exhausted, InvalidArgument, Unavailable
-from lorarep_server.errors import status_of
+from lorarep_server.errors import Status, status_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OWN_SERVICES = "/lorarep.v1."
 
@@ -68,29 +70,34 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return await inner(request, context)
 
         async def guarded(data: bytes, context: Any) -> Any:
-            return await self._guard(method.removeprefix(OWN_SERVICES), answer, data, context)
+            result = await self.guard(method.removeprefix(OWN_SERVICES), answer(data, context))
+            if isinstance(result, Status):
+                await context.abort(result.code, result.message, result.metadata)
+            return result
 
         wrap: Any = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
         # Bytes come as they are: what gRPC's own reading of a request fails with would be UNKNOWN.
         return wrap(guarded, None, handler.response_serializer)
 
-    async def _guard(self, method: str, inner: Callable[..., Awaitable[Any]], request: Any, context: Any) -> Any:
+    async def guard(self, method: str, work: Coroutine[Any, Any, T]) -> T | Status:
+        """What a call's work gives, or what its caller is to be told in its place; the work is in the caller's task."""
         started, code = time.monotonic(), "OK"
         task = asyncio.current_task()
         assert task is not None
         try:
             self._admit(task)
-            return await inner(request, context)
+            return await work
         except (Exception, asyncio.CancelledError) as error:
+            work.close()  # if it has not been admitted
             if isinstance(error, asyncio.CancelledError) and self._ending:
                 status = status_of(Unavailable("the server has shut down"))
             else:
                 status = status_of(error)
             code = status.code.name
+            return status
         finally:
             log.info("%s %s %.0f ms", method, code, 1000 * (time.monotonic() - started))
             self._leave(task)
-        await context.abort(status.code, status.message, status.metadata)
 
     def _admit(self, task: asyncio.Task[Any]) -> None:
         if self._closed:

@@ -71,17 +71,22 @@ def stack_name(request: generation_pb2.GenerateRequest) -> str | None:
 
 
 def runtime_request(
-    request: generation_pb2.GenerateRequest, prompt: tuple[int, ...], deadline: float | None, max_tokens: int
+    request: generation_pb2.GenerateRequest,
+    prompt: tuple[int, ...],
+    deadline: float | None,
+    max_tokens: int,
+    new_tokens: int = Stopping.max_new_tokens,
 ) -> Request:
     """The request for the engine; what is unset has the runtime's defaults.
 
     Args:
-        max_tokens: of prompt and answer together; an answer whose length is unset is no longer than that leaves.
+        max_tokens: of prompt and answer together...
+        new_tokens: ...and of an answer whose length is unset, which is no longer than that leaves.
     """
     stopping = Stopping(**_given(request.stopping))
     if not request.stopping.HasField("max_new_tokens"):
         left = max(1, max_tokens - len(prompt))
-        stopping = replace(stopping, max_new_tokens=min(stopping.max_new_tokens, left))
+        stopping = replace(stopping, max_new_tokens=min(new_tokens, left))
     return Request(
         prompt=prompt,
         sampling=Sampling(**_given(request.sampling)),

@@ -158,7 +158,8 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     show_default="with gRPC alone",
     help="Where health is served besides, in plain text, for probes that speak no TLS.",
 )
-@option("--tls-certificate", type=FILE, help="PEM file of the certificate chain for gRPC; read again when it changes.")
+@option("--openai-listen", metavar="HOST:PORT", show_default="nowhere", help="Where OpenAI's HTTP API is served.")
+@option("--tls-certificate", type=FILE, help="PEM file of the certificate chain; read again when it changes.")
 @option("--tls-key", type=FILE, help="PEM file of its key.")
 @option("--tls-client-ca", type=FILE, help="PEM file of authorities; callers need a certificate of theirs.")
 @option("--token-file", type=FILE, help="Lines 'generate TOKEN' or 'administer TOKEN'; read again when it changes.")
@@ -197,6 +198,7 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
         listen=given["listen"],
         metrics_listen=given["metrics_listen"],
         health_listen=given["health_listen"],
+        openai_listen=given["openai_listen"],
         tls_certificate=given["tls_certificate"],
         tls_key=given["tls_key"],
         tls_client_ca=given["tls_client_ca"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,58 @@ from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.watched import Watched
 
 
-def server_credentials(certificate: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """Credentials of PEM files, looked at anew for each connection. With `client_ca`, callers need a certificate of it.
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files, looked at anew for each connection. With `client_ca`, callers need a certificate of it."""
 
-    Raises:
-        InvalidArgument: the files cannot be used.
-    """
+    certificate: Path
+    key: Path
+    client_ca: Path | None
 
-    def read() -> grpc.ServerCertificateConfiguration:
-        # gRPC would only find out in a handshake, and say nothing of why. An encrypted key must not ask the terminal.
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """Raises InvalidArgument if the files cannot be used."""
+
+        def read() -> grpc.ServerCertificateConfiguration:
+            # gRPC would only find out in a handshake, and say nothing of why.
+            self._context()
+            pair = self.key.read_bytes(), self.certificate.read_bytes()
+            roots = None if self.client_ca is None else self.client_ca.read_bytes()
+            return grpc.ssl_server_certificate_configuration([pair], roots)
+
+        files = Watched(self._paths(), read)
+        # None stands for "as before", which the stubs do not know.
+        changed: Any = files.changed
+        return grpc.dynamic_ssl_server_credentials(files.first, changed, self.client_ca is not None)
+
+    def context(self) -> ssl.SSLContext:
+        """For servers of Python's own TLS. Raises InvalidArgument if the files cannot be used."""
+        files = Watched(self._paths(), self._context)
+        newest = files.first
+
+        def renew(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+            nonlocal newest
+            newest = files.changed() or newest
+            connection.context = newest
+
+        # Called in each handshake, whether the caller names a server or not.
+        files.first.sni_callback = renew  # type: ignore[assignment]
+        return files.first
+
+    def _paths(self) -> list[Path]:
+        return [path for path in (self.certificate, self.key, self.client_ca) if path is not None]
+
+    def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(certificate, key, password="")
-            pair = key.read_bytes(), certificate.read_bytes()
+            context.load_cert_chain(self.certificate, self.key, password="")  # an encrypted key must not ask a terminal
         except (OSError, ValueError) as error:
             raise InvalidArgument(
-                f"tls_certificate: cannot use {str(certificate)!r} with key {str(key)!r}: {error}"
+                f"tls_certificate: cannot use {str(self.certificate)!r} with key {str(self.key)!r}: {error}"
             ) from error
-        if client_ca is None:
-            return grpc.ssl_server_certificate_configuration([pair])
-        try:
-            context.load_verify_locations(client_ca)
-            roots = client_ca.read_bytes()
-        except (OSError, ValueError) as error:
-            raise InvalidArgument(f"tls_client_ca: cannot use {str(client_ca)!r}: {error}") from error
-        return grpc.ssl_server_certificate_configuration([pair], roots)
-
-    files = Watched([certificate, key] if client_ca is None else [certificate, key, client_ca], read)
-    # None stands for "as before", which the stubs do not know.
-    changed: Any = files.changed
-    return grpc.dynamic_ssl_server_credentials(files.first, changed, client_ca is not None)
+        if self.client_ca is not None:
+            try:
+                context.load_verify_locations(self.client_ca)
+            except (OSError, ValueError) as error:
+                raise InvalidArgument(f"tls_client_ca: cannot use {str(self.client_ca)!r}: {error}") from error
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context

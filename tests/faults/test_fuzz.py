@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lorarep.v1 import generation_pb2 as pb
-from lorarep_server.service_generation import _admit
+from lorarep_server.answers import admit
 
 from lorarep_runtime.adapters.spec import CONSUMED, EXPECTED, NO_EFFECT, AdapterSpec
 from lorarep_runtime.config import AdapterLimits
@@ -159,7 +159,7 @@ def test_any_request_is_admitted_or_refused(engine: Engine, saved: Path, seed: i
         data = mutated(dice.choice(WHOLE).SerializeToString(), dice)
         try:
             wanted = pb.GenerateRequest.FromString(data)
-            engine.cancel(_admit(engine, wanted, None, lambda event: None).id)
+            engine.cancel(admit(engine, wanted, None, lambda event: None).id)
         except (DecodeError, NotFound, PermissionDenied, *PROMISED):
             pass
         else:

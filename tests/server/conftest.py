@@ -66,6 +66,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(scope="session")
 def server(world: World) -> Iterator[Server]:
     """With lora and dora loaded, and org/* allowed."""
-    flags = [*world.flags(), "--stack=deep=0-4,2-6", "--allow-repository=org/*"]
+    flags = [*world.flags(), "--stack=deep=0-4,2-6", "--allow-repository=org/*", "--openai-listen=127.0.0.1:0"]
     with serving([*flags, "--adapter=lora=org/lora", "--adapter=dora=org/dora"], world.env) as server:
         yield server.wait_ready()

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
+import openai
 from lorarep.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -30,6 +31,7 @@ LORAREP = (sys.executable, "-c", "from lorarep_server.cli import main; main()")
 SECONDS = 600
 """Until what never comes is given up: a server takes minutes to start where many run on few cores."""
 PORTS = re.compile(r"listening on port (\d+), metrics on port (\d+)")
+OPENAI_PORT = re.compile(r"OpenAI's API on port (\d+)")
 
 
 class Server:
@@ -62,6 +64,15 @@ class Server:
         for line in self.process.stderr:
             self.log.append(line)
             self.reads.wait()
+
+    @property
+    def openai_port(self) -> int:
+        return int(self.wait_logged(OPENAI_PORT.search, "the port of OpenAI's API")[1])
+
+    def openai(self, **client: Any) -> openai.OpenAI:
+        """A client that does not try twice; in plain text, if `base_url` is not given."""
+        given = dict(base_url=f"http://127.0.0.1:{self.openai_port}/v1", api_key="none", max_retries=0, timeout=SECONDS)
+        return openai.OpenAI(**{**given, **client})
 
     def wait_ready(self) -> Server:
         self.wait_logged(lambda line: ": ready: " in line, "readiness")

@@ -17,7 +17,7 @@ LONG = request("x", "lora", new_tokens=500)
 
 @pytest.fixture(scope="module")
 def small(world: World) -> Iterator[Server]:
-    flags = ["--adapter=lora=org/lora", "--max-sequences=1", "--max-queued=1"]
+    flags = ["--adapter=lora=org/lora", "--max-sequences=1", "--max-queued=1", "--openai-listen=127.0.0.1:0"]
     # Patience for a reader that reads and is not given a core to.
     with serving([*world.flags(), *flags, "--max-unread=8", "--max-unread-seconds=5"], world.env) as server:
         yield server.wait_ready()

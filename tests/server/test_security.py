@@ -6,11 +6,13 @@ import asyncio
 import re
 import ssl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import openai
 import pytest
 import trustme
 from google.protobuf.descriptor import MethodDescriptor
@@ -99,6 +101,15 @@ class Secured:
         with self.channel(grpc.composite_channel_credentials(self.credentials(), token)) as channel:
             return described(channel)
 
+    @contextmanager
+    def openai(self, token: str, *, has_certificate: bool = True) -> Iterator[openai.OpenAI]:
+        context = ssl.create_default_context(cafile=self.folder / "ca.crt")
+        if has_certificate:
+            context.load_cert_chain(self.folder / "caller.crt", self.folder / "caller.key")
+        url = f"https://127.0.0.1:{self.server.openai_port}/v1"
+        with openai.DefaultHttpxClient(verify=context) as http:
+            yield self.server.openai(base_url=url, api_key=token, http_client=http)
+
     def install(self, cert: trustme.LeafCert) -> None:
         replace(self.folder / "tls.key", cert.private_key_pem.bytes())
         replace(self.folder / "tls.crt", b"".join(pem.bytes() for pem in cert.cert_chain_pems))
@@ -117,7 +128,8 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     (folder / "tokens").write_text(f"# who may what\n\ngenerate {USER}\n  administer\t{ADMIN}  \n")
     flags = [f"--tls-certificate={folder}/tls.crt", f"--tls-key={folder}/tls.key", f"--tls-client-ca={folder}/ca.crt"]
     flags += [f"--token-file={folder}/tokens", "--listen=0.0.0.0:0", "--metrics-listen=0.0.0.0:0"]
-    with serving([*BASE_FLAGS, *flags, "--health-listen=0.0.0.0:0"]) as server:
+    flags += ["--health-listen=0.0.0.0:0", "--openai-listen=0.0.0.0:0"]
+    with serving([*BASE_FLAGS, *flags]) as server:
         chain, key = callers.cert_chain_pems[0].bytes(), callers.private_key_pem.bytes()
         yield Secured(server, folder, ca, chain, key)
 
@@ -165,6 +177,26 @@ def test_a_token_opens_what_its_role_includes(secured: Secured) -> None:
             denied = call(channel, rpc, **bearer(USER)) is PERMISSION_DENIED
             assert denied == (rpc.name in administered), rpc.name
             assert call(channel, rpc, **bearer(ADMIN)) not in (UNAUTHENTICATED, PERMISSION_DENIED), rpc.name
+
+
+def test_the_port_of_openai_wants_certificate_and_token_too(secured: Secured) -> None:
+    secured.server.wait_ready()
+    for token in (USER, ADMIN):
+        with secured.openai(token) as client:
+            base, *_ = client.models.list().data
+            answer = client.completions.create(model=base.id, prompt="the quick", max_tokens=3)
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens > 0
+    for token in ("wrong", USER[:-1], f"{USER}x", "generate"):
+        with secured.openai(token) as client:
+            for ask in (client.models.list, lambda client=client: client.get("/absent", cast_to=object)):
+                with pytest.raises(openai.AuthenticationError) as error:
+                    ask()
+                assert error.value.code == "invalid_api_key"
+    with secured.openai(USER, has_certificate=False) as client, pytest.raises(openai.APIConnectionError):
+        client.models.list()
+    with secured.server.openai(api_key=USER) as client, pytest.raises(openai.APIConnectionError):
+        client.models.list()  # in plain text
 
 
 def test_an_rpc_that_is_not_there_is_told_to_callers_with_a_token_alone(secured: Secured) -> None:

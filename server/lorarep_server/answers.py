@@ -1,0 +1,139 @@
+"""Requests on their way into the engine and the events of their answers, whichever protocol they came by."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lorarep.v1 import generation_pb2
+
+from lorarep_runtime.errors import Exhausted, Unavailable
+from lorarep_runtime.request import Event, Finished, Stopping
+from lorarep_server import messages
+from lorarep_server.desired import DesiredAdapters
+from lorarep_server.errors import code_of
+from lorarep_server.loads import AdapterLoad, Loads
+from lorarep_server.metrics import Metrics
+from lorarep_server.stream import EventStream
+
+if TYPE_CHECKING:
+    from lorarep_runtime.adapters.pool import AdapterInfo
+    from lorarep_runtime.engine import Engine
+    from lorarep_runtime.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A request that the engine has taken."""
+
+    id: int
+    prompt_tokens: int
+    adapters: Sequence[AdapterInfo]
+    tokenizer: Tokenizer
+
+
+class Answers:
+    """The one way to the engine: has adapters loaded, admits, counts, and cancels what nobody waits for any more."""
+
+    def __init__(
+        self,
+        engine: Callable[[], Engine],
+        loads: Loads,
+        desired: DesiredAdapters,
+        metrics: Metrics,
+        *,
+        max_unread: int,
+        patience: float,
+    ) -> None:
+        self.engine = engine
+        """Raises Unavailable until it is loaded."""
+        self._loads = loads
+        self._desired = desired
+        self._metrics = metrics
+        self._max_unread = max_unread
+        self._patience = patience
+
+    @asynccontextmanager
+    async def answer(
+        self,
+        request: generation_pb2.GenerateRequest,
+        seconds: float | None = None,
+        new_tokens: int = Stopping.max_new_tokens,
+    ) -> AsyncIterator[tuple[Admitted, EventStream]]:
+        """A request and its events. If it has not ended by itself when the context does, it is cancelled.
+
+        Args:
+            seconds: until its deadline.
+            new_tokens: most tokens of the answer if the request does not say, or what the prompt leaves.
+        """
+        engine = self.engine()
+        deadline = None if seconds is None else time.monotonic() + seconds
+        events = EventStream(self._max_unread, self._patience)
+        try:
+            await self.load_absent(engine, messages.adapter_weights(request.adapters))
+            work = asyncio.to_thread(admit, engine, request, deadline, events.put, new_tokens)
+            admission = asyncio.ensure_future(work)
+            try:
+                # Shielded: what is being admitted while its caller leaves has to be cancelled once it is.
+                yield await asyncio.shield(admission), events
+            finally:
+                events.close()
+                if events.end is None:
+                    admission.add_done_callback(partial(_cancel, engine))
+        except (Exception, asyncio.CancelledError) as error:
+            cause = events.too_slow or error
+            if not isinstance(events.end, Finished):
+                self._metrics.failed(code_of(cause))
+            raise cause from None
+        finally:
+            if isinstance(events.end, Finished):
+                self._metrics.finished(events.end)
+
+    async def load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
+        """Has adapters found that are not at hand and can be, and waits for that."""
+        pool = engine.adapters
+        for name, _ in adapters:
+            if await asyncio.to_thread(pool.is_at_hand, name):
+                continue
+            if await asyncio.to_thread(pool.__contains__, name):
+                await self._loads.bring(pool, name)
+            elif self._desired.get(name) is not None:
+                if error := self._desired.error(name):
+                    raise Unavailable(f"adapter: {name!r} is not loaded, and is tried again: {error}")
+                await self._loads.load(pool, self._desired.load(name))
+            elif "/" in name:
+                repository, _, revision = name.partition("@")
+                try:
+                    await self._loads.load(pool, AdapterLoad(name, repository, revision or None))
+                except Exhausted:
+                    await self._loads.bring(pool, name)  # it waits in the queue for room on the device
+
+
+def admit(
+    engine: Engine,
+    request: generation_pb2.GenerateRequest,
+    deadline: float | None,
+    on_event: Callable[[Event], None],
+    new_tokens: int = Stopping.max_new_tokens,
+) -> Admitted:
+    """Has the engine take a request; blocks. Raises as `AdapterPool.lease`, `Engine.submit` and the tokenizer."""
+    lease = engine.adapters.lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
+    try:
+        prompt = messages.prompt_tokens(request.prompt, lease.tokenizer)
+        longest = engine.longest(len(lease.stack))
+        wanted = messages.runtime_request(request, prompt, deadline, longest, new_tokens)
+        request_id = engine.submit(wanted, lease, on_event)
+    except BaseException:
+        lease.release()
+        raise
+    return Admitted(request_id, len(prompt), lease.adapters, lease.tokenizer)
+
+
+def _cancel(engine: Engine, admission: asyncio.Future[Admitted]) -> None:
+    if not admission.cancelled() and admission.exception() is None:
+        engine.cancel(admission.result().id)

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from grpc import StatusCode
 from lorarep.v1 import generation_pb2
 from pydantic import ValidationError
@@ -87,6 +88,7 @@ class OpenAI:
         app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
+        logging.getLogger("aiohttp.server").addFilter(_is_ours)
         # A caller that leaves cancels its call.
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=patience, access_log=None)
         await runner.setup()
@@ -208,6 +210,11 @@ class OpenAI:
         if not has_name and model in engine.stacks:
             return {"stack": model}
         return {"adapters": [generation_pb2.AdapterRef(name=model)]}
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Not that bytes are no HTTP, which would be in the log as they came."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def _parsed(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -287,3 +288,14 @@ def test_the_grace_time_ends_an_answer_with_an_error(world: World) -> None:
         with pytest.raises(openai.APIError, match="the server has shut down"):
             list(answer)
         assert server.process.wait(SECONDS) == 0
+
+
+def test_bytes_that_are_no_http_harm_nobody(server: Server, client: openai.OpenAI) -> None:
+    no_length = b"POST /v1/completions HTTP/1.1\r\nContent-Length: x\r\n\r\n"
+    for sent in (b"\x00" * 64, b"GET / HTTP/9.9\r\n\r\n", no_length):
+        with socket.create_connection(("127.0.0.1", server.openai_port), timeout=SECONDS) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1024)
+    assert "lora" in {model.id for model in client.models.list()}
+    assert "Traceback" not in "".join(server.log)

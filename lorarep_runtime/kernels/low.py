@@ -17,8 +17,6 @@ from torch import Tensor
 from lorarep_runtime.kernels.rows import FIELDS, Rows, part_width
 
 ENTRY_FIELDS: tl.constexpr = tl.constexpr(FIELDS)
-
-
 MOST_RANK_PROGRAMS = 4
 """For a row and a part."""
 

@@ -54,14 +54,6 @@ struct Output {  // which module an output of the group belongs to, its place th
 #define AHEAD 8  // loads of B that a thread has on their way
 #define PAD 8  // bf16 numbers after each row of x in shared memory: neighbouring rows fall into different banks
 
-__device__ __forceinline__ float bf16_to_float(u16 v) { return __uint_as_float(u32(v) << 16); }
-
-__device__ __forceinline__ u16 float_to_bf16(float v) {
-    u16 r;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-    return r;
-}
-
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

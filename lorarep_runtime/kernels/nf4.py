@@ -124,7 +124,9 @@ SPREADS = {
     2: [Spread(2, 2, 2, 14, 1), Spread(2, 2, 2, 10, 1)],
     4: [Spread(4, 1, 3, 14, 1), Spread(4, 2, 2, 10, 1)],
 }
-"""By eights of rows, what measurements on an H100 left; for equal loads the first. More rows take several launches."""
+"""By eights of rows, what measurements on an H100 left; of equal loads the one of fewer CTAs is taken. More rows take
+several launches.
+"""
 
 
 @cache

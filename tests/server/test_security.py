@@ -333,6 +333,7 @@ def served_certificate(secured: Secured) -> str:
     [
         (["--listen=0.0.0.0:0"], "listen: '0.0.0.0:0' is open to other machines"),
         (["--metrics-listen=[::]:0"], "metrics_listen: '[::]:0' is open to other machines"),
+        (["--openai-listen=0.0.0.0:0"], "openai_listen: '0.0.0.0:0' is open to other machines"),
         (["--tls-client-ca=ca.crt"], "TLS needs tls_certificate and tls_key"),
         (["--tls-certificate=absent", "--tls-key=absent"], "tls_certificate: cannot use 'absent'"),
         (["--token-file=absent"], "token_file: cannot read 'absent'"),
@@ -396,6 +397,35 @@ def test_certificates_are_renewed_while_an_old_stream_runs(secured: Secured) -> 
         assert served_certificate(secured) != renewed
         assert sum(len(message.chunk.token_ids) for message in answer) == 200
         assert watch.is_active()
+
+
+def test_certificates_of_the_port_of_openai_are_renewed_too(secured: Secured) -> None:
+    secured.server.wait_ready()
+    new = secured.ca.issue_cert("127.0.0.1")
+    secured.install(new)
+    served = ssl.get_server_certificate(("127.0.0.1", secured.server.openai_port))
+    assert served.strip() == new.cert_chain_pems[0].bytes().decode().strip()
+    before = (secured.folder / "ca.crt").read_bytes()
+    context = ssl.create_default_context(cadata=before.decode())
+    context.load_cert_chain(secured.folder / "caller.crt", secured.folder / "caller.key")
+    url = f"https://127.0.0.1:{secured.server.openai_port}/v1"
+
+    def call() -> None:
+        """On a connection of its own."""
+        with (
+            openai.DefaultHttpxClient(verify=context) as http,
+            secured.server.openai(base_url=url, api_key=USER, http_client=http) as client,
+        ):
+            client.models.list()
+
+    call()
+    replace(secured.folder / "ca.crt", trustme.CA().cert_pem.bytes())
+    try:
+        with pytest.raises(openai.APIConnectionError):
+            call()
+    finally:
+        replace(secured.folder / "ca.crt", before)
+    call()
 
 
 def test_the_command_line_brings_certificate_and_token(secured: Secured, tmp_path: Path) -> None:

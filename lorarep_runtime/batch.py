@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from lorarep_runtime.adapters.weights import Adapter
 from lorarep_runtime.cache import PageTable, pages_of
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.stack import Plan, Stack, merge
+from lorarep_runtime.kernels.adapter import Slice
+from lorarep_runtime.stack import Plan, Stack, Step, merge
+from lorarep_runtime.staging import moved
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ class Batch:
         """First row of each span, and the number of rows."""
         tokens = np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in self.spans])
         places = np.concatenate([np.arange(s.context, s.length) for s in self.spans])
-        self.token_ids = torch.from_numpy(tokens).to(device)
+        self.token_ids = moved(torch.from_numpy(tokens), device)
         """(rows) int64."""
-        self.token_places = torch.from_numpy(places).to(device)
+        self.token_places = moved(torch.from_numpy(places), device)
         """(rows) int64, each token's index in its sequence."""
         self.slots, self.tables = self._addresses()
         self._views: dict[tuple[bool, ...], View] = {}
@@ -68,7 +71,7 @@ class Batch:
             slots[at, self.starts[i] : self.starts[i + 1]] = (
                 pages[:, place // PAGE_TOKENS] * PAGE_TOKENS + place % PAGE_TOKENS
             )
-        return torch.from_numpy(slots).to(self.device), torch.from_numpy(tables).to(self.device)
+        return moved(torch.from_numpy(slots), self.device), moved(torch.from_numpy(tables), self.device)
 
     @property
     def _stack_range(self) -> range:
@@ -91,11 +94,30 @@ class Batch:
         return self._views[walking]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Several tokens of one span in a view."""
+
+    span: int
+    """Index among the view's spans."""
+    start: int
+    stop: int
+    """Rows of the view, [start, stop)."""
+    length: int
+    """Tokens of the sequence, those of this pass included."""
+    bounds: Tensor
+    """(2, 2) int32: 0 and its rows, 0 and its length."""
+
+
 class View:
     """Some of a batch's spans, packed anew."""
 
     def __init__(self, batch: Batch, chosen: Sequence[int], stacks: Sequence[int]) -> None:
         device = batch.device
+
+        def on_device(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+            return moved(torch.as_tensor(values, dtype=dtype), device)
+
         counts = [len(batch.spans[i].tokens) for i in chosen]
         starts = np.cumsum([0, *counts])
         self.rows: Tensor | None = None
@@ -103,30 +125,39 @@ class View:
         self.spans: Tensor | None = None
         """(spans of the view) int64, likewise."""
         if len(chosen) < len(batch.spans):
-            rows = np.concatenate([np.arange(batch.starts[i], batch.starts[i + 1]) for i in chosen])
-            self.rows = torch.from_numpy(rows).to(device)
-            self.spans = torch.tensor(chosen, device=device)
-        self.lengths = torch.tensor([batch.spans[i].length for i in chosen], device=device)
+            self.rows = on_device(np.concatenate([np.arange(batch.starts[i], batch.starts[i + 1]) for i in chosen]))
+            self.spans = on_device(chosen)
+        self.lengths = on_device([batch.spans[i].length for i in chosen])
         """(spans of the view) int64, tokens of each sequence, those of this pass included."""
-        self.prefills = [
-            (k, int(starts[k]), int(starts[k + 1]), pages_of(batch.spans[i].length))
-            for k, i in enumerate(chosen)
-            if counts[k] > 1
-        ]
-        """Spans of several tokens: index, first row, end row, pages."""
+        self.prompts: list[Prompt] = []
+        """The spans of several tokens."""
+        for k, i in enumerate(chosen):
+            if counts[k] > 1:
+                length = batch.spans[i].length
+                bounds = on_device([[0, counts[k]], [0, length]], torch.int32)
+                self.prompts.append(Prompt(k, int(starts[k]), int(starts[k + 1]), length, bounds))
         decodes = [k for k, count in enumerate(counts) if count == 1]
         self.decode_pages = max((pages_of(batch.spans[chosen[k]].length) for k in decodes), default=0)
-        self.decodes = torch.tensor(decodes, device=device)
+        self.decodes = on_device(decodes)
         """(spans of one token) int64, their indices."""
-        self.decode_rows = torch.from_numpy(starts[decodes]).to(device)
+        self.decode_rows = on_device(starts[decodes])
         """(spans of one token) int64, their rows."""
-        self.lanes: list[tuple[int, int, Adapter, int]] = []
+        self._lanes: list[tuple[int, int, Adapter, int]] = []
         """First row, end row, adapter, stack: rows that compute with the same adapter."""
         for k, i in enumerate(chosen):
             adapter = batch.spans[i].adapter
             if adapter is None:
                 continue
             start, stop = int(starts[k]), int(starts[k + 1])
-            if self.lanes and self.lanes[-1][2] is adapter:
-                start = self.lanes.pop()[0]
-            self.lanes.append((start, stop, adapter, stacks[k]))
+            if self._lanes and self._lanes[-1][2] is adapter:
+                start = self._lanes.pop()[0]
+            self._lanes.append((start, stop, adapter, stacks[k]))
+
+    def slices(self, step: Step, module: str) -> list[Slice]:
+        """What the adapters of the rows have for a module at a step."""
+        return [
+            Slice(start, stop, entry.A, entry.B, entry.c, entry.bias)
+            for start, stop, adapter, stack in self._lanes
+            if (position := step.positions[stack]) is not None
+            if (entry := adapter.entries.get((position, module))) is not None
+        ]

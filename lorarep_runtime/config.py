@@ -57,8 +57,9 @@ class SchedulerConfig:
 
     max_sequences: int = 32
     """Most sequences in one step."""
-    max_step_tokens: int = 512
-    """Most tokens in one step: decoding rows first, prompts fill the rest."""
+    max_step_tokens: int | None = None
+    """Most tokens in one step: decoding rows first, prompts fill the rest. None is 2,048 on an accelerator, which
+    dequantizes every weight once a step of prompts, and 512 on a CPU."""
     chunked_prefill: bool = True
     """Whether a prompt may be spread over several steps."""
     max_queued: int = 1024

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorarep_runtime.batch import Span
+from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PagePool, pages_of
 from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, fuse, parts_for, splits_for
 from lorarep_runtime.hub import Progress
@@ -24,6 +24,7 @@ from lorarep_runtime.kernels.combine import Partials
 from lorarep_runtime.kernels.decode_attention import Cache
 from lorarep_runtime.kernels.rows import Rows
 from lorarep_runtime.linear import GROUPS
+from lorarep_runtime.prefill import Prefill
 from lorarep_runtime.stack import Plan, merge
 from lorarep_runtime.staging import staged
 
@@ -195,6 +196,10 @@ class Decoder:
         """
         self._graph.replay()
         return self._tokens[: len(self._spans)], self._logits[: len(self._spans)]
+
+    def prefill(self, batch: Batch) -> Prefill:
+        """A forward pass over prompts, beside the steps."""
+        return Prefill(self._base, self._pool, self._layers, batch)
 
     def _graph_for(self, plan: Plan) -> Graph:
         key = (plan, self._rows, self._ranks)

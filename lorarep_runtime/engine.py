@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -36,8 +37,9 @@ from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.flight import Flight, Flights, decoder_for
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.ledger import Ledger, take_stock
+from lorarep_runtime.prompts import Forward, Pace, Pass, WholeForward
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Timings, TokenLogprob
-from lorarep_runtime.sampling import Sampled, SamplerState, sample, validate
+from lorarep_runtime.sampling import Sampled, SamplerState, validate
 from lorarep_runtime.scheduler import Scheduler, Sequence
 from lorarep_runtime.stack import Stack
 from lorarep_runtime.text import TextStream
@@ -51,6 +53,9 @@ BASE_STACK = "base"
 CPU_KV_BYTES = 1 << 30
 DEADLINE_POLL = 0.05
 """Seconds between looks at the deadlines of requests whose adapters are on their way, while nothing else is to do."""
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which another thread may keep the step thread from running Python. A step waits for that whenever torch
+has let go of the interpreter, and Python's own 5 ms are a whole step of a GPU."""
 MAX_FAILURES = 8
 """Forward passes that fail one after the other; then the engine has failed."""
 ACCELERATOR_KV_SHARE = 0.8
@@ -111,6 +116,9 @@ class Engine:
         if decoder is not None:
             decoder.warm_up(progress)
         self._flights = Flights(decoder, self.scheduler)
+        self._pass: Pass | None = None
+        """Over prompts, under way."""
+        self._pace = Pace()
         self._failures = 0
         """Of forward passes, since one has worked."""
         self.failure: Exception | None = None
@@ -212,6 +220,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the step thread."""
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self._thread = threading.Thread(target=self._run, name="lorarep-engine", daemon=True)
         self._thread.start()
 
@@ -271,7 +280,7 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting or self._flights.under_way)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._flights.under_way or self._pass)
 
     def _step_or_wait(self) -> None:
         """A step; if all that there is waits for adapters, until one has come or a deadline may have passed."""
@@ -293,23 +302,51 @@ class Engine:
         self._sweep()
         if self._flights.under_way is not None:
             self._land(self._flights.under_way)
+            self._advance_prompts()
             return True
         chosen = self.scheduler.schedule()
         while self.scheduler.failed:
             self._end(*self.scheduler.failed.pop())
-        if not chosen:
+        if not chosen and self._pass is None:
             return False
-        self._count([sequence for sequence, _ in chosen])
+        if chosen:
+            self._count([sequence for sequence, _ in chosen])
         decoding, rest = self._flights.divide(chosen)
         flight = self._guarded(decoding, lambda: self._flights.launch(decoding)) if decoding else None
-        if rest:
-            sequences = [s for s, _ in rest]
-            self._emit_all(self._guarded(sequences, lambda: self._forward(rest)))
-        if flight is not None and flight.is_plain and not rest:
+        if flight is not None and flight.is_plain:
             self._flights.under_way = flight
         elif flight is not None:
             self._emit_all(self._guarded(decoding, flight.sampled))
+        self._advance_prompts(rest)
         return True
+
+    def _advance_prompts(self, chosen: Seq[tuple[Sequence, int]] = ()) -> None:
+        """Begins a pass over prompts or goes on with the one under way: all of it, or a slice where others decode."""
+        if self._pass is None and not chosen:
+            return
+        sequences = [s for s, _ in chosen] if self._pass is None else self._pass.sequences
+
+        def advance() -> bool:
+            if self._pass is None:
+                self._pass = Pass(chosen, self.base.device, self._forward)
+                self.scheduler.computing = sequences
+            if not self._pass.is_deserted:
+                alone = all(s in sequences for s in self.scheduler.running)
+                self._pass.advance(None if alone else self._pace.steps(), self._pace)
+            return True
+
+        worked, current = self._guarded(sequences, advance), self._pass
+        if current is None:
+            return
+        if worked and current.sampled is None and not current.is_deserted:
+            return
+        self._pass, self.scheduler.computing = None, ()
+        self._emit_all(current.sampled)
+        current.give_back()
+
+    def _forward(self, batch: Batch) -> Forward:
+        decoder = self._flights.decoder
+        return WholeForward(self.base, self.pool, batch) if decoder is None else decoder.prefill(batch)
 
     def _land(self, flight: Flight) -> None:
         """Emits the tokens of a step that was launched; if the same rows go on, their next step is launched before."""
@@ -319,6 +356,7 @@ class Engine:
             self._count(sequences)
             flights.under_way = self._guarded(sequences, lambda: flights.go_on(flight))
         self._emit_all(self._guarded(sequences, flight.sampled))
+        self._pace.decoding = flight.milliseconds
         flight.give_back()
 
     def _count(self, sequences: Seq[Sequence]) -> None:
@@ -364,23 +402,6 @@ class Engine:
             elif deadline is not None and now >= deadline:
                 self._end(sequence, DeadlineExceeded("the request's deadline has passed"))
 
-    def _forward(self, chosen: Seq[tuple[Sequence, int]]) -> list[tuple[Sequence, Sampled]]:
-        """Computes tokens of sequences; those whose last one was among them, with their next one."""
-        batch = Batch([sequence.span(count) for sequence, count in chosen], self.base.device)
-        ready = [
-            (chosen[i][0], int(batch.starts[k + 1]) - 1)
-            for k, i in enumerate(batch.order)
-            if chosen[i][0].remaining == chosen[i][1]
-        ]
-        rows = torch.tensor([row for _, row in ready], dtype=torch.int64, device=self.base.device)
-        logits = self.base.forward(batch, self.pool, rows)
-        for sequence, count in chosen:
-            sequence.computed += count
-        if not ready:
-            return []
-        sequences = [sequence for sequence, _ in ready]
-        return list(zip(sequences, sample(logits, [s.sampler for s in sequences]), strict=True))
-
     def _emit(self, sequence: Sequence, sampled: Sampled) -> None:
         """Adds a token to an answer, and ends the answer where the token does."""
         now, token, stopping = time.monotonic(), sampled.token, sequence.request.stopping
@@ -412,7 +433,10 @@ class Engine:
 
     def _end(self, sequence: Sequence, event: Finished | LorarepError) -> None:
         self.scheduler.remove(sequence)
-        self._flights.release(sequence)
+        if self._pass is not None and sequence in self._pass.sequences:
+            self._pass.end(sequence)
+        else:
+            self._flights.release(sequence)
         self._tell(sequence, event)
 
     def _end_all(self, error: LorarepError) -> None:
@@ -421,6 +445,8 @@ class Engine:
             self._end(sequence, error)
         if self._flights.under_way is not None:
             self._flights.under_way.give_back()
+        if self._pass is not None:
+            self._pass.give_back(wait=False)
 
     @staticmethod
     def _tell(sequence: Sequence, event: Event) -> None:

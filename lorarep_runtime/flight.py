@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from lorarep_runtime.base import Base
 from lorarep_runtime.cache import PagePool
 from lorarep_runtime.sampling import Sampled, is_plain, sample
 from lorarep_runtime.scheduler import Scheduler, Sequence
+from lorarep_runtime.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from lorarep_runtime.decode import Decoder
@@ -20,25 +22,32 @@ if TYPE_CHECKING:
 class Flight:
     """A decoding step that has been launched and not been read."""
 
-    def __init__(self, sequences: Seq[Sequence], tokens: Tensor, logits: Tensor) -> None:
+    def __init__(self, sequences: Seq[Sequence], launch: Callable[[], tuple[Tensor, Tensor]], device: torch.device):
+        """
+        Args:
+            launch: as `Decoder.step`.
+        """
         self.sequences = sequences
         self._ended: list[Sequence] = []
-        self._logits = logits
         self.is_plain = all(is_plain(s.sampler) and s.request.logprobs is None for s in sequences)
         """Whether the likeliest tokens are all that is wanted."""
+        self._watch = Stopwatch(device)
+        tokens, self._logits = launch()
         if self.is_plain:
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
             self._tokens.copy_(tokens, non_blocking=True)
-            self._copied = torch.cuda.Event() if tokens.is_cuda else None
-            if self._copied is not None:
-                self._copied.record()
+        self._watch.stop()
+
+    @property
+    def milliseconds(self) -> float | None:
+        """That the device took; None before it has been read."""
+        return self._watch.milliseconds
 
     def sampled(self) -> list[tuple[Sequence, Sampled]]:
         """Waits for the sequences' next tokens. Before the next step is launched, unless it is plain."""
         if not self.is_plain:
             return list(zip(self.sequences, sample(self._logits, [s.sampler for s in self.sequences]), strict=True))
-        if self._copied is not None:
-            self._copied.synchronize()
+        self._watch.wait()
         return [(s, Sampled(t, None)) for s, t in zip(self.sequences, self._tokens.tolist(), strict=True)]
 
     def end(self, sequence: Sequence) -> None:
@@ -82,7 +91,7 @@ class Flights:
     def may_go_on(self, flight: Flight) -> bool:
         """Whether the same rows' next step can be launched before the tokens of this one are read."""
         scheduler, sequences = self._scheduler, flight.sequences
-        if len(scheduler.running) != len(sequences) or scheduler.can_admit:
+        if sum(s not in scheduler.computing for s in scheduler.running) != len(sequences) or scheduler.can_admit:
             return False
         if any(s not in scheduler.running or s.new_tokens + 2 > s.request.stopping.max_new_tokens for s in sequences):
             return False
@@ -101,10 +110,10 @@ class Flights:
 
     def _launch(self, sequences: Seq[Sequence]) -> Flight:
         assert self.decoder is not None
-        tokens, logits = self.decoder.step()
+        flight = Flight(sequences, self.decoder.step, self._scheduler.pool.key_pages.device)
         for sequence in sequences:
             sequence.computed += 1
-        return Flight(sequences, tokens, logits)
+        return flight
 
 
 def decoder_for(base: Base, pool: PagePool, max_sequences: int, max_tokens: int) -> Decoder | None:

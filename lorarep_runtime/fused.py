@@ -7,11 +7,12 @@ library's product and a kernel for the adapters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.kernels.activation import gate_low
@@ -19,6 +20,7 @@ from lorarep_runtime.kernels.adapt_rows import adapt_rows
 from lorarep_runtime.kernels.combine import Partials, combine_low
 from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend
 from lorarep_runtime.kernels.norm import norm_low
+from lorarep_runtime.kernels.rotate_store import rotate_store
 from lorarep_runtime.kernels.rows import Rows
 from lorarep_runtime.linear import GROUPS, NF4TilesWeight, Weight
 
@@ -37,6 +39,9 @@ class Product(Protocol):
         self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None: ...
 
+    def matmul(self, x: Tensor) -> Tensor:
+        """W x for many rows: x (rows, in) to (rows, outputs of all modules)."""
+
 
 class LibraryProduct:
     """For weights that have no kernel of their own."""
@@ -48,11 +53,14 @@ class LibraryProduct:
     def product(
         self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
-        plain = [weight.matmul(x) for weight in self._weights]
-        whole = plain[0] if len(plain) == 1 else torch.cat(plain, 1)
+        whole = self.matmul(x)
         adapt_rows(whole, low, self._sizes, rows, first, bias=bias, residual=y if add else None)
         if not add:
             y.copy_(whole)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        plain = [weight.matmul(x) for weight in self._weights]
+        return plain[0] if len(plain) == 1 else torch.cat(plain, 1)
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class FusedLayer:
     """Of GROUPS, the base's own."""
     firsts: Sequence[int]
     """Of GROUPS, the first module's number."""
+    sizes: Sequence[Sequence[int]]
+    """Of GROUPS, the outputs of each module."""
 
     def forward(self, b: Buffers, cos: Tensor, sin: Tensor, cache: Cache, rows: Rows) -> None:
         """h += what the layer adds to it, for the rows that have a position. cos, sin: (rows, head_dim)."""
@@ -134,6 +144,41 @@ class FusedLayer:
         product(gate_up, b.x, b.gate_up, add=False)
         gate_low(b.gate_up, b.gated, down[1], rows, down[2], pdl=pdl)
         product(down, b.gated, b.h, add=True)
+
+    def prefill(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_pages: Tensor,
+        value_pages: Tensor,
+        slots: Tensor,
+        attend: Callable[[Tensor], Tensor],
+        adapt: Callable[[int, Tensor, Tensor, Sequence[int]], None],
+    ) -> None:
+        """h += what the layer adds to it, for many rows of prompts.
+
+        Args:
+            h: (rows, hidden size).
+            cos, sin, key_pages, value_pages, slots: as for `rotate_store`.
+            attend: from rotated queries (rows, heads, head_dim) to what they attend to.
+            adapt: applies the rows' adapters to what a group (its number, x, W x, outputs of each module) gives.
+        """
+
+        def linear(group: int, x: Tensor) -> Tensor:
+            y = self.products[group].matmul(x)
+            adapt(group, x, y, self.sizes[group])
+            bias = self.biases[group]
+            return y if bias is None else y.add_(bias)
+
+        def norm(weight: Tensor) -> Tensor:
+            return F.rms_norm(h, weight.shape, weight, self.eps)
+
+        qkv = linear(0, norm(self.norms[0]))
+        out = attend(rotate_store(self.attention, qkv, cos, sin, key_pages, value_pages, slots))
+        h += linear(1, out.flatten(1))
+        gate, up = linear(2, norm(self.norms[1])).chunk(2, 1)
+        h += linear(3, F.silu(gate).mul_(up))
 
 
 def fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str], config: Any) -> FusedLayer:
@@ -165,6 +210,7 @@ def fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str]
         products=[_product([weights[name] for name in group]) for group in GROUPS],
         biases=[_bias([layer.get_submodule(name).bias for name in group]) for group in GROUPS],  # type: ignore[misc]
         firsts=[modules.index(group[0]) for group in GROUPS],
+        sizes=[[weights[name].shape[0] for name in group] for group in GROUPS],
     )
 
 

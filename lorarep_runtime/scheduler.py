@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from lorarep_runtime.adapters.pool import Lease
@@ -24,6 +24,8 @@ from lorarep_runtime.errors import InvalidArgument, LorarepError
 from lorarep_runtime.request import Event, Request
 from lorarep_runtime.sampling import SamplerState
 from lorarep_runtime.text import TextStream
+
+STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
 
 
 @dataclass(eq=False)
@@ -72,11 +74,15 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self._tiers = tiers
+        default = CPU_STEP_TOKENS if pool.key_pages.device.type == "cpu" else STEP_TOKENS
+        self._max_step_tokens = config.max_step_tokens or default
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of arrival."""
         self.failed: list[tuple[Sequence, LorarepError]] = []
         """Those whose adapters cannot be brought to the device. They still wait, for who takes them out."""
+        self.computing: Collection[Sequence] = ()
+        """Those whose forward pass is under way: they keep their pages, and until it is over no prompt is begun."""
         self.preemptions = 0
         # Of the last look at adapters, and when that was.
         self._passed: set[Sequence] = set()
@@ -99,15 +105,19 @@ class Scheduler:
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Sequences and how many of their next tokens to compute now; their pages are there."""
-        budget = self.config.max_step_tokens
+        budget = self._max_step_tokens
         chosen: dict[Sequence, int] = {}
         # Decoding sequences, then prompts under way; both in order of arrival.
         for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
+            if self.computing and (sequence in self.computing or sequence.remaining > 1):
+                continue
             if sequence in self.running and (count := self._fits(sequence, budget, alone=not chosen)):
                 if not self._make_room(sequence, count, chosen):
                     continue
                 chosen[sequence] = count
                 budget -= count
+        if self.computing:
+            return list(chosen.items())
         self._passed, self._has_room, self._version = set(), True, self._tiers.version
         while len(self.running) < self.config.max_sequences and (free := self._free()):
             sequence = self._next(free)
@@ -128,7 +138,7 @@ class Scheduler:
     @property
     def can_admit(self) -> bool:
         """Whether a waiting sequence may have its turn, if its pages are there."""
-        if len(self.running) == self.config.max_sequences:
+        if self.computing or len(self.running) == self.config.max_sequences:
             return False
         return bool(self._free()) or bool(self.waiting and self._version != self._tiers.version)
 
@@ -178,7 +188,7 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int, chosen: dict[Sequence, int]) -> bool:
         """Pages for the next tokens, taken from younger sequences where none are free."""
         while not sequence.table.grow(sequence.computed + count):
-            youngest = self.running[-1]
+            youngest = next(s for s in reversed(self.running) if s not in self.computing)
             self._preempt(youngest)
             chosen.pop(youngest, None)
             if youngest is sequence:
@@ -193,9 +203,10 @@ class Scheduler:
         self.preemptions += 1
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its pages."""
+        """Takes a sequence out, wherever it is, and frees its pages, unless its forward pass is under way."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        sequence.table.release()
+        if sequence not in self.computing:
+            sequence.table.release()

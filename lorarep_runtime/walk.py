@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lorarep_runtime.batch import Batch, View
-from lorarep_runtime.cache import PagePool
+from lorarep_runtime.cache import PagePool, pages_of
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels import adapter as adapter_kernel
-from lorarep_runtime.kernels.attention import paged_attention, write_pages
+from lorarep_runtime.kernels.attention import paged_attention, prompt_attention, write_pages
 from lorarep_runtime.stack import Step
 
 ATTENTION = "lorarep"
@@ -74,12 +74,7 @@ class Walk:
 
     def adapt(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """Applies each row's adapter to y = W x (rows, out) in place, and the base's bias."""
-        slices = [
-            adapter_kernel.Slice(start, stop, entry.A, entry.B, entry.c, entry.bias)
-            for start, stop, adapter, stack in self._view.lanes
-            if (position := self._step.positions[stack]) is not None
-            if (entry := adapter.entries.get((position, module))) is not None
-        ]
+        slices = self._view.slices(self._step, module)
         if slices:
             adapter_kernel.adapt(x, y, slices)
         return y if bias is None else y.add_(bias)
@@ -101,23 +96,55 @@ class Walk:
         if view.rows is not None:
             slots, tables = slots[view.rows], tables[view.spans]
         write_pages(k, v, *pages, slots)
+        return attend_pages(view, q, *pages, tables, scale=scale, window=window, softcap=softcap)
 
-        def attend(rows: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-            return paged_attention(rows, *pages, tables, lengths, scale=scale, window=window, softcap=softcap)
 
-        if not view.prefills:
-            return attend(q.unsqueeze(1), tables, view.lengths).squeeze(1)
-        out = torch.empty_like(q)
-        if len(view.decodes):
-            some = attend(
-                q[view.decode_rows].unsqueeze(1),
-                tables[view.decodes, : view.decode_pages],
-                view.lengths[view.decodes],
-            )
-            out[view.decode_rows] = some.squeeze(1)
-        for i, start, stop, n in view.prefills:
-            out[start:stop] = attend(q[None, start:stop], tables[i : i + 1, :n], view.lengths[i : i + 1])[0]
-        return out
+def attend_pages(
+    view: View,
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    tables: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of the rows of a view to the pages of their spans, which hold their own keys and values already.
+
+    Args:
+        q: (rows, heads, head_dim).
+        tables: (spans, n) int64, the pages of each span at this step.
+
+    Returns:
+        (rows, heads, head_dim).
+    """
+
+    def attend(rows: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+        return paged_attention(
+            rows.unsqueeze(1), key_pages, value_pages, tables, lengths, scale=scale, window=window, softcap=softcap
+        ).squeeze(1)
+
+    if not view.prompts:
+        return attend(q, tables, view.lengths)
+    out = torch.empty_like(q)
+    if len(view.decodes):
+        out[view.decode_rows] = attend(
+            q[view.decode_rows], tables[view.decodes, : view.decode_pages], view.lengths[view.decodes]
+        )
+    for prompt in view.prompts:
+        out[prompt.start : prompt.stop] = prompt_attention(
+            q[prompt.start : prompt.stop],
+            key_pages,
+            value_pages,
+            tables[prompt.span, : pages_of(prompt.length)],
+            prompt.length,
+            prompt.bounds,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+    return out
 
 
 class HandOff(nn.Module):

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from lorarep_runtime.batch import Batch, Span
-from lorarep_runtime.cache import PageTable
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import Cancelled, EngineFailure
-from lorarep_runtime.flight import Flights
 from lorarep_runtime.request import Event, Output, Request, Stopping
+from tests.decoders import with_decoder
 from tests.engines import PROMPT, assert_nothing_held, engine_for, greedy, sampled
 from tests.models import save_adapter, save_base
 
 PAGE = 2 * 16 * 2 * 16 * 4
-
-
-class LayerDecoder:
-    """`decode.Decoder`'s contract over the base's own layers: it knows what it was told, feeds its own tokens to the
-    next step, and overwrites its results there."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._tokens = torch.zeros(16, dtype=torch.int64)
-        self._logits = torch.zeros(16, engine.base.vocab_size)
-        self._spans: list[Span] = []
-        self._tables: list[PageTable] = []
-        self.steps = self.told = 0
-
-    def set_rows(self, spans: Sequence[Span]) -> None:
-        self.told += 1
-        self._spans = list(spans)
-        self._tables = [PageTable(self._engine.pool, len(span.stack)) for span in spans]
-        self._tokens[: len(spans)] = torch.tensor([token for span in spans for token in span.tokens])
-        for row in range(len(spans)):
-            self.set_pages(row)
-
-    def set_pages(self, row: int) -> None:
-        self._tables[row].pages = self._spans[row].table.pages.copy()
-
-    def step(self) -> tuple[Tensor, Tensor]:
-        self.steps += 1
-        rows, base = len(self._spans), self._engine.base
-        told = zip(self._spans, self._tokens.tolist(), self._tables, strict=False)
-        batch = Batch([replace(span, tokens=[token], table=table) for span, token, table in told], base.device)
-        self._logits[batch.order] = base.forward(batch, self._engine.pool, torch.arange(rows))
-        self._tokens[:rows] = self._logits[:rows].argmax(-1)
-        self._spans = [replace(span, context=span.context + 1) for span in self._spans]
-        return self._tokens[:rows], self._logits[:rows]
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +28,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(base: Path) -> Path:
     maps = [[0, 4], [2, 5]]
     return save_adapter(base, base.parent / "adapter", r=4, target_modules=["q_proj"], layer_replication=maps)
-
-
-def with_decoder(engine: Engine) -> LayerDecoder:
-    decoder = LayerDecoder(engine)
-    engine._flights = Flights(decoder, engine.scheduler)  # type: ignore[arg-type]
-    return decoder
 
 
 def ends_at(token: int) -> Request:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorarep_runtime.adapters.pool import Lease
-from lorarep_runtime.batch import Span
+from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PageTable
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.decode import Decoder, can_decode
@@ -71,11 +71,38 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
             torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_prompts_have_the_logits_of_the_layers(family: str, tmp_path: Path) -> None:
+    """Of several stacks and adapters in one pass, some with a part of their tokens in the cache already."""
+    base, folders = save_all(family, tmp_path)
+    config = BaseConfig(str(base), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
+    for name, folder in folders.items():
+        engine.adapters.load(name, str(folder), trusted=True)
+    decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
+    spans, expected = [], []
+    for i, name in enumerate(["overlap True", "reordering False", None, "overlap True", "base order True"]):
+        lease = engine.adapters.lease([(name, 1.0)] if name else [])
+        lease.wait()
+        text = [*PROMPT[: 16 + i], *PROMPT[: i + 1]]
+        table, cached = PageTable(engine.pool, len(lease.stack)), (12, 16, 13, 15, 19)[i]
+        assert table.grow(len(text))
+        if cached:
+            fill(engine, lease, text[:cached], table)
+        spans.append(Span(text[cached:], cached, lease.stack, lease.adapter, table))
+        expected.append(engine.logits(text, lease)[cached:])
+    batch = Batch(spans, engine.base.device)
+    prefill = decoder.prefill(batch)
+    for _ in batch.plan.steps:
+        prefill.advance(1)
+    assert not prefill.left
+    logits = prefill.logits(torch.arange(int(batch.starts[-1]), device=engine.base.device))
+    torch.testing.assert_close(logits, torch.cat([expected[i] for i in batch.order]), atol=1e-5, rtol=0)
+
+
 def fill(engine: Engine, lease: Lease, text: list[int], table: PageTable) -> None:
     """Puts the keys and values of a text into its pages."""
     lease.wait()
-    from lorarep_runtime.batch import Batch
-
     batch = Batch([Span(text, 0, lease.stack, lease.adapter, table)], engine.base.device)
     engine.base.forward(batch, engine.pool, torch.zeros(1, dtype=torch.int64, device=engine.base.device))
 

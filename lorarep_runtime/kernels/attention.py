@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from inspect import signature
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+
+GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+"""Before torch 2.12 it takes them without being told."""
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""cuDNN would compile a plan, for a tenth of a second and longer, for every new number of rows or pages."""
 
 
 def write_pages(keys: Tensor, values: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
@@ -17,6 +28,61 @@ def write_pages(keys: Tensor, values: Tensor, key_pages: Tensor, value_pages: Te
     """
     key_pages.flatten(0, 1).index_copy_(0, slots, keys)
     value_pages.flatten(0, 1).index_copy_(0, slots, values)
+
+
+def prompt_attention(
+    queries: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    table: Tensor,
+    length: int,
+    bounds: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention of the last tokens of one sequence to all of it; FlashAttention (Dao, 2023) where torch has it.
+
+    Args:
+        queries: (rows, heads, head_dim).
+        table: (n) int64, the sequence's pages.
+        length: tokens of the sequence, queries included.
+        bounds: (2, 2) int32: 0 and rows, 0 and length.
+        Others as for `paged_attention`.
+
+    Returns:
+        (rows, heads, head_dim).
+    """
+    if softcap is not None or not _has_flash(queries):
+        one = queries.unsqueeze(0), key_pages, value_pages, table.unsqueeze(0), bounds[1, 1:].long()
+        return paged_attention(*one, scale=scale, window=window, softcap=softcap)[0]
+    keys, values = (pages[table].flatten(0, 1)[:length] for pages in (key_pages, value_pages))
+    window_size = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(
+        queries,
+        keys,
+        values,
+        bounds[0],
+        bounds[1],
+        len(queries),
+        length,
+        scale=scale,
+        window_size=window_size,
+        **GROUPED_HEADS,
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _has_flash(queries: Tensor) -> bool:
+    return (
+        queries.is_cuda
+        and queries.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(queries.device) >= (8, 0)
+        and queries.shape[-1] <= 256
+        and queries.shape[-1] % 8 == 0
+    )
 
 
 def paged_attention(
@@ -61,9 +127,10 @@ def paged_attention(
     if window is not None:
         seen &= key > query - window
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
-        ).transpose(1, 2)
+        with sdpa_kernel(WITHOUT_PLANS) if queries.is_cuda else nullcontext():
+            return F.scaled_dot_product_attention(
+                queries.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
+            ).transpose(1, 2)
     # The heads that share a key are further rows of one product: (sequences, kv_heads, rows · group, head_dim).
     q = queries.view(sequences, rows, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
     scores = torch.matmul(q, keys.transpose(2, 3)).mul_(scale).view(sequences, kv_heads, rows, -1, tokens)

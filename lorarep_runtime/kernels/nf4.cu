@@ -368,6 +368,8 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
     load_once(bytes, weights + unit * 32 + lane, true, read_once());
     load_once(scale, scales + unit * 8 + g, true, read_once());
     const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+    const float own = NF4[lane & 15];  // from lane to lane: constant memory serves one address at a time
+    auto value = [&](u32 code) { return __shfl_sync(~0u, own, code); };
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const float by = half ? scale.y : scale.x;
@@ -375,7 +377,7 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const u32 byte = words[half * 2 + j / 4] >> j % 4 * 8 & 255;
-            pairs[j] = pack_bf16(NF4[byte >> 4] * by, NF4[byte & 15] * by);
+            pairs[j] = pack_bf16(value(byte >> 4) * by, value(byte & 15) * by);
         }
         uint4* to = reinterpret_cast<uint4*>(out + (tile * 16 + g + half * 8) * columns + chunk * CHUNK + t * 16);
         to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorarep_runtime.kernels.rows import PlainRows, Rows
@@ -230,6 +231,12 @@ class TiledGroup:
                 dependent=True,
             )
             at += count
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """W x for many rows, by the library: bf16 (rows, in) to (rows, outputs of all modules)."""
+        dense = torch.empty(sum(self.sizes), x.shape[1], dtype=torch.bfloat16, device=x.device)
+        dequantize(self.tiles, self.scales, dense)
+        return F.linear(x, dense)
 
 
 def product_reference(

@@ -120,7 +120,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     help="Most disk space of adapters in the Hub cache; others, of other programs too, are deleted for new ones.",
 )
 @option("--max-sequences", type=POSITIVE, default=SchedulerConfig.max_sequences, help="Most requests in a step.")
-@option("--max-step-tokens", type=POSITIVE, default=SchedulerConfig.max_step_tokens, help="Most tokens in a step.")
+@option("--max-step-tokens", type=POSITIVE, help="Most tokens in a step  [default: 2048 on a GPU, 512 on a CPU]")
 @option(
     "--chunked-prefill/--no-chunked-prefill",
     default=SchedulerConfig.chunked_prefill,

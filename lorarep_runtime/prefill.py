@@ -1,0 +1,85 @@
+"""Prompts on a GPU: a forward pass through layers of the Llama kind that is taken a few steps of its plan at a time, so
+that decoding steps run between. A weight is dequantized once for all rows and multiplied by the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorarep_runtime.base import Base
+from lorarep_runtime.batch import Batch, View
+from lorarep_runtime.cache import PagePool
+from lorarep_runtime.fused import FusedLayer
+from lorarep_runtime.kernels.adapter import adapt
+from lorarep_runtime.linear import GROUPS
+from lorarep_runtime.stack import Step
+from lorarep_runtime.walk import attend_pages
+
+
+class Prefill:
+    """One forward pass. Nothing that its batch points at may go before its last step has been launched."""
+
+    def __init__(self, base: Base, pool: PagePool, layers: Sequence[FusedLayer], batch: Batch) -> None:
+        self._base, self._pool, self._layers, self._batch = base, pool, layers, batch
+        self._done = 0
+        self._narrowed: dict[View, tuple[Tensor, Tensor]] = {}
+        decoder: Any = base.model.get_decoder()
+        with torch.inference_mode():
+            self._h: Tensor = base.model.get_input_embeddings()(batch.token_ids)
+            cos, sin = decoder.rotary_emb(self._h, batch.token_places.unsqueeze(0))
+        self._rotary: tuple[Tensor, Tensor] = cos[0], sin[0]
+
+    @property
+    def left(self) -> int:
+        """Steps that have not been launched."""
+        return len(self._batch.plan.steps) - self._done
+
+    @torch.inference_mode()
+    def advance(self, steps: int) -> None:
+        """Launches the next steps of the plan."""
+        for _ in range(min(steps, self.left)):
+            self._step(self._done)
+            self._done += 1
+
+    @torch.inference_mode()
+    def logits(self, rows: Tensor) -> Tensor:
+        """After the last step: fp32 logits (n, vocab) of rows, (n) int64."""
+        model = self._base.model
+        decoder: Any = model.get_decoder()
+        logits: Tensor = model.get_output_embeddings()(decoder.norm(self._h[rows]))
+        return logits.float()
+
+    def _step(self, index: int) -> None:
+        batch = self._batch
+        step = batch.plan.steps[index]
+        view = batch.view(tuple(position is not None for position in step.positions))
+        slots, tables = batch.slots[index], batch.tables[index]
+        h, rotary = self._h, self._rotary
+        if view.rows is not None:
+            # Rows whose stack has no position here pass through.
+            h, slots, tables = h[view.rows], slots[view.rows], tables[view.spans]
+            if view not in self._narrowed:
+                self._narrowed[view] = rotary[0][view.rows], rotary[1][view.rows]
+            rotary = self._narrowed[view]
+        layer, pages = self._layers[step.layer], self._pool.tensors
+
+        def attend(q: Tensor) -> Tensor:
+            a = layer.attention
+            return attend_pages(view, q, *pages, tables, scale=a.scale, window=a.window, softcap=None)
+
+        layer.prefill(h, *rotary, *pages, slots, attend, lambda *given: _adapt(view, step, *given))
+        if view.rows is not None:
+            self._h.index_copy_(0, view.rows, h)
+
+
+def _adapt(view: View, step: Step, group: int, x: Tensor, y: Tensor, sizes: Sequence[int]) -> None:
+    """Applies each row's adapter to what a group's modules give: x (rows, in), y (rows, outputs of all modules)."""
+    start = 0
+    for module, size in zip(GROUPS[group], sizes, strict=True):
+        if slices := view.slices(step, module):
+            adapt(x, y[:, start : start + size], slices)
+        start += size

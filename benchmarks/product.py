@@ -1,6 +1,7 @@
-"""The NF4 product alone on one GPU: microseconds, bytes a second, and the distance to the floor.
+"""The product of shared weights alone on one GPU: microseconds, bytes a second, and the distance to the floor.
 
-    python benchmarks/product.py [--rows 1,8,16,32] [--rank 8] [--hidden-size 4096] [--intermediate-size 14336]
+    python benchmarks/product.py [--quantization nf4] [--rows 1,8,16,32] [--rank 8] [--hidden-size 4096]
+        [--intermediate-size 14336]
 
 The shapes are Mistral-7B's, a group of modules that read the same x at a time, and each row has a LoRA of its own where
 the rank is not 0. Every product is compared with that of bitsandbytes' dequantized weight before it is timed. Timed are
@@ -16,7 +17,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -27,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.decode import copy_bandwidth
 from lorarep_runtime.decode import LEAST_RANKS
 from lorarep_runtime.fused import parts_for
-from lorarep_runtime.kernels.nf4 import TiledGroup, arrange, product_reference
+from lorarep_runtime.kernels.product import SharedGroup, product_reference
 from lorarep_runtime.kernels.rows import Entries, Entry, PlainRows, Rows, entry_table
-from lorarep_runtime.linear import GROUPS
+from lorarep_runtime.linear import BITS, GROUPS, DenseWeight, Int8Weight, NF4Weight, Weight, group_of
 from tests.models import MISTRAL_7B, projections
 
 POSITIONS = 64
@@ -45,6 +46,7 @@ LARGEST_ERROR = 6e-3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantization", choices=BITS, default="nf4")
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 16, 32])
     parser.add_argument("--rank", type=int, default=8, help="0 is no adapter.")
     parser.add_argument("--hidden-size", type=int, default=MISTRAL_7B["hidden_size"])
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     for names in GROUPS:
         line = f"{', '.join(name.partition('.')[2].removesuffix('_proj') for name in names):9}"
         for rows in options.rows:
-            case = Case.of([modules[name] for name in names], names, rows, options.rank, device)
+            case = Case.of([modules[name] for name in names], names, rows, options.rank, device, options.quantization)
             if not hopper:
                 case.reference()
                 line += f"{'reference alone':>34}"
@@ -83,11 +85,19 @@ def run(options: argparse.Namespace) -> None:
         print(f"all four, {POSITIONS} positions, ms\n{'':9}{total}")
 
 
+def shared(weight: Tensor, kind: str) -> Weight:
+    if kind == "nf4":
+        return NF4Weight(*bnb.functional.quantize_4bit(weight, quant_type="nf4"))
+    if kind == "int8":
+        return Int8Weight(*bnb.functional.int8_vectorwise_quant(weight.half())[:2])
+    return DenseWeight(weight)
+
+
 @dataclass(frozen=True)
 class Case:
     """A group's product with some rows, on several copies of everything that a step would not find in the cache."""
 
-    groups: Sequence[TiledGroup]
+    groups: Sequence[SharedGroup]
     dense: Tensor
     """(out, in), the weight as bitsandbytes dequantizes it."""
     x: Tensor
@@ -99,18 +109,19 @@ class Case:
     rank: int
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, int]], names: Sequence[str], rows: int, rank: int, device: str) -> Case:
+    def of(
+        cls, shapes: Sequence[tuple[int, int]], names: Sequence[str], rows: int, rank: int, device: str, kind: str
+    ) -> Case:
         generator = torch.Generator(device).manual_seed(0)
 
         def noise(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, device=device)
 
         into, sizes = shapes[0][1], tuple(out for out, _ in shapes)
-        packed = [bnb.functional.quantize_4bit(noise(*shape).bfloat16(), quant_type="nf4") for shape in shapes]
-        tiles = [arrange(p, state.absmax, shape) for (p, state), shape in zip(packed, shapes, strict=True)]
-        first = TiledGroup(torch.cat([t for t, _ in tiles]), torch.cat([s for _, s in tiles]), sizes)
+        weights = [shared(noise(*shape).bfloat16(), kind) for shape in shapes]
+        first = group_of(weights)
         cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 1
-        copies = 1 + CACHES * cache // (first.tiles.nbytes + first.scales.nbytes)
+        copies = 1 + CACHES * cache // (first.nbytes)
         A = noise(max(rank, 1), into).bfloat16()  # only its length is read here
 
         def adapter() -> Entries:
@@ -119,8 +130,8 @@ class Case:
 
         adapters = [adapter() if rank else None for _ in range(rows)]
         return cls(
-            groups=[replace(first, tiles=first.tiles.clone(), scales=first.scales.clone()) for _ in range(copies)],
-            dense=torch.cat([bnb.functional.dequantize_4bit(p, state) for p, state in packed]),
+            groups=[group_of(weights) for _ in range(copies)],
+            dense=torch.cat([weight.dequantize(torch.bfloat16) for weight in weights]),
             x=noise(rows, into).bfloat16(),
             low=noise(rows, parts_for(rows, into), len(names), max(rank, LEAST_RANKS)),
             names=names,
@@ -133,7 +144,7 @@ class Case:
     def bytes(self) -> int:
         """Of what one product reads and writes."""
         group, rows, out = self.groups[0], len(self.x), len(self.dense)
-        weights, adapters = group.tiles.nbytes + group.scales.nbytes, rows * out * self.rank * self.x.itemsize
+        weights, adapters = group.nbytes, rows * out * self.rank * self.x.itemsize
         return weights + adapters + self.x.nbytes + rows * out * self.x.itemsize
 
     def launches(self) -> list[Callable[[], None]]:

@@ -21,7 +21,7 @@ from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
-from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, shared_weight, tiled
+from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, grouped, shared_weight
 from lorarep_runtime.text import Tokenizer
 from lorarep_runtime.walk import ATTENTION, Walk
 
@@ -221,7 +221,7 @@ def _share_linears(layer: nn.Module, walk: Walk, dtype: torch.dtype) -> dict[str
     weights = {name: shared_weight(module) for name, module in linears.items()}
     for group in GROUPS:
         if weights.keys() >= set(group):
-            weights.update(zip(group, tiled([weights[name] for name in group], dtype), strict=True))
+            weights.update(zip(group, grouped([weights[name] for name in group], dtype), strict=True))
     for name, module in linears.items():
         layer.set_submodule(name, SharedLinear(weights[name], module.bias, name, walk.adapt))
     return weights

@@ -1,8 +1,8 @@
 """Decoder layers of the Llama kind as a handful of kernels for rows of one new token each.
 
 What `transformers` computes in such a layer (RMSNorm, rotary attention with grouped heads, gated MLP), with each row's
-own adapter at its own position. Products of NF4 weights carry the adapters in their epilogue; other weights are a
-library's product and a kernel for the adapters.
+own adapter at its own position. On Hopper products carry the adapters in their epilogue; elsewhere they are a
+library's and a kernel for the adapters.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from lorarep_runtime.kernels.adapt_rows import adapt_rows
 from lorarep_runtime.kernels.combine import Partials, combine_low
 from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend
 from lorarep_runtime.kernels.norm import norm_low
+from lorarep_runtime.kernels.product import SharedGroup
 from lorarep_runtime.kernels.rotate_store import rotate_store
 from lorarep_runtime.kernels.rows import Rows
-from lorarep_runtime.linear import GROUPS, NF4TilesWeight, Weight
+from lorarep_runtime.linear import GROUPS, GroupedWeight, Weight
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 """`model_type` of the bases whose layers are of this kind."""
 PROGRAMS = 256
 """Programs of a kernel that keep the device busy."""
+MOST_KERNEL_ROWS = 64
 MOST_PARTS = 16
 MOST_SPLITS = 16
 
 
 class Product(Protocol):
-    """y = c ⊙ (W x) + B (A x) + b for the modules of a group, or that added to y; as `kernels.nf4`."""
+    """y = c ⊙ (W x) + B (A x) + b for the modules of a group, or that added to y; as `kernels.product`."""
 
     def product(
         self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
@@ -53,14 +55,43 @@ class LibraryProduct:
     def product(
         self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
-        whole = self.matmul(x)
-        adapt_rows(whole, low, self._sizes, rows, first, bias=bias, residual=y if add else None)
-        if not add:
-            y.copy_(whole)
+        _adapt(self.matmul(x), y, low, self._sizes, rows, first, bias=bias, add=add)
 
     def matmul(self, x: Tensor) -> Tensor:
         plain = [weight.matmul(x) for weight in self._weights]
         return plain[0] if len(plain) == 1 else torch.cat(plain, 1)
+
+
+class GroupProduct:
+    """For weights that have one, which reads them once for every 32 rows: many rows have them dequantized once."""
+
+    def __init__(self, group: SharedGroup) -> None:
+        self._group = group
+        self.matmul = group.matmul
+
+    def product(
+        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
+    ) -> None:
+        if len(x) <= MOST_KERNEL_ROWS:
+            self._group.product(x, y, low, rows, first, bias=bias, add=add)
+        else:
+            _adapt(self.matmul(x), y, low, self._group.sizes, rows, first, bias=bias, add=add)
+
+
+def _adapt(
+    plain: Tensor,
+    y: Tensor,
+    low: Tensor,
+    sizes: Sequence[int],
+    rows: Rows,
+    first: int,
+    *,
+    bias: Tensor | None,
+    add: bool,
+) -> None:
+    adapt_rows(plain, low, sizes, rows, first, bias=bias, residual=y if add else None)
+    if not add:
+        y.copy_(plain)
 
 
 @dataclass(frozen=True)
@@ -216,7 +247,7 @@ def fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str]
 
 def _product(weights: Sequence[Weight]) -> Product:
     first = weights[0]
-    return first.group if isinstance(first, NF4TilesWeight) else LibraryProduct(weights)
+    return GroupProduct(first.group) if isinstance(first, GroupedWeight) else LibraryProduct(weights)
 
 
 def _bias(biases: Sequence[Tensor | None]) -> Tensor | None:

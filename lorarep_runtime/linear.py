@@ -6,7 +6,7 @@ its outlier columns from the whole batch, so that one request's tokens would dep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import bitsandbytes as bnb
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
-from lorarep_runtime.kernels import nf4
+from lorarep_runtime.kernels.product import CHUNK, TILE, SharedGroup, arrange
 
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -88,20 +88,6 @@ class NF4Weight:
             self.constants += (state.offset, state.state2.absmax, state.state2.code)
         self.state = state
 
-    @property
-    def can_be_tiled(self) -> bool:
-        """Whether `kernels.nf4` knows the weight's kind."""
-        state, (out, into) = self.state, self.shape
-        return (
-            self.data[0].is_cuda
-            and torch.cuda.get_device_capability(self.data[0].device) >= (9, 0)
-            and state.dtype == torch.bfloat16
-            and not state.nested
-            and state.blocksize == nf4.CHUNK
-            and out % nf4.TILE == 0
-            and into % nf4.CHUNK == 0
-        )
-
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return bnb.functional.dequantize_4bit(self.data[0], self.state).to(dtype)
 
@@ -110,46 +96,6 @@ class NF4Weight:
             return bnb.matmul_4bit(x, self.data[0], self.state)
         # bitsandbytes' own CPU product may repack the weight in place, after which nothing else can read it.
         return product(x, self.dequantize(x.dtype))
-
-
-class NF4TilesWeight:
-    """The same values in tiles, as `kernels.nf4` multiplies them: some of the rows of a group of modules."""
-
-    quantization: Quantization = "nf4"
-
-    def __init__(self, group: nf4.TiledGroup, module: int) -> None:
-        tiles = [size // nf4.TILE for size in group.sizes]
-        at = slice(sum(tiles[:module]), sum(tiles[: module + 1]))
-        self.group = group
-        self.shape = (group.sizes[module], group.tiles.shape[1] * nf4.CHUNK)
-        self.data: tuple[Tensor, ...] = (group.tiles[at],)
-        self.constants: tuple[Tensor, ...] = (group.scales[at],)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        dense = torch.empty(self.shape, dtype=torch.bfloat16, device=self.data[0].device)
-        nf4.dequantize(self.data[0], self.constants[0], dense)
-        return dense.to(dtype)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return product(x, self.dequantize(x.dtype))
-
-
-def tiled(weights: Sequence[Weight], dtype: torch.dtype) -> Sequence[Weight]:
-    """The weights of modules that read the same x, rearranged into one group of tiles if there is a kernel for it.
-
-    Args:
-        dtype: of the activations.
-    """
-    found = [weight for weight in weights if isinstance(weight, NF4Weight) and weight.can_be_tiled]
-    if dtype != torch.bfloat16 or len(found) < len(weights):
-        return weights
-    parts = [nf4.arrange(weight.data[0], weight.constants[0], weight.shape) for weight in found]
-    group = nf4.TiledGroup(
-        torch.cat([tiles for tiles, _ in parts]),
-        torch.cat([scales for _, scales in parts]),
-        tuple(weight.shape[0] for weight in found),
-    )
-    return [NF4TilesWeight(group, i) for i in range(len(found))]
 
 
 class Int8Weight:
@@ -169,6 +115,60 @@ class Int8Weight:
 
     def matmul(self, x: Tensor) -> Tensor:
         return product(x, self.dequantize(x.dtype))
+
+
+class GroupedWeight:
+    """The same values as part of a group, as `kernels.product` multiplies them: those of one of its modules."""
+
+    def __init__(self, group: SharedGroup, module: int, quantization: Quantization) -> None:
+        self.group = group
+        self.quantization = quantization
+        self._own = own = group.rows(module)
+        self.shape = (own.sizes[0], own.columns)
+        self.data: tuple[Tensor, ...] = (own.weights,)
+        self.constants: tuple[Tensor, ...] = () if own.scales is None else (own.scales,)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self._own.dense(dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self._own.matmul(x)
+
+
+def grouped(weights: Sequence[Weight], dtype: torch.dtype) -> Sequence[Weight]:
+    """The weights of modules that read the same x, one under the other in one group if there is a kernel for it.
+
+    Args:
+        dtype: of the activations.
+    """
+    if dtype != torch.bfloat16 or not all(_has_kernel(weight) for weight in weights):
+        return weights
+    group = group_of(weights)
+    return [GroupedWeight(group, i, weight.quantization) for i, weight in enumerate(weights)]
+
+
+def group_of(weights: Sequence[Weight]) -> SharedGroup:
+    """A copy of weights of one kind, one under the other."""
+    kind = weights[0].quantization
+    parts = [(weight.data[0], *weight.constants[:1]) for weight in weights]
+    if kind == "nf4":
+        parts = [arrange(packed, scales, w.shape) for (packed, scales), w in zip(parts, weights, strict=True)]
+    data, *scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return SharedGroup(BITS[kind], data, scales[0] if scales else None, tuple(w.shape[0] for w in weights))
+
+
+BITS: Mapping[Quantization, int] = {"nf4": 4, "int8": 8, "none": 16}
+
+
+def _has_kernel(weight: Weight) -> bool:
+    """Whether `kernels.product` knows the weight's kind."""
+    data, (out, into) = weight.data[0], weight.shape
+    if not data.is_cuda or torch.cuda.get_device_capability(data.device) < (9, 0) or out % TILE or into % CHUNK:
+        return False
+    if isinstance(weight, NF4Weight):
+        state = weight.state
+        return state.dtype == torch.bfloat16 and not state.nested and state.blocksize == CHUNK
+    return isinstance(weight, Int8Weight) or data.dtype == torch.bfloat16
 
 
 def shared_weight(module: nn.Module) -> Weight:

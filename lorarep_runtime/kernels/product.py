@@ -1,8 +1,9 @@
-"""NF4 weights in the order in which tensor cores read them, and their product with few rows.
+"""The product of a few rows with weights that all of them share, and with the adapter of each.
 
-bitsandbytes packs a weight (out, in) row by row, two 4-bit numbers a byte, the first in the high half, with an fp32
-scale for each 64 (QLoRA, Dettmers et al., 2023). Here the same bytes and scales lie as `nf4.cu` reads them: not one bit
-of a value changes, and the weight is held once.
+A number of a weight takes 4, 8 or 16 bits. bitsandbytes packs an NF4 weight (out, in) row by row, two numbers a byte,
+the first in the high half, with an fp32 scale for each 64 (QLoRA, Dettmers et al., 2023); `product.cu` wants the same
+bytes and scales in tiles: not one bit of a value changes, and the weight is held once. int8 (LLM.int8(), Dettmers et
+al., 2022) and bf16 are read as they lie.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Ten
 
 
 class Group(ctypes.Structure):
-    """`Group` of `nf4.cu`."""
+    """`Group` of `product.cu`."""
 
     _fields_: ClassVar[Any] = [
         *((name, ctypes.c_void_p) for name in ("weights", "scales", "x", "y")),
@@ -71,6 +72,8 @@ class Group(ctypes.Structure):
 class Spread:
     """How a product is spread over the device."""
 
+    bits: int
+    """Of a number of the weight."""
     eights: int
     """Rows of x, in eights."""
     tiles: int
@@ -101,13 +104,14 @@ class Spread:
 
     def shared_bytes(self, columns: int, rows: int, modules: int, rank_segment: int) -> int:
         width = -(-(columns // CHUNK) // self.cluster) * CHUNK
-        sums, x = 4 * 8 * self.eights * self.cta_tiles * TILE, 2 * 8 * self.eights * (width + 8)
-        return TABLE_BYTES + sums + x + rows * modules * (ENTRY_BYTES + 4 * rank_segment)
+        pad, table = 32 if self.bits == 16 else 8, TABLE_BYTES if self.bits == 4 else 0
+        sums, x = 4 * 8 * self.eights * self.cta_tiles * TILE, 2 * 8 * self.eights * (width + pad)
+        return table + sums + x + rows * modules * (ENTRY_BYTES + 4 * rank_segment)
 
     @property
     def defines(self) -> Mapping[str, int]:
         """What the source is compiled with."""
-        named = {"EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth, "CTAS": self.ctas}
+        named = {"KIND": self.bits, "EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth, "CTAS": self.ctas}
         return {**named, "THREADS": 32 * self.warps}
 
 
@@ -121,12 +125,24 @@ ENTRY_BYTES = 32
 RANK_SEGMENT = 64
 """Ranks whose low is in shared memory at a time."""
 SPREADS = {
-    1: [Spread(1, 2, 4, 8, 2), Spread(1, 2, 4, 10, 1)],
-    2: [Spread(2, 2, 2, 14, 1), Spread(2, 2, 2, 10, 1)],
-    4: [Spread(4, 1, 3, 14, 1), Spread(4, 2, 2, 10, 1)],
+    4: {
+        1: [Spread(4, 1, 2, 4, 8, 2), Spread(4, 1, 2, 4, 10, 1)],
+        2: [Spread(4, 2, 2, 2, 14, 1), Spread(4, 2, 2, 2, 10, 1)],
+        4: [Spread(4, 4, 1, 6, 14, 1), Spread(4, 4, 2, 2, 10, 1)],
+    },
+    8: {
+        1: [Spread(8, 1, 2, 2, 14, 1), Spread(8, 1, 2, 6, 10, 1)],
+        2: [Spread(8, 2, 2, 2, 14, 1), Spread(8, 2, 2, 2, 10, 1)],
+        4: [Spread(8, 4, 2, 2, 14, 1), Spread(8, 4, 2, 2, 10, 1)],
+    },
+    16: {
+        1: [Spread(16, 1, 2, 2, 14, 1), Spread(16, 1, 2, 4, 10, 1)],
+        2: [Spread(16, 2, 2, 2, 14, 1), Spread(16, 2, 2, 2, 10, 1)],
+        4: [Spread(16, 4, 1, 3, 14, 1), Spread(16, 4, 2, 2, 10, 1)],
+    },
 }
-"""By eights of rows, what measurements on an H100 left; of equal loads the one of fewer CTAs is taken. More rows take
-several launches.
+"""By bits and eights of rows, what measurements on an H100 left; of equal loads the one of fewer CTAs is taken. More
+rows take several launches.
 """
 
 
@@ -138,14 +154,15 @@ def _kernel(name: str, spread: Spread) -> Kernel:
 
 
 @cache
-def spread_for(tiles: int, columns: int, rows: int, modules: int, rank_segment: int) -> Spread:
+def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, rank_segment: int) -> Spread:
     """The spread for a product, with as many of the rows at a time as x and sums leave shared memory for.
 
     Raises:
         ValueError: there is none.
     """
-    for eights in (eights for eights in sorted(SPREADS, reverse=True) if eights == 1 or 4 * eights < rows):
-        spreads = [replace(one, cluster=cluster) for one in SPREADS[eights] for cluster in (8, 4, 2, 1)]
+    by_eights = SPREADS[bits]
+    for eights in (eights for eights in sorted(by_eights, reverse=True) if eights == 1 or 4 * eights < rows):
+        spreads = [replace(one, cluster=cluster) for one in by_eights[eights] for cluster in (8, 4, 2, 1)]
         taken = min(rows, 8 * eights)
         fitting = [
             one
@@ -160,15 +177,31 @@ def spread_for(tiles: int, columns: int, rows: int, modules: int, rank_segment: 
 
 
 @dataclass(frozen=True)
-class TiledGroup:
-    """Weights of modules that read the same x, one under the other, in tiles."""
+class SharedGroup:
+    """Weights of modules that read the same x, one under the other."""
 
-    tiles: Tensor
-    """uint8 (tiles, chunks, 32, 16)"""
-    scales: Tensor
-    """fp32 (tiles, chunks, 8, 2)"""
+    bits: int
+    weights: Tensor
+    """4 bits: uint8 (tiles, chunks, 32, 16); 8: int8 (out, in); 16: bf16 (out, in)."""
+    scales: Tensor | None
+    """4 bits: fp32 (tiles, chunks, 8, 2); 8: fp32 (out), 127 times what a row's numbers stand for."""
     sizes: tuple[int, ...]
     """Outputs of each module, multiples of 16."""
+
+    @property
+    def columns(self) -> int:
+        return self.weights.shape[1] * (CHUNK if self.bits == 4 else 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def rows(self, module: int) -> SharedGroup:
+        """One module's part, the same memory."""
+        unit = TILE if self.bits == 4 else 1
+        at = slice(sum(self.sizes[:module]) // unit, sum(self.sizes[: module + 1]) // unit)
+        scales = None if self.scales is None else self.scales[at]
+        return SharedGroup(self.bits, self.weights[at], scales, self.sizes[module : module + 1])
 
     def product(
         self,
@@ -194,15 +227,15 @@ class TiledGroup:
         """
         ranks = low.shape[3]
         segment = min(ranks, RANK_SEGMENT)
-        columns, tiles = x.shape[1], len(self.tiles)
+        columns, tiles = x.shape[1], sum(self.sizes) // TILE
         ends = [*accumulate(self.sizes), *[tiles * TILE] * MAX_MODULES][:MAX_MODULES]
         at = 0
         while at < len(x):
-            spread = spread_for(tiles, columns, len(x) - at, len(self.sizes), segment)
+            spread = spread_for(self.bits, tiles, columns, len(x) - at, len(self.sizes), segment)
             count = min(len(x) - at, 8 * spread.eights)
             group = Group(
-                weights=self.tiles.data_ptr(),
-                scales=self.scales.data_ptr(),
+                weights=self.weights.data_ptr(),
+                scales=None if self.scales is None else self.scales.data_ptr(),
                 x=x[at:].data_ptr(),
                 y=y[at:].data_ptr(),
                 base_bias=None if bias is None else bias.data_ptr(),
@@ -222,7 +255,7 @@ class TiledGroup:
                 tiles_per_cta=spread.cta_tiles,
                 rank_segment=segment,
             )
-            _kernel("nf4_product", replace(spread, cluster=1))(
+            _kernel("product", replace(spread, cluster=1))(
                 spread.grid(tiles),
                 32 * spread.warps,
                 group,
@@ -232,11 +265,22 @@ class TiledGroup:
             )
             at += count
 
+    def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """The weights (outputs of all modules, in) as bitsandbytes dequantizes them; bf16 ones themselves."""
+        if self.scales is None:
+            return self.weights.to(dtype)
+        out = torch.empty(sum(self.sizes), self.columns, dtype=dtype, device=self.weights.device)
+        if self.bits == 8:
+            # Scaled in fp32 and rounded once.
+            return torch.mul(self.weights, (self.scales * (1 / 127)).unsqueeze(1), out=out)
+        if dtype != torch.bfloat16:
+            return self.dense().to(dtype)
+        dequantize(self.weights, self.scales, out)
+        return out
+
     def matmul(self, x: Tensor) -> Tensor:
         """W x for many rows, by the library: bf16 (rows, in) to (rows, outputs of all modules)."""
-        dense = torch.empty(sum(self.sizes), x.shape[1], dtype=torch.bfloat16, device=x.device)
-        dequantize(self.tiles, self.scales, dense)
-        return F.linear(x, dense)
+        return F.linear(x, self.dense())
 
 
 def product_reference(
@@ -271,5 +315,5 @@ def dequantize(tiles: Tensor, scales: Tensor, out: Tensor) -> None:
     """The weight (out, in) in bf16, as bitsandbytes dequantizes it: code times scale in fp32, rounded once."""
     units = tiles.shape[0] * tiles.shape[1]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (tiles, scales, out)]
-    kernel = _kernel("nf4_dequantize", SPREADS[1][0])
+    kernel = _kernel("nf4_dequantize", SPREADS[4][1][0])
     kernel(-(-units // 8), 256, *pointers, ctypes.c_int(out.shape[1]), ctypes.c_longlong(units))

@@ -1,7 +1,9 @@
-"""NF4 weights in tiles: bitsandbytes' values to the bit, and on a GPU their product with each row's own adapter."""
+"""Weights as the kernel reads them: bitsandbytes' values to the bit, and on a GPU their product with each row's own
+adapter."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.kernels.cuda import CudaError, compile_source
-from lorarep_runtime.kernels.nf4 import (
+from lorarep_runtime.kernels.product import (
     CHUNK,
     CTA_BYTES,
     MULTIPROCESSORS,
@@ -19,10 +21,9 @@ from lorarep_runtime.kernels.nf4 import (
     SOURCE,
     SPREADS,
     TILE,
+    SharedGroup,
     Spread,
-    TiledGroup,
     arrange,
-    dequantize,
     product_reference,
     spread_for,
 )
@@ -31,13 +32,17 @@ from lorarep_runtime.kernels.rows import Entry, PlainRows, Rows, entry_table
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 SIZES = (256, 64, 48)
+BITS = (4, 8, 16)
 SHAPES = [(6144, 4096, 3), (4096, 4096, 1), (28672, 4096, 2), (4096, 14336, 1), (8192, 28672, 1), (368, 128, 3)]
 
 
-def quantized(out: int, into: int) -> tuple[Tensor, bnb.functional.QuantState]:
+def random_weight(out: int, into: int) -> Tensor:
     generator = torch.Generator().manual_seed(out)
-    weight = torch.randn(out, into, generator=generator).bfloat16()
-    return bnb.functional.quantize_4bit(weight.to("cuda" if HOPPER else "cpu"), quant_type="nf4")
+    return torch.randn(out, into, generator=generator).bfloat16().to("cuda" if HOPPER else "cpu")
+
+
+def quantized(out: int, into: int) -> tuple[Tensor, bnb.functional.QuantState]:
+    return bnb.functional.quantize_4bit(random_weight(out, into), quant_type="nf4")
 
 
 def test_tiles_are_the_same_bytes_and_scales() -> None:
@@ -54,10 +59,11 @@ def test_tiles_are_the_same_bytes_and_scales() -> None:
             assert torch.equal(tiles[tile, chunk, 4 * g + t].view(2, 8)[half], rows[row, start : start + 8])
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 45])
 @pytest.mark.parametrize(("out", "into", "modules"), SHAPES)
-def test_every_shape_has_a_spread_that_fits(rows: int, out: int, into: int, modules: int) -> None:
-    spread = spread_for(out // TILE, into, rows, modules, 64)
+def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into: int, modules: int) -> None:
+    spread = spread_for(bits, out // TILE, into, rows, modules, 64)
     taken = min(rows, 8 * spread.eights)
     assert taken == min(rows, 32) or into > 20_000  # of such wide ones x leaves no room for more
     assert spread.grid(out // TILE) // spread.cluster * spread.cta_tiles >= out // TILE
@@ -66,7 +72,11 @@ def test_every_shape_has_a_spread_that_fits(rows: int, out: int, into: int, modu
     assert spread.load(out // TILE, into // CHUNK)[0] * MULTIPROCESSORS >= out // TILE * (into // CHUNK)
 
 
-@pytest.mark.parametrize("spread", [spread for spreads in SPREADS.values() for spread in spreads], ids=str)
+@pytest.mark.parametrize(
+    "spread",
+    [spread for by_eights in SPREADS.values() for spreads in by_eights.values() for spread in spreads],
+    ids=str,
+)
 def test_the_source_compiles(spread: Spread) -> None:
     """By NVRTC, which needs no GPU."""
     assert compile_source(SOURCE, tuple(sorted(spread.defines.items())), "sm_90").startswith(b"\x7fELF")
@@ -94,17 +104,34 @@ def test_the_reference_is_one_form_over_a_plain_product() -> None:
 
 if HOPPER:
 
-    @pytest.mark.parametrize(("out", "into"), [(368, 128), (4096, 4096), (1024, 14336)])
-    def test_dequantized_to_the_bit(out: int, into: int) -> None:
-        packed, state = quantized(out, into)
-        dense = torch.full((out, into), torch.nan, dtype=torch.bfloat16, device="cuda")
-        dequantize(*arrange(packed, state.absmax, (out, into)), dense)
-        assert torch.equal(dense, bnb.functional.dequantize_4bit(packed, state))
+    def group_of(bits: int, sizes: Sequence[int], into: int) -> tuple[SharedGroup, Tensor]:
+        """A group, and its weights as bitsandbytes dequantizes them."""
+        weights = [random_weight(size, into) for size in sizes]
+        if bits == 16:
+            return SharedGroup(bits, torch.cat(weights), None, tuple(sizes)), torch.cat(weights)
+        if bits == 8:
+            rows, scales, _ = bnb.functional.int8_vectorwise_quant(torch.cat(weights).half())
+            dense = bnb.functional.int8_vectorwise_dequant(rows, scales).bfloat16()
+            return SharedGroup(bits, rows, scales, tuple(sizes)), dense
+        packed = [bnb.functional.quantize_4bit(weight, quant_type="nf4") for weight in weights]
+        tiled = [arrange(p, state.absmax, (size, into)) for (p, state), size in zip(packed, sizes, strict=True)]
+        tiles, scales = (torch.cat(tensors) for tensors in zip(*tiled, strict=True))
+        dense = torch.cat([bnb.functional.dequantize_4bit(p, state) for p, state in packed])
+        return SharedGroup(bits, tiles, scales, tuple(sizes)), dense
 
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize(("sizes", "into"), [((256, 64, 48), 128), ((4096,), 4096), ((512, 512), 14336)])
+    def test_dequantized_to_the_bit(bits: int, sizes: Sequence[int], into: int) -> None:
+        group, expected = group_of(bits, sizes, into)
+        assert torch.equal(group.dense(), expected)
+        last = len(sizes) - 1
+        assert torch.equal(group.rows(last).dense(torch.float32).bfloat16(), expected[-sizes[last] :])
+
+    @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize("count", [1, 3, 8, 13, 16, 32, 45])
     @pytest.mark.parametrize("add", [False, True])
     @pytest.mark.parametrize(("into", "most"), [(128, 8), (1024, 64), (4096, 100), (28672, 8)])
-    def test_product(count: int, add: bool, into: int, most: int) -> None:
+    def test_product(bits: int, count: int, add: bool, into: int, most: int) -> None:
         generator = torch.Generator("cuda").manual_seed(count)
 
         def noise(*shape: int) -> Tensor:
@@ -136,15 +163,10 @@ if HOPPER:
                 entry = (adapters[row] or {}).get((position, module))
                 if entry is not None:
                     low[row, :, i, : len(entry.A)] = noise(4, len(entry.A))
-        parts = [quantized(size, into) for size in SIZES]
-        tiled = [
-            arrange(packed, state.absmax, (size, into)) for (packed, state), size in zip(parts, SIZES, strict=True)
-        ]
-        group = TiledGroup(torch.cat([t for t, _ in tiled]), torch.cat([s for _, s in tiled]), SIZES)
+        group, dense = group_of(bits, SIZES, into)
         x, y, bias = noise(count, into).bfloat16(), noise(count, sum(SIZES)).bfloat16(), noise(sum(SIZES)).bfloat16()
         expected = y.clone()
         plain = PlainRows(positions, adapters, MODULES)
-        dense = torch.cat([bnb.functional.dequantize_4bit(packed, state) for packed, state in parts])
         product_reference(dense, x, expected, low, plain, 0, SIZES, bias=bias, add=add)
         untouched = y[[p < 0 for p in positions]].clone()
         group.product(x, y, low, rows, 0, bias=bias, add=add)

@@ -1,11 +1,16 @@
-// The product of a few rows with an NF4 weight, and the adapters of those rows in its epilogue.
+// The product of a few rows with a weight of 4, 8 or 16 bits (KIND), and the adapters of those rows in its epilogue.
 //
 // y[m, n] = c[m, n] * sum_k W[n, k] x[m, k] + sum_j B[m, n, j] low[m, j] + b[m, n], with c, B and b of row m's adapter.
 //
-// W is the A operand of mma.m16n8k16, x the B operand. A tile is 16 rows of W, a chunk 64 of its columns: one block of NF4
-// constants. Lane (g, t) of a warp holds the columns 16t..16t+15 of the rows g and g + 8: 16 bytes, one load. A byte is two
-// weights and becomes one register, two bf16 numbers, through a table that each lane has its own copy of in its own bank of
-// shared memory. A chunk is summed before it is scaled, so the scales cost four multiplications for each 16 x 64 weights.
+// W is the A operand of mma.m16n8k16, x the B operand. A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a
+// warp holds 16 columns of the rows g and g + 8, loaded 16 bytes at a time (PLANES of them), and multiplies them with the
+// same columns of x.
+//
+// NF4: a chunk is one block of constants and lies as the lanes hold it. A byte is two weights and becomes one register, two
+// bf16 numbers, through a table that each lane has its own copy of in its own bank of shared memory. A chunk is summed before
+// it is scaled, so the scales cost four multiplications for each 16 x 64 weights.
+// int8: rows as bitsandbytes has them, a scale for each. bf16 holds every int8 exactly.
+// bf16: rows as torch has them.
 //
 // A warp owns TILES tiles. The CTAs of a cluster share the tiles and split the columns; they add up their sums through
 // distributed shared memory, in the same order every time.
@@ -16,8 +21,8 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 struct Group {                // modules that read the same x, their weights one under the other
-    const uint4* weights;     // (tiles, chunks, 32)
-    const float2* scales;     // (tiles, chunks, 8): rows g and g + 8
+    const uint4* weights;     // NF4: (tiles, chunks, 32), else (outputs, columns)
+    const float* scales;      // NF4: (tiles, chunks, 8, 2), rows g and g + 8; int8: (outputs), the largest of each row
     const u16* x;             // (rows, columns) bf16
     u16* y;                   // (rows, outputs) bf16
     const u16* base_bias;     // (outputs) bf16, or null
@@ -51,8 +56,28 @@ struct Output {  // which module an output of the group belongs to, its place th
 #define ENTRY 5
 #define CHUNK 64
 #define ROWS (EIGHTS * 8)
+#define SEGMENTS 3
 #define AHEAD 8  // loads of B that a thread has on their way
-#define PAD 8  // bf16 numbers after each row of x in shared memory: neighbouring rows fall into different banks
+#if KIND == 4
+#define PLANES 1
+#define STEP 32  // from one chunk to the next, in 16 bytes
+#define TABLE_BYTES (256 * 128)
+#else
+#define PLANES (KIND / 4)
+#define STEP (KIND / 2)
+#define TABLE_BYTES 0
+#endif
+// A lane's columns are the eights FIRST * t and FIRST * t + SECOND of a chunk. PAD numbers after each row of x in shared
+// memory have neighbouring rows fall into different banks.
+#if KIND == 16
+#define FIRST 1
+#define SECOND 4
+#define PAD 32
+#else
+#define FIRST 2
+#define SECOND 1
+#define PAD 8
+#endif
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 r;
@@ -117,6 +142,7 @@ __device__ __forceinline__ u32 cluster_size() {
     return r;
 }
 
+#if KIND == 4
 __constant__ float NF4[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
@@ -129,8 +155,18 @@ __device__ __forceinline__ u32 lookup(const unsigned char* table, u32 bank, u32 
     const u32 at = (I == 0 ? word << 7 : word >> (8 * I - 7)) & 0x7f80 | bank;
     return *reinterpret_cast<const u32*>(table + at);
 }
+#endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __grid_constant__ Group G) {
+// The bytes I and I + 1 of a word, signed, as bf16: 128 or 256 is taken from 128 and the lower seven bits, which is exact.
+template <int I>
+__device__ __forceinline__ u32 signed_pair(u32 word) {
+    const u32 both = __byte_perm(word, 0x43434343, I == 0 ? 0x4140 : 0x4342);
+    u32 r;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(both & 0xff7fff7f), "r"(both & 0xff80ff80));
+    return r;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid_constant__ Group G) {
     extern __shared__ __align__(128) unsigned char shared[];
     const u32 rank = cluster_rank(), size = cluster_size();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -140,21 +176,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
 
     // Weights do not depend on what came before: the first ones are on their way while it ends.
     const u64 policy = read_once();
+    const i64 row = G.columns * KIND / 128;  // of the weight, in 16 bytes
     const uint4* w[TILES];
-    const float2* s[TILES];
-    uint4 bytes[DEPTH][TILES] = {};
-    float2 scale[DEPTH][TILES] = {};
+    const float* s[TILES];
+    uint4 bytes[DEPTH][TILES][PLANES] = {};
+    float2 scale[KIND == 4 ? DEPTH : 1][TILES] = {};
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        const i64 first = i64(min(tile + i, G.tiles - 1)) * all_chunks + begin;
-        w[i] = G.weights + first * 32 + lane;
-        s[i] = G.scales + first * 8 + g;
+        const i64 at = min(tile + i, G.tiles - 1);
+        if (KIND == 4) {
+            w[i] = G.weights + (at * all_chunks + begin) * 32 + lane;
+            s[i] = G.scales + (at * all_chunks + begin) * 16 + 2 * g;
+        } else {
+            w[i] = G.weights + (at * 16 + g) * row + begin * STEP + t;
+            s[i] = G.scales + at * 16 + g;
+        }
+        if (KIND == 8) scale[0][i] = make_float2(s[i][0] * (1.0f / 127), s[i][8] * (1.0f / 127));
     }
     auto load = [&](int d, int ahead, bool wanted) {
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-            load_once(bytes[d][i], w[i] + (d + ahead) * 32, wanted, policy);
-            load_once(scale[d][i], s[i] + (d + ahead) * 8, wanted, policy);
+#pragma unroll
+            for (int p = 0; p < PLANES; p++) {
+                const i64 plane = KIND == 16 ? p / 2 * 8 * row + p % 2 * 4 : p * 8 * row;
+                load_once(bytes[d][i][p], w[i] + plane + (d + ahead) * STEP, wanted, policy);
+            }
+            if (KIND == 4)
+                load_once(scale[d][i], reinterpret_cast<const float2*>(s[i] + (d + ahead) * 16), wanted, policy);
         }
     };
 #pragma unroll
@@ -162,15 +210,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     asm volatile("griddepcontrol.launch_dependents;");
     if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 
+#if KIND == 4
     u32* table = reinterpret_cast<u32*>(shared);
     for (int first = warp * 32; first < 256; first += THREADS) {
         const u32 own = pack_bf16(NF4[first + lane >> 4], NF4[lane & 15]);
         for (int i = 0; i < 32; i++) table[(first + i) * 32 + lane] = __shfl_sync(~0u, own, i);
     }
+#endif
     const int outputs = G.tiles_per_cta * 16, share = outputs / size;
     const int width = chunks * CHUNK, pitch = width + PAD;
     // The sums that the cluster's CTAs leave here, (CTAs, rows, share); after it x, adapters, and A x.
-    float* sums_in = reinterpret_cast<float*>(shared + 256 * 128);
+    float* sums_in = reinterpret_cast<float*>(shared + TABLE_BYTES);
     u16* x = reinterpret_cast<u16*>(sums_in + ROWS * outputs);
     Entry* entries = reinterpret_cast<Entry*>(x + ROWS * pitch);
     float* low = reinterpret_cast<float*>(entries + G.rows * G.modules);
@@ -201,53 +251,79 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     }
 
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (int m = warp; m < ROWS; m += THREADS / 32) {
-        const bool there = m < G.rows;
-        const u16* row = G.x + i64(there ? m : 0) * G.columns + begin * CHUNK;
-        for (int k = lane * 8; k < width; k += 256)
-            copy16(u32(__cvta_generic_to_shared(x + m * pitch + k)), row + k, there ? 16 : 0);
+    // x comes in segments: the first chunks are multiplied while the others are on their way.
+    const int segment = (chunks + SEGMENTS * DEPTH - 1) / (SEGMENTS * DEPTH) * DEPTH;
+    for (int i = 0; i < SEGMENTS; i++) {
+        const int end = min((i + 1) * segment * CHUNK, width);
+        for (int m = warp; m < ROWS; m += THREADS / 32) {
+            const bool there = m < G.rows;
+            const u16* row = G.x + i64(there ? m : 0) * G.columns + begin * CHUNK;
+            for (int k = i * segment * CHUNK + lane * 8; k < end; k += 256)
+                copy16(u32(__cvta_generic_to_shared(x + m * pitch + k)), row + k, there ? 16 : 0);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
+    auto await_segment = [&](int i) {
+        if (i == 0) asm volatile("cp.async.wait_group %0;" :: "n"(SEGMENTS - 1) : "memory");
+        else if (i == 1) asm volatile("cp.async.wait_group %0;" :: "n"(SEGMENTS - 2) : "memory");
+        else asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncthreads();
+    };
 
     float sums[TILES][EIGHTS][4] = {};
     const u32 bank = lane * 4;
-    const u16* x_at = x + g * pitch + t * 16;
+    const u16* x_at = x + g * pitch + t * FIRST * 8;
     auto compute = [&](int d) {
-        u32 b[EIGHTS][8];
+#if KIND == 4
+        float parts[TILES][EIGHTS][4] = {};
+#else
+        auto& parts = sums;
+#endif
 #pragma unroll
-        for (int e = 0; e < EIGHTS; e++) {
-            const uint4* from = reinterpret_cast<const uint4*>(x_at + e * 8 * pitch + d * CHUNK);
-            const uint4 low = from[0], high = from[1];
-            b[e][0] = low.x, b[e][1] = low.y, b[e][2] = low.z, b[e][3] = low.w;
-            b[e][4] = high.x, b[e][5] = high.y, b[e][6] = high.z, b[e][7] = high.w;
-        }
+        for (int half = 0; half < 2; half++) {  // of a lane's columns
+            uint4 b[EIGHTS];
 #pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            float part[EIGHTS][4] = {};
-            const uint4 v = bytes[d][i];
-            const u32 a[4][4] = {
-                {lookup<0>(shared, bank, v.x), lookup<0>(shared, bank, v.z), lookup<1>(shared, bank, v.x), lookup<1>(shared, bank, v.z)},
-                {lookup<2>(shared, bank, v.x), lookup<2>(shared, bank, v.z), lookup<3>(shared, bank, v.x), lookup<3>(shared, bank, v.z)},
-                {lookup<0>(shared, bank, v.y), lookup<0>(shared, bank, v.w), lookup<1>(shared, bank, v.y), lookup<1>(shared, bank, v.w)},
-                {lookup<2>(shared, bank, v.y), lookup<2>(shared, bank, v.w), lookup<3>(shared, bank, v.y), lookup<3>(shared, bank, v.w)},
-            };
+            for (int e = 0; e < EIGHTS; e++)
+                b[e] = *reinterpret_cast<const uint4*>(x_at + e * 8 * pitch + d * CHUNK + half * SECOND * 8);
 #pragma unroll
-            for (int k = 0; k < 4; k++)
+            for (int i = 0; i < TILES; i++) {
+                const auto& v = bytes[d][i];
+#if KIND == 4
+                const u32 g0 = half ? v[0].y : v[0].x, g8 = half ? v[0].w : v[0].z;
+                const u32 a[8] = {lookup<0>(shared, bank, g0), lookup<0>(shared, bank, g8), lookup<1>(shared, bank, g0),
+                                  lookup<1>(shared, bank, g8), lookup<2>(shared, bank, g0), lookup<2>(shared, bank, g8),
+                                  lookup<3>(shared, bank, g0), lookup<3>(shared, bank, g8)};
+#elif KIND == 8
+                const u32 g0 = half ? v[0].z : v[0].x, g8 = half ? v[1].z : v[1].x;
+                const u32 h0 = half ? v[0].w : v[0].y, h8 = half ? v[1].w : v[1].y;
+                const u32 a[8] = {signed_pair<0>(g0), signed_pair<0>(g8), signed_pair<2>(g0), signed_pair<2>(g8),
+                                  signed_pair<0>(h0), signed_pair<0>(h8), signed_pair<2>(h0), signed_pair<2>(h8)};
+#else
+                const uint4 g0 = v[half], g8 = v[2 + half];
+                const u32 a[8] = {g0.x, g8.x, g0.y, g8.y, g0.z, g8.z, g0.w, g8.w};
+#endif
 #pragma unroll
-                for (int e = 0; e < EIGHTS; e++)
-                    mma(part[e], a[k][0], a[k][1], a[k][2], a[k][3], b[e][2 * k], b[e][2 * k + 1]);
-#pragma unroll
-            for (int e = 0; e < EIGHTS; e++) {
-                sums[i][e][0] += scale[d][i].x * part[e][0];
-                sums[i][e][1] += scale[d][i].x * part[e][1];
-                sums[i][e][2] += scale[d][i].y * part[e][2];
-                sums[i][e][3] += scale[d][i].y * part[e][3];
+                for (int e = 0; e < EIGHTS; e++) {
+                    mma(parts[i][e], a[0], a[1], a[2], a[3], b[e].x, b[e].y);
+                    mma(parts[i][e], a[4], a[5], a[6], a[7], b[e].z, b[e].w);
+                }
             }
         }
+#if KIND == 4
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++) {
+                sums[i][e][0] += scale[d][i].x * parts[i][e][0];
+                sums[i][e][1] += scale[d][i].x * parts[i][e][1];
+                sums[i][e][2] += scale[d][i].y * parts[i][e][2];
+                sums[i][e][3] += scale[d][i].y * parts[i][e][3];
+            }
+#endif
     };
-    int left = chunks;
+    int left = chunks, arrived = 0;
     for (; left >= DEPTH; left -= DEPTH) {
+        if (chunks - left == arrived * segment && arrived < SEGMENTS) await_segment(arrived++);
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             compute(d);
@@ -255,11 +331,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
         }
         x_at += DEPTH * CHUNK;
 #pragma unroll
-        for (int i = 0; i < TILES; i++) w[i] += DEPTH * 32, s[i] += DEPTH * 8;
+        for (int i = 0; i < TILES; i++) w[i] += DEPTH * STEP, s[i] += DEPTH * 16;
     }
+    for (; arrived < SEGMENTS; arrived++) await_segment(arrived);
 #pragma unroll
     for (int d = 0; d < DEPTH; d++)
         if (d < left) compute(d);
+#if KIND == 8
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int e = 0; e < EIGHTS; e++) {
+            sums[i][e][0] *= scale[0][i].x, sums[i][e][1] *= scale[0][i].x;
+            sums[i][e][2] *= scale[0][i].y, sums[i][e][3] *= scale[0][i].y;
+        }
+#endif
 
     // Each CTA finishes its share of the outputs: the others' sums go to where it is.
     if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all of them have begun
@@ -357,6 +443,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) nf4_product(const __
     }
 }
 
+#if KIND == 4
 // W (outputs, columns) in bf16: code times scale in fp32, rounded once, as bitsandbytes does.
 extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* scales, u16* out, int columns, i64 units) {
     const i64 unit = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
@@ -384,3 +471,4 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
         to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
     }
 }
+#endif

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 CONFIGURED = {"base": "metamath", "overlays/cpu": "shout", "overlays/air-gapped": "metamath"}
 """Folders with a configuration, and an adapter that each has."""
-PREFIX = "/opt/lorarep/lib/python3.12/site-packages/"
-"""Where the image has the package."""
+DEMO = Path("/opt/lorarep/demo")
+"""Where the image has the models of the package."""
 OLDEST = "1.30"
 """Kubernetes whose kubelet knows `sleep` as a hook without being told to."""
 
@@ -67,9 +66,8 @@ def test_the_cpu_overlay_serves_what_the_image_holds() -> None:
     sources = [adapter["repository"] for adapter in adapters.values()]
     sources.append(yaml.safe_load((folder / "lorarep.yaml").read_text())["base"])
     for source in sources:
-        assert (ROOT / "server" / source.removeprefix(PREFIX)).is_dir()
-    image, *_ = re.findall(r"^FROM python:([\d.]+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert f"/opt/lorarep/lib/python{image}/site-packages/" == PREFIX
+        assert (ROOT / "server" / "lorarep_server" / "demo" / "models" / Path(source).relative_to(DEMO)).is_dir()
+    assert f"lorarep_server/demo/models {DEMO}\n" in (ROOT / "Dockerfile").read_text()
 
 
 def test_everything_is_in_the_schemas_of_kubernetes(objects: Objects) -> None:

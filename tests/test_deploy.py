@@ -23,6 +23,8 @@ CONFIGURED = {"base": "metamath", "overlays/cpu": "shout", "overlays/air-gapped"
 """Folders with a configuration, and an adapter that each has."""
 DEMO = Path("/opt/lorarep/demo")
 """Where the image has the models of the package."""
+LISTENS = {"listen": "grpc", "openai_listen": "openai", "metrics_listen": "metrics", "health_listen": "health"}
+"""What the configuration calls the ports, and what the manifests call them."""
 OLDEST = "1.30"
 """Kubernetes whose kubelet knows `sleep` as a hook without being told to."""
 
@@ -57,7 +59,7 @@ def test_the_configuration_is_one_that_serve_takes(folder: str, adapter: str) ->
     given = serve.make_context("serve", ["--config", str(DEPLOY / folder / "lorarep.yaml")]).params
     assert given["quantization"] == "nf4"
     assert adapter in read_adapters(DEPLOY / folder / given["adapters_file"].name)
-    check_exposure(ServerConfig(**{name: given[name] for name in ("listen", "metrics_listen", "token_file")}))
+    check_exposure(ServerConfig(**{name: given[name] for name in (*LISTENS, "token_file")}))
 
 
 def test_the_cpu_overlay_serves_what_the_image_holds() -> None:
@@ -122,11 +124,21 @@ def test_what_the_pod_mounts_is_there(objects: Objects, pod: dict[str, Any]) -> 
     assert Path(settings["adapters_file"]).parent == Path(mounts["adapters"])
     assert Path(settings["adapters_file"]).name in adapters
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert settings["listen"].endswith(f":{ports['grpc']}")
-    assert settings["metrics_listen"].endswith(f":{ports['metrics']}")
+    assert {name: settings[key] for key, name in LISTENS.items()} == {
+        name: f"0.0.0.0:{port}" for name, port in ports.items()
+    }
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"]["port"] == ports["health"]
-    assert settings["health_listen"].endswith(f":{ports['health']}")
+
+
+def test_services_and_policy_name_the_ports_of_the_pod(objects: Objects, pod: dict[str, Any]) -> None:
+    (container,) = pod["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    service = {port["targetPort"]: port["port"] for port in objects["Service", "lorarep"]["spec"]["ports"]}
+    assert service == {name: port for name, port in ports.items() if name != "health"}
+    callers, *others = objects["NetworkPolicy", "lorarep"]["spec"]["ingress"]
+    assert [port["port"] for port in callers["ports"]] == ["grpc", "openai"]
+    assert {port["port"] for rule in others for port in rule["ports"]} == {"metrics"}
 
 
 def test_the_grace_period_holds_all_that_ending_takes(objects: Objects, pod: dict[str, Any]) -> None:

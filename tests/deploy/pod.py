@@ -8,6 +8,7 @@ is what only a runtime has: seccomp, cgroups.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import struct
@@ -281,6 +282,12 @@ def test_serves_and_leaves(overlay: str, models: Path, tmp_path: Path) -> None:
         assert pod.probe("readinessProbe") == pod.probe("livenessProbe") == SERVING
         with urllib.request.urlopen(f"http://{ports['metrics']}/metrics", timeout=5) as metrics:
             assert b"lorarep_requests_running" in metrics.read()
+
+        body = json.dumps({"model": adapter, "prompt": "Hello", "max_tokens": 4, "ignore_eos": True}).encode()
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        asked = urllib.request.Request(f"http://{ports['openai']}/v1/completions", body, headers)
+        with urllib.request.urlopen(asked, timeout=60) as completion:
+            assert json.load(completion)["usage"]["completion_tokens"] == 4
 
         stub = generation_pb2_grpc.GenerationServiceStub(stack.enter_context(grpc.insecure_channel(ports["grpc"])))
         alone = list(answer(stub, adapter))

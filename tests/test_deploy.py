@@ -17,6 +17,8 @@ from lorarep_server.app import LAST_WRITES
 from lorarep_server.config import ServerConfig
 from lorarep_server.serve import serve
 
+from tests.deploy import crds
+
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 CONFIGURED = {"base": "metamath", "overlays/cpu": "shout", "overlays/air-gapped": "metamath"}
@@ -31,7 +33,7 @@ OLDEST = "1.30"
 Objects = dict[tuple[str, str], dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=["cpu", "gpu", "air-gapped"])
+@pytest.fixture(scope="module", params=["cpu", "gpu", "air-gapped", "gateway"])
 def overlay(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -74,6 +76,8 @@ def test_the_cpu_overlay_serves_what_the_image_holds() -> None:
 
 def test_everything_is_in_the_schemas_of_kubernetes(objects: Objects) -> None:
     for thing in objects.values():
+        if crds.validate(thing):
+            continue
         for version in (OLDEST, kubernetes_validate.latest_version()):
             kubernetes_validate.validate(thing, version, strict=True)
 
@@ -92,7 +96,8 @@ def test_the_folder_itself_is_the_gpu_overlay(overlay: str, objects: Objects) ->
 def test_everything_finds_the_pods(overlay: str, objects: Objects) -> None:
     kinds = ["ConfigMap", "ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "Service", "Service", "StatefulSet"]
     scaled = [] if overlay == "cpu" else ["HorizontalPodAutoscaler"]
-    assert sorted(kind for kind, _ in objects) == sorted([*kinds, *scaled])
+    routed = [*crds.MODELS, "Deployment", "Role", "RoleBinding", "Service", "ServiceAccount"]
+    assert sorted(kind for kind, _ in objects) == sorted(kinds + scaled + routed * (overlay == "gateway"))
     stateful = objects["StatefulSet", "lorarep"]["spec"]
     labels = stateful["template"]["metadata"]["labels"]
     assert labels

@@ -280,6 +280,7 @@ def test_serves_and_leaves(overlay: str, models: Path, tmp_path: Path) -> None:
         ports = {port["name"]: f"{ADDRESS}:{port['containerPort']}" for port in pod.container["ports"]}
         pod.wait_started(runtime)
         assert pod.probe("readinessProbe") == pod.probe("livenessProbe") == SERVING
+        pod.run(*pod.image.healthcheck)
         with urllib.request.urlopen(f"http://{ports['metrics']}/metrics", timeout=5) as metrics:
             assert b"lorarep_requests_running" in metrics.read()
 

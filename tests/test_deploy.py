@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,19 +17,23 @@ from lorarep_server.app import LAST_WRITES
 from lorarep_server.config import ServerConfig
 from lorarep_server.serve import serve
 
+from tests.deploy import crds
+
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 CONFIGURED = {"base": "metamath", "overlays/cpu": "shout", "overlays/air-gapped": "metamath"}
 """Folders with a configuration, and an adapter that each has."""
-PREFIX = "/opt/lorarep/lib/python3.12/site-packages/"
-"""Where the image has the package."""
+DEMO = Path("/opt/lorarep/demo")
+"""Where the image has the models of the package."""
+LISTENS = {"listen": "grpc", "openai_listen": "openai", "metrics_listen": "metrics", "health_listen": "health"}
+"""What the configuration calls the ports, and what the manifests call them."""
 OLDEST = "1.30"
 """Kubernetes whose kubelet knows `sleep` as a hook without being told to."""
 
 Objects = dict[tuple[str, str], dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=["cpu", "gpu", "air-gapped"])
+@pytest.fixture(scope="module", params=["cpu", "gpu", "air-gapped", "gateway"])
 def overlay(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -58,7 +61,7 @@ def test_the_configuration_is_one_that_serve_takes(folder: str, adapter: str) ->
     given = serve.make_context("serve", ["--config", str(DEPLOY / folder / "lorarep.yaml")]).params
     assert given["quantization"] == "nf4"
     assert adapter in read_adapters(DEPLOY / folder / given["adapters_file"].name)
-    check_exposure(ServerConfig(**{name: given[name] for name in ("listen", "metrics_listen", "token_file")}))
+    check_exposure(ServerConfig(**{name: given[name] for name in (*LISTENS, "token_file")}))
 
 
 def test_the_cpu_overlay_serves_what_the_image_holds() -> None:
@@ -67,13 +70,14 @@ def test_the_cpu_overlay_serves_what_the_image_holds() -> None:
     sources = [adapter["repository"] for adapter in adapters.values()]
     sources.append(yaml.safe_load((folder / "lorarep.yaml").read_text())["base"])
     for source in sources:
-        assert (ROOT / "server" / source.removeprefix(PREFIX)).is_dir()
-    image, *_ = re.findall(r"^FROM python:([\d.]+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert f"/opt/lorarep/lib/python{image}/site-packages/" == PREFIX
+        assert (ROOT / "server" / "lorarep_server" / "demo" / "models" / Path(source).relative_to(DEMO)).is_dir()
+    assert f"lorarep_server/demo/models {DEMO}\n" in (ROOT / "Dockerfile").read_text()
 
 
 def test_everything_is_in_the_schemas_of_kubernetes(objects: Objects) -> None:
     for thing in objects.values():
+        if crds.validate(thing):
+            continue
         for version in (OLDEST, kubernetes_validate.latest_version()):
             kubernetes_validate.validate(thing, version, strict=True)
 
@@ -92,7 +96,8 @@ def test_the_folder_itself_is_the_gpu_overlay(overlay: str, objects: Objects) ->
 def test_everything_finds_the_pods(overlay: str, objects: Objects) -> None:
     kinds = ["ConfigMap", "ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "Service", "Service", "StatefulSet"]
     scaled = [] if overlay == "cpu" else ["HorizontalPodAutoscaler"]
-    assert sorted(kind for kind, _ in objects) == sorted([*kinds, *scaled])
+    routed = [*crds.MODELS, "Deployment", "Role", "RoleBinding", "Service", "ServiceAccount"]
+    assert sorted(kind for kind, _ in objects) == sorted(kinds + scaled + routed * (overlay == "gateway"))
     stateful = objects["StatefulSet", "lorarep"]["spec"]
     labels = stateful["template"]["metadata"]["labels"]
     assert labels
@@ -124,11 +129,21 @@ def test_what_the_pod_mounts_is_there(objects: Objects, pod: dict[str, Any]) -> 
     assert Path(settings["adapters_file"]).parent == Path(mounts["adapters"])
     assert Path(settings["adapters_file"]).name in adapters
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert settings["listen"].endswith(f":{ports['grpc']}")
-    assert settings["metrics_listen"].endswith(f":{ports['metrics']}")
+    assert {name: settings[key] for key, name in LISTENS.items()} == {
+        name: f"0.0.0.0:{port}" for name, port in ports.items()
+    }
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"]["port"] == ports["health"]
-    assert settings["health_listen"].endswith(f":{ports['health']}")
+
+
+def test_services_and_policy_name_the_ports_of_the_pod(objects: Objects, pod: dict[str, Any]) -> None:
+    (container,) = pod["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    service = {port["targetPort"]: port["port"] for port in objects["Service", "lorarep"]["spec"]["ports"]}
+    assert service == {name: port for name, port in ports.items() if name != "health"}
+    callers, *others = objects["NetworkPolicy", "lorarep"]["spec"]["ingress"]
+    assert [port["port"] for port in callers["ports"]] == ["grpc", "openai"]
+    assert {port["port"] for rule in others for port in rule["ports"]} == {"metrics"}
 
 
 def test_the_grace_period_holds_all_that_ending_takes(objects: Objects, pod: dict[str, Any]) -> None:

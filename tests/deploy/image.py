@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
 from dockerfile_parse import DockerfileParser
+from dockerfile_parse.util import extract_key_values
 
 ROOT = Path(__file__).parents[2]
-PATH = "/usr/local/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Of the image that ours is built on."""
+BUILT = os.environ.get("LORAREP_IMAGE")
+"""The folder of an image that has been built, by deploy/with-image; without, its files are this machine's."""
 
 
 class Image:
-    """As its last stage sets it."""
+    """As all its stages together set it. Each thing is set once, whichever image is built."""
 
     def __init__(self) -> None:
-        parser = DockerfileParser(str(ROOT / "Dockerfile"), parent_env={"PATH": PATH})
-        said = {step["instruction"]: step["value"] for step in parser.structure}
+        steps = [(step["instruction"], step["value"]) for step in DockerfileParser(str(ROOT / "Dockerfile")).structure]
+        said = dict(steps)
         self.entrypoint: list[str] = json.loads(said["ENTRYPOINT"])
+        self.command: list[str] = json.loads(said["CMD"])
+        self.healthcheck: list[str] = json.loads(said["HEALTHCHECK"].partition("CMD ")[2])
         self.stop_signal = signal.Signals[said["STOPSIGNAL"]]
-        self.env: dict[str, str] = {"PATH": PATH, **parser.envs}
+        self.user = said["USER"]
+        self.ports = {int(port) for port in said["EXPOSE"].split()}
+        self.env: dict[str, str] = {"PATH": PATH}
+        self.labels: dict[str, str] = {}
+        for instruction, value in steps:
+            into = {"ENV": self.env, "LABEL": self.labels}.get(instruction)
+            if into is not None:
+                into.update(extract_key_values(env_replace=True, args={}, envs=self.env, instruction_value=value))

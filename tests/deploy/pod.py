@@ -1,12 +1,14 @@
 """A pod as the kubelet and a container runtime start it from the rendered manifest, with neither of them.
 
-test_pod.py runs this in mount, network and PID namespaces of its own. The image is made of this machine's files: its
-system, its Python and this package, where the image has them. Not there is what only a runtime has: seccomp, cgroups.
+test_pod.py runs this in mount, network and PID namespaces of its own. The image is the one that deploy/with-image has
+built, or is made of this machine's files: its system, its Python and this package, where the image has them. Not there
+is what only a runtime has: seccomp, cgroups.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import struct
@@ -28,11 +30,11 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
-from tests.deploy.image import Image
+from tests.deploy.image import BUILT, Image
 from tests.hub_faults import FaultyHub
 from tests.models import save_adapter, save_base
 from tests.server.running import request, wait_for
-from tests.test_deploy import DEPLOY, PREFIX, ROOT, Objects, render
+from tests.test_deploy import DEMO, DEPLOY, ROOT, Objects, render
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 ADDRESS = "127.0.0.2"
@@ -91,6 +93,23 @@ class Pod:
 
     def _make_root(self) -> None:
         self._root.mkdir()
+        if BUILT is None:
+            self._make_root_of_this_machine()
+        else:
+            mount("--bind", Path(BUILT, "root"), self._root)
+        self._bind(Path("/sys"), Path("/sys"))
+        for device in ("null", "zero", "full", "random", "urandom"):
+            self._bind(Path("/dev", device), Path("/dev", device), writable=True)
+        self._file("/dev/shm").mkdir(exist_ok=True)
+        mount("-t", "tmpfs", "-o", "size=64m,mode=1777", "shm", self._root / "dev/shm")
+        self._file("/proc").mkdir(exist_ok=True)
+        self._file("/etc/hosts").write_text(f"127.0.0.1 localhost\n{ADDRESS} lorarep-0\n")
+        for given in self.container["volumeMounts"]:
+            self._bind(self.volumes[given["name"]], Path(given["mountPath"]), writable=not given.get("readOnly"))
+        if self.container["securityContext"]["readOnlyRootFilesystem"]:
+            mount("-o", "remount,bind,ro", self._root)
+
+    def _make_root_of_this_machine(self) -> None:
         mount("-t", "tmpfs", "-o", "mode=755", "root", self._root)
         for name in ("usr", "bin", "sbin", "lib", "lib64"):
             host = Path("/", name)
@@ -98,19 +117,10 @@ class Pod:
                 (self._root / name).symlink_to(host.readlink())
             elif host.exists():
                 self._bind(host, host)
-        self._bind(Path("/sys"), Path("/sys"))
-        for device in ("null", "zero", "full", "random", "urandom"):
-            self._bind(Path("/dev", device), Path("/dev", device), writable=True)
-        self._file("/dev/shm").mkdir()
-        mount("-t", "tmpfs", "-o", "size=64m,mode=1777", "shm", self._root / "dev/shm")
-        self._file("/proc").mkdir()
         self._file("/home/lorarep/.profile").write_text("")
         self._file("/etc/passwd").write_text("lorarep:x:10001:10001::/home/lorarep:/bin/sh\n")
         self._file("/etc/group").write_text("lorarep:x:10001:\n")
-        self._file("/etc/hosts").write_text(f"127.0.0.1 localhost\n{ADDRESS} lorarep-0\n")
         self._file("/etc/ld.so.cache").write_bytes(Path("/etc/ld.so.cache").read_bytes())
-        for given in self.container["volumeMounts"]:
-            self._bind(self.volumes[given["name"]], Path(given["mountPath"]), writable=not given.get("readOnly"))
         # What the image has in /opt/lorarep is found where it is here, and there too.
         package = Path(lorarep_server.__file__).parent
         prefixes = {Path(sys.base_prefix), Path(sys.prefix), package.parents[1]}
@@ -118,9 +128,7 @@ class Pod:
             if not any(prefix.is_relative_to(other) for other in [*prefixes - {prefix}, Path("/usr")]):
                 self._bind(prefix, prefix)
         self._bind(Path(sys.prefix) / "bin", Path("/opt/lorarep/bin"))
-        self._bind(package, Path(PREFIX) / package.name)
-        if self.container["securityContext"]["readOnlyRootFilesystem"]:
-            mount("-o", "remount,ro", self._root)
+        self._bind(package / "demo" / "models", DEMO)
 
     def _file(self, path: str | Path) -> Path:
         """Where a file of the container's is to be made."""
@@ -272,8 +280,15 @@ def test_serves_and_leaves(overlay: str, models: Path, tmp_path: Path) -> None:
         ports = {port["name"]: f"{ADDRESS}:{port['containerPort']}" for port in pod.container["ports"]}
         pod.wait_started(runtime)
         assert pod.probe("readinessProbe") == pod.probe("livenessProbe") == SERVING
+        pod.run(*pod.image.healthcheck)
         with urllib.request.urlopen(f"http://{ports['metrics']}/metrics", timeout=5) as metrics:
             assert b"lorarep_requests_running" in metrics.read()
+
+        body = json.dumps({"model": adapter, "prompt": "Hello", "max_tokens": 4, "ignore_eos": True}).encode()
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        asked = urllib.request.Request(f"http://{ports['openai']}/v1/completions", body, headers)
+        with urllib.request.urlopen(asked, timeout=60) as completion:
+            assert json.load(completion)["usage"]["completion_tokens"] == 4
 
         stub = generation_pb2_grpc.GenerationServiceStub(stack.enter_context(grpc.insecure_channel(ports["grpc"])))
         alone = list(answer(stub, adapter))

@@ -18,7 +18,7 @@ check: .venv/installed
 
 proto: .venv/installed
 	$(BIN)/python -m grpc_tools.protoc --plugin=$(BIN)/protoc-gen-mypy -I proto --python_out=proto \
-	  --grpc_python_out=proto --mypy_out=proto proto/lorarep/v1/*.proto
+	  --grpc_python_out=proto --mypy_out=proto proto/lorarep/v1/*.proto proto/fmaas/*.proto
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

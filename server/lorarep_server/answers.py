@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorarep.v1 import generation_pb2
 
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
     from lorarep_runtime.engine import Engine
     from lorarep_runtime.text import Tokenizer
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Admitted:
     """A request that the engine has taken."""
 
     id: int
-    prompt_tokens: int
+    prompt: Sequence[int]
     adapters: Sequence[AdapterInfo]
     tokenizer: Tokenizer
 
@@ -64,19 +67,26 @@ class Answers:
         request: generation_pb2.GenerateRequest,
         seconds: float | None = None,
         new_tokens: int = Stopping.max_new_tokens,
+        *,
+        longest_prompt: int | None = None,
+        time_limit: float | None = None,
     ) -> AsyncIterator[tuple[Admitted, EventStream]]:
         """A request and its events. If it has not ended by itself when the context does, it is cancelled.
 
         Args:
             seconds: until its deadline.
             new_tokens: most tokens of the answer if the request does not say, or what the prompt leaves.
+            longest_prompt: tokens to which a text is cut, as `Tokenizer.encode` does.
+            time_limit: seconds until a deadline too, but from when its adapters are at hand.
         """
         engine = self.engine()
         deadline = None if seconds is None else time.monotonic() + seconds
         events = EventStream(self._max_unread, self._patience)
         try:
-            await self.load_absent(engine, messages.adapter_weights(request.adapters))
-            work = asyncio.to_thread(admit, engine, request, deadline, events.put, new_tokens)
+            await self._load_absent(engine, messages.adapter_weights(request.adapters))
+            if time_limit is not None:
+                deadline = min(time.monotonic() + time_limit, math.inf if deadline is None else deadline)
+            work = asyncio.to_thread(admit, engine, request, deadline, events.put, new_tokens, longest_prompt)
             admission = asyncio.ensure_future(work)
             try:
                 # Shielded: what is being admitted while its caller leaves has to be cancelled once it is.
@@ -94,7 +104,31 @@ class Answers:
             if isinstance(events.end, Finished):
                 self._metrics.finished(events.end)
 
-    async def load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
+    async def target(self, model: str) -> dict[str, Any]:
+        """A request's adapters or stack for a name: the base, an adapter, a stack, or a repository, in this order."""
+        engine = self.engine()
+        if model == engine.base.repository:
+            return {}
+        has_name = self._desired.get(model) is not None or await asyncio.to_thread(engine.adapters.__contains__, model)
+        if not has_name and model in engine.stacks:
+            return {"stack": model}
+        return {"adapters": [generation_pb2.AdapterRef(name=model)]}
+
+    async def with_tokenizer(self, adapters: Iterable[generation_pb2.AdapterRef], work: Callable[[Tokenizer], T]) -> T:
+        """What `work` makes, in a thread, with the tokenizer of requests with these adapters."""
+        engine, weights = self.engine(), messages.adapter_weights(adapters)
+        await self._load_absent(engine, weights)
+
+        def leased() -> T:
+            lease = engine.adapters.lease(weights)
+            try:
+                return work(lease.tokenizer)
+            finally:
+                lease.release()
+
+        return await asyncio.to_thread(leased)
+
+    async def _load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
         """Has adapters found that are not at hand and can be, and waits for that."""
         pool = engine.adapters
         for name, _ in adapters:
@@ -120,18 +154,19 @@ def admit(
     deadline: float | None,
     on_event: Callable[[Event], None],
     new_tokens: int = Stopping.max_new_tokens,
+    longest_prompt: int | None = None,
 ) -> Admitted:
     """Has the engine take a request; blocks. Raises as `AdapterPool.lease`, `Engine.submit` and the tokenizer."""
     lease = engine.adapters.lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
     try:
-        prompt = messages.prompt_tokens(request.prompt, lease.tokenizer)
+        prompt = messages.prompt_tokens(request.prompt, lease.tokenizer, longest_prompt)
         longest = engine.longest(len(lease.stack))
         wanted = messages.runtime_request(request, prompt, deadline, longest, new_tokens)
         request_id = engine.submit(wanted, lease, on_event)
     except BaseException:
         lease.release()
         raise
-    return Admitted(request_id, len(prompt), lease.adapters, lease.tokenizer)
+    return Admitted(request_id, prompt, lease.adapters, lease.tokenizer)
 
 
 def _cancel(engine: Engine, admission: asyncio.Future[Admitted]) -> None:

@@ -8,7 +8,7 @@ BIN    := .venv/bin
 demo: .venv/installed
 	$(BIN)/lorarep demo
 
-test: .venv/installed
+test: .venv/installed tests/clients/node_modules
 	$(BIN)/pytest
 
 check: .venv/installed
@@ -24,4 +24,8 @@ proto: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+tests/clients/node_modules: tests/clients/package-lock.json .venv/installed
+	$(BIN)/npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund --silent
 	touch $@

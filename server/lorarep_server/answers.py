@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from lorarep_server.errors import code_of
 from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import Metrics
 from lorarep_server.stream import EventStream
+from lorarep_server.tracing import Traced, Traces
 
 if TYPE_CHECKING:
     from lorarep_runtime.adapters.pool import AdapterInfo
@@ -36,6 +37,8 @@ class Admitted:
 
     id: int
     prompt: Sequence[int]
+    submitted: int
+    """`time.monotonic_ns()`."""
     adapters: Sequence[AdapterInfo]
     tokenizer: Tokenizer
 
@@ -49,6 +52,7 @@ class Answers:
         loads: Loads,
         desired: DesiredAdapters,
         metrics: Metrics,
+        traces: Traces,
         *,
         max_unread: int,
         patience: float,
@@ -58,6 +62,7 @@ class Answers:
         self._loads = loads
         self._desired = desired
         self._metrics = metrics
+        self._traces = traces
         self._max_unread = max_unread
         self._patience = patience
 
@@ -65,6 +70,7 @@ class Answers:
     async def answer(
         self,
         request: generation_pb2.GenerateRequest,
+        metadata: Mapping[str, str],
         seconds: float | None = None,
         new_tokens: int = Stopping.max_new_tokens,
         *,
@@ -74,6 +80,7 @@ class Answers:
         """A request and its events. If it has not ended by itself when the context does, it is cancelled.
 
         Args:
+            metadata: the call's, or its headers.
             seconds: until its deadline.
             new_tokens: most tokens of the answer if the request does not say, or what the prompt leaves.
             longest_prompt: tokens to which a text is cut, as `Tokenizer.encode` does.
@@ -82,6 +89,8 @@ class Answers:
         engine = self.engine()
         deadline = None if seconds is None else time.monotonic() + seconds
         events = EventStream(self._max_unread, self._patience)
+        names = ",".join(ref.name for ref in request.adapters)
+        traced = Traced(metadata, names or request.stack or engine.base.repository)
         try:
             await self._load_absent(engine, messages.adapter_weights(request.adapters))
             if time_limit is not None:
@@ -90,7 +99,9 @@ class Answers:
             admission = asyncio.ensure_future(work)
             try:
                 # Shielded: what is being admitted while its caller leaves has to be cancelled once it is.
-                yield await asyncio.shield(admission), events
+                admitted = await asyncio.shield(admission)
+                traced.submitted, traced.prompt_tokens = admitted.submitted, len(admitted.prompt)
+                yield admitted, events
             finally:
                 events.close()
                 if events.end is None:
@@ -99,10 +110,12 @@ class Answers:
             cause = events.too_slow or error
             if not isinstance(events.end, Finished):
                 self._metrics.failed(code_of(cause))
+                self._traces.end(traced, cause)
             raise cause from None
         finally:
             if isinstance(events.end, Finished):
                 self._metrics.finished(events.end)
+                self._traces.end(traced, events.end)
 
     async def target(self, model: str) -> dict[str, Any]:
         """A request's adapters or stack for a name: the base, an adapter, a stack, or a repository, in this order."""
@@ -148,6 +161,11 @@ class Answers:
                     await self._loads.bring(pool, name)  # it waits in the queue for room on the device
 
 
+def of_call(context: Any) -> tuple[dict[str, str], float | None]:
+    """Metadata of a gRPC call, and seconds until its deadline."""
+    return dict(context.invocation_metadata()), context.time_remaining()
+
+
 def admit(
     engine: Engine,
     request: generation_pb2.GenerateRequest,
@@ -162,11 +180,12 @@ def admit(
         prompt = messages.prompt_tokens(request.prompt, lease.tokenizer, longest_prompt)
         longest = engine.longest(len(lease.stack))
         wanted = messages.runtime_request(request, prompt, deadline, longest, new_tokens)
+        submitted = time.monotonic_ns()
         request_id = engine.submit(wanted, lease, on_event)
     except BaseException:
         lease.release()
         raise
-    return Admitted(request_id, prompt, lease.adapters, lease.tokenizer)
+    return Admitted(request_id, prompt, submitted, lease.adapters, lease.tokenizer)
 
 
 def _cancel(engine: Engine, admission: asyncio.Future[Admitted]) -> None:

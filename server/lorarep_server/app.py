@@ -43,6 +43,7 @@ from lorarep_server.service_fmaas import FmaasService
 from lorarep_server.service_generation import GenerationService
 from lorarep_server.service_model import ModelService
 from lorarep_server.tls import TlsFiles
+from lorarep_server.tracing import Traces
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine import Engine
@@ -92,6 +93,7 @@ class App:
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._metrics = Metrics(self._registry)
+        self._traces = Traces(config.traces_endpoint)
         self._loads = Loads(self._metrics)
         self._desired = DesiredAdapters(config.adapters_file, self._loads)
         self._calls = Calls(config.max_calls)
@@ -100,6 +102,7 @@ class App:
             self._loads,
             self._desired,
             self._metrics,
+            self._traces,
             max_unread=config.max_unread,
             patience=config.max_unread_seconds,
         )
@@ -154,6 +157,7 @@ class App:
                 await openai.cleanup()
             http.shutdown()
             http.server_close()
+            await asyncio.to_thread(self._traces.close)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Waits for the work; False if the server is told to end before it is done."""

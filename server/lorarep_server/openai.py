@@ -166,7 +166,10 @@ class OpenAI:
             fields["max_new_tokens"] = fields["prompt and max_new_tokens"] = wanted.length()[0]
             fields["logprobs"] = wanted.logprobs_field
             generate = wanted.to_generate(**await self._answers.target(wanted.model))
-            async with self._answers.answer(generate, new_tokens=wanted.unset_tokens) as (admitted, events):
+            async with self._answers.answer(generate, request.headers, new_tokens=wanted.unset_tokens) as (
+                admitted,
+                events,
+            ):
                 answer = wanted.answer(admitted.tokenizer)
                 if wanted.stream:
                     await stream.prepare(request)

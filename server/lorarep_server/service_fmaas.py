@@ -20,7 +20,7 @@ from fmaas import generation_pb2_grpc
 
 from lorarep_runtime.errors import DeadlineExceeded, InvalidArgument, LorarepError
 from lorarep_server import fmaas_messages
-from lorarep_server.answers import Answers
+from lorarep_server.answers import Answers, of_call
 from lorarep_server.errors import renamed
 
 
@@ -70,7 +70,7 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
         try:
             async with self._answers.answer(
                 generate,
-                context.time_remaining(),
+                *of_call(context),
                 stopping.max_new_tokens or limit,
                 longest_prompt=params.truncate_input_tokens or None,
                 time_limit=stopping.time_limit_millis / 1000 or None,

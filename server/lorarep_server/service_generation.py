@@ -12,7 +12,7 @@ from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
 from lorarep_runtime.request import Output
 from lorarep_server import messages
-from lorarep_server.answers import Answers
+from lorarep_server.answers import Answers, of_call
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -23,7 +23,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> generation_pb2.GenerateResponse:
         outputs: list[Output] = []
-        async with self._answers.answer(request, context.time_remaining()) as (admitted, events):
+        async with self._answers.answer(request, *of_call(context)) as (admitted, events):
             finished = None
             while finished is None:
                 more, finished = await events.take()
@@ -43,7 +43,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GenerateStream(self, request: generation_pb2.GenerateStreamRequest, context: Any) -> None:
         # Written with `write`, not yielded: a cancellation then ends this very coroutine, and with it the request.
-        async with self._answers.answer(request.request, context.time_remaining()) as (admitted, events):
+        async with self._answers.answer(request.request, *of_call(context)) as (admitted, events):
             revisions = [messages.adapter_revision(info) for info in admitted.adapters]
             started = generation_pb2.GenerationStarted(adapters=revisions, prompt_tokens=len(admitted.prompt))
             await context.write(generation_pb2.GenerateStreamResponse(started=started))

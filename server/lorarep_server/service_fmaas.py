@@ -82,7 +82,7 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
                     outputs, finished = await events.take()
                     await send(answer.part(outputs, finished))
         except DeadlineExceeded:
-            if answer is None or not stopping.time_limit_millis:
+            if answer is None or not stopping.time_limit_millis or context.time_remaining() == 0:
                 raise
             await send(answer.time_is_up())
 

@@ -184,6 +184,20 @@ def test_a_time_limit_ends_an_answer_with_what_there_is(server: Server) -> None:
             assert text.startswith(shown)
 
 
+def test_a_deadline_is_no_time_limit(server: Server) -> None:
+    params = parameters(490, stopping=dict(time_limit_millis=1000 * SECONDS))
+    wanted = pb.SingleGenerationRequest(request=pb.GenerationRequest(text=PROMPT), params=params)
+    calls = (
+        lambda: server.fmaas.Generate(batch(PROMPT, params=params), timeout=0.2),
+        lambda: list(server.fmaas.GenerateStream(wanted, timeout=0.2)),
+    )
+    for call in calls:
+        with pytest.raises(grpc.RpcError) as error:
+            call()
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert not any("unexpected error" in line for line in server.log)
+
+
 def test_a_prompt_is_cut_to_its_last_tokens(server: Server) -> None:
     response = whole(server, "x" * 600 + PROMPT, params=parameters(truncate_input_tokens=len(PROMPT)))
     assert response.text == whole(server, params=parameters()).text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,11 @@ from typing import Any
 import grpc
 import pytest
 from fmaas import generation_pb2 as fmaas
+from lorarep_server.tracing import Traces
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from lorarep_runtime.errors import FailedPrecondition
 from tests.server.conftest import World
 from tests.server.running import SECONDS, Server, lorarep, request, serving, stream, wait_for
 
@@ -166,6 +169,13 @@ def test_a_collector_that_is_not_there_holds_nobody_up(world: World) -> None:
         began = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - began < 30
+
+
+def test_without_the_extra_an_endpoint_is_refused_and_none_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    Traces(None).close()
+    with pytest.raises(FailedPrecondition, match=r"traces_endpoint: needs .*lorarep\[traces\]"):
+        Traces("http://collector:4317")
 
 
 def test_an_endpoint_has_to_be_an_address_of_http(world: World) -> None:

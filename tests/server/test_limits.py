@@ -11,6 +11,7 @@ from contextlib import suppress
 import grpc
 import openai
 import pytest
+from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import generation_pb2_grpc
 
 from tests.server.conftest import World
@@ -33,11 +34,13 @@ def test_a_full_queue_refuses_at_once_with_a_hint(small: Server) -> None:
     next(m for m in running if m.chunk.token_ids)
     waiting = stream(small, LONG)
     next(waiting)
-    with pytest.raises(grpc.RpcError) as error:
-        small.generation.Generate(LONG, timeout=SECONDS)
-    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "max_queued" in error.value.details()
-    assert int(dict(error.value.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+    batch = fmaas_pb2.BatchedGenerationRequest(requests=[fmaas_pb2.GenerationRequest(text="x")])
+    for generate, wanted in ((small.generation.Generate, LONG), (small.fmaas.Generate, batch)):
+        with pytest.raises(grpc.RpcError) as error:
+            generate(wanted, timeout=SECONDS)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "max_queued" in error.value.details()
+        assert int(dict(error.value.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
     for call in (running, waiting):
         assert not call.done()
         call.cancel()

@@ -12,7 +12,7 @@ TARGET ?= cuda
 demo: .venv/installed
 	$(BIN)/lorarep demo
 
-test: .venv/installed
+test: .venv/installed tests/clients/node_modules
 	$(BIN)/pytest
 
 check: .venv/installed
@@ -23,7 +23,7 @@ check: .venv/installed
 
 proto: .venv/installed
 	$(BIN)/python -m grpc_tools.protoc --plugin=$(BIN)/protoc-gen-mypy -I proto --python_out=proto \
-	  --grpc_python_out=proto --mypy_out=proto proto/lorarep/v1/*.proto
+	  --grpc_python_out=proto --mypy_out=proto proto/lorarep/v1/*.proto proto/fmaas/*.proto
 
 # What images install. Keeps the versions that are in it, unless it is deleted before.
 lock: .venv/installed
@@ -37,4 +37,8 @@ image:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+tests/clients/node_modules: tests/clients/package-lock.json .venv/installed
+	$(BIN)/npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund --silent
 	touch $@

@@ -411,14 +411,14 @@ class Engine:
         self._tokens_out += 1
         sequence.tokens.append(token)
         sequence.sampler.append(token)
-        reason, text = None, ""
+        reason, text, stop = None, "", ""
         if token in stopping.stop_token_ids:
             reason = FinishReason.STOP_TOKEN
         elif token in sequence.sampler.eos_ids and not stopping.ignore_eos:
             reason = FinishReason.END_TOKEN
         else:
-            text, stopped = sequence.text.feed(token, may_stop=sequence.new_tokens >= stopping.min_new_tokens)
-            if stopped:
+            text, stop = sequence.text.feed(token, may_stop=sequence.new_tokens >= stopping.min_new_tokens)
+            if stop:
                 reason = FinishReason.STOP_STRING
             elif sequence.new_tokens == stopping.max_new_tokens:
                 reason = FinishReason.LENGTH
@@ -429,7 +429,7 @@ class Engine:
         if reason is not None:
             started = sequence.started or now
             timings = Timings(started - sequence.submitted, sequence.first_token - started, now - sequence.first_token)
-            self._end(sequence, Finished(reason, len(sequence.request.prompt), sequence.new_tokens, timings))
+            self._end(sequence, Finished(reason, len(sequence.request.prompt), sequence.new_tokens, timings, stop))
 
     def _end(self, sequence: Sequence, event: Finished | LorarepError) -> None:
         self.scheduler.remove(sequence)

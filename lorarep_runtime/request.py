@@ -67,6 +67,8 @@ class TokenLogprob:
 
     token: int
     logprob: float
+    rank: int
+    """1 is the likeliest."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens, best first."""
 
@@ -108,6 +110,8 @@ class Finished:
     prompt_tokens: int
     completion_tokens: int
     timings: Timings
+    stop: str = ""
+    """The string that ended it, if one did."""
 
 
 Event = Output | Finished | Exception

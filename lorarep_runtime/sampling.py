@@ -186,5 +186,8 @@ def _logprob(logits: Tensor, token: int, request: Request) -> TokenLogprob | Non
     logprobs = logits.log_softmax(-1)
     top = logprobs.topk(request.logprobs)
     return TokenLogprob(
-        token, float(logprobs[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        token,
+        float(logprobs[token]),
+        1 + int((logprobs > logprobs[token]).sum()),
+        tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
     )

@@ -44,9 +44,38 @@ class Tokenizer:
         other.chat_template = template
         return other
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, with the special tokens that the tokenizer adds."""
-        return list(self._tokenizer.encode(text))
+    def encode(self, text: str, longest: int | None = None) -> list[int]:
+        """Tokens of a text, with the special tokens that the tokenizer adds.
+
+        Args:
+            longest: most tokens; of a longer text the last are kept, and the special ones.
+
+        Raises:
+            InvalidArgument: the special tokens alone are more.
+        """
+        if longest is None:
+            return list(self._tokenizer.encode(text))
+        # Not by the tokenizer's own truncation, a setting of all its threads.
+        encoded = self._tokenizer(text, return_special_tokens_mask=True)
+        tokens, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
+        if sum(is_special) > longest:
+            raise InvalidArgument(f"longest: {longest} tokens are less than the {sum(is_special)} special ones")
+        dropped = iter(range(len(tokens) - longest))
+        return [t for t, special in zip(tokens, is_special, strict=True) if special or next(dropped, None) is None]
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in a text each token of `encode` begins and ends, in characters.
+
+        Raises:
+            FailedPrecondition: the tokenizer does not know.
+        """
+        if not self._tokenizer.is_fast:
+            raise FailedPrecondition("offsets: the tokenizer does not know where in a text its tokens are")
+        return list(self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Tokens as the vocabulary writes them, such as "▁the"; empty where it has none of the number."""
+        return [piece or "" for piece in self._tokenizer.convert_ids_to_tokens(list(tokens))]
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation in the form of the chat template, which asks for the next answer.
@@ -118,21 +147,22 @@ class TextStream:
         self._held = ""
         """Text that may be the beginning of a stop."""
 
-    def feed(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
+    def feed(self, token: int, *, may_stop: bool = True) -> tuple[str, str]:
         """Adds a token.
 
         Args:
             may_stop: whether a stop that the token completes ends the answer; if not, it is text like any other.
 
         Returns:
-            Text that can be shown, and whether a stop was met. After that nothing may be fed.
+            Text that can be shown, and the stop that was met, if one was. After that nothing may be fed.
         """
         text = self._held + self._decode(token)
-        if may_stop and (met := [at for stop in self._stop if (at := text.find(stop)) >= 0]):
-            return text[: min(met)], True
+        if may_stop and (met := [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]):
+            at, stop = min(met)
+            return text[:at], stop
         kept = self._beginning(text)
         self._held = text[len(text) - kept :]
-        return text[: len(text) - kept], False
+        return text[: len(text) - kept], ""
 
     def finish(self) -> str:
         """The rest of an answer that no stop ended. A character that it breaks off in is left out."""

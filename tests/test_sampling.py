@@ -176,5 +176,6 @@ def test_logprobs_are_of_the_model_and_best_first() -> None:
     assert got.logprob is not None
     assert got.logprob.logprob == pytest.approx(float(reference[got.token]), abs=1e-6)
     top = reference.topk(3)
+    assert got.logprob.rank == 1 + int((reference > reference[got.token]).sum()) > 1
     assert [token for token, _ in got.logprob.top] == top.indices.tolist()
     assert [value for _, value in got.logprob.top] == pytest.approx(top.values.tolist(), abs=1e-6)

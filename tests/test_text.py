@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
@@ -113,6 +113,26 @@ def test_a_stop_that_may_not_end_it_yet_is_text(tokenizer: Tokenizer) -> None:
     pieces = [text.feed(token, may_stop=i > 1) for i, token in enumerate(tokenizer.encode("abab"))]
     assert "".join(piece for piece, _ in pieces) == "aba"
     assert pieces[-1][1]
+
+
+def test_of_several_stops_the_one_that_is_met_is_told(tokenizer: Tokenizer) -> None:
+    text = TextStream(tokenizer, ("never", "bc", "b"))
+    assert [text.feed(token) for token in tokenizer.encode("ab")] == [("a", ""), ("", "b")]
+
+
+def test_a_text_is_cut_to_its_last_tokens_and_the_special_ones(tmp_path: Path) -> None:
+    fast = Fast(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}, unk_token="<s>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=fast).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    expected = {5: [0, 2, 3, 4, 1], 4: [0, 3, 4, 1], 3: [0, 4, 1], 2: [0, 1]}
+    assert {longest: tokenizer.encode("a b c", longest) for longest in expected} == expected
+    assert tokenizer.encode("a b c", 6) == tokenizer.encode("a b c") == expected[5]
+    with pytest.raises(InvalidArgument, match="longest: 1"):
+        tokenizer.encode("a b c", 1)
+    assert tokenizer.spans("a b c") == [(0, 0), (0, 1), (2, 3), (4, 5), (0, 0)]
+    assert tokenizer.pieces([0, 4, 1, 5]) == ["<s>", "c", "</s>", ""]
 
 
 def test_chat_is_the_templates_text(tokenizer: Tokenizer) -> None:

@@ -42,6 +42,10 @@ ROLES: Mapping[str, Role] = {
     "/lorarep.v1.ModelService/GetModel": Role.GENERATE,
     "/lorarep.v1.ModelService/ListStacks": Role.GENERATE,
     "/lorarep.v1.ModelService/GetLedger": Role.GENERATE,
+    "/fmaas.GenerationService/Generate": Role.GENERATE,
+    "/fmaas.GenerationService/GenerateStream": Role.GENERATE,
+    "/fmaas.GenerationService/Tokenize": Role.GENERATE,
+    "/fmaas.GenerationService/ModelInfo": Role.GENERATE,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.GENERATE,
     # Kubernetes' probes have no token.
     "/grpc.health.v1.Health/Check": Role.ANYONE,

@@ -15,6 +15,8 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc
 from aiohttp.web import AppRunner
+from fmaas import generation_pb2 as fmaas_pb2
+from fmaas import generation_pb2_grpc as fmaas_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from lorarep.v1 import (
@@ -37,9 +39,11 @@ from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import EngineCollector, Metrics
 from lorarep_server.openai import OpenAI
 from lorarep_server.service_adapters import AdapterService
+from lorarep_server.service_fmaas import FmaasService
 from lorarep_server.service_generation import GenerationService
 from lorarep_server.service_model import ModelService
 from lorarep_server.tls import TlsFiles
+from lorarep_server.tracing import Traces
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine import Engine
@@ -49,6 +53,8 @@ log = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+READINESS = ("readiness", "fmaas.GenerationService")
+"""Names of one service of health; vllm-tgis-adapter's probes ask for the second."""
 
 FIRST_ATTEMPTS = 60.0
 """Seconds for which readiness waits for the adapters file's adapters to be loaded or to fail."""
@@ -87,6 +93,7 @@ class App:
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._metrics = Metrics(self._registry)
+        self._traces = Traces(config.traces_endpoint)
         self._loads = Loads(self._metrics)
         self._desired = DesiredAdapters(config.adapters_file, self._loads)
         self._calls = Calls(config.max_calls)
@@ -95,6 +102,7 @@ class App:
             self._loads,
             self._desired,
             self._metrics,
+            self._traces,
             max_unread=config.max_unread,
             patience=config.max_unread_seconds,
         )
@@ -121,7 +129,7 @@ class App:
         Raises:
             LorarepError: the server cannot be started.
         """
-        for service in ("", "readiness"):
+        for service in ("", *READINESS):
             await self._health.set(service, NOT_SERVING)
         await self._health.set("liveness", SERVING)
         check_exposure(self._config)
@@ -149,6 +157,7 @@ class App:
                 await openai.cleanup()
             http.shutdown()
             http.server_close()
+            await asyncio.to_thread(self._traces.close)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Waits for the work; False if the server is told to end before it is done."""
@@ -177,9 +186,13 @@ class App:
         # Callers would only wait for what is not there yet. But none of the file's adapters may keep the server from
         # starting, be it missing or slow.
         await self._desired.attempted(FIRST_ATTEMPTS)
-        await self._health.set("readiness", SERVING)
+        await self._set_ready(SERVING)
         self.ready.set()
         log.info("ready: %s with %d adapters", engine.base.repository, len(engine.adapters.list()))
+
+    async def _set_ready(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for service in READINESS:
+            await self._health.set(service, status)
 
     async def _failure(self) -> None:
         """Returns when the engine has failed."""
@@ -191,7 +204,7 @@ class App:
         if failed:
             for service in ("", "liveness"):
                 await self._health.set(service, NOT_SERVING)
-        await self._health.set("readiness", NOT_SERVING)
+        await self._set_ready(NOT_SERVING)
         self._calls.close()
         self._desired.stop()
         log.info("ending: waiting for calls under way")
@@ -207,12 +220,13 @@ class App:
         interceptors = (self._calls,) if access is None else (access, self._calls)
         server = grpc.aio.server(interceptors=interceptors, options=GRPC_OPTIONS)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self._answers), server)
+        fmaas_pb2_grpc.add_GenerationServiceServicer_to_server(FmaasService(self._answers), server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(self.engine, self._loads, self._desired), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self.engine), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = (generation_pb2, adapters_pb2, model_pb2, health_pb2, reflection_pb2)
+        files = (generation_pb2, adapters_pb2, model_pb2, fmaas_pb2, health_pb2, reflection_pb2)
         services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
         check_roles(services)
         reflection.enable_server_reflection([service.full_name for service in services], server)

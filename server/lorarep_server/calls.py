@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-OWN_SERVICES = "/lorarep.v1."
+OWN_SERVICES = ("/lorarep.v1.", "/fmaas.")
 
 
 class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -70,7 +70,7 @@ class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return await inner(request, context)
 
         async def guarded(data: bytes, context: Any) -> Any:
-            result = await self.guard(method.removeprefix(OWN_SERVICES), answer(data, context))
+            result = await self.guard(method.removeprefix("/lorarep.v1.").removeprefix("/"), answer(data, context))
             if isinstance(result, Status):
                 await context.abort(result.code, result.message, result.metadata)
             return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -74,6 +75,15 @@ def status_of(error: BaseException) -> Status:
     if isinstance(error, Exhausted) and error.retry_after is not None:
         return Status(code, _sendable(error), ((RETRY_HINT, str(round(1000 * error.retry_after))),))
     return Status(code, _sendable(error))
+
+
+def renamed(message: str, fields: Mapping[str, str]) -> tuple[str | None, str]:
+    """The field that an error's message begins with, if it does, and the message, by names that the caller knows."""
+    found = re.match(r"(prompt and max_new_tokens|[\w.-]+)(?=: )", message)
+    if found is None:
+        return None, message
+    field = fields.get(found[0], found[0])
+    return field, field + message[found.end() :]
 
 
 def _sendable(error: LorarepError) -> str:

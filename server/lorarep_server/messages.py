@@ -46,11 +46,15 @@ STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
 }
 
 
-def prompt_tokens(prompt: generation_pb2.Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Raises InvalidArgument where the prompt is unset or the tokenizer cannot make tokens of it."""
+def prompt_tokens(prompt: generation_pb2.Prompt, tokenizer: Tokenizer, longest: int | None = None) -> tuple[int, ...]:
+    """A prompt's tokens; those of a text are at most `longest`, as `Tokenizer.encode` cuts it.
+
+    Raises:
+        InvalidArgument: the prompt is unset, or the tokenizer cannot make tokens of it.
+    """
     match prompt.WhichOneof("content"):
         case "text":
-            return tuple(tokenizer.encode(prompt.text))
+            return tuple(tokenizer.encode(prompt.text, longest))
         case "token_ids":
             return tuple(prompt.token_ids.ids)
         case "chat":

@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import math
-import re
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,7 +18,6 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from grpc import StatusCode
-from lorarep.v1 import generation_pb2
 from pydantic import ValidationError
 
 from lorarep_runtime.errors import Cancelled, InvalidArgument, NotFound
@@ -28,7 +26,7 @@ from lorarep_server.access import Access, Role
 from lorarep_server.answers import Answers
 from lorarep_server.calls import Calls
 from lorarep_server.desired import DesiredAdapters
-from lorarep_server.errors import RETRY_HINT, Status
+from lorarep_server.errors import RETRY_HINT, Status, renamed
 from lorarep_server.openai_messages import ChatRequest, CompletionRequest, GenerationRequest
 
 log = logging.getLogger(__name__)
@@ -167,8 +165,11 @@ class OpenAI:
             wanted = _parsed(kind, body)
             fields["max_new_tokens"] = fields["prompt and max_new_tokens"] = wanted.length()[0]
             fields["logprobs"] = wanted.logprobs_field
-            generate = wanted.to_generate(**await self._target(wanted.model))
-            async with self._answers.answer(generate, new_tokens=wanted.unset_tokens) as (admitted, events):
+            generate = wanted.to_generate(**await self._answers.target(wanted.model))
+            async with self._answers.answer(generate, request.headers, new_tokens=wanted.unset_tokens) as (
+                admitted,
+                events,
+            ):
                 answer = wanted.answer(admitted.tokenizer)
                 if wanted.stream:
                     await stream.prepare(request)
@@ -200,16 +201,6 @@ class OpenAI:
             if request.transport is not None:
                 request.transport.abort()
         return stream
-
-    async def _target(self, model: str) -> dict[str, Any]:
-        """Adapters and stack that a name stands for: the base, an adapter, a stack, or a repository, in this order."""
-        engine = self._answers.engine()
-        if model == engine.base.repository:
-            return {}
-        has_name = self._desired.get(model) is not None or await asyncio.to_thread(engine.adapters.__contains__, model)
-        if not has_name and model in engine.stacks:
-            return {"stack": model}
-        return {"adapters": [generation_pb2.AdapterRef(name=model)]}
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -256,10 +247,7 @@ def _refusal(status: Status, fields: Mapping[str, str] = FIELDS) -> web.Response
 def _body(status: Status, fields: Mapping[str, str]) -> dict[str, Any]:
     """An error as OpenAI's; the field that its message begins with under the name that the caller knows."""
     _, kind, code = HTTP.get(status.code, (500, "server_error", None))
-    message, param = status.message, None
-    if found := re.match(r"(prompt and max_new_tokens|[\w.-]+)(?=: )", message):
-        param = fields.get(found[0], found[0])
-        message = param + message[found.end() :]
+    param, message = renamed(status.message, fields)
     return _error(message, kind, param, code)
 
 

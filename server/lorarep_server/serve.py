@@ -159,6 +159,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     help="Where health is served besides, in plain text, for probes that speak no TLS.",
 )
 @option("--openai-listen", metavar="HOST:PORT", show_default="nowhere", help="Where OpenAI's HTTP API is served.")
+@option("--traces-endpoint", metavar="URL", show_default="nowhere", help="Where traces are sent, as OTLP over gRPC.")
 @option("--tls-certificate", type=FILE, help="PEM file of the certificate chain; read again when it changes.")
 @option("--tls-key", type=FILE, help="PEM file of its key.")
 @option("--tls-client-ca", type=FILE, help="PEM file of authorities; callers need a certificate of theirs.")
@@ -199,6 +200,7 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
         metrics_listen=given["metrics_listen"],
         health_listen=given["health_listen"],
         openai_listen=given["openai_listen"],
+        traces_endpoint=given["traces_endpoint"],
         tls_certificate=given["tls_certificate"],
         tls_key=given["tls_key"],
         tls_client_ca=given["tls_client_ca"],

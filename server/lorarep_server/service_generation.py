@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
 from lorarep_runtime.request import Output
 from lorarep_server import messages
-from lorarep_server.answers import Answers
+from lorarep_server.answers import Answers, of_call
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -22,7 +23,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> generation_pb2.GenerateResponse:
         outputs: list[Output] = []
-        async with self._answers.answer(request, context.time_remaining()) as (admitted, events):
+        async with self._answers.answer(request, *of_call(context)) as (admitted, events):
             finished = None
             while finished is None:
                 more, finished = await events.take()
@@ -42,9 +43,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GenerateStream(self, request: generation_pb2.GenerateStreamRequest, context: Any) -> None:
         # Written with `write`, not yielded: a cancellation then ends this very coroutine, and with it the request.
-        async with self._answers.answer(request.request, context.time_remaining()) as (admitted, events):
+        async with self._answers.answer(request.request, *of_call(context)) as (admitted, events):
             revisions = [messages.adapter_revision(info) for info in admitted.adapters]
-            started = generation_pb2.GenerationStarted(adapters=revisions, prompt_tokens=admitted.prompt_tokens)
+            started = generation_pb2.GenerationStarted(adapters=revisions, prompt_tokens=len(admitted.prompt))
             await context.write(generation_pb2.GenerateStreamResponse(started=started))
             finished = None
             while finished is None:
@@ -56,15 +57,5 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             await context.write(generation_pb2.GenerateStreamResponse(finished=end))
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
-        engine = self._answers.engine()
-        adapters = messages.adapter_weights(request.adapters)
-        await self._answers.load_absent(engine, adapters)
-
-        def tokens() -> tuple[int, ...]:
-            lease = engine.adapters.lease(adapters)
-            try:
-                return messages.prompt_tokens(request.prompt, lease.tokenizer)
-            finally:
-                lease.release()
-
-        return generation_pb2.TokenizeResponse(token_ids=await asyncio.to_thread(tokens))
+        tokens = partial(messages.prompt_tokens, request.prompt)
+        return generation_pb2.TokenizeResponse(token_ids=await self._answers.with_tokenizer(request.adapters, tokens))

@@ -152,10 +152,16 @@ def test_any_request_is_answered_or_refused(server: Server, innocent: Innocent) 
 
 
 @pytest.mark.parametrize(
-    "method", ["GenerationService/Generate", "GenerationService/GenerateStream", "AdapterService/LoadAdapter"]
+    "method",
+    [
+        "lorarep.v1.GenerationService/Generate",
+        "lorarep.v1.GenerationService/GenerateStream",
+        "lorarep.v1.AdapterService/LoadAdapter",
+        "fmaas.GenerationService/GenerateStream",
+    ],
 )
 def test_bytes_that_are_no_message_are_refused_in_our_words(server: Server, innocent: Innocent, method: str) -> None:
-    call = server.channel.unary_stream(f"/lorarep.v1.{method}")
+    call = server.channel.unary_stream(f"/{method}")
     refused(lambda: list(call(b"\xff\xff", timeout=SECONDS)), "INVALID_ARGUMENT", "not a message of its type")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import grpc
 import openai
+from fmaas import generation_pb2_grpc as fmaas_pb2_grpc
 from lorarep.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -57,6 +58,7 @@ class Server:
         self.channel = grpc.insecure_channel(self.address)
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
         self.adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self.channel)
+        self.fmaas: Any = fmaas_pb2_grpc.GenerationServiceStub(self.channel)
         self.model: Any = model_pb2_grpc.ModelServiceStub(self.channel)
 
     def _read(self) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import grpc
+import openai
 import pytest
+from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import generation_pb2_grpc
 
 from tests.server.conftest import World
@@ -17,9 +22,10 @@ LONG = request("x", "lora", new_tokens=500)
 
 @pytest.fixture(scope="module")
 def small(world: World) -> Iterator[Server]:
-    flags = ["--adapter=lora=org/lora", "--max-sequences=1", "--max-queued=1", "--openai-listen=127.0.0.1:0"]
+    adapters = ["--adapter=lora=org/lora", "--adapter=dora=org/dora", "--openai-listen=127.0.0.1:0"]
     # Patience for a reader that reads and is not given a core to.
-    with serving([*world.flags(), *flags, "--max-unread=8", "--max-unread-seconds=5"], world.env) as server:
+    limits = ["--max-sequences=1", "--max-queued=1", "--max-unread=8", "--max-unread-seconds=5"]
+    with serving([*world.flags(), *adapters, *limits], world.env) as server:
         yield server.wait_ready()
 
 
@@ -28,14 +34,68 @@ def test_a_full_queue_refuses_at_once_with_a_hint(small: Server) -> None:
     next(m for m in running if m.chunk.token_ids)
     waiting = stream(small, LONG)
     next(waiting)
-    with pytest.raises(grpc.RpcError) as error:
-        small.generation.Generate(LONG, timeout=SECONDS)
-    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "max_queued" in error.value.details()
-    assert int(dict(error.value.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+    batch = fmaas_pb2.BatchedGenerationRequest(requests=[fmaas_pb2.GenerationRequest(text="x")])
+    for generate, wanted in ((small.generation.Generate, LONG), (small.fmaas.Generate, batch)):
+        with pytest.raises(grpc.RpcError) as error:
+            generate(wanted, timeout=SECONDS)
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "max_queued" in error.value.details()
+        assert int(dict(error.value.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
     for call in (running, waiting):
         assert not call.done()
         call.cancel()
+    small.wait_idle()
+
+
+def test_over_http_a_full_queue_is_429_with_a_hint(small: Server) -> None:
+    running = stream(small, LONG)
+    next(m for m in running if m.chunk.token_ids)
+    waiting = stream(small, LONG)
+    next(waiting)
+    with small.openai() as client:
+        for streams in (False, True):
+            with pytest.raises(openai.RateLimitError) as error:
+                client.completions.create(model="lora", prompt="x", max_tokens=500, stream=streams)
+            told = error.value
+            assert (told.status_code, told.type, told.param) == (429, "rate_limit_error", "max_queued")
+            headers = told.response.headers
+            assert int(headers["retry-after"]) == int(headers["retry-after-ms"]) / 1000 > 0
+        for call in (running, waiting):
+            assert not call.done()
+            call.cancel()
+        small.wait_idle()
+        # A client that obeys the hint is answered.
+        assert client.completions.create(model="lora", prompt="x", max_tokens=4).choices
+    small.wait_idle()
+
+
+def test_over_http_a_reader_that_does_not_read_ends_alone(small: Server) -> None:
+    chat = [{"role": "user", "content": "x"}]
+    wanted = dict(
+        model="dora", messages=chat, max_tokens=480, logprobs=True, top_logprobs=20, stream=True, ignore_eos=True
+    )
+    body = json.dumps(wanted).encode()
+    path = "/v1/chat/completions"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.socket() as slow:
+        # Or the system takes all of it in: the reader's side, and the server's, whose room grows with the segments.
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        slow.settimeout(SECONDS)
+        slow.connect(("127.0.0.1", small.openai_port))
+        logged = len(small.log)
+        slow.sendall(head.encode() + body)
+        got = slow.recv(16)
+        # Queued behind it: answered only if the engine does not wait for the reader.
+        alone = small.generation.Generate(request("abc", "lora"), timeout=SECONDS)
+        assert len(alone.token_ids) == 12
+        ended = re.compile(f"POST {path} RESOURCE_EXHAUSTED")
+        wait_for(lambda: any(map(ended.search, small.log[logged:])), "the stream to end")
+        with suppress(ConnectionError):
+            while part := slow.recv(1 << 16):
+                got += part
+    assert got.startswith(b"HTTP/1.1 200 ")
+    assert b"data: [DONE]" not in got
     small.wait_idle()
 
 

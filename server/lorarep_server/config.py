@@ -19,7 +19,7 @@ class ServerConfig:
     health_listen: str | None = None
     """Where grpc.health.v1 is served once more, alone and in plain text, for probes that speak no TLS."""
     openai_listen: str | None = None
-    """Where OpenAI's HTTP API is served, with the tokens and the TLS of gRPC; unset, nowhere."""
+    """Where OpenAI's HTTP API and the page are served, with the tokens and the TLS of gRPC; unset, nowhere."""
     tls_certificate: Path | None = None
     """PEM file of the chain that callers are shown; unset, gRPC is in plain text..."""
     tls_key: Path | None = None

@@ -38,6 +38,7 @@ from lorarep_server.desired import DesiredAdapters
 from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import EngineCollector, Metrics
 from lorarep_server.openai import OpenAI
+from lorarep_server.page import Page
 from lorarep_server.service_adapters import AdapterService
 from lorarep_server.service_fmaas import FmaasService
 from lorarep_server.service_generation import GenerationService
@@ -247,7 +248,8 @@ class App:
         if (address := self._config.openai_listen) is None:
             return None
         tls = self._tls_files()
-        openai = OpenAI(self._answers, self._desired, self._calls, access)
+        page = Page(self.engine, self._desired, self._metrics)
+        openai = OpenAI(self._answers, self._desired, self._calls, access, page)
         context = None if tls is None else tls.context()
         runner, self.openai_port = await openai.serve(address, context, LAST_WRITES)
         return runner

@@ -19,7 +19,7 @@ class ServerConfig:
     health_listen: str | None = None
     """Where grpc.health.v1 is served once more, alone and in plain text, for probes that speak no TLS."""
     openai_listen: str | None = None
-    """Where OpenAI's HTTP API is served, with the tokens and the TLS of gRPC; unset, nowhere."""
+    """Where OpenAI's HTTP API and the page are served, with the tokens and the TLS of gRPC; unset, nowhere."""
     traces_endpoint: str | None = None
     """Collector that traces are sent to, as OTLP over gRPC, such as "http://collector:4317"; unset, there are none."""
     tls_certificate: Path | None = None

@@ -68,6 +68,18 @@ class Metrics:
         """Counts a request that ended with an error."""
         self._ended.labels(code.name.lower()).inc()
 
+    def latencies(self) -> dict[str, dict[str, float]]:
+        """How many answers took at most so many seconds: to their first token, and from one to the next on average."""
+        return {
+            name: {
+                sample.labels["le"]: sample.value
+                for family in histogram.collect()
+                for sample in family.samples
+                if sample.name.endswith("_bucket")
+            }
+            for name, histogram in (("first_token", self._first), ("output_token", self._token))
+        }
+
     def timed_load(self, source: str, load: Callable[[], T]) -> Callable[[], T]:
         """`load`, with its duration and outcome counted; `source` is "hub" or "folder"."""
 

@@ -1,4 +1,4 @@
-"""OpenAI's HTTP API over the same way to the engine: models, completions, chat completions.
+"""OpenAI's HTTP API over the same way to the engine: models, completions, chat completions; beside it, the page.
 
 A request becomes lorarep.v1's GenerateRequest and is answered, counted, refused and cancelled as that is. A field that
 cannot be honoured is refused by its name; one that is null, or says what is done anyway, is none.
@@ -28,6 +28,7 @@ from lorarep_server.calls import Calls
 from lorarep_server.desired import DesiredAdapters
 from lorarep_server.errors import RETRY_HINT, Status, renamed
 from lorarep_server.openai_messages import ChatRequest, CompletionRequest, GenerationRequest
+from lorarep_server.page import FILES, Page
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +66,14 @@ OWNER = "lorarep"
 class OpenAI:
     """The API, to be served on a port of its own. For the event loop's thread."""
 
-    def __init__(self, answers: Answers, desired: DesiredAdapters, calls: Calls, access: Access | None) -> None:
+    def __init__(
+        self, answers: Answers, desired: DesiredAdapters, calls: Calls, access: Access | None, page: Page
+    ) -> None:
         self._answers = answers
         self._desired = desired
         self._calls = calls
         self._access = access
+        self._page = page
         self._created = int(time.time())
 
     async def serve(self, address: str, tls: ssl.SSLContext | None, patience: float) -> tuple[web.AppRunner, int]:
@@ -86,6 +90,9 @@ class OpenAI:
         app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/v1/chat/completions", self._chat)
+        for path in FILES:
+            app.router.add_get(path, self._page.file)
+        app.router.add_get("/status", self._status)
         logging.getLogger("aiohttp.server").addFilter(_is_ours)
         # A caller that leaves cancels its call.
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=patience, access_log=None)
@@ -102,8 +109,8 @@ class OpenAI:
     async def _checked(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Nothing is told without a token, not even what there is not."""
-        if self._access is not None:
+        """Nothing is told without a token, not even what there is not, but the page that asks for one."""
+        if self._access is not None and request.path not in FILES:
             refusal = self._access.refusal(request.headers.getall("Authorization", []), Role.GENERATE)
             if refusal is not None:
                 log.info("%r %s", request.path, refusal.code.name)
@@ -113,6 +120,12 @@ class OpenAI:
         except web.HTTPException as error:  # no such path or method, or too long a body
             told = f"{request.method} {request.path}: {error.reason}"
             return web.json_response(_error(told, "invalid_request_error"), status=error.status)
+
+    async def _status(self, request: web.Request) -> web.StreamResponse:
+        status = await self._page.status()
+        if isinstance(status, Status):
+            return _refusal(status)
+        return web.json_response(status, headers={"Cache-Control": "no-store"})
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         async def work() -> web.StreamResponse:

@@ -158,7 +158,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     show_default="with gRPC alone",
     help="Where health is served besides, in plain text, for probes that speak no TLS.",
 )
-@option("--openai-listen", metavar="HOST:PORT", show_default="nowhere", help="Where OpenAI's HTTP API is served.")
+@option(
+    "--openai-listen",
+    metavar="HOST:PORT",
+    show_default="nowhere",
+    help="Where OpenAI's HTTP API is served, and a page to look at.",
+)
 @option("--traces-endpoint", metavar="URL", show_default="nowhere", help="Where traces are sent, as OTLP over gRPC.")
 @option("--tls-certificate", type=FILE, help="PEM file of the certificate chain; read again when it changes.")
 @option("--tls-key", type=FILE, help="PEM file of its key.")

@@ -27,7 +27,7 @@ proto: .venv/installed
 
 # What images install. Keeps the versions that are in it, unless it is deleted before.
 lock: .venv/installed
-	echo "$(TORCH)" | $(BIN)/uv pip compile pyproject.toml - --universal --python-version 3.11 --generate-hashes --quiet \
+	echo "$(TORCH)" | $(BIN)/uv pip compile pyproject.toml - --extra traces --universal --python-version 3.11 --generate-hashes --quiet \
 	  --custom-compile-command "make lock" --output-file requirements.lock
 
 image:

@@ -35,6 +35,7 @@ from lorarep_server.answers import Answers
 from lorarep_server.calls import Calls
 from lorarep_server.config import ServerConfig
 from lorarep_server.desired import DesiredAdapters
+from lorarep_server.hang_up import hang_up
 from lorarep_server.loads import AdapterLoad, Loads
 from lorarep_server.metrics import EngineCollector, Metrics
 from lorarep_server.openai import OpenAI
@@ -152,6 +153,7 @@ class App:
             await self._end(failed)
             return 1 if failed else 0
         finally:
+            hang_up({self.port, self.health_port} - {0})
             for server in servers:
                 await server.stop(LAST_WRITES)
             if openai is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import signal
+import threading
 from collections import Counter
 from pathlib import Path
 
+import grpc
 import pytest
+from lorarep.v1 import generation_pb2_grpc
 
 from tests.faults.conftest import Failpoints, assert_nothing_left_at_the_end, refused
 from tests.models import save_adapter
@@ -44,6 +47,32 @@ def test_sigterm_during_a_start_ends_with_status_0(
         if flag.startswith("--adapter="):  # the file's do not keep the base from being served
             refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
         assert server.stop() == 0
+
+
+def test_callers_that_never_stop_are_refused_until_nobody_listens(world: World) -> None:
+    """Also those whose calls reach an open connection while it closes."""
+    codes: Counter[str] = Counter()
+    with serving(world.flags(), world.env) as server:
+        server.wait_ready()
+
+        def call_on() -> None:
+            with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                stub = generation_pb2_grpc.GenerationServiceStub(channel)
+                while server.process.poll() is None:
+                    try:
+                        stub.Generate(request("x", new_tokens=1))
+                        codes["OK"] += 1
+                    except grpc.RpcError as error:
+                        codes[error.code().name] += 1
+
+        callers = [threading.Thread(target=call_on) for _ in range(8)]
+        for caller in callers:
+            caller.start()
+        wait_for(lambda: codes["OK"] > 20, "answers")
+        assert server.stop() == 0
+        for caller in callers:
+            caller.join()
+    assert codes.keys() == {"OK", "UNAVAILABLE"}
 
 
 def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints) -> None:

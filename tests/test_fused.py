@@ -20,6 +20,8 @@ from tests.engines import PROMPT, assert_nothing_held, engine_for
 from tests.models import save_adapter, save_base
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+"""Without a GPU, decoding is seen with those alone that have what the others lack: biases, and norms of queries."""
 MAPS = {"overlap": [[0, 4], [2, 5]], "base order": None, "reordering": [[3, 6], [0, 3]]}
 
 
@@ -35,7 +37,7 @@ def save_all(family: str, folder: Path) -> tuple[Path, dict[str, Path]]:
     return base, adapters
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES if torch.cuda.is_available() else ["qwen2", "qwen3"])
 def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, folders = save_all(family, tmp_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +73,7 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
             torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_have_the_logits_of_the_layers(family: str, tmp_path: Path) -> None:
     """Of several stacks and adapters in one pass, some with a part of their tokens in the cache already."""
     base, folders = save_all(family, tmp_path)

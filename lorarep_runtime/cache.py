@@ -15,11 +15,14 @@ class PagePool:
     """Pages and which of them are free. Not thread-safe: the engine's thread alone touches it."""
 
     def __init__(self, pages: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (pages, PAGE_TOKENS, kv_heads, head_dim)
+        # One more than are given out, for what nobody wants any more.
+        shape = (pages + 1, PAGE_TOKENS, kv_heads, head_dim)
         self.key_pages = torch.zeros(shape, dtype=dtype, device=device)
         self.value_pages = torch.zeros(shape, dtype=dtype, device=device)
         self._free = list(range(pages - 1, -1, -1))
         self.total = pages
+        self.spare_slot = pages * PAGE_TOKENS
+        """Where keys and values go that nobody will read, as page · page_tokens + offset."""
 
     @staticmethod
     def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -328,7 +328,7 @@ class Engine:
 
         def advance() -> bool:
             if self._pass is None:
-                self._pass = Pass(chosen, self.base.device, self._forward)
+                self._pass = Pass(chosen, self.pool, self._forward)
                 self.scheduler.computing = sequences
             if not self._pass.is_deserted:
                 alone = all(s in sequences for s in self.scheduler.running)

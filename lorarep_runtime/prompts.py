@@ -72,19 +72,20 @@ class Pace:
 
 
 class Pass:
-    """Some sequences' next tokens on their way through the layers. Pages and adapters are theirs until it is over."""
+    """Some sequences' next tokens on their way through the layers. Their adapters are theirs until it is over."""
 
-    def __init__(self, chosen: Seq[tuple[Sequence, int]], device: torch.device, forward: Callable[[Batch], Forward]):
+    def __init__(self, chosen: Seq[tuple[Sequence, int]], pool: PagePool, forward: Callable[[Batch], Forward]):
         """
         Args:
             chosen: sequences, and how many of their tokens to compute.
         """
+        self._pool = pool
         self.sequences = [sequence for sequence, _ in chosen]
         self._counts = [count for _, count in chosen]
         self.sampled: list[tuple[Sequence, Sampled]] | None = None
         """Once it is over, the sequences whose last token was among those, with their next one."""
         self._ended: list[Sequence] = []
-        self._batch = Batch([sequence.span(count) for sequence, count in chosen], device)
+        self._batch = Batch([sequence.span(count) for sequence, count in chosen], pool.key_pages.device)
         self._forward = forward(self._batch)
 
     def advance(self, steps: int | None, pace: Pace) -> None:
@@ -119,7 +120,11 @@ class Pass:
         return list(zip(sequences, sample(logits, [s.sampler for s in sequences]), strict=True))
 
     def end(self, sequence: Sequence) -> None:
-        """One of its sequences has ended before it."""
+        """One of its sequences has ended before it: gives its pages back. The steps to come write elsewhere."""
+        k = self._batch.order.index(self.sequences.index(sequence))
+        rows = slice(int(self._batch.starts[k]), int(self._batch.starts[k + 1]))
+        self._batch.slots[:, rows] = self._pool.spare_slot
+        sequence.table.release()
         self._ended.append(sequence)
 
     @property
@@ -128,7 +133,7 @@ class Pass:
         return len(self._ended) == len(self.sequences)
 
     def give_back(self, *, wait: bool = True) -> None:
-        """Releases pages and adapters of sequences that ended meanwhile.
+        """Releases the adapters of sequences that ended meanwhile.
 
         Args:
             wait: for the device, which may still be reading the adapters.
@@ -136,6 +141,4 @@ class Pass:
         if self._ended and wait and self._batch.device.type == "cuda":
             torch.cuda.current_stream(self._batch.device).synchronize()
         while self._ended:
-            sequence = self._ended.pop()
-            sequence.table.release()
-            sequence.lease.release()
+            self._ended.pop().lease.release()

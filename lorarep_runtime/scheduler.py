@@ -203,7 +203,7 @@ class Scheduler:
         self.preemptions += 1
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its pages, unless its forward pass is under way."""
+        """Takes a sequence out, wherever it is, and frees its pages; if its forward pass is under way, that does so."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:

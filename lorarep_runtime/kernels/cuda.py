@@ -6,6 +6,7 @@ https://docs.nvidia.com/cuda/nvrtc and https://docs.nvidia.com/cuda/cuda-driver-
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from cuda.bindings import driver, nvrtc
+
+log = logging.getLogger(__name__)
 
 
 class CudaError(RuntimeError):
@@ -28,10 +31,10 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 @cache
 def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The cubin of a source file.
+    """The cubin of a source file. What the compiler warns of is logged.
 
     Args:
-        architecture: such as "sm_90".
+        architecture: such as "sm_90a".
 
     Raises:
         CudaError: with the compiler's log.
@@ -40,10 +43,13 @@ def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architectur
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        text = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, text))
+        said = text.decode(errors="replace").strip(" \0\n")
         if status.value:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise CudaError(f"{file.name}: {log.decode(errors='replace')}")
+            raise CudaError(f"{file.name}: {said}")
+        if said:
+            log.warning("%s: %s", file.name, said)
         cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
         return cubin
@@ -56,7 +62,8 @@ class Kernel:
 
     def __init__(self, file: Path, name: str, defines: Mapping[str, int] | None = None) -> None:
         major, minor = torch.cuda.get_device_capability()
-        cubin = compile_source(file, tuple(sorted((defines or {}).items())), f"sm_{major}{minor}")
+        # "a": instructions of this architecture alone, such as Hopper's wgmma, are welcome.
+        cubin = compile_source(file, tuple(sorted((defines or {}).items())), f"sm_{major}{minor}a")
         torch.cuda.current_stream().synchronize()  # the device's context is there and current
         self._module = _checked(driver.cuModuleLoadData(cubin))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))

@@ -2,15 +2,15 @@
 //
 // y[m, n] = c[m, n] * sum_k W[n, k] x[m, k] + sum_j B[m, n, j] low[m, j] + b[m, n], with c, B and b of row m's adapter.
 //
-// W is the A operand of mma.m16n8k16, x the B operand. A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a
-// warp holds 16 columns of the rows g and g + 8, loaded 16 bytes at a time (PLANES of them), and multiplies them with the
-// same columns of x.
+// W is the A operand, x the B operand: of mma.m16n8k16 for 8 rows of x, of wgmma.m64nNk16, which four warps give together,
+// for more. A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a warp holds 16 numbers of each of the rows
+// g and g + 8, loaded 16 bytes at a time (PLANES of them), as A wants them.
 //
 // NF4: a chunk is one block of constants and lies as the lanes hold it. A byte is two weights and becomes one register, two
 // bf16 numbers, through a table that each lane has its own copy of in its own bank of shared memory. A chunk is summed before
-// it is scaled, so the scales cost four multiplications for each 16 x 64 weights.
+// it is scaled, so the scales cost a multiplication for each sum and chunk.
 // int8: rows as bitsandbytes has them, a scale for each. bf16 holds every int8 exactly.
-// bf16: rows as torch has them.
+// bf16: rows as torch has them. Of these two a lane has 16 neighbouring columns, so x is permuted to match.
 //
 // A warp owns TILES tiles. The CTAs of a cluster share the tiles and split the columns; they add up their sums through
 // distributed shared memory, in the same order every time.
@@ -36,6 +36,7 @@ struct Group {                // modules that read the same x, their weights one
     int ends[3];              // outputs of the group up to and with each module
     int add;                  // whether y is added to (a residual) rather than written
     int tiles_per_cta, rank_segment;
+    int x_at, sums_at, entries_at;  // in shared memory, bytes
 };
 
 struct Entry {  // of one row's adapter for one module; a rank of -1 is a row that passes through
@@ -56,28 +57,16 @@ struct Output {  // which module an output of the group belongs to, its place th
 #define ENTRY 5
 #define CHUNK 64
 #define ROWS (EIGHTS * 8)
-#define SEGMENTS 3
 #define AHEAD 8  // loads of B that a thread has on their way
+#define WGMMA (EIGHTS > 1)
 #if KIND == 4
 #define PLANES 1
 #define STEP 32  // from one chunk to the next, in 16 bytes
-#define TABLE_BYTES (256 * 128)
 #else
 #define PLANES (KIND / 4)
 #define STEP (KIND / 2)
-#define TABLE_BYTES 0
 #endif
-// A lane's columns are the eights FIRST * t and FIRST * t + SECOND of a chunk. PAD numbers after each row of x in shared
-// memory have neighbouring rows fall into different banks.
-#if KIND == 16
-#define FIRST 1
-#define SECOND 4
-#define PAD 32
-#else
-#define FIRST 2
-#define SECOND 1
-#define PAD 8
-#endif
+#define TABLE 0x8000  // address in shared memory, after what Python calls GAP_BYTES; its low bits are free for an index
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 r;
@@ -117,6 +106,10 @@ __device__ __forceinline__ void store_cluster(u32 address, u32 rank, float v) {
                  :: "r"(address), "r"(rank), "f"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(u32 address, u32 v) {
+    asm volatile("st.shared.u32 [%0], %1;" :: "r"(address), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
 
 // 16 bytes from global to shared memory while other work goes on; zeros where `bytes` is 0.
@@ -129,6 +122,46 @@ __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// The B fragments of two products: 8 rows times 32 columns of x. Lane l names the address of 16 bytes of row l % 8.
+__device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address));
+}
+
+#if WGMMA
+// d (64, ROWS), of four warps, is a (64, 16) times x (ROWS, 16), or that added to it. Runs on until it is waited for.
+__device__ __forceinline__ void wgmma(float (&d)[EIGHTS][4], const u32* a, u64 x, bool add) {
+#if EIGHTS == 4
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %21, 0;"
+                 "  wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16"
+                 "  {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+                   "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(u32(add)));
+#else
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %13, 0;"
+                 "  wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"
+                 "  {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0; }"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+                   "+f"(d[1][2]), "+f"(d[1][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(u32(add)));
+#endif
+}
+
+// Keeps the compiler from reading d before it has been waited for.
+__device__ __forceinline__ void pin(float (&d)[EIGHTS][4]) {
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++)
+        asm volatile("" : "+f"(d[e][0]), "+f"(d[e][1]), "+f"(d[e][2]), "+f"(d[e][3]) :: "memory");
+}
+
+template <int LEFT>
+__device__ __forceinline__ void await_wgmma() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
+}
+#endif
 
 __device__ __forceinline__ u32 cluster_rank() {
     u32 r;
@@ -149,11 +182,12 @@ __constant__ float NF4[16] = {
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 // The register that byte I of a word stands for: an entry of the lane's copy of the table. One shift, one logical
-// operation (the lane's bank is or-ed in), one load.
+// operation (the lane's place in the table is or-ed in), one load.
 template <int I>
-__device__ __forceinline__ u32 lookup(const unsigned char* table, u32 bank, u32 word) {
-    const u32 at = (I == 0 ? word << 7 : word >> (8 * I - 7)) & 0x7f80 | bank;
-    return *reinterpret_cast<const u32*>(table + at);
+__device__ __forceinline__ u32 lookup(u32 place, u32 word) {
+    u32 r;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"((I == 0 ? word << 7 : word >> (8 * I - 7)) & 0x7f80 | place));
+    return r;
 }
 #endif
 
@@ -180,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
     const uint4* w[TILES];
     const float* s[TILES];
     uint4 bytes[DEPTH][TILES][PLANES] = {};
-    float2 scale[KIND == 4 ? DEPTH : 1][TILES] = {};
+    float2 scale[DEPTH][TILES] = {};
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
         const i64 at = min(tile + i, G.tiles - 1);
@@ -210,19 +244,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
     asm volatile("griddepcontrol.launch_dependents;");
     if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 
+    const u32 base = u32(__cvta_generic_to_shared(shared));
 #if KIND == 4
-    u32* table = reinterpret_cast<u32*>(shared);
+    if ((base & 0xffffff) != 0x400) __trap();  // TABLE would not be where lookups have it
+    u32* table = reinterpret_cast<u32*>(shared + TABLE - 0x400);
     for (int first = warp * 32; first < 256; first += THREADS) {
         const u32 own = pack_bf16(NF4[first + lane >> 4], NF4[lane & 15]);
         for (int i = 0; i < 32; i++) table[(first + i) * 32 + lane] = __shfl_sync(~0u, own, i);
     }
 #endif
     const int outputs = G.tiles_per_cta * 16, share = outputs / size;
-    const int width = chunks * CHUNK, pitch = width + PAD;
-    // The sums that the cluster's CTAs leave here, (CTAs, rows, share); after it x, adapters, and A x.
-    float* sums_in = reinterpret_cast<float*>(shared + TABLE_BYTES);
-    u16* x = reinterpret_cast<u16*>(sums_in + ROWS * outputs);
-    Entry* entries = reinterpret_cast<Entry*>(x + ROWS * pitch);
+    // The sums that the cluster's CTAs leave here, (CTAs, rows, share); x; adapters, and A x.
+    float* sums_in = reinterpret_cast<float*>(shared + G.sums_at);
+    const u32 x = base + G.x_at;
+    Entry* entries = reinterpret_cast<Entry*>(shared + G.entries_at);
     float* low = reinterpret_cast<float*>(entries + G.rows * G.modules);
 
     // Nor do adapters depend on what came before.
@@ -251,65 +286,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
     }
 
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    // x comes in segments: the first chunks are multiplied while the others are on their way.
-    const int segment = (chunks + SEGMENTS * DEPTH - 1) / (SEGMENTS * DEPTH) * DEPTH;
-    for (int i = 0; i < SEGMENTS; i++) {
-        const int end = min((i + 1) * segment * CHUNK, width);
-        for (int m = warp; m < ROWS; m += THREADS / 32) {
-            const bool there = m < G.rows;
-            const u16* row = G.x + i64(there ? m : 0) * G.columns + begin * CHUNK;
-            for (int k = i * segment * CHUNK + lane * 8; k < end; k += 256)
-                copy16(u32(__cvta_generic_to_shared(x + m * pitch + k)), row + k, there ? 16 : 0);
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+    // x as tensor cores read it, a chunk's rows under one another; each row's eight times 16 bytes change places by the row's
+    // number, so that the same 16 bytes of eight rows are in different banks (PTX's 128-byte swizzle).
+#pragma unroll 4
+    for (int i = threadIdx.x; i < chunks * ROWS * 8; i += THREADS) {
+        const int eight = i % 8, m = i / 8 % ROWS, chunk = i / (8 * ROWS);
+        const bool there = m < G.rows;
+        const u16* from = G.x + i64(there ? m : 0) * G.columns + (begin + chunk) * CHUNK + eight * 8;
+        const u32 to = x + (chunk * ROWS + m) * 128;
+#if KIND == 4
+        copy16(to + (eight ^ m % 8) * 16, from, there ? 16 : 0);
+#else
+        // Lane t's own neighbouring columns, two at a time, go where A has them: 2t and 2t + 8 of each 16.
+        const uint4 v = there ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+        const int half = KIND == 8 ? eight % 2 : eight / 4, t = KIND == 8 ? eight / 2 : eight % 4;
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int q = 0; q < 4; q++) store_shared(to + (half * 4 + q ^ m % 8) * 16 + t * 4, words[q]);
+#endif
     }
-    auto await_segment = [&](int i) {
-        if (i == 0) asm volatile("cp.async.wait_group %0;" :: "n"(SEGMENTS - 1) : "memory");
-        else if (i == 1) asm volatile("cp.async.wait_group %0;" :: "n"(SEGMENTS - 2) : "memory");
-        else asm volatile("cp.async.wait_group 0;" ::: "memory");
-        __syncthreads();
-    };
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
 
-    float sums[TILES][EIGHTS][4] = {};
-    const u32 bank = lane * 4;
-    const u16* x_at = x + g * pitch + t * FIRST * 8;
-    auto compute = [&](int d) {
+    // A's eight registers for 16 rows and half a chunk.
+    auto fragments = [&](u32 (&a)[8], const uint4 (&v)[PLANES], int half) {
 #if KIND == 4
-        float parts[TILES][EIGHTS][4] = {};
-#else
-        auto& parts = sums;
-#endif
-#pragma unroll
-        for (int half = 0; half < 2; half++) {  // of a lane's columns
-            uint4 b[EIGHTS];
-#pragma unroll
-            for (int e = 0; e < EIGHTS; e++)
-                b[e] = *reinterpret_cast<const uint4*>(x_at + e * 8 * pitch + d * CHUNK + half * SECOND * 8);
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                const auto& v = bytes[d][i];
-#if KIND == 4
-                const u32 g0 = half ? v[0].y : v[0].x, g8 = half ? v[0].w : v[0].z;
-                const u32 a[8] = {lookup<0>(shared, bank, g0), lookup<0>(shared, bank, g8), lookup<1>(shared, bank, g0),
-                                  lookup<1>(shared, bank, g8), lookup<2>(shared, bank, g0), lookup<2>(shared, bank, g8),
-                                  lookup<3>(shared, bank, g0), lookup<3>(shared, bank, g8)};
+        const u32 g0 = half ? v[0].y : v[0].x, g8 = half ? v[0].w : v[0].z, place = base - 0x400 + TABLE + lane * 4;
+        a[0] = lookup<0>(place, g0), a[1] = lookup<0>(place, g8), a[2] = lookup<1>(place, g0), a[3] = lookup<1>(place, g8);
+        a[4] = lookup<2>(place, g0), a[5] = lookup<2>(place, g8), a[6] = lookup<3>(place, g0), a[7] = lookup<3>(place, g8);
 #elif KIND == 8
-                const u32 g0 = half ? v[0].z : v[0].x, g8 = half ? v[1].z : v[1].x;
-                const u32 h0 = half ? v[0].w : v[0].y, h8 = half ? v[1].w : v[1].y;
-                const u32 a[8] = {signed_pair<0>(g0), signed_pair<0>(g8), signed_pair<2>(g0), signed_pair<2>(g8),
-                                  signed_pair<0>(h0), signed_pair<0>(h8), signed_pair<2>(h0), signed_pair<2>(h8)};
+        const u32 g0 = half ? v[0].z : v[0].x, g8 = half ? v[1].z : v[1].x;
+        const u32 h0 = half ? v[0].w : v[0].y, h8 = half ? v[1].w : v[1].y;
+        a[0] = signed_pair<0>(g0), a[1] = signed_pair<0>(g8), a[2] = signed_pair<2>(g0), a[3] = signed_pair<2>(g8);
+        a[4] = signed_pair<0>(h0), a[5] = signed_pair<0>(h8), a[6] = signed_pair<2>(h0), a[7] = signed_pair<2>(h8);
 #else
-                const uint4 g0 = v[half], g8 = v[2 + half];
-                const u32 a[8] = {g0.x, g8.x, g0.y, g8.y, g0.z, g8.z, g0.w, g8.w};
+        const uint4 g0 = v[half], g8 = v[2 + half];
+        a[0] = g0.x, a[1] = g8.x, a[2] = g0.y, a[3] = g8.y, a[4] = g0.z, a[5] = g8.z, a[6] = g0.w, a[7] = g8.w;
 #endif
-#pragma unroll
-                for (int e = 0; e < EIGHTS; e++) {
-                    mma(parts[i][e], a[0], a[1], a[2], a[3], b[e].x, b[e].y);
-                    mma(parts[i][e], a[4], a[5], a[6], a[7], b[e].z, b[e].w);
-                }
-            }
-        }
-#if KIND == 4
+    };
+    float sums[TILES][EIGHTS][4] = {};
+    auto add_scaled = [&](int d, const float (&parts)[TILES][EIGHTS][4]) {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -319,24 +336,89 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
                 sums[i][e][2] += scale[d][i].y * parts[i][e][2];
                 sums[i][e][3] += scale[d][i].y * parts[i][e][3];
             }
-#endif
     };
-    int left = chunks, arrived = 0;
+    auto advance = [&] {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) w[i] += DEPTH * STEP, s[i] += DEPTH * 16;
+    };
+    int left = chunks;
+#if WGMMA
+    // Half a chunk is multiplied while the next one's A is made, so a chunk is finished (scaled, its registers loaded anew)
+    // in the middle of the next. PTX's matrix descriptor: eights of rows are 1024 bytes apart, 128-byte swizzle.
+    static_assert(TILES == 1 && DEPTH % 2 == 0, "");
+    u64 x_at = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
+    float parts[2][TILES][EIGHTS][4] = {};
+    u32 a[2][8];
+    auto multiply = [&](int d, int half) {
+        fragments(a[half], bytes[d][0], half);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+            wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], a[half] + 4 * k, x_at + d * ROWS * 8 + half * 4 + k * 2,
+                  KIND != 4 || half + k > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    };
+    auto finish = [&](int d) {
+        pin(KIND == 4 ? parts[d % 2][0] : sums[0]);
+        if (KIND == 4) add_scaled(d, parts[d % 2]);
+    };
     for (; left >= DEPTH; left -= DEPTH) {
-        if (chunks - left == arrived * segment && arrived < SEGMENTS) await_segment(arrived++);
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            multiply(d, 0);
+            await_wgmma<1>();
+            if (d > 0) finish(d - 1), load(d - 1, DEPTH, d - 1 + DEPTH < left);
+            multiply(d, 1);
+            await_wgmma<1>();
+        }
+        await_wgmma<0>();
+        finish(DEPTH - 1), load(DEPTH - 1, DEPTH, DEPTH - 1 + DEPTH < left);
+        x_at += DEPTH * ROWS * 8;
+        advance();
+    }
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+        if (d < left) {
+            multiply(d, 0), multiply(d, 1);
+            await_wgmma<0>();
+            finish(d);
+        }
+#else
+    u32 x_at = x + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
+    auto compute = [&](int d) {
+        float parts[TILES][EIGHTS][4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 b[EIGHTS][4];
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++) load_matrices(b[e], (x_at ^ half * 64) + d * ROWS * 128 + e * 1024);
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                u32 a[8];
+                fragments(a, bytes[d][i], half);
+#pragma unroll
+                for (int e = 0; e < EIGHTS; e++) {
+                    auto& to = KIND == 4 ? parts[i][e] : sums[i][e];
+                    mma(to, a[0], a[1], a[2], a[3], b[e][0], b[e][1]);
+                    mma(to, a[4], a[5], a[6], a[7], b[e][2], b[e][3]);
+                }
+            }
+        }
+        if (KIND == 4) add_scaled(d, parts);
+    };
+    for (; left >= DEPTH; left -= DEPTH) {
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             compute(d);
             load(d, DEPTH, d + DEPTH < left);
         }
-        x_at += DEPTH * CHUNK;
-#pragma unroll
-        for (int i = 0; i < TILES; i++) w[i] += DEPTH * STEP, s[i] += DEPTH * 16;
+        x_at += DEPTH * ROWS * 128;
+        advance();
     }
-    for (; arrived < SEGMENTS; arrived++) await_segment(arrived);
 #pragma unroll
     for (int d = 0; d < DEPTH; d++)
         if (d < left) compute(d);
+#endif
 #if KIND == 8
 #pragma unroll
     for (int i = 0; i < TILES; i++)
@@ -454,21 +536,36 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
     float2 scale;
     load_once(bytes, weights + unit * 32 + lane, true, read_once());
     load_once(scale, scales + unit * 8 + g, true, read_once());
-    const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
     const float own = NF4[lane & 15];  // from lane to lane: constant memory serves one address at a time
     auto value = [&](u32 code) { return __shfl_sync(~0u, own, code); };
 #pragma unroll
     for (int half = 0; half < 2; half++) {
+        const u32 g0 = half ? bytes.z : bytes.x, g1 = half ? bytes.w : bytes.y;
         const float by = half ? scale.y : scale.x;
-        u32 pairs[8];
+        // Lane t has 2t and 2t + 8 of each 16 columns and gets the t-th 16 columns from the lanes t, t ^ 1, t ^ 2, t ^ 3.
+        u32 codes[4];
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const u32 byte = words[half * 2 + j / 4] >> j % 4 * 8 & 255;
-            pairs[j] = pack_bf16(value(byte >> 4) * by, value(byte & 15) * by);
+        for (int other = 0; other < 4; other++) {
+            const int j = t ^ other;
+            codes[other] = __shfl_xor_sync(~0u, (j & 2 ? g1 : g0) >> (j & 1) * 16, other);
         }
+        auto order = [&](u32& a, u32& b, bool change) {
+            const u32 first = change ? b : a;
+            b = change ? a : b, a = first;
+        };
+        order(codes[0], codes[1], t & 1), order(codes[2], codes[3], t & 1);
+        order(codes[0], codes[2], t & 2), order(codes[1], codes[3], t & 2);
         uint4* to = reinterpret_cast<uint4*>(out + (tile * 16 + g + half * 8) * columns + chunk * CHUNK + t * 16);
-        to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+#pragma unroll
+        for (int eight = 0; eight < 2; eight++) {
+            u32 pairs[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const u32 byte = codes[j] >> eight * 8 & 255;
+                pairs[j] = pack_bf16(value(byte >> 4) * by, value(byte & 15) * by);
+            }
+            to[eight] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
     }
 }
 #endif

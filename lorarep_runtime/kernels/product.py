@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,12 @@ def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Ten
         shape: (out, in), multiples of 16 and 64.
 
     Returns:
-        uint8 (tiles, chunks, 32 lanes, 16) and fp32 (tiles, chunks, 8, 2): lane 4g + t holds the columns 16t..16t+15 of
-        a chunk for the rows g and g + 8 of a tile.
+        uint8 (tiles, chunks, 32 lanes, 16) and fp32 (tiles, chunks, 8, 2): lane 4g + t holds what tensor cores want of
+        it, the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of each 16 of a chunk, for the rows g and g + 8 of a tile.
     """
     out, into = shape
     tiles, chunks = out // TILE, into // CHUNK
-    bytes_ = packed.view(tiles, 2, 8, chunks, 4, 8).permute(0, 3, 2, 4, 1, 5)
+    bytes_ = packed.view(tiles, 2, 8, chunks, 4, 2, 4).permute(0, 3, 2, 6, 1, 4, 5)
     return (
         bytes_.reshape(tiles, chunks, 32, 16).contiguous(),
         scales.view(tiles, 2, 8, chunks).permute(0, 3, 2, 1).contiguous(),
@@ -65,6 +65,7 @@ class Group(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("ranks", "first", "modules", "all_modules")),
         ("ends", ctypes.c_int * MAX_MODULES),
         *((name, ctypes.c_int) for name in ("add", "tiles_per_cta", "rank_segment")),
+        *((name, ctypes.c_int) for name in ("x_at", "sums_at", "entries_at")),
     ]
 
 
@@ -102,11 +103,18 @@ class Spread:
         ctas = max(self.ctas, -(-self.grid(tiles) // MULTIPROCESSORS))
         return ctas * self.cta_tiles * -(-chunks // self.cluster), ctas
 
-    def shared_bytes(self, columns: int, rows: int, modules: int, rank_segment: int) -> int:
-        width = -(-(columns // CHUNK) // self.cluster) * CHUNK
-        pad, table = 32 if self.bits == 16 else 8, TABLE_BYTES if self.bits == 4 else 0
-        sums, x = 4 * 8 * self.eights * self.cta_tiles * TILE, 2 * 8 * self.eights * (width + pad)
-        return table + sums + x + rows * modules * (ENTRY_BYTES + 4 * rank_segment)
+    def places(self, columns: int, rows: int, modules: int, rank_segment: int) -> Places:
+        """Shared memory of a CTA."""
+        small = rows * modules * (ENTRY_BYTES + 4 * rank_segment)
+        sums = 4 * 8 * self.eights * self.cta_tiles * TILE
+        x = 2 * 8 * self.eights * -(-(columns // CHUNK) // self.cluster) * CHUNK
+        if self.bits != 4:
+            return Places(0, x, x + sums, x + sums + small)
+        # What fits goes before the table, which has to begin at a fixed address.
+        end = GAP_BYTES + TABLE_BYTES + x
+        if small + sums <= GAP_BYTES:
+            return Places(end - x, 0, sums, end)
+        return Places(end - x, end, 0, end + sums)
 
     @property
     def defines(self) -> Mapping[str, int]:
@@ -115,11 +123,22 @@ class Spread:
         return {**named, "THREADS": 32 * self.warps}
 
 
+class Places(NamedTuple):
+    """Bytes from the beginning of shared memory."""
+
+    x: int
+    sums: int
+    entries: int
+    end: int
+
+
 MULTIPROCESSORS = 132
 SHARED_BYTES = 227 << 10
 """Shared memory of a multiprocessor."""
 CTA_BYTES = 1024
 """Of it, what each CTA takes for itself."""
+GAP_BYTES = 31 << 10
+"""Before the table: the device keeps the first of 32 KiB for itself."""
 TABLE_BYTES = 256 * 128
 ENTRY_BYTES = 32
 RANK_SEGMENT = 64
@@ -127,18 +146,18 @@ RANK_SEGMENT = 64
 SPREADS = {
     4: {
         1: [Spread(4, 1, 2, 4, 8, 2), Spread(4, 1, 2, 4, 10, 1)],
-        2: [Spread(4, 2, 2, 2, 14, 1), Spread(4, 2, 2, 2, 10, 1)],
-        4: [Spread(4, 4, 1, 2, 14, 1), Spread(4, 4, 2, 2, 10, 1)],
+        2: [Spread(4, 2, 1, 4, 16, 1), Spread(4, 2, 1, 4, 12, 1)],
+        4: [Spread(4, 4, 1, 4, 16, 1), Spread(4, 4, 1, 4, 12, 1)],
     },
     8: {
         1: [Spread(8, 1, 2, 2, 14, 1), Spread(8, 1, 2, 6, 10, 1)],
-        2: [Spread(8, 2, 2, 2, 14, 1), Spread(8, 2, 2, 2, 10, 1)],
-        4: [Spread(8, 4, 2, 2, 14, 1), Spread(8, 4, 2, 2, 10, 1)],
+        2: [Spread(8, 2, 1, 4, 16, 1), Spread(8, 2, 1, 4, 12, 1)],
+        4: [Spread(8, 4, 1, 4, 16, 1), Spread(8, 4, 1, 4, 12, 1)],
     },
     16: {
         1: [Spread(16, 1, 2, 2, 14, 1), Spread(16, 1, 2, 4, 10, 1)],
-        2: [Spread(16, 2, 2, 2, 14, 1), Spread(16, 2, 2, 2, 10, 1)],
-        4: [Spread(16, 4, 1, 3, 14, 1), Spread(16, 4, 2, 2, 10, 1)],
+        2: [Spread(16, 2, 1, 2, 16, 1), Spread(16, 2, 1, 2, 12, 1)],
+        4: [Spread(16, 4, 1, 2, 16, 1), Spread(16, 4, 1, 2, 12, 1)],
     },
 }
 """By bits and eights of rows, what measurements on an H100 left; of equal loads the one of fewer CTAs is taken. More
@@ -167,7 +186,7 @@ def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ran
         fitting = [
             one
             for one in spreads
-            if one.shared_bytes(columns, taken, modules, rank_segment) <= SHARED_BYTES // one.ctas - CTA_BYTES
+            if one.places(columns, taken, modules, rank_segment).end <= SHARED_BYTES // one.ctas - CTA_BYTES
         ]
         if fitting:
             # At most two CTAs a multiprocessor: beside them those of the next kernel can begin.
@@ -233,6 +252,7 @@ class SharedGroup:
         while at < len(x):
             spread = spread_for(self.bits, tiles, columns, len(x) - at, len(self.sizes), segment)
             count = min(len(x) - at, 8 * spread.eights)
+            places = spread.places(columns, count, len(self.sizes), segment)
             group = Group(
                 weights=self.weights.data_ptr(),
                 scales=None if self.scales is None else self.scales.data_ptr(),
@@ -254,12 +274,15 @@ class SharedGroup:
                 add=add,
                 tiles_per_cta=spread.cta_tiles,
                 rank_segment=segment,
+                x_at=places.x,
+                sums_at=places.sums,
+                entries_at=places.entries,
             )
             _kernel("product", replace(spread, cluster=1))(
                 spread.grid(tiles),
                 32 * spread.warps,
                 group,
-                shared=spread.shared_bytes(columns, count, len(self.sizes), segment),
+                shared=places.end,
                 cluster=spread.cluster,
                 dependent=True,
             )

@@ -86,12 +86,23 @@ class Kernel:
             dependent: whether the kernel may start while the one before it ends (programmatic dependent launch); it
                 waits by itself where it needs the other's results.
         """
+        config = self._config(grid, threads, shared, cluster, dependent)
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+
+    def clusters_at_once(self, cluster: int, threads: int, shared: int) -> int:
+        """Clusters that run on the device at the same time if CTAs need so many bytes of shared memory."""
+        config = self._config(cluster, threads, shared, cluster, False)
+        return int(_checked(driver.cuOccupancyMaxActiveClusters(self._function, config)))
+
+    def _config(self, grid: int, threads: int, shared: int, cluster: int, dependent: bool) -> driver.CUlaunchConfig:
         if shared > self._shared:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
             self._shared = shared
         attributes = []
-        if cluster > 1:
+        if cluster:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
@@ -105,7 +116,5 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared
-        config.hStream = torch.cuda.current_stream().cuda_stream
         config.attrs, config.numAttrs = attributes, len(attributes)
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+        return config

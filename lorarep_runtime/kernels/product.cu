@@ -12,8 +12,8 @@
 // int8: rows as bitsandbytes has them, a scale for each. bf16 holds every int8 exactly.
 // bf16: rows as torch has them. Of these two a lane has 16 neighbouring columns, so x is permuted to match.
 //
-// A warp owns TILES tiles. The CTAs of a cluster share the tiles and split the columns; they add up their sums through
-// distributed shared memory, in the same order every time.
+// A warp owns TILES tiles at a time. The CTAs of a cluster share the tiles and split the columns; they add up their sums
+// through distributed shared memory, in the same order every time. Then they go on to their next tiles: x stays.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -36,6 +36,8 @@ struct Group {                // modules that read the same x, their weights one
     int ends[3];              // outputs of the group up to and with each module
     int add;                  // whether y is added to (a residual) rather than written
     int tiles_per_cta, rank_segment;
+    int share;                // of a CTA's outputs, how many each CTA of a cluster finishes; a multiple of four
+    int ahead;                // chunks of each tile that are fetched to the L2 cache beforehand
     int x_at, sums_at, entries_at;  // in shared memory, bytes
 };
 
@@ -57,7 +59,7 @@ struct Output {  // which module an output of the group belongs to, its place th
 #define ENTRY 5
 #define CHUNK 64
 #define ROWS (EIGHTS * 8)
-#define AHEAD 8  // loads of B that a thread has on their way
+#define AHEAD (EIGHTS == 1 ? 8 : 16)  // loads of B that a thread has on their way
 #define WGMMA (EIGHTS > 1)
 #if KIND == 4
 #define PLANES 1
@@ -74,11 +76,12 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     return r;
 }
 
-__device__ __forceinline__ void load4(float (&v)[4], const u16* p) {
-    const uint2 bits = *reinterpret_cast<const uint2*>(p);
+__device__ __forceinline__ void widen(float (&v)[4], uint2 bits) {
     v[0] = __uint_as_float(bits.x << 16), v[1] = __uint_as_float(bits.x & 0xffff0000);
     v[2] = __uint_as_float(bits.y << 16), v[3] = __uint_as_float(bits.y & 0xffff0000);
 }
+
+__device__ __forceinline__ void load4(float (&v)[4], const u16* p) { widen(v, *reinterpret_cast<const uint2*>(p)); }
 
 // Weights go first when the L2 cache needs room: what is prefetched there, and activations, are read again.
 __device__ __forceinline__ u64 read_once() {
@@ -111,6 +114,10 @@ __device__ __forceinline__ void store_shared(u32 address, u32 v) {
 }
 
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
+
+__device__ __forceinline__ void prefetch(const void* p, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes) : "memory");
+}
 
 // 16 bytes from global to shared memory while other work goes on; zeros where `bytes` is 0.
 __device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
@@ -206,27 +213,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int all_chunks = G.columns / CHUNK;
     const int begin = all_chunks * rank / size, chunks = all_chunks * (rank + 1) / size - begin;
-    const int cta_tile = blockIdx.x / size * G.tiles_per_cta, tile = cta_tile + warp * TILES;
+    int cta_tile = blockIdx.x / size * G.tiles_per_cta;
 
-    // Weights do not depend on what came before: the first ones are on their way while it ends.
     const u64 policy = read_once();
     const i64 row = G.columns * KIND / 128;  // of the weight, in 16 bytes
     const uint4* w[TILES];
     const float* s[TILES];
-    uint4 bytes[DEPTH][TILES][PLANES] = {};
-    float2 scale[DEPTH][TILES] = {};
-#pragma unroll
-    for (int i = 0; i < TILES; i++) {
-        const i64 at = min(tile + i, G.tiles - 1);
-        if (KIND == 4) {
-            w[i] = G.weights + (at * all_chunks + begin) * 32 + lane;
-            s[i] = G.scales + (at * all_chunks + begin) * 16 + 2 * g;
-        } else {
-            w[i] = G.weights + (at * 16 + g) * row + begin * STEP + t;
-            s[i] = G.scales + at * 16 + g;
-        }
-        if (KIND == 8) scale[0][i] = make_float2(s[i][0] * (1.0f / 127), s[i][8] * (1.0f / 127));
-    }
+    uint4 bytes[DEPTH][TILES][PLANES];
+    float2 scale[DEPTH][TILES];
     auto load = [&](int d, int ahead, bool wanted) {
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
@@ -239,10 +233,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
                 load_once(scale[d][i], reinterpret_cast<const float2*>(s[i] + (d + ahead) * 16), wanted, policy);
         }
     };
+    auto point = [&] {  // at the tiles from cta_tile on
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) load(d, 0, d < chunks);
+        for (int i = 0; i < TILES; i++) {
+            const i64 at = min(cta_tile + warp * TILES + i, G.tiles - 1);
+            if (KIND == 4) {
+                w[i] = G.weights + (at * all_chunks + begin) * 32 + lane;
+                s[i] = G.scales + (at * all_chunks + begin) * 16 + 2 * g;
+            } else {
+                w[i] = G.weights + (at * 16 + g) * row + begin * STEP + t;
+                s[i] = G.scales + at * 16 + g;
+            }
+        }
+    };
+    auto start = [&] {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                for (int p = 0; p < PLANES; p++) bytes[d][i][p] = make_uint4(0, 0, 0, 0);
+                scale[d][i] = make_float2(0, 0);
+            }
+            load(d, 0, d < chunks);
+        }
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+            if (KIND == 8) scale[0][i] = make_float2(s[i][0] * (1.0f / 127), s[i][8] * (1.0f / 127));
+    };
+    auto fetch_ahead = [&](int from) {  // to the L2 cache
+        const int ahead = min(G.ahead, chunks - from);
+        if (ahead <= 0) return;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            if (KIND == 4) {
+                if (lane == 0) prefetch(w[i] + from * STEP, ahead * STEP * 16);
+                if (lane == 0) prefetch(s[i] + from * 16, ahead * 64);
+            } else if (t == 0) {
+                prefetch(w[i] + from * STEP, ahead * STEP * 16);
+                prefetch(w[i] + 8 * row + from * STEP, ahead * STEP * 16);
+            }
+        }
+    };
+    // Weights do not depend on what came before: the first ones are on their way while it ends.
+    point(), start(), fetch_ahead(DEPTH);
     asm volatile("griddepcontrol.launch_dependents;");
-    if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 
     const u32 base = u32(__cvta_generic_to_shared(shared));
 #if KIND == 4
@@ -253,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
         for (int i = 0; i < 32; i++) table[(first + i) * 32 + lane] = __shfl_sync(~0u, own, i);
     }
 #endif
-    const int outputs = G.tiles_per_cta * 16, share = outputs / size;
+    const int share = G.share;
     // The sums that the cluster's CTAs leave here, (CTAs, rows, share); x; adapters, and A x.
     float* sums_in = reinterpret_cast<float*>(shared + G.sums_at);
     const u32 x = base + G.x_at;
@@ -275,15 +310,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
     }
 
     __syncthreads();
-    const int first_output = cta_tile * 16 + rank * share;
-    {
+    const int end = G.tiles * 16;
+    int first_output = cta_tile * 16 + rank * share;
+    auto prefetch_adapters = [&] {
         const Output at(G, first_output);
         for (int i = threadIdx.x; i < G.rows * 64; i += THREADS) {
             const Entry entry = entries[i / 64 * G.modules + at.module];
             if (i % 64 < entry.rank)
-                for (int n = 0; n < share; n += 64) prefetch(entry.B + i64(i % 64) * at.out + at.inner + n);
+                for (int n = 0; n < share && first_output + n < end; n += 64)
+                    prefetch(entry.B + i64(i % 64) * at.out + at.inner + n);
         }
-    }
+    };
+    prefetch_adapters();
+    // Of row `lane`, over all modules; -1 where it passes through.
+    auto ranks_of_row = [&] {
+        int ranks = -1;
+        for (int i = 0; lane < G.rows && i < G.modules; i++) ranks = max(ranks, int(entries[lane * G.modules + i].rank));
+        return ranks;
+    };
+    auto sum_low = [&](int from) {
+        const int ranks = min(__reduce_max_sync(~0u, ranks_of_row()) - from, G.rank_segment);
+        const i64 stride = i64(G.modules) * G.ranks;
+        for (int i = threadIdx.x; i < G.rows * G.modules * ranks; i += THREADS) {
+            const int at = i / ranks, j = i % ranks;
+            if (from + j >= entries[at].rank) continue;
+            const float* part = G.low + i64(at / G.modules) * G.parts * stride + at % G.modules * G.ranks + from + j;
+            float sum = 0;
+#pragma unroll 8
+            for (int p = 0; p < G.parts; p++) sum += part[p * stride];
+            low[at * G.rank_segment + j] = sum;
+        }
+    };
 
     asm volatile("griddepcontrol.wait;" ::: "memory");
     // x as tensor cores read it, a chunk's rows under one another; each row's eight times 16 bytes change places by the row's
@@ -305,6 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
         for (int q = 0; q < 4; q++) store_shared(to + (half * 4 + q ^ m % 8) * 16 + t * 4, words[q]);
 #endif
     }
+    sum_low(0);
     asm volatile("cp.async.wait_all;" ::: "memory");
     if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
@@ -325,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
         a[0] = g0.x, a[1] = g8.x, a[2] = g0.y, a[3] = g8.y, a[4] = g0.z, a[5] = g8.z, a[6] = g0.w, a[7] = g8.w;
 #endif
     };
-    float sums[TILES][EIGHTS][4] = {};
+    float sums[TILES][EIGHTS][4];
     auto add_scaled = [&](int d, const float (&parts)[TILES][EIGHTS][4]) {
 #pragma unroll
         for (int i = 0; i < TILES; i++)
@@ -341,187 +399,192 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
 #pragma unroll
         for (int i = 0; i < TILES; i++) w[i] += DEPTH * STEP, s[i] += DEPTH * 16;
     };
-    int left = chunks;
+    for (bool first_tiles = true;; first_tiles = false) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++)
+                for (int q = 0; q < 4; q++) sums[i][e][q] = 0;
+        int left = chunks;
 #if WGMMA
-    // Half a chunk is multiplied while the next one's A is made, so a chunk is finished (scaled, its registers loaded anew)
-    // in the middle of the next. PTX's matrix descriptor: eights of rows are 1024 bytes apart, 128-byte swizzle.
-    static_assert(TILES == 1 && DEPTH % 2 == 0, "");
-    u64 x_at = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
-    float parts[2][TILES][EIGHTS][4] = {};
-    u32 a[2][8];
-    auto multiply = [&](int d, int half) {
-        fragments(a[half], bytes[d][0], half);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        // Half a chunk is multiplied while the next one's A is made, so a chunk is finished (scaled, its registers loaded anew)
+        // in the middle of the next. PTX's matrix descriptor: eights of rows are 1024 bytes apart, 128-byte swizzle.
+        static_assert(TILES == 1 && DEPTH % 2 == 0, "");
+        u64 x_at = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
+        float parts[2][TILES][EIGHTS][4] = {};
+        u32 a[2][8];
+        auto multiply = [&](int d, int half) {
+            fragments(a[half], bytes[d][0], half);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int k = 0; k < 2; k++)
-            wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], a[half] + 4 * k, x_at + d * ROWS * 8 + half * 4 + k * 2,
-                  KIND != 4 || half + k > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    };
-    auto finish = [&](int d) {
-        pin(KIND == 4 ? parts[d % 2][0] : sums[0]);
-        if (KIND == 4) add_scaled(d, parts[d % 2]);
-    };
-    for (; left >= DEPTH; left -= DEPTH) {
+            for (int k = 0; k < 2; k++)
+                wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], a[half] + 4 * k, x_at + d * ROWS * 8 + half * 4 + k * 2,
+                      KIND != 4 || half + k > 0);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        };
+        auto finish = [&](int d) {
+            pin(KIND == 4 ? parts[d % 2][0] : sums[0]);
+            if (KIND == 4) add_scaled(d, parts[d % 2]);
+        };
+        for (; left >= DEPTH; left -= DEPTH) {
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            multiply(d, 0);
-            await_wgmma<1>();
-            if (d > 0) finish(d - 1), load(d - 1, DEPTH, d - 1 + DEPTH < left);
-            multiply(d, 1);
-            await_wgmma<1>();
-        }
-        await_wgmma<0>();
-        finish(DEPTH - 1), load(DEPTH - 1, DEPTH, DEPTH - 1 + DEPTH < left);
-        x_at += DEPTH * ROWS * 8;
-        advance();
-    }
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++)
-        if (d < left) {
-            multiply(d, 0), multiply(d, 1);
+            for (int d = 0; d < DEPTH; d++) {
+                multiply(d, 0);
+                await_wgmma<1>();
+                if (d > 0) finish(d - 1), load(d - 1, DEPTH, d - 1 + DEPTH < left);
+                multiply(d, 1);
+                await_wgmma<1>();
+            }
             await_wgmma<0>();
-            finish(d);
+            finish(DEPTH - 1), load(DEPTH - 1, DEPTH, DEPTH - 1 + DEPTH < left);
+            x_at += DEPTH * ROWS * 8;
+            advance();
         }
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++)
+            if (d < left) {
+                multiply(d, 0), multiply(d, 1);
+                await_wgmma<0>();
+                finish(d);
+            }
 #else
-    u32 x_at = x + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
-    auto compute = [&](int d) {
-        float parts[TILES][EIGHTS][4] = {};
+        u32 x_at = x + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
+        auto compute = [&](int d) {
+            float parts[TILES][EIGHTS][4] = {};
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 b[EIGHTS][4];
+            for (int half = 0; half < 2; half++) {
+                u32 b[EIGHTS][4];
 #pragma unroll
-            for (int e = 0; e < EIGHTS; e++) load_matrices(b[e], (x_at ^ half * 64) + d * ROWS * 128 + e * 1024);
+                for (int e = 0; e < EIGHTS; e++) load_matrices(b[e], (x_at ^ half * 64) + d * ROWS * 128 + e * 1024);
 #pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                u32 a[8];
-                fragments(a, bytes[d][i], half);
+                for (int i = 0; i < TILES; i++) {
+                    u32 a[8];
+                    fragments(a, bytes[d][i], half);
 #pragma unroll
-                for (int e = 0; e < EIGHTS; e++) {
-                    auto& to = KIND == 4 ? parts[i][e] : sums[i][e];
-                    mma(to, a[0], a[1], a[2], a[3], b[e][0], b[e][1]);
-                    mma(to, a[4], a[5], a[6], a[7], b[e][2], b[e][3]);
+                    for (int e = 0; e < EIGHTS; e++) {
+                        auto& to = KIND == 4 ? parts[i][e] : sums[i][e];
+                        mma(to, a[0], a[1], a[2], a[3], b[e][0], b[e][1]);
+                        mma(to, a[4], a[5], a[6], a[7], b[e][2], b[e][3]);
+                    }
                 }
             }
-        }
-        if (KIND == 4) add_scaled(d, parts);
-    };
-    for (; left >= DEPTH; left -= DEPTH) {
+            if (KIND == 4) add_scaled(d, parts);
+        };
+        for (; left >= DEPTH; left -= DEPTH) {
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            compute(d);
-            load(d, DEPTH, d + DEPTH < left);
+            for (int d = 0; d < DEPTH; d++) {
+                compute(d);
+                load(d, DEPTH, d + DEPTH < left);
+            }
+            x_at += DEPTH * ROWS * 128;
+            advance();
         }
-        x_at += DEPTH * ROWS * 128;
-        advance();
-    }
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++)
-        if (d < left) compute(d);
+        for (int d = 0; d < DEPTH; d++)
+            if (d < left) compute(d);
 #endif
 #if KIND == 8
 #pragma unroll
-    for (int i = 0; i < TILES; i++)
+        for (int i = 0; i < TILES; i++)
 #pragma unroll
-        for (int e = 0; e < EIGHTS; e++) {
-            sums[i][e][0] *= scale[0][i].x, sums[i][e][1] *= scale[0][i].x;
-            sums[i][e][2] *= scale[0][i].y, sums[i][e][3] *= scale[0][i].y;
-        }
+            for (int e = 0; e < EIGHTS; e++) {
+                sums[i][e][0] *= scale[0][i].x, sums[i][e][1] *= scale[0][i].x;
+                sums[i][e][2] *= scale[0][i].y, sums[i][e][3] *= scale[0][i].y;
+            }
 #endif
 
-    // Each CTA finishes its share of the outputs: the others' sums go to where it is.
-    if (size > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all of them have begun
-    const u32 sums_at = u32(__cvta_generic_to_shared(sums_in));
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            const int n = (warp * TILES + i) * 16 + g + q / 2 * 8, owner = n / share;
-#pragma unroll
-            for (int e = 0; e < EIGHTS; e++)
-                store_cluster(sums_at + ((rank * ROWS + e * 8 + 2 * t + q % 2) * share + n % share) * 4, owner,
-                              sums[i][e][q]);
-        }
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    auto sum_low = [&](int from) {
-        const i64 stride = i64(G.modules) * G.ranks;
-        for (int i = threadIdx.x; i < G.rows * G.modules * G.rank_segment; i += THREADS) {
-            const int at = i / G.rank_segment, j = from + i % G.rank_segment;
-            if (j >= entries[at].rank) continue;
-            const float* part = G.low + i64(at / G.modules) * G.parts * stride + at % G.modules * G.ranks + j;
-            float sum = 0;
-#pragma unroll 8
-            for (int p = 0; p < G.parts; p++) sum += part[p * stride];
-            low[i] = sum;
-        }
-    };
-    sum_low(0);
-    __syncthreads();
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        // The next tiles' weights are on their way to the L2 cache while these are finished: registers are needed.
+        cta_tile += gridDim.x / size * G.tiles_per_cta;
+        const bool more = cta_tile < G.tiles;
+        if (more) point(), fetch_ahead(0);
 
-    // A lane finishes four neighbouring outputs of a row; where its ranks are many, several lanes share them. So rows have
-    // different numbers of tasks for warps, and these are all equally long. Lane m counts those of row m.
-    const int end = G.tiles * 16, fours = share / 4;
-    int most_ranks = -1;
-    for (int i = 0; lane < G.rows && i < G.modules; i++)
-        most_ranks = max(most_ranks, int(entries[lane * G.modules + i].rank));
-    int sharing = 1;
-    while (sharing < 8 && sharing * AHEAD < most_ranks) sharing *= 2;
-    const int tasks = most_ranks < 0 ? 0 : (fours * sharing + 31) / 32;
-    int tasks_before = tasks;
-    for (int other = 1; other < 32; other *= 2) {
-        const int sum = __shfl_up_sync(~0u, tasks_before, other);
-        if (lane >= other) tasks_before += sum;
-    }
-    const int all_tasks = __shfl_sync(~0u, tasks_before, 31);
-    tasks_before -= tasks;
-    for (int from = 0; from < G.ranks; from += G.rank_segment) {
-        if (from > 0) {
-            __syncthreads();
-            sum_low(from);
-            __syncthreads();
-        }
-        const bool first = from == 0;
-        for (int task = warp; task < all_tasks; task += THREADS / 32) {
-            const int m = __popc(__ballot_sync(~0u, tasks_before + tasks <= task));
-            const int splits = __shfl_sync(~0u, sharing, m), split = lane % splits;
-            const int four = ((task - __shfl_sync(~0u, tasks_before, m)) * 32 + lane) / splits;
-            const int local = four * 4, n = first_output + local;
-            const Output at(G, min(n, end - 1));
-            const Entry entry = entries[m * G.modules + at.module];
-            const int ranks = min(int(entry.rank) - from, G.rank_segment);
-            const bool wanted = four < fours && n < end && (first || ranks > 0);
-            u16* y = G.y + i64(m) * end + n;
-            float v[4] = {}, c[4] = {1, 1, 1, 1}, plus[3][4] = {};
-            if (wanted && first) {
-                if (entry.c) load4(c, entry.c + at.inner);
-                if (entry.bias && split == 0) load4(plus[0], entry.bias + at.inner);
-                if (G.base_bias && split == 0) load4(plus[1], G.base_bias + n);
+        // Each CTA finishes its share of the outputs: the others' sums go to where it is.
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all of them have begun, or read the last sums
+        const u32 sums_at = u32(__cvta_generic_to_shared(sums_in));
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const int n = (warp * TILES + i) * 16 + g + q / 2 * 8, owner = n / share;
+#pragma unroll
+                for (int e = 0; e < EIGHTS; e++)
+                    store_cluster(sums_at + ((rank * ROWS + e * 8 + 2 * t + q % 2) * share + n % share) * 4, owner,
+                                  sums[i][e][q]);
             }
-            if (wanted && split == 0 && !(first && !G.add)) load4(plus[2], y);
-            if (wanted && first)
-                for (u32 r = split; r < size; r += splits) {
-                    const float* sum = sums_in + (r * ROWS + m) * share + local;
-                    for (int q = 0; q < 4; q++) v[q] += sum[q] * c[q];
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+
+        // A lane finishes four neighbouring outputs of a row; where its ranks are many, several lanes share them. So rows have
+        // different numbers of tasks for warps, and these are all equally long. Lane m counts those of row m.
+        const int row_ranks = ranks_of_row();
+        int sharing = 1;
+        while (sharing < 8 && sharing * AHEAD < row_ranks) sharing *= 2;
+        const int fours = min(share, G.tiles_per_cta * 16 - int(rank) * share) / 4;
+        const int tasks = row_ranks < 0 || fours <= 0 ? 0 : (fours * sharing + 31) / 32;
+        int tasks_before = tasks;
+        for (int other = 1; other < 32; other *= 2) {
+            const int sum = __shfl_up_sync(~0u, tasks_before, other);
+            if (lane >= other) tasks_before += sum;
+        }
+        const int all_tasks = __shfl_sync(~0u, tasks_before, 31);
+        tasks_before -= tasks;
+        for (int from = 0; from < G.ranks; from += G.rank_segment) {
+            if (from > 0 || (!first_tiles && G.ranks > G.rank_segment)) {
+                __syncthreads();
+                sum_low(from);
+                __syncthreads();
+            }
+            const bool first = from == 0;
+            for (int task = warp; task < all_tasks; task += THREADS / 32) {
+                const int m = __popc(__ballot_sync(~0u, tasks_before + tasks <= task));
+                const int splits = __shfl_sync(~0u, sharing, m), split = lane % splits;
+                const int four = ((task - __shfl_sync(~0u, tasks_before, m)) * 32 + lane) / splits;
+                const int local = four * 4, n = first_output + local;
+                const Output at(G, min(n, end - 1));
+                const Entry entry = entries[m * G.modules + at.module];
+                const int ranks = min(int(entry.rank) - from, G.rank_segment);
+                const bool wanted = four < fours && n < end && (first || ranks > 0);
+                u16* y = G.y + i64(m) * end + n;
+                float v[4] = {}, c[4] = {1, 1, 1, 1}, plus[3][4] = {};
+                if (wanted && first) {
+                    if (entry.c) load4(c, entry.c + at.inner);
+                    if (entry.bias && split == 0) load4(plus[0], entry.bias + at.inner);
+                    if (G.base_bias && split == 0) load4(plus[1], G.base_bias + n);
                 }
-            const u16* B = entry.B + i64(from) * at.out + at.inner;
-            const float* a = low + (m * G.modules + at.module) * G.rank_segment;
-            for (int j = split; wanted && j < ranks; j += splits * AHEAD) {
-                float b[AHEAD][4] = {};
+                if (wanted && split == 0 && !(first && !G.add)) load4(plus[2], y);
+                if (wanted && first)
+                    for (u32 r = split; r < size; r += splits) {
+                        const float* sum = sums_in + (r * ROWS + m) * share + local;
+                        for (int q = 0; q < 4; q++) v[q] += sum[q] * c[q];
+                    }
+                const u16* B = entry.B + i64(from) * at.out + at.inner;
+                const float* a = low + (m * G.modules + at.module) * G.rank_segment;
+                for (int j = split; wanted && j < ranks; j += splits * AHEAD) {
+                    uint2 b[AHEAD] = {};
 #pragma unroll
-                for (int i = 0; i < AHEAD; i++)
-                    if (j + i * splits < ranks) load4(b[i], B + i64(j + i * splits) * at.out);
+                    for (int i = 0; i < AHEAD; i++)
+                        if (j + i * splits < ranks)
+                            b[i] = *reinterpret_cast<const uint2*>(B + i64(j + i * splits) * at.out);
 #pragma unroll
-                for (int i = 0; i < AHEAD; i++)
-                    if (j + i * splits < ranks)
-                        for (int q = 0; q < 4; q++) v[q] += b[i][q] * a[j + i * splits];
+                    for (int i = 0; i < AHEAD; i++)
+                        if (j + i * splits < ranks) {
+                            float wide[4];
+                            widen(wide, b[i]);
+                            for (int q = 0; q < 4; q++) v[q] += wide[q] * a[j + i * splits];
+                        }
+                }
+                for (int other = 1; other < splits; other *= 2)
+                    for (int q = 0; q < 4; q++) v[q] += __shfl_xor_sync(~0u, v[q], other);
+                if (!wanted || split > 0) continue;
+                for (int q = 0; q < 4; q++) v[q] += plus[0][q] + plus[1][q] + plus[2][q];
+                *reinterpret_cast<uint2*>(y) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
             }
-            for (int other = 1; other < splits; other *= 2)
-                for (int q = 0; q < 4; q++) v[q] += __shfl_xor_sync(~0u, v[q], other);
-            if (!wanted || split > 0) continue;
-            for (int q = 0; q < 4; q++) v[q] += plus[0][q] + plus[1][q] + plus[2][q];
-            *reinterpret_cast<uint2*>(y) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
         }
+        if (!more) break;
+        start();
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // the sums here have been read
+        first_output = cta_tile * 16 + rank * share;
+        prefetch_adapters();
     }
 }
 

@@ -64,7 +64,7 @@ class Group(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("rows", "columns", "tiles", "parts")),
         *((name, ctypes.c_int) for name in ("ranks", "first", "modules", "all_modules")),
         ("ends", ctypes.c_int * MAX_MODULES),
-        *((name, ctypes.c_int) for name in ("add", "tiles_per_cta", "rank_segment")),
+        *((name, ctypes.c_int) for name in ("add", "tiles_per_cta", "rank_segment", "share", "ahead")),
         *((name, ctypes.c_int) for name in ("x_at", "sums_at", "entries_at")),
     ]
 
@@ -92,21 +92,26 @@ class Spread:
     def cta_tiles(self) -> int:
         return self.warps * self.tiles
 
+    @property
+    def share(self) -> int:
+        """Outputs that each CTA of a cluster finishes, at most."""
+        return -(-self.cta_tiles * TILE // self.cluster // 4) * 4
+
+    def rounds(self, tiles: int) -> int:
+        """How often a cluster begins anew where no more clusters are launched than the device takes at once."""
+        return -(-tiles // self.cta_tiles // clusters_at_once(self.cluster, self.ctas))
+
     def grid(self, tiles: int) -> int:
-        return -(-tiles // self.cta_tiles) * self.cluster
+        return -(-tiles // self.cta_tiles // self.rounds(tiles)) * self.cluster
 
-    def load(self, tiles: int, chunks: int) -> tuple[int, int]:
-        """Tiles times chunks that the busiest multiprocessor multiplies; and in how many CTAs.
-
-        It takes as many as it can at once, even where others are left without.
-        """
-        ctas = max(self.ctas, -(-self.grid(tiles) // MULTIPROCESSORS))
-        return ctas * self.cta_tiles * -(-chunks // self.cluster), ctas
+    def cost(self, tiles: int, chunks: int) -> int:
+        """Tiles times chunks that a multiprocessor multiplies."""
+        return self.rounds(tiles) * self.ctas * self.cta_tiles * (-(-chunks // self.cluster))
 
     def places(self, columns: int, rows: int, modules: int, rank_segment: int) -> Places:
         """Shared memory of a CTA."""
         small = rows * modules * (ENTRY_BYTES + 4 * rank_segment)
-        sums = 4 * 8 * self.eights * self.cta_tiles * TILE
+        sums = 4 * 8 * self.eights * self.share * self.cluster
         x = 2 * 8 * self.eights * -(-(columns // CHUNK) // self.cluster) * CHUNK
         if self.bits != 4:
             return Places(0, x, x + sums, x + sums + small)
@@ -132,7 +137,8 @@ class Places(NamedTuple):
     end: int
 
 
-MULTIPROCESSORS = 132
+MOST_CLUSTER = 8
+"""CTAs of the largest cluster that every device takes."""
 SHARED_BYTES = 227 << 10
 """Shared memory of a multiprocessor."""
 CTA_BYTES = 1024
@@ -141,6 +147,8 @@ GAP_BYTES = 31 << 10
 """Before the table: the device keeps the first of 32 KiB for itself."""
 TABLE_BYTES = 256 * 128
 ENTRY_BYTES = 32
+AHEAD_BYTES = 16 << 20
+"""Of weights that a product fetches to the L2 cache while the kernel before it ends."""
 RANK_SEGMENT = 64
 """Ranks whose low is in shared memory at a time."""
 SPREADS = {
@@ -165,6 +173,22 @@ rows take several launches.
 """
 
 
+CLUSTERS = (132, 66, 42, 30, 23, 20, 16, 13)
+"""Of 1, 2, ... CTAs, how many an H100 takes at once, a CTA to a multiprocessor; where no device can be asked."""
+
+
+@cache
+def clusters_at_once(size: int, ctas: int) -> int:
+    """Clusters of `size` CTAs that the device takes at once, so many CTAs to a multiprocessor.
+
+    Multiprocessors are in groups of different sizes, and a cluster stays in one group.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return CLUSTERS[size - 1] * ctas
+    kernel = _kernel("nf4_dequantize", SPREADS[4][1][0])
+    return kernel.clusters_at_once(size, 128, SHARED_BYTES // ctas - CTA_BYTES)
+
+
 @cache
 def _kernel(name: str, spread: Spread) -> Kernel:
     from lorarep_runtime.kernels.cuda import Kernel
@@ -181,7 +205,7 @@ def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ran
     """
     by_eights = SPREADS[bits]
     for eights in (eights for eights in sorted(by_eights, reverse=True) if eights == 1 or 4 * eights < rows):
-        spreads = [replace(one, cluster=cluster) for one in by_eights[eights] for cluster in (8, 4, 2, 1)]
+        spreads = [replace(one, cluster=cluster) for one in by_eights[eights] for cluster in range(1, MOST_CLUSTER + 1)]
         taken = min(rows, 8 * eights)
         fitting = [
             one
@@ -189,9 +213,7 @@ def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ran
             if one.places(columns, taken, modules, rank_segment).end <= SHARED_BYTES // one.ctas - CTA_BYTES
         ]
         if fitting:
-            # At most two CTAs a multiprocessor: beside them those of the next kernel can begin.
-            full = 2 * MULTIPROCESSORS
-            return min(fitting, key=lambda one: (one.grid(tiles) > full, one.load(tiles, columns // CHUNK)))
+            return min(fitting, key=lambda one: (one.cost(tiles, columns // CHUNK), one.cluster))
     raise ValueError(f"no spread for {columns} columns")
 
 
@@ -274,6 +296,8 @@ class SharedGroup:
                 add=add,
                 tiles_per_cta=spread.cta_tiles,
                 rank_segment=segment,
+                share=spread.share,
+                ahead=AHEAD_BYTES // (tiles * spread.cluster * TILE * CHUNK * self.bits // 8),
                 x_at=places.x,
                 sums_at=places.sums,
                 entries_at=places.entries,

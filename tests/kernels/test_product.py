@@ -4,6 +4,7 @@ adapter."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorarep_runtime.kernels import product as kernel
 from lorarep_runtime.kernels.cuda import CudaError, compile_source
 from lorarep_runtime.kernels.product import (
     CHUNK,
     CTA_BYTES,
-    MULTIPROCESSORS,
     SHARED_BYTES,
     SOURCE,
     SPREADS,
@@ -24,6 +25,7 @@ from lorarep_runtime.kernels.product import (
     SharedGroup,
     Spread,
     arrange,
+    clusters_at_once,
     product_reference,
     spread_for,
 )
@@ -67,10 +69,12 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
     spread = spread_for(bits, out // TILE, into, rows, modules, 64)
     taken = min(rows, 8 * spread.eights)
     assert taken == min(rows, 32) or into > 20_000  # of such wide ones x leaves no room for more
-    assert spread.grid(out // TILE) // spread.cluster * spread.cta_tiles >= out // TILE
+    clusters = spread.grid(out // TILE) // spread.cluster
+    assert clusters <= clusters_at_once(spread.cluster, spread.ctas)
+    assert clusters * spread.rounds(out // TILE) * spread.cta_tiles >= out // TILE
     assert spread.places(into, taken, modules, 64).end <= SHARED_BYTES // spread.ctas - CTA_BYTES
-    assert spread.cta_tiles * TILE // spread.cluster % 4 == 0  # outputs that a lane finishes at once
-    assert spread.load(out // TILE, into // CHUNK)[0] * MULTIPROCESSORS >= out // TILE * (into // CHUNK)
+    assert spread.share % 4 == 0  # outputs that a lane finishes at once
+    assert spread.share * spread.cluster >= spread.cta_tiles * TILE
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,23 @@ if HOPPER:
     @pytest.mark.parametrize("add", [False, True])
     @pytest.mark.parametrize(("into", "most"), [(128, 8), (1024, 64), (4096, 100), (28672, 8)])
     def test_product(bits: int, count: int, add: bool, into: int, most: int) -> None:
+        check(bits, count, add, into, most)
+
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.parametrize("count", [3, 13, 32])
+    @pytest.mark.parametrize(("cluster", "turns"), [(1, 2), (3, 1), (7, 1), (8, 2)])
+    def test_turns_and_any_cluster(
+        monkeypatch: pytest.MonkeyPatch, bits: int, count: int, cluster: int, turns: int
+    ) -> None:
+        spreads = {eights: [replace(ones[0], warps=4, cluster=cluster)] for eights, ones in SPREADS[bits].items()}
+        by_rows = spreads[1 if count <= 8 else 2 if count <= 16 else 4][0]
+        monkeypatch.setattr(kernel, "spread_for", lambda *_: by_rows)
+        tiles = sum(SIZES) // TILE
+        monkeypatch.setattr(kernel, "clusters_at_once", lambda *_: -(-tiles // by_rows.cta_tiles // turns))
+        assert by_rows.rounds(tiles) == min(turns, -(-tiles // by_rows.cta_tiles))
+        check(bits, count, True, 1024, 100)
+
+    def check(bits: int, count: int, add: bool, into: int, most: int) -> None:
         generator = torch.Generator("cuda").manual_seed(count)
 
         def noise(*shape: int) -> Tensor:

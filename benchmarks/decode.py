@@ -48,7 +48,7 @@ LARGEST_GAP = 0.2
 
 
 def numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
+    return [int(n) for n in text.split(",") if n]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.decode import lease, prompts, request
 from benchmarks.goals import Figures
-from benchmarks.models import Files, add_file_options, load_with_transformers
+from benchmarks.models import DEEP, Files, add_file_options, load_with_transformers
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
 
@@ -117,7 +117,7 @@ def answer_all(engine: Engine) -> None:
     engine.generate(
         (request(prompt, 24), lease(engine, name)) for prompt, name in zip(prompts(BATCH), names, strict=True)
     )
-    engine.generate([(request((1,) * PROMPT, 8), lease(engine, "deep"))])
+    engine.generate([(request((1,) * PROMPT, 8), lease(engine, DEEP))])
 
 
 def taken() -> int:

@@ -53,7 +53,7 @@ class Figures:
             self.all.update(json.loads(one.read_text()))
 
     def put(self, name: str, **numbers: Any) -> None:
-        """Another process may have written since, but none does meanwhile."""
+        """Processes that share a file take turns."""
         self.all[name] = numbers
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)

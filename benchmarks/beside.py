@@ -1,15 +1,17 @@
 """What running streams notice of others, through the whole engine: prompts, loads, adapters that come and go, length.
 
-    python benchmarks/beside.py [--device cuda] [--layers 32] [--quantization nf4] [--streams 8] [--adapters 1000]
+    python benchmarks/beside.py [--quantization nf4] [--parts prompt,loads,long,zipf] [--streams 8] [--adapters 1000]
+        [--json FILE] [--folder DIR] [--layers 32] [--device cuda]
 
-The base has Mistral-7B's shape and random weights, each request its own LoRA of rank 8 on a stack of twice its depth:
+The base has Mistral-7B's shape and random weights, each stream its own LoRA of rank 8 on a stack of twice its depth:
 
 - the first token of a long prompt, alone and beside streams, and the streams' time per token meanwhile;
-- an adapter's way from files to ready, and the streams' longest gap meanwhile;
+- an adapter's way from files to ready, of rank 8 and 48 positions as the published one is, LoRA and DoRA, and the
+  streams' longest gap meanwhile;
 - a step at a long context, beside a short one and what reading the added keys and values costs at the bandwidth that
   copying reaches;
-- tokens a second where requests draw from so many adapters by Zipf's law, of which a few fit on the device and the
-  others are in host memory, beside the same requests over those that fit.
+- tokens a second where requests draw from so many adapters of that size by Zipf's law, of which 64 fit on the device
+  and the others are in host memory, beside the same requests over half of those that fit.
 
 `--device cpu` does all of it with a small base.
 """
@@ -21,198 +23,154 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.decode import copy_bandwidth, layers_of, request
-from benchmarks.models import save_adapter, save_base
-from lorarep_runtime.cache import PagePool
-from lorarep_runtime.config import PAGE_TOKENS, AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
+from benchmarks.floor import copy_bandwidth, token_bytes
+from benchmarks.goals import Figures
+from benchmarks.models import DEEP, Files, add_file_options
+from benchmarks.streams import SHORT, STEADY, Noticed, Stream, beside
+from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
-from lorarep_runtime.request import Event, Output
-from tests.models import MISTRAL_7B
 
-SMALL = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 ON_DEVICE = 64
 """Adapters for which the device has room."""
-SHORT = 128
-STEADY = 40
-"""Tokens of each stream before and after which nothing is timed."""
-
-
-class Stream:
-    """One request and when each of its tokens came."""
-
-    def __init__(self, engine: Engine, adapter: str, prompt_tokens: int, new_tokens: int) -> None:
-        self.times: list[float] = []
-        self.ended = threading.Event()
-        self._failure: Event | None = None
-        self.began = time.perf_counter()
-        generator = random.Random(prompt_tokens)
-        prompt = tuple(generator.randrange(256) for _ in range(prompt_tokens))
-        engine.submit(request(prompt, new_tokens), engine.adapters.lease([(adapter, 1.0)]), self._on_event)
-
-    def _on_event(self, event: Event) -> None:
-        if isinstance(event, Output):
-            self.times += [time.perf_counter()] * len(event.tokens)
-        else:
-            self._failure = event if isinstance(event, Exception) else None
-            self.ended.set()
-
-    def wait(self) -> Stream:
-        self.ended.wait()
-        if isinstance(self._failure, Exception):
-            raise self._failure
-        return self
-
-    @property
-    def first_token(self) -> float:
-        return self.times[0] - self.began
-
-    def gaps(self, begin: float, end: float) -> list[float]:
-        """Seconds between tokens of which the later came between the two times."""
-        return [b - a for a, b in pairwise(self.times) if begin <= b <= end]
-
-
-@contextmanager
-def running(engine: Engine, adapters: Sequence[str], new_tokens: int) -> Iterator[list[Stream]]:
-    """Streams that are all decoding; afterwards they are waited for."""
-    streams = [Stream(engine, name, SHORT, new_tokens) for name in adapters]
-    while min(len(stream.times) for stream in streams) < STEADY:
-        time.sleep(0.001)
-    yield streams
-    for stream in streams:
-        stream.wait()
-
-
-def beside(engine: Engine, adapters: Sequence[str], new_tokens: int, work: Callable[[], object]) -> str:
-    """Runs `work` beside streams; what it did to their gaps."""
-    with running(engine, adapters, new_tokens) as streams:
-        calm = time.perf_counter()
-        time.sleep(1)
-        begin = time.perf_counter()
-        work()
-        for stream, had in [(stream, len(stream.times)) for stream in streams]:  # the gap that it ended in counts
-            while len(stream.times) == had:
-                if stream.ended.is_set():
-                    raise SystemExit("a stream ended too early: more --new-tokens")
-                time.sleep(0.001)
-        end = time.perf_counter()
-    usual = [gap for stream in streams for gap in stream.gaps(calm, begin)]
-    during = [gap for stream in streams for gap in stream.gaps(begin, end)]
-    before, meanwhile, longest = statistics.fmean(usual), statistics.fmean(during), max(during)
-    return (
-        f"a token {before * 1e3:.2f} ms before, {meanwhile * 1e3:.2f} meanwhile, {meanwhile / before:.2f} times; "
-        f"longest gap {longest * 1e3:.1f} ms, {longest / statistics.median(usual):.1f} times the median"
-    )
+PARTS = ("prompt", "loads", "long", "zipf")
+PROMPTER = "prompt"
+REPEATS = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--layers", type=int, default=32)
+    add_file_options(parser)
     parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=600)
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--long", type=int, default=8192)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder), options)
+        Run(Files(options.folder or Path(folder), options.layers, options.device), options).all()
 
 
-def run(folder: Path, options: argparse.Namespace) -> None:
-    device, layers = options.device, options.layers
-    shape = {**MISTRAL_7B, **(SMALL if device == "cpu" else {}), "num_hidden_layers": layers}
-    half, quarter = layers // 2, layers // 4
-    replication = [[0, half], [quarter, quarter * 3], [half, layers], [half, layers]]
-    base = save_base(folder / "base", shape, device)
-    kinds = 1 + options.streams
-    for i in range(kinds):
-        save_adapter(folder / f"{i}", shape, replication, rank=8, dora=False, seed=i, device=device)
-    size = (folder / "0" / "adapter_model.safetensors").stat().st_size
-    engine = Engine(
-        EngineConfig(
-            BaseConfig(str(base), quantization=options.quantization, device=device),
-            # A copy has alignment beside what its file has.
-            adapters=AdapterLimits(device_bytes=ON_DEVICE * size * 21 // 20, host_bytes=2 * options.adapters * size),
-            scheduler=SchedulerConfig(
-                max_sequence_tokens=options.long,
-                max_sequences=max(32, options.streams),
-                kv_bytes=(8 << 30) if device == "cuda" else (1 << 30),
-            ),
+class Run:
+    def __init__(self, files: Files, options: argparse.Namespace) -> None:
+        self.files, self.options = files, options
+        self.figures = Figures(options.json)
+        size = (files.adapter("published-lora", 0) / "adapter_model.safetensors").stat().st_size
+        self.engine = Engine(
+            EngineConfig(
+                BaseConfig(str(files.base), quantization=options.quantization, device=options.device),
+                # A copy has alignment beside what its file has.
+                adapters=AdapterLimits(
+                    device_bytes=ON_DEVICE * size * 21 // 20, host_bytes=2 * options.adapters * size
+                ),
+                scheduler=SchedulerConfig(
+                    max_sequence_tokens=options.long,
+                    max_sequences=max(32, options.streams),
+                    kv_bytes=(8 << 30) if options.device == "cuda" else (1 << 30),
+                ),
+            )
         )
-    )
+        self.streams = [f"stream{i}" for i in range(options.streams)]
 
-    def load(name: str, source: int) -> None:
-        engine.adapters.load(name, str(folder / f"{source}"), trusted=True)
+    def all(self) -> None:
+        for i, name in enumerate([PROMPTER, *self.streams]):
+            self.load(name, "lora", i)
+        self.engine.start()
+        self.prompt_seconds()  # all that is made on first use is made
+        for part in self.options.parts:
+            getattr(self, part)()
+        self.engine.stop()
 
-    streams = [f"stream{i}" for i in range(options.streams)]
-    for i, name in enumerate(streams):
-        load(name, 1 + i)
-    load("prompt", 0)
-    engine.start()
-    Stream(engine, "prompt", options.prompt, 2).wait()  # all that is made on first use is made
+    def load(self, name: str, kind: str, number: int) -> None:
+        self.engine.adapters.load(name, str(self.files.adapter(kind, number)), trusted=True)
 
-    alone = statistics.median(Stream(engine, "prompt", options.prompt, 2).wait().first_token for _ in range(5))
-    print(f"prompt of {options.prompt} tokens alone: first token after {alone * 1e3:.0f} ms", flush=True)
-    times: list[float] = []
-    noticed = beside(
-        engine,
-        streams,
-        options.new_tokens,
-        lambda: times.append(Stream(engine, "prompt", options.prompt, 2).wait().first_token),
-    )
-    print(f"beside {options.streams} streams: after {times[0] * 1e3:.0f} ms; {noticed}", flush=True)
+    def put(self, name: str, **numbers: Any) -> None:
+        self.figures.put(f"{self.options.quantization}/beside/{name}", **numbers)
 
-    times.clear()
+    def beside(self, work: Callable[[], object]) -> Noticed:
+        return beside(self.engine, self.streams, self.options.new_tokens, work)
 
-    def timed_load() -> None:
-        began = time.perf_counter()
-        load("late", 0)
-        times.append(time.perf_counter() - began)
+    def prompt_seconds(self) -> float:
+        return Stream(self.engine, PROMPTER, self.options.prompt, 2).wait().first_token
 
-    noticed = beside(engine, streams, options.new_tokens, timed_load)
-    print(f"an adapter loaded beside them: ready after {times[0] * 1e3:.0f} ms; {noticed}", flush=True)
-
-    def step(prompt_tokens: int) -> float:
-        stream = Stream(engine, "prompt", prompt_tokens, 2 * STEADY + 64).wait()
-        return statistics.median(stream.gaps(stream.times[STEADY], stream.times[-STEADY]))
-
-    context = options.long - 2 * STEADY - 64
-    short, long = step(SHORT), step(context)
-    token = PagePool.page_bytes(engine.base.kv_heads, engine.base.head_dim, engine.base.dtype) // PAGE_TOKENS
-    added = (context - SHORT) * token * len(layers_of(replication))
-    line = f"a step at {context} tokens {long * 1e3:.2f} ms, at {SHORT} {short * 1e3:.2f}"
-    if device == "cuda":
-        floor = added / copy_bandwidth(device)
-        line += (
-            f"; reading the added {added / 1e9:.2f} GB costs {floor * 1e3:.2f} ms, {(long - short) / floor:.2f} times"
+    def prompt(self) -> None:
+        alone = statistics.median(self.prompt_seconds() for _ in range(5))
+        print(f"prompt of {self.options.prompt} tokens alone: first token after {alone * 1e3:.0f} ms", flush=True)
+        times: list[float] = []
+        # The first time that another row decodes its graph is captured: that is in the first of them.
+        seen = [self.beside(lambda: times.append(self.prompt_seconds())) for _ in range(REPEATS)]
+        for took, noticed in zip(times, seen, strict=True):
+            print(f"beside {self.options.streams} streams: after {took * 1e3:.0f} ms; {noticed}", flush=True)
+        self.put(
+            "prompt",
+            alone_ms=alone * 1e3,
+            beside_ms=statistics.median(times) * 1e3,
+            slower=max(noticed.slower for noticed in seen),
+            longest_ms=max(noticed.longest for noticed in seen) * 1e3,
         )
-    print(line, flush=True)
 
-    names = [f"one of many {i}" for i in range(options.adapters)]
-    for i, name in enumerate(tqdm(names, desc="adapters")):
-        load(name, i % kinds)
-    weights = list(accumulate(1 / (rank + 1) for rank in range(len(names))))
-    drawn = random.Random(0).choices(range(len(names)), cum_weights=weights, k=options.requests)
-    fitting = ON_DEVICE // 2  # none of these leaves for another
-    few = throughput(engine, [names[i % fitting] for i in drawn])
-    many = throughput(engine, [names[i] for i in drawn])
-    print(
-        f"{options.requests} requests over {len(set(drawn))} of {options.adapters} adapters: {many:.0f} tokens/s; "
-        f"over {fitting} that stay on the device {few:.0f}: {many / few:.2f} times"
-    )
-    engine.stop()
+    def loads(self) -> None:
+        for kind in ("lora", "dora"):
+            times: list[float] = []
+
+            def timed_load(kind: str = kind, times: list[float] = times) -> None:
+                began = time.perf_counter()
+                self.load(f"late {kind} {len(times)}", f"published-{kind}", len(times))
+                times.append(time.perf_counter() - began)
+
+            self.files.adapter(f"published-{kind}", REPEATS)
+            seen = [self.beside(timed_load) for _ in range(REPEATS)]
+            for took, noticed in zip(times, seen, strict=True):
+                print(f"a {kind} loaded beside them: ready after {took * 1e3:.0f} ms; {noticed}", flush=True)
+            ready, gaps = statistics.median(times), [noticed.longest_gap for noticed in seen]
+            self.put(kind, ready_ms=ready * 1e3, longest_gap=max(gaps), longest_gaps=gaps)
+
+    def long(self) -> None:
+        def step(prompt_tokens: int) -> float:
+            stream = Stream(self.engine, PROMPTER, prompt_tokens, 2 * STEADY + 64).wait()
+            return statistics.median(stream.gaps(stream.times[STEADY], stream.times[-STEADY]))
+
+        context = self.options.long - 2 * STEADY - 64
+        short, long = step(SHORT), step(context)
+        added = (context - SHORT) * token_bytes(self.engine) * len(self.files.stacks[DEEP])
+        floor = added / copy_bandwidth(self.options.device)
+        floors = (long - short) / floor
+        print(
+            f"a step at {context} tokens {long * 1e3:.2f} ms, at {SHORT} {short * 1e3:.2f}; "
+            f"reading the added {added / 1e9:.2f} GB costs {floor * 1e3:.2f} ms, {floors:.2f} times",
+            flush=True,
+        )
+        self.put("long", ms=long * 1e3, short_ms=short * 1e3, added_bytes=added, floor_ms=floor * 1e3, floors=floors)
+
+    def zipf(self) -> None:
+        options = self.options
+        names = [f"one of many {i}" for i in range(options.adapters)]
+        for i, name in enumerate(tqdm(names, desc="adapters", mininterval=5)):
+            self.load(name, "published-lora", i)
+        weights = list(accumulate(1 / (rank + 1) for rank in range(len(names))))
+        drawn = random.Random(0).choices(range(len(names)), cum_weights=weights, k=options.requests)
+        fitting = min(len(names), ON_DEVICE // 2)  # none of these leaves for another
+        few = throughput(self.engine, [names[i % fitting] for i in drawn])
+        many = throughput(self.engine, [names[i] for i in drawn])
+        distinct = len(set(drawn))
+        print(
+            f"{options.requests} requests over {distinct} of {options.adapters} adapters: {many:.0f} tokens/s; "
+            f"over {fitting} that stay on the device {few:.0f}: {many / few:.2f} times",
+            flush=True,
+        )
+        self.put("zipf", many=many, few=few, kept=many / few, adapters=options.adapters, used=distinct)
 
 
 def throughput(engine: Engine, adapters: Sequence[str]) -> float:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.decode import copy_bandwidth
+from benchmarks.floor import copy_bandwidth
 from lorarep_runtime.decode import LEAST_RANKS
 from lorarep_runtime.fused import parts_for
 from lorarep_runtime.kernels.product import SharedGroup, product_reference

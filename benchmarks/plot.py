@@ -1,0 +1,89 @@
+"""Draws how long a step takes by batch size and by number of adapters, from figures that `table.py` has measured.
+
+    python benchmarks/plot.py FILE... [--quantization nf4] [--to benchmarks]
+
+makes `batches.svg` and `distinct.svg`. What has not been measured is left out. The figures of vLLM are those of
+`benchmarks/goals.py`, measured elsewhere on a GPU of that kind; it materialises the stack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.goals import VLLM_BF16, VLLM_BF16_ADAPTERS, VLLM_NF4, Figures
+
+OURS, OTHER, PEFT, VLLM, VLLM_TOO = "#2a6f97", "#61a5c2", "#c1121f", "#7f7f7f", "#b0b0b0"
+TICKS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    figures = Figures(others=options.files)
+    by_batch(figures, options.quantization, options.to / "batches.svg")
+    by_adapters(figures, options.quantization, options.to / "distinct.svg")
+
+
+def by_batch(figures: Figures, quantization: str, file: Path) -> None:
+    prefix, title = f"{quantization}/sweep", quantization.upper()
+    figure, axes = framed("rows of a step", "64 positions of Mistral-7B, ms a step")
+    line(axes, figures.by_number(f"{prefix}/lora/"), "lorarep, a LoRA each", OURS)
+    line(axes, figures.by_number(f"{prefix}/lora/", "floor_ms"), "floor of that: reading its bytes", OURS, floor=True)
+    line(axes, figures.by_number(f"{prefix}/none/"), "lorarep, no adapter", OTHER)
+    line(axes, figures.by_number(f"{prefix}/none/", "floor_ms"), "floor of that", OTHER, floor=True)
+    line(axes, figures.by_number(f"{quantization}/peft/lora/"), f"PEFT, {title}, one LoRA for all", PEFT)
+    line(axes, VLLM_NF4, "vLLM, NF4, a LoRA each", VLLM)
+    line(axes, VLLM_BF16, "vLLM, bf16, a LoRA each", VLLM_TOO)
+    save(figure, axes, file)
+
+
+def by_adapters(figures: Figures, quantization: str, file: Path) -> None:
+    prefix, title = f"{quantization}/sweep", quantization.upper()
+    figure, axes = framed("LoRAs among the rows of a step", "64 positions of Mistral-7B, ms a step")
+    for rows, colour, peft in ((256, OURS, PEFT), (32, OTHER, "#e5818a")):
+        name = f"{prefix}/{rows} rows/"
+        line(axes, figures.by_number(name), f"lorarep, {rows} rows", colour)
+        line(axes, figures.by_number(name, "floor_ms"), f"floor of {rows} rows", colour, floor=True)
+        one = figures.get(f"{quantization}/peft/lora/{rows}", "ms")
+        line(axes, {} if one is None else {1: one}, f"PEFT, {title}, {rows} rows, one LoRA", peft)
+    line(axes, VLLM_BF16_ADAPTERS, "vLLM, bf16, 32 rows", VLLM)
+    save(figure, axes, file)
+
+
+def framed(below: str, beside: str) -> tuple[Any, Any]:
+    plt.rcParams["svg.hashsalt"] = "steps"  # the same file for the same numbers
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.set(xscale="log", yscale="log", xlabel=below, ylabel=beside)
+    return figure, axes
+
+
+def line(axes: Any, points: Mapping[int, float], label: str, colour: str, *, floor: bool = False) -> None:
+    if points:
+        style = dict(linestyle=":") if floor else dict(marker="o", markersize=4)
+        axes.plot(list(points), list(points.values()), label=label, color=colour, **style)
+
+
+def save(figure: Any, axes: Any, file: Path) -> None:
+    axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

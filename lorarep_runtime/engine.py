@@ -114,7 +114,7 @@ class Engine:
         self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.tiers)
         decoder = decoder_for(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
         if decoder is not None:
-            decoder.warm_up(progress)
+            decoder.warm_up(dict.fromkeys(self.stacks.values()), progress)
         self._flights = Flights(decoder, self.scheduler)
         self._pass: Pass | None = None
         """Over prompts, under way."""

@@ -352,9 +352,10 @@ class Engine:
         """Emits the tokens of a step that was launched; if the same rows go on, their next step is launched before."""
         flights, sequences = self._flights, flight.sequences
         flights.under_way = None
-        if flights.may_go_on(flight):
+        next_flight = self._guarded(sequences, lambda: flights.go_on(flight))
+        if next_flight is not None:
             self._count(sequences)
-            flights.under_way = self._guarded(sequences, lambda: flights.go_on(flight))
+            flights.under_way = next_flight
         self._emit_all(self._guarded(sequences, flight.sampled))
         self._pace.decoding = flight.milliseconds
         flight.give_back()

@@ -1,16 +1,17 @@
 """Decoding on a GPU: a step of one new token for each row is one captured graph, from the tokens to the next ones.
 
-A graph belongs to a plan, a number of rows and a largest rank. Which rows walk which of the plan's stacks, with which
-adapters and on which pages, is data that it reads: rows without a position at a step pass through. It takes the tokens
-that it chose itself, so the next step can be launched before anybody has read them.
+A graph belongs to a plan, a number of rows, a largest rank and the parts that sequences are split into. Which rows walk
+which of the plan's stacks, with which adapters and on which pages, is data that it reads: rows without a position at a
+step pass through. It takes the tokens that it chose itself, so the next step can be launched before anybody has read
+them; when a sequence has grown so long that it is better split into more parts, that step is another graph's.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PagePool, pages_of
+from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, fuse, parts_for, splits_for
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.kernels.combine import Partials
@@ -25,7 +27,7 @@ from lorarep_runtime.kernels.decode_attention import Cache
 from lorarep_runtime.kernels.rows import Rows
 from lorarep_runtime.linear import GROUPS
 from lorarep_runtime.prefill import Prefill
-from lorarep_runtime.stack import Plan, merge
+from lorarep_runtime.stack import Plan, Stack, merge
 from lorarep_runtime.staging import staged
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ MOST_GRAPHS = 64
 """Captured at a time; the least recently used goes first."""
 LEAST_RANKS = 8
 """Of low. A batch with larger ranks takes eight times as many, or sixty-four times: few sizes, so few graphs."""
+LEAST_DEPTH = 16
+"""Of page tables; deeper ones have a power of two."""
 CHANGING_ROTARY = {"dynamic", "longrope"}
 """`rope_type`s whose frequencies depend on the length."""
 
@@ -50,13 +54,24 @@ def can_decode(base: Base) -> bool:
     )
 
 
+class Shape(NamedTuple):
+    """What kernels are launched for."""
+
+    rows: int
+    ranks: int
+    splits: int
+
+
 @dataclass(frozen=True)
 class Graph:
     """A captured step."""
 
+    shape: Shape
     replay: Callable[[], None]
     positions: Tensor
     """int32 (steps, rows)"""
+    tables: Tensor
+    """int32 (most rows, positions, pages)"""
 
 
 class Decoder:
@@ -73,69 +88,83 @@ class Decoder:
         self._modules = len(modules)
         self._max_rows = 1 << (max_rows - 1).bit_length()
         self._pages = pages_of(max_tokens)
-        self._ranks = self._most_ranks = LEAST_RANKS
-        self._depth = base.layers
-        self._graphs: OrderedDict[tuple[Plan, int, int], Graph] = OrderedDict()
-        self._rows = 0
         self._spans: list[Span] = []
         self._known_pages: dict[int, tuple[int, ...]] = {}
         """By row, the shape of the page table that the device has."""
-        self._allocate()
-
-    def _allocate(self) -> None:
-        """Buffers for the ranks and the depth in use. Captured graphs hold their addresses, so they go."""
-        self._graphs.clear()
-        rows, device, dtype = self._max_rows, self._base.device, self._base.dtype
-        config, attention = self._config, self._layers[0].attention
-        widths = self._base.modules
-
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        def outputs(group: Sequence[str]) -> int:
-            return sum(widths[name][0] for name in group)
-
-        def low(group: Sequence[str]) -> Tensor:
-            parts = max(parts_for(n, widths[group[0]][1]) * n for n in self._buckets())
-            return zeros(1, parts, len(group), self._most_ranks, dtype=torch.float32)
-
-        splits = max(splits_for(n, attention.kv_heads) * n for n in self._buckets())
-        heads = attention.heads
+        self._plan: Plan
+        self._graph: Graph
+        self._graphs: OrderedDict[tuple[Plan, Shape], Graph] = OrderedDict()
+        self._compiled: set[Shape] = set()
+        self._capturing = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
+        # Captured graphs hold addresses: what is here stays, and what they want besides is made beside it.
+        self._lows: dict[int, Sequence[Tensor]] = {}
+        """By ranks, of each of GROUPS."""
+        self._tables: dict[int, Tensor] = {}
+        """By depth."""
+        rows, config, attention, widths = self._max_rows, self._config, self._layers[0].attention, base.modules
+        outputs = [sum(widths[name][0] for name in group) for group in GROUPS]
+        splits = max(self._splits(n, tokens) * n for n in self._buckets() for tokens in (1, self._most_tokens))
         self._buffers = Buffers(
-            h=zeros(rows, config.hidden_size),
-            x=zeros(rows, config.hidden_size),
-            qkv=zeros(rows, outputs(GROUPS[0])),
-            out=zeros(rows, heads * attention.head_dim),
-            gate_up=zeros(rows, outputs(GROUPS[2])),
-            gated=zeros(rows, widths[GROUPS[3][0]][1]),
-            low=[low(group) for group in GROUPS],
-            partials=Partials.empty(1, heads, splits, attention.head_dim, device),
+            h=self._zeros(rows, config.hidden_size),
+            x=self._zeros(rows, config.hidden_size),
+            qkv=self._zeros(rows, outputs[0]),
+            out=self._zeros(rows, attention.heads * attention.head_dim),
+            gate_up=self._zeros(rows, outputs[2]),
+            gated=self._zeros(rows, widths[GROUPS[3][0]][1]),
+            low=(),
+            partials=Partials.empty(1, attention.heads, splits, attention.head_dim, base.device),
         )
-        self._tokens = zeros(rows, dtype=torch.int64)
-        self._lengths = zeros(rows, dtype=torch.int32)
-        self._adapters = zeros(rows, dtype=torch.int64)
-        self._tables = zeros(rows, self._depth, self._pages, dtype=torch.int32)
-        self._logits = zeros(rows, self._base.vocab_size, dtype=torch.float32)
+        self._tokens = self._zeros(rows, dtype=torch.int64)
+        self._lengths = self._zeros(rows, dtype=torch.int32)
+        self._adapters = self._zeros(rows, dtype=torch.int64)
+        self._logits = self._zeros(rows, base.vocab_size, dtype=torch.float32)
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self._base.dtype, device=self._base.device)
+
+    def _low(self, ranks: int) -> Sequence[Tensor]:
+        if ranks not in self._lows:
+            widths = [self._base.modules[group[0]][1] for group in GROUPS]
+            parts = [max(parts_for(n, width) * n for n in self._buckets()) for width in widths]
+            self._lows[ranks] = [
+                self._zeros(1, count, len(group), ranks, dtype=torch.float32)
+                for count, group in zip(parts, GROUPS, strict=True)
+            ]
+        return self._lows[ranks]
+
+    def _table(self, depth: int) -> Tensor:
+        depth = max(LEAST_DEPTH, 1 << (depth - 1).bit_length())
+        if depth not in self._tables:
+            self._tables[depth] = self._zeros(self._max_rows, depth, self._pages, dtype=torch.int32)
+        return self._tables[depth]
+
+    @property
+    def _most_tokens(self) -> int:
+        return self._pages * PAGE_TOKENS
 
     def _buckets(self) -> list[int]:
         return [1 << power for power in range(self._max_rows.bit_length())]
 
+    def _splits(self, rows: int, tokens: int) -> int:
+        return splits_for(rows, self._layers[0].attention.kv_heads, tokens)
+
     def tensors(self) -> list[Tensor]:
         """All memory that is held for steps."""
         b = self._buffers
-        held = [b.h, b.x, b.qkv, b.out, b.gate_up, b.gated, *b.low, *b.partials]
-        graphs = [graph.positions for graph in self._graphs.values()]
-        return [*held, self._tokens, self._lengths, self._adapters, self._tables, self._logits, *graphs]
+        held = [b.h, b.x, b.qkv, b.out, b.gate_up, b.gated, *b.partials, *list(self._tables.values())]
+        low = [tensor for group in list(self._lows.values()) for tensor in group]
+        graphs = [graph.positions for graph in list(self._graphs.values())]
+        return [*held, *low, self._tokens, self._lengths, self._adapters, self._logits, *graphs]
 
-    def warm_up(self, progress: Progress | None = None) -> None:
-        """Compiles the kernels and captures the base's own order for every number of rows, so that no request waits."""
-        plan = merge((tuple(range(self._base.layers)),))
-        buckets = self._buckets()
-        for done, rows in enumerate(buckets, 1):
-            self._rows = rows
-            self._graph_for(plan)
+    def warm_up(self, stacks: Collection[Stack], progress: Progress | None = None) -> None:
+        """Compiles the kernels and captures stacks for every number of rows, so that no request waits for it: the first
+        ones, if there are too many."""
+        todo = [(stack, rows) for stack in stacks for rows in self._buckets()][:MOST_GRAPHS]
+        for done, (stack, rows) in enumerate(todo, 1):
+            self._compile(Shape(rows, LEAST_RANKS, self._splits(rows, self._most_tokens)))
+            self._graph_for(merge((stack,)), Shape(rows, LEAST_RANKS, self._splits(rows, 1)))
             if progress is not None:
-                progress("capture", done, len(buckets))
+                progress("capture", done, len(todo))
 
     def set_rows(self, spans: Sequence[Span]) -> None:
         """Says what the next step is for: the next token of each span, which has one."""
@@ -150,37 +179,37 @@ class Decoder:
                 self._spans = list(spans)
                 self._put(self._tokens[: len(spans)], np.array([span.tokens[0] for span in spans]))
                 return
-        ranks = max((span.adapter.rank for span in spans if span.adapter is not None), default=1)
-        depth = max(len(span.stack) for span in spans)
-        self._ranks = LEAST_RANKS
-        while self._ranks < ranks:
-            self._ranks *= 8
-        if self._ranks > self._most_ranks or depth > self._depth:
-            self._most_ranks, self._depth = max(self._most_ranks, self._ranks), max(self._depth, depth)
-            self._allocate()
+        ranks, most = LEAST_RANKS, max((span.adapter.rank for span in spans if span.adapter is not None), default=1)
+        while ranks < most:
+            ranks *= 8
         self._spans = list(spans)
-        self._rows = 1 << (len(spans) - 1).bit_length()
-        plan = merge(tuple(sorted({span.stack for span in spans})))
-        self._graph = self._graph_for(plan)
+        rows = 1 << (len(spans) - 1).bit_length()
+        self._plan = plan = merge(tuple(sorted({span.stack for span in spans})))
+        self._graph = self._graph_for(plan, Shape(rows, ranks, self._splits(rows, self._longest)))
         index = {stack: i for i, stack in enumerate(plan.stacks)}
         walked = np.array([[-1 if p is None else p for p in step.positions] for step in plan.steps], dtype=np.int32)
-        positions = np.full((len(plan.steps), self._rows), -1, dtype=np.int32)
+        positions = np.full((len(plan.steps), rows), -1, dtype=np.int32)
         positions[:, : len(spans)] = walked[:, [index[span.stack] for span in spans]]
         self._put(self._graph.positions, positions)
-        tokens, lengths, adapters = (np.zeros(self._rows, dtype=t) for t in (np.int64, np.int32, np.int64))
+        tokens, lengths, adapters = (np.zeros(rows, dtype=t) for t in (np.int64, np.int32, np.int64))
         for i, span in enumerate(spans):
             tokens[i], lengths[i] = span.tokens[0], span.context
             adapters[i] = 0 if span.adapter is None or span.adapter.table is None else span.adapter.table.data_ptr()
             self.set_pages(i)
-        self._put(self._tokens[: self._rows], tokens)
-        self._put(self._lengths[: self._rows], lengths)
-        self._put(self._adapters[: self._rows], adapters)
+        self._put(self._tokens[:rows], tokens)
+        self._put(self._lengths[:rows], lengths)
+        self._put(self._adapters[:rows], adapters)
 
     def set_pages(self, row: int) -> None:
         """Takes note of the pages that a row's sequence has by now."""
         pages = self._spans[row].table.pages
         self._known_pages[row] = pages.shape
-        self._put(self._tables[row, : pages.shape[0], : pages.shape[1]], pages.astype(np.int32))
+        self._put(self._graph.tables[row, : pages.shape[0], : pages.shape[1]], pages.astype(np.int32))
+
+    @property
+    def _longest(self) -> int:
+        """Tokens that the pages of the longest sequence hold."""
+        return max(span.table.pages.shape[1] for span in self._spans) * PAGE_TOKENS
 
     @staticmethod
     def _put(to: Tensor, values: Any) -> None:
@@ -194,6 +223,10 @@ class Decoder:
             (rows) int64, the likeliest next tokens, which the next step takes; and their logits (rows, vocab) in fp32.
             Both are overwritten by the next step.
         """
+        rows, ranks, splits = self._graph.shape
+        if splits != (now := self._splits(rows, self._longest)):
+            positions, self._graph = self._graph.positions, self._graph_for(self._plan, Shape(rows, ranks, now))
+            self._graph.positions.copy_(positions)
         self._graph.replay()
         return self._tokens[: len(self._spans)], self._logits[: len(self._spans)]
 
@@ -201,32 +234,42 @@ class Decoder:
         """A forward pass over prompts, beside the steps."""
         return Prefill(self._base, self._pool, self._layers, batch)
 
-    def _graph_for(self, plan: Plan) -> Graph:
-        key = (plan, self._rows, self._ranks)
+    def _graph_for(self, plan: Plan, shape: Shape) -> Graph:
+        key = (plan, shape)
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)
-        positions = torch.full((len(plan.steps), self._rows), -1, dtype=torch.int32, device=self._base.device)
-        forward = self._forward(plan, positions)
-        # Once beside the capture: kernels are compiled and loaded. No row has a position, so nothing is written.
-        forward()
-        replay = forward
-        if self._base.device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                forward()
-            replay = graph.replay
-        self._graphs[key] = Graph(replay, positions)
+        self._compile(shape)
+        tables = self._table(max(len(stack) for stack in plan.stacks))
+        positions = self._no_positions(plan, shape)
+        forward = self._forward(plan, shape, positions, tables)
+        replay = forward if self._capturing is None else _captured(forward, self._capturing)
+        self._graphs[key] = Graph(shape, replay, positions, tables)
         return self._graphs[key]
 
-    def _forward(self, plan: Plan, positions: Tensor) -> Callable[[], None]:
-        n, model = self._rows, self._base.model
+    def _compile(self, shape: Shape) -> None:
+        """Has the kernels compiled and loaded, which cannot be while they are captured."""
+        if shape in self._compiled:
+            return
+        plan = merge((tuple(range(self._base.layers)),))
+        # A sequence may be amid its answer. No row has a position, so that kernels write nothing of it.
+        tokens, lengths = self._tokens.clone(), self._lengths.clone()
+        self._forward(plan, shape, self._no_positions(plan, shape), self._table(self._base.layers))()
+        self._tokens.copy_(tokens)
+        self._lengths.copy_(lengths)
+        self._compiled.add(shape)
+
+    def _no_positions(self, plan: Plan, shape: Shape) -> Tensor:
+        return torch.full((len(plan.steps), shape.rows), -1, dtype=torch.int32, device=self._base.device)
+
+    def _forward(self, plan: Plan, shape: Shape, positions: Tensor, tables: Tensor) -> Callable[[], None]:
+        n, model = shape.rows, self._base.model
         decoder: Any = model.get_decoder()
-        buffers = self._buffers.narrowed(n, splits_for(n, self._layers[0].attention.kv_heads), self._ranks)
+        buffers = self._buffers.narrowed(n, shape.splits, self._low(shape.ranks))
         tokens, lengths, logits = self._tokens[:n], self._lengths[:n], self._logits[:n]
-        cache = Cache(*self._pool.tensors, self._tables[:n], lengths)
+        cache = Cache(*self._pool.tensors, tables[:n], lengths)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
 
         @torch.inference_mode()
@@ -241,3 +284,19 @@ class Decoder:
             torch.argmax(logits, 1, out=tokens)
 
         return forward
+
+
+def _captured(forward: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """A graph of what a step launches.
+
+    Not by `torch.cuda.graph`: that first waits for the device and gives all the memory back that torch keeps for later,
+    of the device and pinned, while streams wait.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            forward()
+        finally:
+            graph.capture_end()
+    return graph.replay

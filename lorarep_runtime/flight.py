@@ -88,9 +88,13 @@ class Flights:
         self.decoder.set_rows([sequence.span(1) for sequence in sequences])
         return self._launch(sequences)
 
-    def may_go_on(self, flight: Flight) -> bool:
-        """Whether the same rows' next step can be launched before the tokens of this one are read."""
-        scheduler, sequences = self._scheduler, flight.sequences
+    def go_on(self, flight: Flight) -> Flight | None:
+        """Launches the next step of the same rows before the tokens of this one are read, if it can be."""
+        return self._launch(flight.sequences) if self._may_go_on(flight.sequences) else None
+
+    def _may_go_on(self, sequences: Seq[Sequence]) -> bool:
+        """Whether they are all that would be scheduled; takes the pages that their next tokens want."""
+        scheduler = self._scheduler
         if sum(s not in scheduler.computing for s in scheduler.running) != len(sequences) or scheduler.can_admit:
             return False
         if any(s not in scheduler.running or s.new_tokens + 2 > s.request.stopping.max_new_tokens for s in sequences):
@@ -103,10 +107,6 @@ class Flights:
             sequence.table.grow(sequence.computed + 1)
             self.decoder.set_pages(i)
         return True
-
-    def go_on(self, flight: Flight) -> Flight:
-        """Launches the next step of the same rows, which `may_go_on` allowed."""
-        return self._launch(flight.sequences)
 
     def _launch(self, sequences: Seq[Sequence]) -> Flight:
         assert self.decoder is not None

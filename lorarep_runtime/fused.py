@@ -32,6 +32,9 @@ PROGRAMS = 256
 MOST_KERNEL_ROWS = 64
 MOST_PARTS = 16
 MOST_SPLITS = 16
+LONG_SEQUENCE = 2048
+"""Tokens beyond which sequences are split into MORE_SPLITS times as many parts: the reading pays for the merging."""
+MORE_SPLITS = 2
 
 
 class Product(Protocol):
@@ -109,8 +112,8 @@ class Buffers:
     """Of each of GROUPS: fp32 (rows, parts, modules, ranks)."""
     partials: Partials
 
-    def narrowed(self, rows: int, splits: int, ranks: int) -> Buffers:
-        """The same memory for fewer rows and ranks."""
+    def narrowed(self, rows: int, splits: int, low: Sequence[Tensor]) -> Buffers:
+        """The same memory for fewer rows, with other memory for `low`."""
 
         def shaped(whole: Tensor, *shape: int) -> Tensor:
             return whole.flatten()[: torch.Size(shape).numel()].view(shape)
@@ -124,8 +127,8 @@ class Buffers:
             self.gate_up[:rows],
             self.gated[:rows],
             [
-                shaped(low, rows, parts_for(rows, x.shape[1]), low.shape[2], ranks)
-                for low, x in zip(self.low, inputs, strict=True)
+                shaped(whole, rows, parts_for(rows, x.shape[1]), *whole.shape[2:])
+                for whole, x in zip(low, inputs, strict=True)
             ],
             Partials(*(shaped(p, rows, p.shape[1], splits, *p.shape[3:]) for p in self.partials)),
         )
@@ -136,9 +139,10 @@ def parts_for(rows: int, width: int) -> int:
     return min(MOST_PARTS, -(-width // (256 if rows <= 8 else 512)))
 
 
-def splits_for(rows: int, kv_heads: int) -> int:
-    """Parts that a sequence is split into."""
-    return max(1, min(MOST_SPLITS, PROGRAMS // (rows * kv_heads)))
+def splits_for(rows: int, kv_heads: int, tokens: int) -> int:
+    """Parts that each sequence is split into, the longest of which has so many tokens."""
+    more = MORE_SPLITS if tokens > LONG_SEQUENCE else 1
+    return max(1, min(more * MOST_SPLITS, more * PROGRAMS // (rows * kv_heads)))
 
 
 @dataclass(frozen=True)

@@ -143,16 +143,21 @@ def test_an_adapter_is_held_until_no_step_reads_it(base: Path, adapter: Path) ->
     assert_nothing_held(engine)
 
 
-def test_a_step_that_cannot_be_launched_ends_its_requests_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["step", "set_pages"])
+def test_a_step_that_cannot_be_launched_ends_its_requests_alone(
+    base: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Whether it fails itself or where its pages are taken note of."""
     engine = engine_for(base)
     expected = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
     decoder = with_decoder(engine)
     events: list[Event] = []
-    submit(engine, greedy(), events.append)
+    # Its third step in flight is the first token on a second page.
+    submit(engine, greedy(PROMPT[:14]), events.append)
     for _ in range(3):
         engine.step()
     with monkeypatch.context() as patched:
-        patched.setattr(decoder, "step", lambda: 1 / 0)
+        patched.setattr(decoder, broken, lambda *_: 1 / 0)
         engine.step()
     assert [type(event) for event in events] == [Output, Output, EngineFailure]
     assert not engine.step()

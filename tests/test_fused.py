@@ -39,12 +39,14 @@ def save_all(family: str, folder: Path) -> tuple[Path, dict[str, Path]]:
 
 @pytest.mark.parametrize("family", FAMILIES if torch.cuda.is_available() else ["qwen2", "qwen3"])
 def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a sequence has grown so long that it is split into more parts."""
     base, folders = save_all(family, tmp_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         # Triton's interpreter takes milliseconds for each program.
         monkeypatch.setattr("lorarep_runtime.fused.MOST_PARTS", 2)
-        monkeypatch.setattr("lorarep_runtime.fused.MOST_SPLITS", 2)
+        monkeypatch.setattr("lorarep_runtime.fused.MOST_SPLITS", 1)
+    monkeypatch.setattr("lorarep_runtime.fused.LONG_SEQUENCE", 16)
     config = BaseConfig(str(base), dtype="float32", device=device)
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
     for name, folder in folders.items():
@@ -53,14 +55,16 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
     decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
     names = ("overlap False", "reordering True", None)
     leases = [engine.adapters.lease([(name, 1.0)] if name else []) for name in names]
-    texts = [[*PROMPT[: 3 + 7 * i], 5 * i, 5 * i + 1] for i in range(len(leases))]
+    texts = [[*PROMPT[: 3 + 6 * i], 5 * i, 5 * i + 1] for i in range(len(leases))]
     spans = []
     for lease, text in zip(leases, texts, strict=True):
         table = PageTable(engine.pool, len(lease.stack))
-        assert table.grow(len(text))
+        assert table.grow(len(text) - 1)
         fill(engine, lease, text[:-2], table)
         spans.append(Span(text[-2:-1], len(text) - 2, lease.stack, with_table(lease, engine), table))
+    splits = []
     for step in range(2):
+        assert all(span.table.grow(span.length + step) for span in spans)
         decoder.set_rows(
             [
                 replace(span, tokens=[text[step - 2]], context=span.context + step)
@@ -68,9 +72,37 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
             ]
         )
         _, logits = decoder.step()
+        splits.append(decoder._graph.shape.splits)
         for lease, text, row in zip(leases, texts, logits, strict=True):
             expected = engine.logits(text[: len(text) - 1 + step], lease)[-1]
             torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+    assert splits[1] == 2 * splits[0]
+
+
+def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flights do, who tell the decoder of a page that the sequence has grown by and of nothing else."""
+    monkeypatch.setattr("lorarep_runtime.fused.MOST_PARTS", 1)
+    monkeypatch.setattr("lorarep_runtime.fused.MOST_SPLITS", 1)
+    monkeypatch.setattr("lorarep_runtime.fused.LONG_SEQUENCE", 16)
+    base = save_base("qwen2", tmp_path / "base")
+    config = BaseConfig(str(base), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
+    decoder = Decoder(engine.base, engine.pool, max_rows=1, max_tokens=64)
+    lease = engine.adapters.lease([])
+    text, table = list(PROMPT[:14]), PageTable(engine.pool, len(lease.stack))
+    assert table.grow(len(text))
+    fill(engine, lease, text[:-1], table)
+    decoder.set_rows([Span(text[-1:], len(text) - 1, lease.stack, None, table)])
+    splits = []
+    for _ in range(4):
+        if table.missing(len(text)):
+            assert table.grow(len(text))
+            decoder.set_pages(0)
+        tokens, _ = decoder.step()
+        splits.append(decoder._graph.shape.splits)
+        assert int(tokens[0]) == int(engine.logits(text, lease)[-1].argmax())
+        text.append(int(tokens[0]))
+    assert splits == [1, 1, 1, 2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,7 +153,10 @@ def with_table(lease: Lease, engine: Engine):
 if torch.cuda.is_available():
 
     @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-    def test_tokens_are_the_likeliest_to_the_layers(quantization: str, tmp_path: Path) -> None:
+    def test_tokens_are_the_likeliest_to_the_layers(
+        quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lorarep_runtime.fused.LONG_SEQUENCE", 32)
         base, folders = save_all("mistral", tmp_path)
         config = BaseConfig(str(base), quantization=quantization, dtype="bfloat16", device="cuda")
         engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=64 << 20)))

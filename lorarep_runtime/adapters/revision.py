@@ -14,6 +14,7 @@ from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.adapters.tiers import Resident
 from lorarep_runtime.adapters.weights import (
     Adapter,
+    Header,
     Layout,
     check,
     compile_adapter,
@@ -42,6 +43,7 @@ class Checked:
 
     snapshot: Snapshot
     spec: AdapterSpec
+    header: Header
     layout: Layout
     stack: Stack
     digest: Future[str]
@@ -74,8 +76,9 @@ class AdapterFiles:
         weights = snapshot.folder / WEIGHTS_FILE
         spec = AdapterSpec.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(spec, stack)
-        layout = check(spec, read_header(weights), walked, self.base.modules, self.base.prefix)
-        return Checked(snapshot, spec, layout, walked, self._hashing.submit(file_digest, weights))
+        header = read_header(weights)
+        layout = check(spec, header, walked, self.base.modules, self.base.prefix)
+        return Checked(snapshot, spec, header, layout, walked, self._hashing.submit(file_digest, weights))
 
     def fetch(self, source: str, revision: str | None, progress: Progress | None = None) -> Snapshot:
         """As `hub.fetch`."""
@@ -89,8 +92,10 @@ class AdapterFiles:
         return compile_adapter(
             checked.snapshot.folder / WEIGHTS_FILE,
             checked.spec,
+            checked.header,
             checked.layout,
             checked.stack,
+            prefix=self.base.prefix,
             modules=tuple(self.base.modules),
             weight=self.base.weight,
             dtype=self.base.dtype,
@@ -136,7 +141,7 @@ class Revision(Resident):
         self.repository, self.commit = checked.snapshot.repository, checked.snapshot.commit
         self.stack = checked.stack
         self.kind = "dora" if checked.spec.use_dora else "lora"
-        self.rank = max(part.rank for part in checked.layout.values())
+        self.rank = max(form.rank for form in checked.layout.values())
         self.parameters = file_parameters(checked.layout)
         self._files = files
         self._stack_name = stack_name

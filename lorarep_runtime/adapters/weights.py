@@ -3,13 +3,18 @@
     y = c ⊙ (W x) + B (A x) + b
 
 LoRA (Hu et al., 2021) has no c; DoRA (Liu et al., 2024) has c = m / ‖W + s·B·A‖ by row, taken once, here.
+
+A module's entries at many positions are mostly alike and at equal distances in the file. So each such run is read,
+computed and written as one tensor: loads go on beside streams, which wait for the interpreter.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise, repeat
+from operator import sub
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +30,12 @@ from lorarep_runtime.stack import Stack
 
 FILE_PREFIX = "base_model.model."
 """What PEFT puts before a module's path."""
-DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64
 """Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
+
+MOST_ELEMENTS = 1 << 23
+"""Of a tensor of a run, so that computing with it takes little memory."""
 
 Key = tuple[int, str]
 """Position, and path of a linear module inside its layer, such as "self_attn.q_proj"."""
@@ -40,20 +48,48 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Part(NamedTuple):
-    """What a file holds for one module at one position."""
+Header = Mapping[str, TensorInfo]
+"""All tensors of a file by name, in the order in which they lie there without gaps."""
 
-    path: str
-    """Of the module in the stacked model, as the file's names have it."""
+
+class Form(NamedTuple):
+    """What there is of one module at one position."""
+
     rank: int
     shape: tuple[int, int]
     """(out, in)"""
     has_c: bool
     has_bias: bool
 
+    @property
+    def pieces(self) -> Sequence[tuple[int, ...]]:
+        """Shapes of what an entry holds in memory: A, Bᵀ, c, bias."""
+        out, into = self.shape
+        return (self.rank, into), (self.rank, out), *[(out,)] * (self.has_c + self.has_bias)
 
-Layout = Mapping[Key, Part]
+
+Layout = Mapping[Key, Form]
 """All that an adapter consists of."""
+
+
+class Block(NamedTuple):
+    """Entries of one module that are alike, side by side in memory: the A of all of them, then each Bᵀ, c and bias."""
+
+    module: str
+    positions: Sequence[int]
+    form: Form
+    start: int
+    """Element of the storage."""
+
+    def pieces(self, storage: Tensor) -> list[Tensor]:
+        """A (positions, rank, in), Bᵀ (positions, rank, out), and c and bias (positions, out) if it has them."""
+        views, at = [], self.start
+        for shape in self.form.pieces:
+            size = len(self.positions) * _padded(shape)
+            rows = storage[at : at + size].view(len(self.positions), -1)
+            views.append(rows[:, : torch.Size(shape).numel()].unflatten(1, shape))
+            at += size
+        return views
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +102,8 @@ class Adapter:
     entries: Mapping[Key, Entry]
     storage: Tensor
     """(elements), the memory of all entries."""
+    blocks: Sequence[Block]
+    """How they lie there."""
     table: Tensor | None
     """The entry table of `kernels.rows`, on an accelerator."""
     kind: str
@@ -80,8 +118,8 @@ class Adapter:
         return self.storage.nbytes + (0 if self.table is None else self.table.nbytes)
 
 
-def read_header(file: Path) -> Mapping[str, TensorInfo]:
-    """The tensors of a safetensors file, by name; reads its header alone.
+def read_header(file: Path) -> Header:
+    """The tensors of a safetensors file; reads its header alone.
 
     https://huggingface.co/docs/safetensors: the library checks the header and that it covers the file exactly.
 
@@ -91,7 +129,7 @@ def read_header(file: Path) -> Mapping[str, TensorInfo]:
     try:
         with safe_open(file, framework="pt") as opened:
             header = {}
-            for name in opened.keys():  # noqa: SIM118 (it has no __iter__)
+            for name in opened.offset_keys():
                 piece = opened.get_slice(name)
                 header[name] = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
             return header
@@ -101,7 +139,7 @@ def read_header(file: Path) -> Mapping[str, TensorInfo]:
 
 def check(
     spec: AdapterSpec,
-    header: Mapping[str, TensorInfo],
+    header: Header,
     stack: Stack,
     modules: Mapping[str, tuple[int, int]],
     prefix: str,
@@ -117,24 +155,15 @@ def check(
         FailedPrecondition: naming a tensor that is missing, surplus, of another shape or of a dtype that is no float.
         InvalidArgument: a pattern of the config cannot be matched.
     """
-    layout: dict[Key, Part] = {}
+    layout: dict[Key, Form] = {}
     expected: dict[str, tuple[int, ...]] = {}
     for position in range(len(stack)):
-        for module, (out, into) in modules.items():
+        for module, matrix in modules.items():
             path = f"{prefix}.{position}.{module}"
             if spec.targets(path):
-                part = Part(path, spec.rank(path), (out, into), spec.use_dora, spec.lora_bias)
-                layout[position, module] = part
-                expected |= {
-                    _name(path, kind): shape
-                    for kind, shape, present in (
-                        ("lora_A.weight", (part.rank, into), True),
-                        ("lora_B.weight", (out, part.rank), True),
-                        ("lora_B.bias", (out,), part.has_bias),
-                        ("lora_magnitude_vector", (out,), part.has_c),
-                    )
-                    if present
-                }
+                layout[position, module] = form = Form(spec.rank(path), matrix, spec.use_dora, spec.lora_bias)
+                for kind, shape in _tensors(form):
+                    expected[_name(path, kind)] = shape
     if surplus := sorted(header.keys() - expected.keys()):
         raise FailedPrecondition(f"{surplus[0]}: is in the file, and nothing in the config speaks of it")
     if not layout:
@@ -149,18 +178,19 @@ def check(
     return layout
 
 
+def _tensors(form: Form) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Kinds and shapes of what a file holds for a module."""
+    out, into = form.shape
+    yield "lora_A.weight", (form.rank, into)
+    yield "lora_B.weight", (out, form.rank)
+    if form.has_bias:
+        yield "lora_B.bias", (out,)
+    if form.has_c:
+        yield "lora_magnitude_vector", (out,)
+
+
 def _name(path: str, kind: str) -> str:
     return f"{FILE_PREFIX}{path}.{kind}"
-
-
-def _pieces(part: Part) -> Iterator[tuple[int, ...]]:
-    """Shapes of what an entry holds in memory: A, Bᵀ, c, bias."""
-    out, into = part.shape
-    yield part.rank, into
-    yield part.rank, out
-    for present in (part.has_c, part.has_bias):
-        if present:
-            yield (out,)
 
 
 def _padded(shape: Sequence[int]) -> int:
@@ -170,34 +200,94 @@ def _padded(shape: Sequence[int]) -> int:
 
 def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
     """Bytes that a compiled adapter takes on the device."""
-    return dtype.itemsize * sum(_padded(shape) for part in layout.values() for shape in _pieces(part))
+    return dtype.itemsize * sum(_padded(shape) for form in layout.values() for shape in form.pieces)
 
 
 def file_parameters(layout: Layout) -> int:
     """Numbers in the file."""
-    return sum(torch.Size(shape).numel() for part in layout.values() for shape in _pieces(part))
+    return sum(torch.Size(shape).numel() for form in layout.values() for shape in form.pieces)
 
 
-def _allocate(layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[Key, Entry]]:
-    """Zeros for a layout, and the entries that are views of them."""
-    storage = torch.zeros(storage_bytes(layout, dtype) // dtype.itemsize, dtype=dtype, device=device)
-    entries, at = {}, 0
-    for key, part in layout.items():
-        views = []
-        for shape in _pieces(part):
-            views.append(storage[at : at + torch.Size(shape).numel()].view(shape))
-            at += _padded(shape)
-        a, b, *rest = views
-        entries[key] = Entry(a, b.T, rest.pop(0) if part.has_c else None, rest.pop(0) if part.has_bias else None)
-    return storage, entries
+def _blocks(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
+    """A layout's entries in memory; alike ones in the order of their keys."""
+    alike: dict[tuple[str, Form], list[int]] = defaultdict(list)
+    for position, module in keys:
+        alike[module, layout[position, module]].append(position)
+    sizes = [len(p) * sum(map(_padded, form.pieces)) for (_, form), p in alike.items()]
+    starts = accumulate(sizes, initial=0)
+    return [Block(module, p, form, start) for ((module, form), p), start in zip(alike.items(), starts, strict=False)]
+
+
+def _zeros(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = sum(len(block.positions) * sum(map(_padded, block.form.pieces)) for block in blocks)
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+def _entries(storage: Tensor, blocks: Sequence[Block]) -> dict[Key, Entry]:
+    """Views of the storage."""
+    entries: dict[Key, Entry] = {}
+    for block in blocks:
+        a, b, *rest = block.pieces(storage)
+        c: Iterable[Tensor | None] = rest.pop(0).unbind() if block.form.has_c else repeat(None)
+        bias: Iterable[Tensor | None] = rest.pop(0).unbind() if block.form.has_bias else repeat(None)
+        views = map(Entry, a.unbind(), b.mT.unbind(), c, bias)
+        entries.update(zip(((position, block.module) for position in block.positions), views, strict=True))
+    return entries
+
+
+class _Place(NamedTuple):
+    """Where a file has an entry's tensors, each as `_tensors` lists them."""
+
+    scale: float
+    dtypes: tuple[torch.dtype, ...]
+    starts: tuple[int, ...]
+    """Bytes."""
+
+
+def _runs(places: Sequence[_Place], most: int) -> Iterator[range]:
+    """Parts of a block that are alike and at equal distances in the file, of so many entries at most."""
+    steps = [tuple(map(sub, b.starts, a.starts)) for a, b in pairwise(places)]
+    begin = 0
+    for end, step in enumerate(steps, 1):
+        alike = places[end][:2] == places[begin][:2] and step == steps[begin] and min(step) > 0
+        if not alike or end - begin == most:
+            yield range(begin, end)
+            begin = end
+    yield range(begin, len(places))
+
+
+def _read(data: Tensor, places: Sequence[_Place], kind: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """fp32 (entries, *shape), one kind of a run's tensors. data: the file's bytes."""
+    dtype, start = places[0].dtypes[kind], places[0].starts[kind]
+    size = torch.Size(shape).numel() * dtype.itemsize
+    step = places[1].starts[kind] - start if len(places) > 1 else size
+    there = torch.empty(len(places), size, dtype=torch.uint8, device=device)
+    there.copy_(data.as_strided(there.shape, (step, 1), start))
+    return there.view(dtype).view(-1, *shape).float()
+
+
+def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
+    """The bytes of a checked file, and where each tensor begins."""
+    sizes = [torch.Size(info.shape).numel() * DTYPES[info.dtype].itemsize for info in header.values()]
+    try:
+        with file.open("rb") as opened:
+            body = 8 + int.from_bytes(opened.read(8), "little")
+        if file.stat().st_size != body + sum(sizes):
+            raise DataLoss(f"{file.name}: is not what it was when it was checked")
+        data = torch.from_file(str(file), shared=False, size=body + sum(sizes), dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise DataLoss(f"{file.name}: {error}") from error
+    return data, dict(zip(header, accumulate(sizes, initial=body), strict=False))
 
 
 def compile_adapter(
     file: Path,
     spec: AdapterSpec,
+    header: Header,
     layout: Layout,
     stack: Stack,
     *,
+    prefix: str,
     modules: Sequence[str],
     weight: Callable[[int, str], Tensor],
     dtype: torch.dtype,
@@ -207,7 +297,8 @@ def compile_adapter(
     """Reads a checked file and computes each entry in fp32, then casts it.
 
     Args:
-        layout: as `check` gave it for this file.
+        header, layout: as `read_header` and `check` gave them for this file.
+        prefix: as for `check`.
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
         weight: gives the fp32 weight (out, in) of (layer, module), for DoRA's norm.
         dtype, device: of the activations.
@@ -217,57 +308,74 @@ def compile_adapter(
         FailedPrecondition: a tensor holds NaN or infinity, or does in `dtype`.
         DataLoss: the file cannot be read.
     """
-    storage, entries = _allocate(layout, dtype, device)
-    # Positions that share a weight, side by side: it is dequantized once.
-    groups: dict[tuple[int, str], list[int]] = defaultdict(list)
-    for position, module in layout:
-        groups[stack[position], module].append(position)
+    data, starts = _mapped(file, header)
+
+    def path(key: Key) -> str:
+        return f"{prefix}.{key[0]}.{key[1]}"
+
+    def place(key: Key) -> _Place:
+        names = [_name(path(key), kind) for kind, _ in _tensors(layout[key])]
+        dtypes = tuple(DTYPES[header[name].dtype] for name in names)
+        return _Place(spec.scaling(path(key)), dtypes, tuple(starts[name] for name in names))
+
+    places = {key: place(key) for key in layout}
+    blocks = _blocks(layout, sorted(layout, key=lambda key: places[key].starts))
+    storage = _zeros(blocks, dtype, device)
     done = 0
-    try:
-        with safe_open(file, framework="pt") as opened:
 
-            def read(path: str, kind: str) -> Tensor:
-                tensor: Tensor = opened.get_tensor(_name(path, kind))
-                return tensor.to(device, torch.float32)
+    def tell(entries: int) -> None:
+        nonlocal done
+        done += entries
+        if progress is not None:
+            progress("compile", done, len(layout))
 
-            for (layer, module), positions in groups.items():
-                base = weight(layer, module) if spec.use_dora else None
-                for position in positions:
-                    part, entry = layout[position, module], entries[position, module]
-                    scale = spec.scaling(part.path)
-                    a, b = read(part.path, "lora_A.weight"), read(part.path, "lora_B.weight")
-                    if entry.c is not None and base is not None:
-                        norm = torch.linalg.vector_norm(torch.addmm(base, b, a, alpha=scale), dim=1)
-                        c = read(part.path, "lora_magnitude_vector") / norm
-                        entry.c.copy_(c)
-                        b *= c.unsqueeze(1)
-                    entry.A.copy_(a)
-                    entry.B.copy_(b * scale)
-                    if entry.bias is not None:
-                        entry.bias.copy_(read(part.path, "lora_B.bias") * scale)
-                    done += 1
-                    if progress is not None:
-                        progress("compile", done, len(layout))
-    except (SafetensorError, OSError) as error:
-        raise DataLoss(f"{file.name}: {error}") from error
-    if not storage.isfinite().all():
-        bad = next(key for key, entry in entries.items() if not all(t.isfinite().all() for t in entry if t is not None))
-        raise FailedPrecondition(f"{FILE_PREFIX}{layout[bad].path}: holds NaN or infinity, or does in {dtype}")
-    return _adapter(stack, layout, storage, entries, modules, file_parameters(layout))
+    for block in blocks:
+        pieces, kinds = block.pieces(storage), list(_tensors(block.form))
+        found = [places[position, block.module] for position in block.positions]
+        most = MOST_ELEMENTS // max(torch.Size(shape).numel() for _, shape in kinds)
+        for run in _runs(found, max(1, most)):
+            here = found[run.start : run.stop]
+            a, b, *rest = (_read(data, here, i, shape, device) for i, (_, shape) in enumerate(kinds))
+            to_a, to_b, *others = (piece[run.start : run.stop] for piece in pieces)
+            scale = here[0].scale
+            if block.form.has_c:
+                # Positions that share a weight, side by side: it is dequantized once.
+                layers: dict[int, list[int]] = defaultdict(list)
+                for i, position in enumerate(block.positions[run.start : run.stop]):
+                    layers[stack[position]].append(i)
+                c = rest.pop()
+                for layer, shared in layers.items():
+                    base = weight(layer, block.module)
+                    for i in shared:
+                        c[i] /= torch.linalg.vector_norm(torch.addmm(base, b[i], a[i], alpha=scale), dim=1)
+                    tell(len(shared))
+                others.pop(0).copy_(c)
+                b *= c.unsqueeze(2)
+            else:
+                tell(len(run))
+            to_a.copy_(a)
+            to_b.copy_(b.mul_(scale).mT)
+            if block.form.has_bias:
+                others[0].copy_(rest[0].mul_(scale))
+    entries = _entries(storage, blocks)
+    if not all(extreme.isfinite() for extreme in storage.aminmax()):  # NaN is both
+        bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
+        raise FailedPrecondition(f"{FILE_PREFIX}{path(bad)}: holds NaN or infinity, or does in {dtype}")
+    return _adapter(stack, storage, blocks, entries, modules, file_parameters(layout))
 
 
 def _adapter(
     stack: Stack,
-    layout: Layout,
     storage: Tensor,
+    blocks: Sequence[Block],
     entries: Mapping[Key, Entry],
     modules: Sequence[str],
     parameters: int,
 ) -> Adapter:
-    kind = "dora" if any(part.has_c for part in layout.values()) else "lora"
+    kind = "dora" if any(block.form.has_c for block in blocks) else "lora"
     table = entry_table(entries, len(stack), modules).to(storage.device) if storage.is_cuda else None
-    rank = max(part.rank for part in layout.values())
-    return Adapter(stack, tuple(modules), entries, storage, table, kind, rank, parameters)
+    rank = max(block.form.rank for block in blocks)
+    return Adapter(stack, tuple(modules), entries, storage, blocks, table, kind, rank, parameters)
 
 
 def moved(adapter: Adapter, device: torch.device) -> Adapter:
@@ -276,14 +384,7 @@ def moved(adapter: Adapter, device: torch.device) -> Adapter:
     pinned = device.type == "cpu" and source.is_cuda
     storage = torch.empty(source.shape, dtype=source.dtype, device=device, pin_memory=pinned)
     storage.copy_(source, non_blocking=True)
-
-    def there(view: Tensor) -> Tensor:
-        return storage.as_strided(view.shape, view.stride(), view.storage_offset())
-
-    entries = {
-        key: Entry(there(a), there(b), None if c is None else there(c), None if bias is None else there(bias))
-        for key, (a, b, c, bias) in adapter.entries.items()
-    }
+    entries = _entries(storage, adapter.blocks)
     table = entry_table(entries, len(adapter.stack), adapter.modules).to(device) if storage.is_cuda else None
     return replace(adapter, storage=storage, entries=entries, table=table)
 
@@ -299,8 +400,7 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
         for key, entry in adapter.entries.items():
             sources[key].append((entry, share))
     layout = {
-        key: Part(
-            "",
+        key: Form(
             sum(entry.A.shape[0] for entry, _ in found),
             (found[0][0].B.shape[0], found[0][0].A.shape[1]),
             any(entry.c is not None for entry, _ in found),
@@ -308,8 +408,9 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
         )
         for key, found in sources.items()
     }
-    first = parts[0][0]
-    storage, entries = _allocate(layout, first.storage.dtype, first.storage.device)
+    first, blocks = parts[0][0], _blocks(layout, layout)
+    storage = _zeros(blocks, first.storage.dtype, first.storage.device)
+    entries = _entries(storage, blocks)
     for key, found in sources.items():
         entry = entries[key]
         torch.cat([part.A for part, _ in found], out=entry.A)
@@ -328,4 +429,4 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
         if entry.bias is not None:
             entry.bias.copy_(bias)
     parameters = sum(adapter.parameters for adapter, _ in parts)
-    return _adapter(first.stack, layout, storage, entries, modules, parameters)
+    return _adapter(first.stack, storage, blocks, entries, modules, parameters)

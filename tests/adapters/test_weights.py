@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorarep_runtime.adapters import revision
 from lorarep_runtime.adapters.weights import read_header
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
+from lorarep_runtime.kernels.rows import Entry
 from lorarep_runtime.reference import stacked
 from tests.engines import PROMPT, engine_for
 from tests.models import load_base, reference_logits, save_adapter, save_base, stack_of, without_replication
@@ -138,6 +141,55 @@ def test_hostile_files_are_data_loss(content: bytes, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(DataLoss):
         read_header(file)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_tensors_may_lie_anywhere_in_a_file(base: Path, tmp_path: Path, kind: str, monkeypatch) -> None:
+    """In any order, of several types, at odd addresses; all at once or in parts."""
+    asked = dict(r=4, rank_pattern={"layers.1.self_attn.q_proj": 3}, target_modules=["q_proj", "o_proj"])
+    folder = save_adapter(base, tmp_path / "adapter", use_dora=kind == "dora", layer_replication=MAP, **asked)
+    engine = engine_for(base, adapters={"sorted": folder}, kv_bytes=1 << 20)
+    file = folder / "adapter_model.safetensors"
+    tensors = list(load_file(file).items())
+    random.Random(0).shuffle(tensors)
+    header, body = {}, b""
+    for i, (name, tensor) in enumerate(tensors):
+        content = (tensor.double() if i % 3 == 0 else tensor).numpy().tobytes()
+        dtype, offsets = "F64" if i % 3 == 0 else "F32", [len(body), len(body) + len(content)]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        body += content
+    text = json.dumps(header).encode()
+    file.write_bytes(attack(text + b" " * (1 - len(text) % 2), body))
+    engine.adapters.load("shuffled", str(folder), trusted=True)
+    monkeypatch.setattr("lorarep_runtime.adapters.weights.MOST_ELEMENTS", 300)
+    engine.adapters.load("in parts", str(folder), trusted=True)
+    expected, *others = (entries(engine, name) for name in ("sorted", "shuffled", "in parts"))
+    for other in others:
+        assert other.keys() == expected.keys()
+        for key, entry in expected.items():
+            for ours, theirs in zip(other[key], entry, strict=True):
+                assert theirs is None if ours is None else torch.equal(ours, theirs)
+
+
+def entries(engine: Engine, name: str) -> Mapping[tuple[int, str], Entry]:
+    lease = engine.adapters.lease([(name, 1.0)])
+    lease.wait()
+    assert lease.adapter is not None
+    return lease.adapter.entries
+
+
+def test_a_file_that_has_changed_since_it_was_checked_is_data_loss(engine: Engine, changed, monkeypatch) -> None:
+    folder = changed(lambda tensors: None)
+
+    def cut(stage: str, done: int, total: int) -> None:
+        if stage == "check":
+            checked = read_header(file)
+            monkeypatch.setattr(revision, "read_header", lambda _: checked)
+            file.write_bytes(file.read_bytes()[:-1])
+
+    file = folder / "adapter_model.safetensors"
+    with pytest.raises(DataLoss, match="not what it was"):
+        engine.adapters.load("cut", str(folder), trusted=True, progress=cut)
 
 
 def test_a_damaged_copy_leaves_the_good_one(engine: Engine, saved: Path, changed) -> None:

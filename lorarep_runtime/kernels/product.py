@@ -105,8 +105,9 @@ class Spread:
         return -(-tiles // self.cta_tiles // self.rounds(tiles)) * self.cluster
 
     def cost(self, tiles: int, chunks: int) -> int:
-        """Tiles times chunks that a multiprocessor multiplies."""
-        return self.rounds(tiles) * self.ctas * self.cta_tiles * (-(-chunks // self.cluster))
+        """Tiles times chunks that a multiprocessor multiplies, and what else takes as long."""
+        work = self.ctas * self.cta_tiles * -(-chunks // self.cluster)
+        return self.rounds(tiles) * (work + ROUND_COST)
 
     def places(self, columns: int, rows: int, modules: int, rank_segment: int) -> Places:
         """Shared memory of a CTA."""
@@ -137,6 +138,8 @@ class Places(NamedTuple):
     end: int
 
 
+ROUND_COST = 250
+"""Of beginning and finishing tiles, in tiles times chunks."""
 MOST_CLUSTER = 8
 """CTAs of the largest cluster that every device takes."""
 SHARED_BYTES = 227 << 10

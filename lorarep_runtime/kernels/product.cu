@@ -20,6 +20,20 @@ typedef unsigned short u16;
 typedef unsigned long long u64;
 typedef long long i64;
 
+#define ENTRY 5
+#define CHUNK 64
+#define ROWS (EIGHTS * 8)
+#define AHEAD (EIGHTS == 1 ? 8 : 16)  // loads of B that a thread has on their way
+#define WGMMA (EIGHTS > 1)
+#if KIND == 4
+#define PLANES 1
+#define STEP 32  // from one chunk to the next, in 16 bytes
+#else
+#define PLANES (KIND / 4)
+#define STEP (KIND / 2)
+#endif
+#define TABLE 0x8000  // address in shared memory, after what Python calls GAP_BYTES; its low bits are free for an index
+
 struct Group {                // modules that read the same x, their weights one under the other
     const uint4* weights;     // NF4: (tiles, chunks, 32), else (outputs, columns)
     const float* scales;      // NF4: (tiles, chunks, 8, 2), rows g and g + 8; int8: (outputs), the largest of each row
@@ -37,13 +51,20 @@ struct Group {                // modules that read the same x, their weights one
     int add;                  // whether y is added to (a residual) rather than written
     int tiles_per_cta, rank_segment;
     int share;                // of a CTA's outputs, how many each CTA of a cluster finishes; a multiple of four
-    int ahead;                // chunks of each tile that are fetched to the L2 cache beforehand
     int x_at, sums_at, entries_at;  // in shared memory, bytes
 };
 
 struct Entry {  // of one row's adapter for one module; a rank of -1 is a row that passes through
     const u16 *B, *c, *bias;
     i64 rank;
+};
+
+struct Task {  // of a lane: four outputs of a row, or every few ranks of them
+    u16* y;  // null where there is nothing to do
+    const float *sums, *low;
+    int ranks, splits, split;  // of the adapter; among so many lanes, whose number this is
+    bool has_c;
+    uint2 c, plus[3], b[AHEAD];  // bf16
 };
 
 struct Output {  // which module an output of the group belongs to, its place there, and the module's outputs
@@ -56,20 +77,6 @@ struct Output {  // which module an output of the group belongs to, its place th
     }
 };
 
-#define ENTRY 5
-#define CHUNK 64
-#define ROWS (EIGHTS * 8)
-#define AHEAD (EIGHTS == 1 ? 8 : 16)  // loads of B that a thread has on their way
-#define WGMMA (EIGHTS > 1)
-#if KIND == 4
-#define PLANES 1
-#define STEP 32  // from one chunk to the next, in 16 bytes
-#else
-#define PLANES (KIND / 4)
-#define STEP (KIND / 2)
-#endif
-#define TABLE 0x8000  // address in shared memory, after what Python calls GAP_BYTES; its low bits are free for an index
-
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -81,7 +88,7 @@ __device__ __forceinline__ void widen(float (&v)[4], uint2 bits) {
     v[2] = __uint_as_float(bits.y << 16), v[3] = __uint_as_float(bits.y & 0xffff0000);
 }
 
-__device__ __forceinline__ void load4(float (&v)[4], const u16* p) { widen(v, *reinterpret_cast<const uint2*>(p)); }
+__device__ __forceinline__ uint2 load4(const u16* p) { return *reinterpret_cast<const uint2*>(p); }
 
 // Weights go first when the L2 cache needs room: what is prefetched there, and activations, are read again.
 __device__ __forceinline__ u64 read_once() {
@@ -114,10 +121,6 @@ __device__ __forceinline__ void store_shared(u32 address, u32 v) {
 }
 
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-
-__device__ __forceinline__ void prefetch(const void* p, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes) : "memory");
-}
 
 // 16 bytes from global to shared memory while other work goes on; zeros where `bytes` is 0.
 __device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
@@ -260,22 +263,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
         for (int i = 0; i < TILES; i++)
             if (KIND == 8) scale[0][i] = make_float2(s[i][0] * (1.0f / 127), s[i][8] * (1.0f / 127));
     };
-    auto fetch_ahead = [&](int from) {  // to the L2 cache
-        const int ahead = min(G.ahead, chunks - from);
-        if (ahead <= 0) return;
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-            if (KIND == 4) {
-                if (lane == 0) prefetch(w[i] + from * STEP, ahead * STEP * 16);
-                if (lane == 0) prefetch(s[i] + from * 16, ahead * 64);
-            } else if (t == 0) {
-                prefetch(w[i] + from * STEP, ahead * STEP * 16);
-                prefetch(w[i] + 8 * row + from * STEP, ahead * STEP * 16);
-            }
-        }
-    };
     // Weights do not depend on what came before: the first ones are on their way while it ends.
-    point(), start(), fetch_ahead(DEPTH);
+    point(), start();
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 
@@ -330,15 +319,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
     };
     auto sum_low = [&](int from) {
         const int ranks = min(__reduce_max_sync(~0u, ranks_of_row()) - from, G.rank_segment);
-        const i64 stride = i64(G.modules) * G.ranks;
-        for (int i = threadIdx.x; i < G.rows * G.modules * ranks; i += THREADS) {
-            const int at = i / ranks, j = i % ranks;
-            if (from + j >= entries[at].rank) continue;
-            const float* part = G.low + i64(at / G.modules) * G.parts * stride + at % G.modules * G.ranks + from + j;
-            float sum = 0;
-#pragma unroll 8
-            for (int p = 0; p < G.parts; p++) sum += part[p * stride];
-            low[at * G.rank_segment + j] = sum;
+        const int stride = G.modules * G.ranks, all = G.rows * G.modules * ranks;
+        for (int i = threadIdx.x; i < all; i += 4 * THREADS) {  // four at a time: each waits for memory
+            const float* part[4];
+            bool there[4];
+            float sum[4] = {};
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                const int at = (i + u * THREADS) / ranks, j = (i + u * THREADS) % ranks;
+                there[u] = i + u * THREADS < all && from + j < entries[at].rank;
+                part[u] = G.low + i64(at / G.modules) * G.parts * stride + at % G.modules * G.ranks + from + j;
+            }
+#pragma unroll 4
+            for (int p = 0; p < G.parts; p++)
+#pragma unroll
+                for (int u = 0; u < 4; u++)
+                    if (there[u]) sum[u] += part[u][p * stride];
+#pragma unroll
+            for (int u = 0; u < 4; u++)
+                if (there[u])
+                    low[(i + u * THREADS) / ranks * G.rank_segment + (i + u * THREADS) % ranks] = sum[u];
         }
     };
 
@@ -407,33 +407,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
                 for (int q = 0; q < 4; q++) sums[i][e][q] = 0;
         int left = chunks;
 #if WGMMA
-        // Half a chunk is multiplied while the next one's A is made, so a chunk is finished (scaled, its registers loaded anew)
-        // in the middle of the next. PTX's matrix descriptor: eights of rows are 1024 bytes apart, 128-byte swizzle.
+        // A chunk is multiplied while the next one's A is made; then it is finished: scaled, its registers loaded anew. PTX's matrix descriptor: eights of rows are 1024 bytes apart, 128-byte swizzle.
         static_assert(TILES == 1 && DEPTH % 2 == 0, "");
         u64 x_at = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
         float parts[2][TILES][EIGHTS][4] = {};
-        u32 a[2][8];
-        auto multiply = [&](int d, int half) {
-            fragments(a[half], bytes[d][0], half);
+        u32 a[2][2][8];
+        auto multiply = [&](int d) {
+            fragments(a[d % 2][0], bytes[d][0], 0), fragments(a[d % 2][1], bytes[d][0], 1);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int k = 0; k < 2; k++)
-                wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], a[half] + 4 * k, x_at + d * ROWS * 8 + half * 4 + k * 2,
-                      KIND != 4 || half + k > 0);
+            for (int k = 0; k < 4; k++)
+                wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], a[d % 2][k / 2] + k % 2 * 4, x_at + d * ROWS * 8 + k * 2,
+                      KIND != 4 || k > 0);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         };
         auto finish = [&](int d) {
-            pin(KIND == 4 ? parts[d % 2][0] : sums[0]);
-            if (KIND == 4) add_scaled(d, parts[d % 2]);
+            if (KIND == 4) pin(parts[d % 2][0]), add_scaled(d, parts[d % 2]);
         };
         for (; left >= DEPTH; left -= DEPTH) {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
-                multiply(d, 0);
+                multiply(d);
                 await_wgmma<1>();
                 if (d > 0) finish(d - 1), load(d - 1, DEPTH, d - 1 + DEPTH < left);
-                multiply(d, 1);
-                await_wgmma<1>();
             }
             await_wgmma<0>();
             finish(DEPTH - 1), load(DEPTH - 1, DEPTH, DEPTH - 1 + DEPTH < left);
@@ -443,10 +439,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
 #pragma unroll
         for (int d = 0; d < DEPTH; d++)
             if (d < left) {
-                multiply(d, 0), multiply(d, 1);
+                multiply(d);
                 await_wgmma<0>();
                 finish(d);
             }
+        if (KIND != 4) pin(sums[0]);
 #else
         u32 x_at = x + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
         auto compute = [&](int d) {
@@ -493,11 +490,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
             }
 #endif
 
-        // The next tiles' weights are on their way to the L2 cache while these are finished: registers are needed.
         cta_tile += gridDim.x / size * G.tiles_per_cta;
         const bool more = cta_tile < G.tiles;
-        if (more) point(), fetch_ahead(0);
-
         // Each CTA finishes its share of the outputs: the others' sums go to where it is.
         asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all of them have begun, or read the last sums
         const u32 sums_at = u32(__cvta_generic_to_shared(sums_in));
@@ -512,13 +506,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
                                   sums[i][e][q]);
             }
         asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 
-        // A lane finishes four neighbouring outputs of a row; where its ranks are many, several lanes share them. So rows have
-        // different numbers of tasks for warps, and these are all equally long. Lane m counts those of row m.
-        const int row_ranks = ranks_of_row();
+        // A lane finishes four neighbouring outputs of a row; where its ranks are many, several lanes share them, so that all
+        // tasks are equally long. Lane m counts those of row m. A task's memory is on its way while the one before is finished.
+        const int row_ranks = min(ranks_of_row(), G.rank_segment);
         int sharing = 1;
-        while (sharing < 8 && sharing * AHEAD < row_ranks) sharing *= 2;
+        while (sharing * AHEAD < row_ranks) sharing *= 2;
         const int fours = min(share, G.tiles_per_cta * 16 - int(rank) * share) / 4;
         const int tasks = row_ranks < 0 || fours <= 0 ? 0 : (fours * sharing + 31) / 32;
         int tasks_before = tasks;
@@ -528,60 +521,75 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
         }
         const int all_tasks = __shfl_sync(~0u, tasks_before, 31);
         tasks_before -= tasks;
+        auto fetch = [&](int index, int from) {
+            Task T = {};
+            if (index >= all_tasks) return T;
+            const bool first = from == 0;
+            const int m = __popc(__ballot_sync(~0u, tasks_before + tasks <= index));
+            T.splits = __shfl_sync(~0u, sharing, m), T.split = lane % T.splits;
+            const int local = ((index - __shfl_sync(~0u, tasks_before, m)) * 32 + lane) / T.splits * 4;
+            const int n = first_output + local;
+            const Output at(G, min(n, end - 1));
+            const Entry entry = entries[m * G.modules + at.module];
+            const int ranks = min(int(entry.rank) - from, G.rank_segment);
+            if (local >= fours * 4 || n >= end || !(first || ranks > 0)) return T;
+            T.y = G.y + i64(m) * end + n;
+            T.sums = sums_in + m * share + local;
+            T.low = low + (m * G.modules + at.module) * G.rank_segment;
+            T.ranks = ranks;
+            T.has_c = first && entry.c;
+            if (T.has_c) T.c = load4(entry.c + at.inner);
+            if (T.split == 0) {
+                if (first && entry.bias) T.plus[0] = load4(entry.bias + at.inner);
+                if (first && G.base_bias) T.plus[1] = load4(G.base_bias + n);
+                if (!first || G.add) T.plus[2] = load4(T.y);
+            }
+            const u16* B = entry.B + i64(from + T.split) * at.out + at.inner;
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                if (T.split + i * T.splits < ranks) T.b[i] = load4(B + i64(i * T.splits) * at.out);
+            return T;
+        };
+        auto finish_task = [&](const Task& T, bool first) {
+            float v[4] = {}, wide[4];
+            if (T.y && first) {
+                for (u32 r = T.split; r < size; r += T.splits)
+                    for (int q = 0; q < 4; q++) v[q] += T.sums[r * ROWS * share + q];
+                widen(wide, T.c);
+                for (int q = 0; q < 4; q++) v[q] *= T.has_c ? wide[q] : 1;
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                if (T.split + i * T.splits < T.ranks) {
+                    widen(wide, T.b[i]);
+                    const float a = T.low[T.split + i * T.splits];
+                    for (int q = 0; q < 4; q++) v[q] += wide[q] * a;
+                }
+            for (int other = 1; other < T.splits; other *= 2)
+                for (int q = 0; q < 4; q++) v[q] += __shfl_xor_sync(~0u, v[q], other);
+            if (!T.y || T.split > 0) return;
+            for (int i = 0; i < 3; i++) {
+                widen(wide, T.plus[i]);
+                for (int q = 0; q < 4; q++) v[q] += wide[q];
+            }
+            *reinterpret_cast<uint2*>(T.y) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+        };
         for (int from = 0; from < G.ranks; from += G.rank_segment) {
             if (from > 0 || (!first_tiles && G.ranks > G.rank_segment)) {
                 __syncthreads();
                 sum_low(from);
                 __syncthreads();
             }
-            const bool first = from == 0;
-            for (int task = warp; task < all_tasks; task += THREADS / 32) {
-                const int m = __popc(__ballot_sync(~0u, tasks_before + tasks <= task));
-                const int splits = __shfl_sync(~0u, sharing, m), split = lane % splits;
-                const int four = ((task - __shfl_sync(~0u, tasks_before, m)) * 32 + lane) / splits;
-                const int local = four * 4, n = first_output + local;
-                const Output at(G, min(n, end - 1));
-                const Entry entry = entries[m * G.modules + at.module];
-                const int ranks = min(int(entry.rank) - from, G.rank_segment);
-                const bool wanted = four < fours && n < end && (first || ranks > 0);
-                u16* y = G.y + i64(m) * end + n;
-                float v[4] = {}, c[4] = {1, 1, 1, 1}, plus[3][4] = {};
-                if (wanted && first) {
-                    if (entry.c) load4(c, entry.c + at.inner);
-                    if (entry.bias && split == 0) load4(plus[0], entry.bias + at.inner);
-                    if (G.base_bias && split == 0) load4(plus[1], G.base_bias + n);
-                }
-                if (wanted && split == 0 && !(first && !G.add)) load4(plus[2], y);
-                if (wanted && first)
-                    for (u32 r = split; r < size; r += splits) {
-                        const float* sum = sums_in + (r * ROWS + m) * share + local;
-                        for (int q = 0; q < 4; q++) v[q] += sum[q] * c[q];
-                    }
-                const u16* B = entry.B + i64(from) * at.out + at.inner;
-                const float* a = low + (m * G.modules + at.module) * G.rank_segment;
-                for (int j = split; wanted && j < ranks; j += splits * AHEAD) {
-                    uint2 b[AHEAD] = {};
-#pragma unroll
-                    for (int i = 0; i < AHEAD; i++)
-                        if (j + i * splits < ranks)
-                            b[i] = *reinterpret_cast<const uint2*>(B + i64(j + i * splits) * at.out);
-#pragma unroll
-                    for (int i = 0; i < AHEAD; i++)
-                        if (j + i * splits < ranks) {
-                            float wide[4];
-                            widen(wide, b[i]);
-                            for (int q = 0; q < 4; q++) v[q] += wide[q] * a[j + i * splits];
-                        }
-                }
-                for (int other = 1; other < splits; other *= 2)
-                    for (int q = 0; q < 4; q++) v[q] += __shfl_xor_sync(~0u, v[q], other);
-                if (!wanted || split > 0) continue;
-                for (int q = 0; q < 4; q++) v[q] += plus[0][q] + plus[1][q] + plus[2][q];
-                *reinterpret_cast<uint2*>(y) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+            Task now = fetch(warp, from);
+            if (from == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+            for (int index = warp; index < all_tasks; index += THREADS / 32) {
+                const Task next = fetch(index + THREADS / 32, from);
+                finish_task(now, from == 0);
+                now = next;
             }
         }
         if (!more) break;
-        start();
+        point(), start();
         asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");  // the sums here have been read
         first_output = cta_tile * 16 + rank * share;
         prefetch_adapters();

@@ -64,7 +64,7 @@ class Group(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("rows", "columns", "tiles", "parts")),
         *((name, ctypes.c_int) for name in ("ranks", "first", "modules", "all_modules")),
         ("ends", ctypes.c_int * MAX_MODULES),
-        *((name, ctypes.c_int) for name in ("add", "tiles_per_cta", "rank_segment", "share", "ahead")),
+        *((name, ctypes.c_int) for name in ("add", "tiles_per_cta", "rank_segment", "share")),
         *((name, ctypes.c_int) for name in ("x_at", "sums_at", "entries_at")),
     ]
 
@@ -150,8 +150,6 @@ GAP_BYTES = 31 << 10
 """Before the table: the device keeps the first of 32 KiB for itself."""
 TABLE_BYTES = 256 * 128
 ENTRY_BYTES = 32
-AHEAD_BYTES = 16 << 20
-"""Of weights that a product fetches to the L2 cache while the kernel before it ends."""
 RANK_SEGMENT = 64
 """Ranks whose low is in shared memory at a time."""
 SPREADS = {
@@ -300,7 +298,6 @@ class SharedGroup:
                 tiles_per_cta=spread.cta_tiles,
                 rank_segment=segment,
                 share=spread.share,
-                ahead=AHEAD_BYTES // (tiles * spread.cluster * TILE * CHUNK * self.bits // 8),
                 x_at=places.x,
                 sums_at=places.sums,
                 entries_at=places.entries,

@@ -103,7 +103,7 @@ def run(files: Files, options: argparse.Namespace) -> None:
         for distinct in (n for n in options.distinct if n <= count):
             names = [rows["lora"][i % distinct] for i in range(count)]
             print(f"{count} rows, {distinct} LoRAs{figure(f'{count} rows/{distinct}', names):>22}", flush=True)
-    for case in [case for case in ("none", "lora") if case in options.cases]:
+    for case in [case for case in ("none", "lora", "mixed") if case in options.cases]:
         for batch in options.timeline:
             begun = begin(engine, rows[case][:batch])
             while min(map(len, begun)) < SKIPPED:

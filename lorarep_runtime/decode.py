@@ -20,10 +20,11 @@ from torch import Tensor
 from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PagePool, pages_of
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, fuse, parts_for, splits_for
+from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, GroupProduct, fuse, parts_for, splits_for
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.kernels.combine import Partials
 from lorarep_runtime.kernels.decode_attention import Cache
+from lorarep_runtime.kernels.product import compile_products
 from lorarep_runtime.kernels.rows import Rows
 from lorarep_runtime.linear import GROUPS
 from lorarep_runtime.prefill import Prefill
@@ -159,6 +160,9 @@ class Decoder:
     def warm_up(self, stacks: Collection[Stack], progress: Progress | None = None) -> None:
         """Compiles the kernels and captures stacks for every number of rows, so that no request waits for it: the first
         ones, if there are too many."""
+        if self._base.device.type == "cuda":
+            products = [product for layer in self._layers for product in layer.products]
+            compile_products({product.group.bits for product in products if isinstance(product, GroupProduct)})
         todo = [(stack, rows) for stack in stacks for rows in self._buckets()][:MOST_GRAPHS]
         for done, (stack, rows) in enumerate(todo, 1):
             self._compile(Shape(rows, LEAST_RANKS, self._splits(rows, self._most_tokens)))

@@ -69,16 +69,16 @@ class GroupProduct:
     """For weights that have one, which reads them once for every 32 rows: many rows have them dequantized once."""
 
     def __init__(self, group: SharedGroup) -> None:
-        self._group = group
+        self.group = group
         self.matmul = group.matmul
 
     def product(
         self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
         if len(x) <= MOST_KERNEL_ROWS:
-            self._group.product(x, y, low, rows, first, bias=bias, add=add)
+            self.group.product(x, y, low, rows, first, bias=bias, add=add)
         else:
-            _adapt(self.matmul(x), y, low, self._group.sizes, rows, first, bias=bias, add=add)
+            _adapt(self.matmul(x), y, low, self.group.sizes, rows, first, bias=bias, add=add)
 
 
 def _adapt(

@@ -57,13 +57,18 @@ def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architectur
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def compile_for_device(file: Path, defines: Mapping[str, int]) -> bytes:
+    """The cubin for the current device."""
+    major, minor = torch.cuda.get_device_capability()
+    # "a": instructions of this architecture alone, such as Hopper's wgmma, are welcome.
+    return compile_source(file, tuple(sorted(defines.items())), f"sm_{major}{minor}a")
+
+
 class Kernel:
     """One function of a source file, on the current device."""
 
     def __init__(self, file: Path, name: str, defines: Mapping[str, int] | None = None) -> None:
-        major, minor = torch.cuda.get_device_capability()
-        # "a": instructions of this architecture alone, such as Hopper's wgmma, are welcome.
-        cubin = compile_source(file, tuple(sorted((defines or {}).items())), f"sm_{major}{minor}a")
+        cubin = compile_for_device(file, defines or {})
         torch.cuda.current_stream().synchronize()  # the device's context is there and current
         self._module = _checked(driver.cuModuleLoadData(cubin))
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))

@@ -2,8 +2,8 @@
 //
 // y[m, n] = c[m, n] * sum_k W[n, k] x[m, k] + sum_j B[m, n, j] low[m, j] + b[m, n], with c, B and b of row m's adapter.
 //
-// W is the A operand, x the B operand: of mma.m16n8k16 for 8 rows of x, of wgmma.m64nNk16, which four warps give together,
-// for more. A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a warp holds 16 numbers of each of the rows
+// W is the A operand, x the B operand: of mma.m16n8k16 for few rows of x, of wgmma.m64nNk16, which four warps give together,
+// for more (WGMMA). A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a warp holds 16 numbers of each of the rows
 // g and g + 8, loaded 16 bytes at a time (PLANES of them), as A wants them.
 //
 // NF4: a chunk is one block of constants and lies as the lanes hold it. A byte is two weights and becomes one register, two
@@ -24,7 +24,6 @@ typedef long long i64;
 #define CHUNK 64
 #define ROWS (EIGHTS * 8)
 #define AHEAD (EIGHTS == 1 ? 8 : 16)  // loads of B that a thread has on their way
-#define WGMMA (EIGHTS > 1)
 #if KIND == 4
 #define PLANES 1
 #define STEP 32  // from one chunk to the next, in 16 bytes
@@ -32,7 +31,6 @@ typedef long long i64;
 #define PLANES (KIND / 4)
 #define STEP (KIND / 2)
 #endif
-#define TABLE 0x8000  // address in shared memory, after what Python calls GAP_BYTES; its low bits are free for an index
 
 struct Group {                // modules that read the same x, their weights one under the other
     const uint4* weights;     // NF4: (tiles, chunks, 32), else (outputs, columns)
@@ -51,7 +49,7 @@ struct Group {                // modules that read the same x, their weights one
     int add;                  // whether y is added to (a residual) rather than written
     int tiles_per_cta, rank_segment;
     int share;                // of a CTA's outputs, how many each CTA of a cluster finishes; a multiple of four
-    int x_at, sums_at, entries_at;  // in shared memory, bytes
+    int table_at, x_at, sums_at, entries_at;  // in shared memory, bytes
 };
 
 struct Entry {  // of one row's adapter for one module; a rank of -1 is a row that passes through
@@ -270,8 +268,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
 
     const u32 base = u32(__cvta_generic_to_shared(shared));
 #if KIND == 4
-    if ((base & 0xffffff) != 0x400) __trap();  // TABLE would not be where lookups have it
-    u32* table = reinterpret_cast<u32*>(shared + TABLE - 0x400);
+    if (base + G.table_at & 0x7fff) __trap();  // these bits are an index
+    u32* table = reinterpret_cast<u32*>(shared + G.table_at);
     for (int first = warp * 32; first < 256; first += THREADS) {
         const u32 own = pack_bf16(NF4[first + lane >> 4], NF4[lane & 15]);
         for (int i = 0; i < 32; i++) table[(first + i) * 32 + lane] = __shfl_sync(~0u, own, i);
@@ -370,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
     // A's eight registers for 16 rows and half a chunk.
     auto fragments = [&](u32 (&a)[8], const uint4 (&v)[PLANES], int half) {
 #if KIND == 4
-        const u32 g0 = half ? v[0].y : v[0].x, g8 = half ? v[0].w : v[0].z, place = base - 0x400 + TABLE + lane * 4;
+        const u32 g0 = half ? v[0].y : v[0].x, g8 = half ? v[0].w : v[0].z, place = base + G.table_at + lane * 4;
         a[0] = lookup<0>(place, g0), a[1] = lookup<0>(place, g8), a[2] = lookup<1>(place, g0), a[3] = lookup<1>(place, g8);
         a[4] = lookup<2>(place, g0), a[5] = lookup<2>(place, g8), a[6] = lookup<3>(place, g0), a[7] = lookup<3>(place, g8);
 #elif KIND == 8

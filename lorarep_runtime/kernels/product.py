@@ -9,7 +9,8 @@ al., 2022) and bf16 are read as they lie.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -32,6 +33,8 @@ CHUNK = 64
 """Columns that share a scale."""
 MAX_MODULES = 3
 """Of a group: the modules that read the same x."""
+RANK_SEGMENT = 64
+LEAST_RANK_SEGMENT = 16
 
 
 def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -65,7 +68,7 @@ class Group(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("ranks", "first", "modules", "all_modules")),
         ("ends", ctypes.c_int * MAX_MODULES),
         *((name, ctypes.c_int) for name in ("add", "tiles_per_cta", "rank_segment", "share")),
-        *((name, ctypes.c_int) for name in ("x_at", "sums_at", "entries_at")),
+        *((name, ctypes.c_int) for name in ("table_at", "x_at", "sums_at", "entries_at")),
     ]
 
 
@@ -85,8 +88,12 @@ class Spread:
     """Warps times tiles are even: each CTA of a cluster of 8 finishes a multiple of four outputs."""
     ctas: int
     """CTAs for which a multiprocessor has registers."""
+    wgmma: bool = False
+    """Whether four warps multiply together; a tile each."""
     cluster: int = 1
     """CTAs that split the columns."""
+    rank_segment: int = RANK_SEGMENT
+    """Ranks whose low is in shared memory at a time."""
 
     @property
     def cta_tiles(self) -> int:
@@ -109,29 +116,27 @@ class Spread:
         work = self.ctas * self.cta_tiles * -(-chunks // self.cluster)
         return self.rounds(tiles) * (work + ROUND_COST)
 
-    def places(self, columns: int, rows: int, modules: int, rank_segment: int) -> Places:
+    def places(self, columns: int, rows: int, modules: int) -> Places:
         """Shared memory of a CTA."""
-        small = rows * modules * (ENTRY_BYTES + 4 * rank_segment)
-        sums = 4 * 8 * self.eights * self.share * self.cluster
-        x = 2 * 8 * self.eights * -(-(columns // CHUNK) // self.cluster) * CHUNK
-        if self.bits != 4:
-            return Places(0, x, x + sums, x + sums + small)
-        # What fits goes before the table, which has to begin at a fixed address.
-        end = GAP_BYTES + TABLE_BYTES + x
-        if small + sums <= GAP_BYTES:
-            return Places(end - x, 0, sums, end)
-        return Places(end - x, end, 0, end + sums)
+        sizes = {
+            "x": 2 * 8 * self.eights * -(-(columns // CHUNK) // self.cluster) * CHUNK,
+            "sums": 4 * 8 * self.eights * self.share * self.cluster,
+            "entries": rows * modules * (ENTRY_BYTES + 4 * self.rank_segment),
+        }
+        tables = range(TABLE_BYTES, SHARED_BYTES, TABLE_BYTES) if self.bits == 4 else [0]
+        return min((_places(sizes, at) for at in tables), key=lambda places: places.end)
 
     @property
     def defines(self) -> Mapping[str, int]:
         """What the source is compiled with."""
         named = {"KIND": self.bits, "EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth, "CTAS": self.ctas}
-        return {**named, "THREADS": 32 * self.warps}
+        return {**named, "THREADS": 32 * self.warps, "WGMMA": int(self.wgmma)}
 
 
 class Places(NamedTuple):
-    """Bytes from the beginning of shared memory."""
+    """Bytes from the beginning of a CTA's shared memory."""
 
+    table: int
     x: int
     sums: int
     entries: int
@@ -140,33 +145,48 @@ class Places(NamedTuple):
 
 ROUND_COST = 250
 """Of beginning and finishing tiles, in tiles times chunks."""
+SEGMENT_COST = 60
+"""Likewise of another segment of ranks."""
+
+
+def _places(sizes: Mapping[str, int], table: int) -> Places:
+    """With the table at an address, 0 for none; what fits goes before it."""
+    before, after = 0, max(0, table - RESERVED_BYTES + TABLE_BYTES) if table else 0
+    places = {}
+    for name, size in sizes.items():
+        if before + size <= table - RESERVED_BYTES:
+            places[name], before = before, before + size
+        else:
+            places[name], after = after, after + size
+    return Places(table=max(0, table - RESERVED_BYTES), end=after, **places)
+
+
 MOST_CLUSTER = 8
 """CTAs of the largest cluster that every device takes."""
 SHARED_BYTES = 227 << 10
 """Shared memory of a multiprocessor."""
 CTA_BYTES = 1024
 """Of it, what each CTA takes for itself."""
-GAP_BYTES = 31 << 10
-"""Before the table: the device keeps the first of 32 KiB for itself."""
+RESERVED_BYTES = 1 << 10
+"""At the beginning of shared memory's addresses, for the device itself."""
 TABLE_BYTES = 256 * 128
+"""Also what its address is a multiple of."""
 ENTRY_BYTES = 32
-RANK_SEGMENT = 64
-"""Ranks whose low is in shared memory at a time."""
 SPREADS = {
     4: {
         1: [Spread(4, 1, 2, 4, 8, 2), Spread(4, 1, 2, 4, 10, 1)],
-        2: [Spread(4, 2, 1, 4, 16, 1), Spread(4, 2, 1, 4, 12, 1)],
-        4: [Spread(4, 4, 1, 4, 16, 1), Spread(4, 4, 1, 4, 12, 1)],
+        2: [Spread(4, 2, 2, 2, 14, 1), Spread(4, 2, 2, 2, 10, 1)],
+        4: [Spread(4, 4, 1, 4, 16, 1, wgmma=True)],
     },
     8: {
         1: [Spread(8, 1, 2, 2, 14, 1), Spread(8, 1, 2, 6, 10, 1)],
-        2: [Spread(8, 2, 1, 4, 16, 1), Spread(8, 2, 1, 4, 12, 1)],
-        4: [Spread(8, 4, 1, 4, 16, 1), Spread(8, 4, 1, 4, 12, 1)],
+        2: [Spread(8, 2, 2, 2, 14, 1), Spread(8, 2, 2, 2, 10, 1)],
+        4: [Spread(8, 4, 1, 4, 16, 1, wgmma=True)],
     },
     16: {
         1: [Spread(16, 1, 2, 2, 14, 1), Spread(16, 1, 2, 4, 10, 1)],
-        2: [Spread(16, 2, 1, 2, 16, 1), Spread(16, 2, 1, 2, 12, 1)],
-        4: [Spread(16, 4, 1, 2, 16, 1), Spread(16, 4, 1, 2, 12, 1)],
+        2: [Spread(16, 2, 2, 2, 14, 1), Spread(16, 2, 2, 2, 10, 1)],
+        4: [Spread(16, 4, 1, 2, 16, 1, wgmma=True)],
     },
 }
 """By bits and eights of rows, what measurements on an H100 left; of equal loads the one of fewer CTAs is taken. More
@@ -174,7 +194,7 @@ rows take several launches.
 """
 
 
-CLUSTERS = (132, 66, 42, 30, 23, 20, 16, 13)
+CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
 """Of 1, 2, ... CTAs, how many an H100 takes at once, a CTA to a multiprocessor; where no device can be asked."""
 
 
@@ -190,6 +210,16 @@ def clusters_at_once(size: int, ctas: int) -> int:
     return kernel.clusters_at_once(size, 128, SHARED_BYTES // ctas - CTA_BYTES)
 
 
+def compile_products(bits: Iterable[int]) -> None:
+    """Compiles the kernels for such weights side by side: each takes seconds."""
+    from lorarep_runtime.kernels.cuda import compile_for_device
+
+    spreads = [spread for kind in bits for ones in SPREADS[kind].values() for spread in ones]
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(lambda spread: compile_for_device(SOURCE, spread.defines), spreads):
+            pass
+
+
 @cache
 def _kernel(name: str, spread: Spread) -> Kernel:
     from lorarep_runtime.kernels.cuda import Kernel
@@ -198,23 +228,31 @@ def _kernel(name: str, spread: Spread) -> Kernel:
 
 
 @cache
-def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, rank_segment: int) -> Spread:
+def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ranks: int) -> Spread:
     """The spread for a product, with as many of the rows at a time as x and sums leave shared memory for.
 
     Raises:
         ValueError: there is none.
     """
     by_eights = SPREADS[bits]
+    segments = sorted({min(ranks, segment) for segment in (LEAST_RANK_SEGMENT, 32, RANK_SEGMENT)})
+
+    def cost(one: Spread) -> tuple[int, int]:
+        return one.cost(tiles, columns // CHUNK) + -(-ranks // one.rank_segment) * SEGMENT_COST, one.cluster
+
     for eights in (eights for eights in sorted(by_eights, reverse=True) if eights == 1 or 4 * eights < rows):
-        spreads = [replace(one, cluster=cluster) for one in by_eights[eights] for cluster in range(1, MOST_CLUSTER + 1)]
+        spreads = [
+            replace(one, cluster=cluster, rank_segment=segment)
+            for one in by_eights[eights]
+            for cluster in range(1, MOST_CLUSTER + 1)
+            for segment in segments
+        ]
         taken = min(rows, 8 * eights)
         fitting = [
-            one
-            for one in spreads
-            if one.places(columns, taken, modules, rank_segment).end <= SHARED_BYTES // one.ctas - CTA_BYTES
+            one for one in spreads if one.places(columns, taken, modules).end <= SHARED_BYTES // one.ctas - CTA_BYTES
         ]
         if fitting:
-            return min(fitting, key=lambda one: (one.cost(tiles, columns // CHUNK), one.cluster))
+            return min(fitting, key=cost)
     raise ValueError(f"no spread for {columns} columns")
 
 
@@ -268,14 +306,13 @@ class SharedGroup:
             bias: bf16 (outputs), the base's own.
         """
         ranks = low.shape[3]
-        segment = min(ranks, RANK_SEGMENT)
         columns, tiles = x.shape[1], sum(self.sizes) // TILE
         ends = [*accumulate(self.sizes), *[tiles * TILE] * MAX_MODULES][:MAX_MODULES]
         at = 0
         while at < len(x):
-            spread = spread_for(self.bits, tiles, columns, len(x) - at, len(self.sizes), segment)
+            spread = spread_for(self.bits, tiles, columns, len(x) - at, len(self.sizes), ranks)
             count = min(len(x) - at, 8 * spread.eights)
-            places = spread.places(columns, count, len(self.sizes), segment)
+            places = spread.places(columns, count, len(self.sizes))
             group = Group(
                 weights=self.weights.data_ptr(),
                 scales=None if self.scales is None else self.scales.data_ptr(),
@@ -296,13 +333,14 @@ class SharedGroup:
                 ends=(ctypes.c_int * MAX_MODULES)(*ends),
                 add=add,
                 tiles_per_cta=spread.cta_tiles,
-                rank_segment=segment,
+                rank_segment=spread.rank_segment,
                 share=spread.share,
+                table_at=places.table,
                 x_at=places.x,
                 sums_at=places.sums,
                 entries_at=places.entries,
             )
-            _kernel("product", replace(spread, cluster=1))(
+            _kernel("product", replace(spread, cluster=1, rank_segment=RANK_SEGMENT))(
                 spread.grid(tiles),
                 32 * spread.warps,
                 group,

@@ -281,9 +281,9 @@ class Decoder:
             buffers.h.copy_(embedding(tokens))
             cos, sin = decoder.rotary_emb(buffers.h, lengths.unsqueeze(0))
             lengths.add_(1)
-            for step, row_positions, following in zip(plan.steps, positions, [*positions[1:], None], strict=True):
+            for step, row_positions in zip(plan.steps, positions, strict=True):
                 rows = Rows(row_positions, self._adapters[:n], self._modules)
-                self._layers[step.layer].forward(buffers, cos[0], sin[0], cache, rows, following)
+                self._layers[step.layer].forward(buffers, cos[0], sin[0], cache, rows)
             logits.copy_(head(decoder.norm(buffers.h)))
             torch.argmax(logits, 1, out=tokens)
 

@@ -20,7 +20,7 @@ from lorarep_runtime.kernels.adapt_rows import adapt_rows
 from lorarep_runtime.kernels.combine import Partials, combine_low
 from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend
 from lorarep_runtime.kernels.norm import norm_low
-from lorarep_runtime.kernels.product import Following, SharedGroup
+from lorarep_runtime.kernels.product import SharedGroup
 from lorarep_runtime.kernels.rotate_store import rotate_store
 from lorarep_runtime.kernels.rows import Rows
 from lorarep_runtime.linear import GROUPS, GroupedWeight, Weight
@@ -41,16 +41,7 @@ class Product(Protocol):
     """y = c ⊙ (W x) + B (A x) + b for the modules of a group, or that added to y; as `kernels.product`."""
 
     def product(
-        self,
-        x: Tensor,
-        y: Tensor,
-        low: Tensor,
-        rows: Rows,
-        first: int,
-        *,
-        bias: Tensor | None,
-        add: bool,
-        following: Following | None,
+        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None: ...
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -65,16 +56,7 @@ class LibraryProduct:
         self._sizes = [weight.shape[0] for weight in weights]
 
     def product(
-        self,
-        x: Tensor,
-        y: Tensor,
-        low: Tensor,
-        rows: Rows,
-        first: int,
-        *,
-        bias: Tensor | None,
-        add: bool,
-        following: Following | None,
+        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
         _adapt(self.matmul(x), y, low, self._sizes, rows, first, bias=bias, add=add)
 
@@ -91,19 +73,10 @@ class GroupProduct:
         self.matmul = group.matmul
 
     def product(
-        self,
-        x: Tensor,
-        y: Tensor,
-        low: Tensor,
-        rows: Rows,
-        first: int,
-        *,
-        bias: Tensor | None,
-        add: bool,
-        following: Following | None,
+        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
         if len(x) <= MOST_KERNEL_ROWS:
-            self.group.product(x, y, low, rows, first, bias=bias, add=add, following=following)
+            self.group.product(x, y, low, rows, first, bias=bias, add=add)
         else:
             _adapt(self.matmul(x), y, low, self.group.sizes, rows, first, bias=bias, add=add)
 
@@ -188,44 +161,24 @@ class FusedLayer:
     sizes: Sequence[Sequence[int]]
     """Of GROUPS, the outputs of each module."""
 
-    def forward(
-        self, b: Buffers, cos: Tensor, sin: Tensor, cache: Cache, rows: Rows, following: Tensor | None = None
-    ) -> None:
-        """h += what the layer adds to it, for the rows that have a position.
-
-        Args:
-            cos, sin: (rows, head_dim).
-            following: the rows' positions at the step after this one; None if it is the last.
-        """
+    def forward(self, b: Buffers, cos: Tensor, sin: Tensor, cache: Cache, rows: Rows) -> None:
+        """h += what the layer adds to it, for the rows that have a position. cos, sin: (rows, head_dim)."""
         pdl = b.h.is_cuda and torch.cuda.get_device_capability(b.h.device) >= (9, 0)
-        qkv, o, gate_up, down = range(len(GROUPS))
-        inputs = (b.x, b.out, b.x, b.gated)
+        qkv, o, gate_up, down = zip(self.products, b.low, self.firsts, self.biases, strict=True)
 
-        def product(group: int, y: Tensor, *, add: bool) -> None:
-            then = (group + 1) % len(GROUPS)
-            positions = rows.positions if then else following
-            self.products[group].product(
-                inputs[group],
-                y,
-                b.low[group],
-                rows,
-                self.firsts[group],
-                bias=self.biases[group],
-                add=add,
-                following=None
-                if positions is None
-                else Following(positions, self.firsts[then], len(self.sizes[then]), inputs[then].shape[1]),
-            )
+        def product(group: tuple[Product, Tensor, int, Tensor | None], x: Tensor, y: Tensor, *, add: bool) -> None:
+            product, low, first, bias = group
+            product.product(x, y, low, rows, first, bias=bias, add=add)
 
-        norm_low(b.h, self.norms[0], self.eps, b.x, b.low[qkv], rows, self.firsts[qkv], pdl=pdl)
-        product(qkv, b.qkv, add=False)
+        norm_low(b.h, self.norms[0], self.eps, b.x, qkv[1], rows, qkv[2], pdl=pdl)
+        product(qkv, b.x, b.qkv, add=False)
         attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=pdl)
-        combine_low(b.partials, b.out, b.low[o], rows, self.firsts[o], pdl=pdl)
-        product(o, b.h, add=True)
-        norm_low(b.h, self.norms[1], self.eps, b.x, b.low[gate_up], rows, self.firsts[gate_up], pdl=pdl)
-        product(gate_up, b.gate_up, add=False)
-        gate_low(b.gate_up, b.gated, b.low[down], rows, self.firsts[down], pdl=pdl)
-        product(down, b.h, add=True)
+        combine_low(b.partials, b.out, o[1], rows, o[2], pdl=pdl)
+        product(o, b.out, b.h, add=True)
+        norm_low(b.h, self.norms[1], self.eps, b.x, gate_up[1], rows, gate_up[2], pdl=pdl)
+        product(gate_up, b.x, b.gate_up, add=False)
+        gate_low(b.gate_up, b.gated, down[1], rows, down[2], pdl=pdl)
+        product(down, b.gated, b.h, add=True)
 
     def prefill(
         self,

@@ -49,8 +49,6 @@ struct Group {                // modules that read the same x, their weights one
     int add;                  // whether y is added to (a residual) rather than written
     int tiles_per_cta, rank_segment;
     int share;                // of a CTA's outputs, how many each CTA of a cluster finishes; a multiple of four
-    const int* following_positions;  // the modules that come next, whose A's are fetched to the L2 cache meanwhile
-    int following_first, following_modules, following_columns;
     int table_at, x_at, sums_at, entries_at;  // in shared memory, bytes
 };
 
@@ -121,10 +119,6 @@ __device__ __forceinline__ void store_shared(u32 address, u32 v) {
 }
 
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }
-
-__device__ __forceinline__ void prefetch(const void* p, int bytes) {  // multiples of 16
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes) : "memory");
-}
 
 // 16 bytes from global to shared memory while other work goes on; zeros where `bytes` is 0.
 __device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
@@ -315,46 +309,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
         }
     };
     prefetch_adapters();
-    // Each CTA a slice of each A.
-    for (int i = threadIdx.x; i < G.rows * G.following_modules; i += THREADS) {
-        const int position = G.following_positions[i / G.following_modules];
-        const i64 table = G.adapters[i / G.following_modules];
-        if (position < 0 || !table) continue;
-        const i64* e = reinterpret_cast<const i64*>(table);
-        e += (i64(position) * G.all_modules + G.following_first + i % G.following_modules) * ENTRY;
-        const i64 units = e[4] * G.following_columns / 8, from = units * blockIdx.x / gridDim.x;
-        const int bytes = int(units * (blockIdx.x + 1) / gridDim.x - from) * 16;
-        if (bytes > 0) prefetch(reinterpret_cast<const uint4*>(e[0]) + from, bytes);
-    }
     // Of row `lane`, over all modules; -1 where it passes through.
     auto ranks_of_row = [&] {
         int ranks = -1;
         for (int i = 0; lane < G.rows && i < G.modules; i++) ranks = max(ranks, int(entries[lane * G.modules + i].rank));
         return ranks;
     };
-    auto sum_low = [&](int from) {  // two lanes a sum, four sums at a time: each waits for memory
+    auto sum_low = [&](int from) {
         const int ranks = min(__reduce_max_sync(~0u, ranks_of_row()) - from, G.rank_segment);
-        const int stride = G.modules * G.ranks, all = G.rows * G.modules * ranks, half = lane % 2;
-        for (int first = warp * 16; first < all; first += 4 * THREADS / 2) {
+        const int stride = G.modules * G.ranks, all = G.rows * G.modules * ranks;
+        for (int i = threadIdx.x; i < all; i += 4 * THREADS) {  // four at a time: each waits for memory
             const float* part[4];
-            int to[4];  // -1 for nowhere
+            bool there[4];
             float sum[4] = {};
 #pragma unroll
             for (int u = 0; u < 4; u++) {
-                const int i = first + lane / 2 + u * (THREADS / 2), at = i / ranks, j = i % ranks;
-                to[u] = i < all && from + j < entries[at].rank ? at * G.rank_segment + j : -1;
+                const int at = (i + u * THREADS) / ranks, j = (i + u * THREADS) % ranks;
+                there[u] = i + u * THREADS < all && from + j < entries[at].rank;
                 part[u] = G.low + i64(at / G.modules) * G.parts * stride + at % G.modules * G.ranks + from + j;
             }
 #pragma unroll 4
-            for (int p = half; p < G.parts; p += 2)
+            for (int p = 0; p < G.parts; p++)
 #pragma unroll
                 for (int u = 0; u < 4; u++)
-                    if (to[u] >= 0) sum[u] += part[u][p * stride];
+                    if (there[u]) sum[u] += part[u][p * stride];
 #pragma unroll
-            for (int u = 0; u < 4; u++) {
-                sum[u] += __shfl_xor_sync(~0u, sum[u], 1);
-                if (to[u] >= 0 && half == 0) low[to[u]] = sum[u];
-            }
+            for (int u = 0; u < 4; u++)
+                if (there[u])
+                    low[(i + u * THREADS) / ranks * G.rank_segment + (i + u * THREADS) % ranks] = sum[u];
         }
     };
 

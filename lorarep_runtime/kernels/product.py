@@ -68,8 +68,6 @@ class Group(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("ranks", "first", "modules", "all_modules")),
         ("ends", ctypes.c_int * MAX_MODULES),
         *((name, ctypes.c_int) for name in ("add", "tiles_per_cta", "rank_segment", "share")),
-        ("following_positions", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("following_first", "following_modules", "following_columns")),
         *((name, ctypes.c_int) for name in ("table_at", "x_at", "sums_at", "entries_at")),
     ]
 
@@ -182,12 +180,12 @@ SPREADS = {
     },
     8: {
         1: [Spread(8, 1, 2, 2, 14, 1), Spread(8, 1, 2, 6, 10, 1)],
-        2: [Spread(8, 2, 1, 4, 16, 1, wgmma=True)],
+        2: [Spread(8, 2, 2, 2, 14, 1), Spread(8, 2, 2, 2, 10, 1)],
         4: [Spread(8, 4, 1, 4, 16, 1, wgmma=True)],
     },
     16: {
         1: [Spread(16, 1, 2, 2, 14, 1), Spread(16, 1, 2, 4, 10, 1)],
-        2: [Spread(16, 2, 1, 2, 16, 1, wgmma=True)],
+        2: [Spread(16, 2, 2, 2, 14, 1), Spread(16, 2, 2, 2, 10, 1)],
         4: [Spread(16, 4, 1, 2, 16, 1, wgmma=True)],
     },
 }
@@ -259,18 +257,6 @@ def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ran
 
 
 @dataclass(frozen=True)
-class Following:
-    """The group whose low is made next. A product has the device fetch its A's to the L2 cache meanwhile."""
-
-    positions: Tensor
-    """As of `Rows`."""
-    first: int
-    """Number of its first module in entry tables."""
-    modules: int
-    columns: int
-
-
-@dataclass(frozen=True)
 class SharedGroup:
     """Weights of modules that read the same x, one under the other."""
 
@@ -307,7 +293,6 @@ class SharedGroup:
         *,
         bias: Tensor | None = None,
         add: bool = False,
-        following: Following | None = None,
     ) -> None:
         """y = c ⊙ (W x) + B (A x) + b for every row with its own adapter's c, B and b; added to y where `add`.
 
@@ -350,10 +335,6 @@ class SharedGroup:
                 tiles_per_cta=spread.cta_tiles,
                 rank_segment=spread.rank_segment,
                 share=spread.share,
-                following_positions=None if following is None else following.positions[at:].data_ptr(),
-                following_first=0 if following is None else following.first,
-                following_modules=0 if following is None else following.modules,
-                following_columns=0 if following is None else following.columns,
                 table_at=places.table,
                 x_at=places.x,
                 sums_at=places.sums,

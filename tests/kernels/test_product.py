@@ -22,7 +22,6 @@ from lorarep_runtime.kernels.product import (
     SOURCE,
     SPREADS,
     TILE,
-    Following,
     SharedGroup,
     Spread,
     arrange,
@@ -194,8 +193,7 @@ if HOPPER:
         plain = PlainRows(positions, adapters, MODULES)
         product_reference(dense, x, expected, low, plain, 0, SIZES, bias=bias, add=add)
         untouched = y[[p < 0 for p in positions]].clone()
-        following = Following(rows.positions, 0, len(MODULES), into)
-        group.product(x, y, low, rows, 0, bias=bias, add=add, following=following)
+        group.product(x, y, low, rows, 0, bias=bias, add=add)
         assert torch.equal(y[[p < 0 for p in positions]], untouched)
         for row in (row for row, position in enumerate(positions) if position >= 0):
             error = (y[row].float() - expected[row].float()).norm() / expected[row].float().norm()

@@ -3,8 +3,8 @@
 // y[m, n] = c[m, n] * sum_k W[n, k] x[m, k] + sum_j B[m, n, j] low[m, j] + b[m, n], with c, B and b of row m's adapter.
 //
 // W is the A operand, x the B operand: of mma.m16n8k16 for few rows of x, of wgmma.m64nNk16, which four warps give together,
-// for more (WGMMA). A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a warp holds 16 numbers of each of the rows
-// g and g + 8, loaded 16 bytes at a time (PLANES of them), as A wants them.
+// for more (WGMMA). A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a warp holds 16 numbers of each of the
+// rows g and g + 8, loaded 16 bytes at a time (PLANES of them), as A wants them.
 //
 // NF4: a chunk is one block of constants and lies as the lanes hold it. A byte is two weights and becomes one register, two
 // bf16 numbers, through a table that each lane has its own copy of in its own bank of shared memory. A chunk is summed before
@@ -315,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
         for (int i = 0; lane < G.rows && i < G.modules; i++) ranks = max(ranks, int(entries[lane * G.modules + i].rank));
         return ranks;
     };
-    auto sum_low = [&](int from) {
+    auto sum_low = [&](int from) {  // of a segment of ranks
         const int ranks = min(__reduce_max_sync(~0u, ranks_of_row()) - from, G.rank_segment);
         const int stride = G.modules * G.ranks, all = G.rows * G.modules * ranks;
         for (int i = threadIdx.x; i < all; i += 4 * THREADS) {  // four at a time: each waits for memory
@@ -405,7 +405,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) product(const __grid
                 for (int q = 0; q < 4; q++) sums[i][e][q] = 0;
         int left = chunks;
 #if WGMMA
-        // A chunk is multiplied while the next one's A is made; then it is finished: scaled, its registers loaded anew. PTX's matrix descriptor: eights of rows are 1024 bytes apart, 128-byte swizzle.
+        // A chunk is multiplied while the next one's A is made; then it is finished: scaled, its registers loaded anew. All
+        // of DEPTH chunks are finished at the end: what is on its way there, the compiler would have wait each time.
+        // x_at is PTX's matrix descriptor: eights of rows are 1024 bytes apart, 128-byte swizzle.
         static_assert(TILES == 1 && DEPTH % 2 == 0, "");
         u64 x_at = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
         float parts[2][TILES][EIGHTS][4] = {};

@@ -85,7 +85,6 @@ class Spread:
     depth: int
     """Chunks of each tile that a warp has on their way."""
     warps: int
-    """Warps times tiles are even: each CTA of a cluster of 8 finishes a multiple of four outputs."""
     ctas: int
     """CTAs for which a multiprocessor has registers."""
     wgmma: bool = False
@@ -189,10 +188,7 @@ SPREADS = {
         4: [Spread(16, 4, 1, 2, 16, 1, wgmma=True)],
     },
 }
-"""By bits and eights of rows, what measurements on an H100 left; of equal loads the one of fewer CTAs is taken. More
-rows take several launches.
-"""
-
+"""By bits and eights of rows, what measurements on an H100 left. More rows take several launches."""
 
 CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
 """Of 1, 2, ... CTAs, how many an H100 takes at once, a CTA to a multiprocessor; where no device can be asked."""

@@ -255,7 +255,7 @@ class Decoder:
 
     def _compile(self, shape: Shape) -> None:
         """Has the kernels compiled and loaded, which cannot be while they are captured."""
-        if shape in self._compiled:
+        if self._capturing is None or shape in self._compiled:
             return
         plan = merge((tuple(range(self._base.layers)),))
         # A sequence may be amid its answer. No row has a position, so that kernels write nothing of it.

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floor import copy_bandwidth
 from lorarep_runtime.decode import LEAST_RANKS
 from lorarep_runtime.fused import parts_for
-from lorarep_runtime.kernels.product import SharedGroup, product_reference
+from lorarep_runtime.kernels.product import HOPPER, SharedGroup, product_reference
 from lorarep_runtime.kernels.rows import Entries, Entry, PlainRows, Rows, entry_table
 from lorarep_runtime.linear import BITS, GROUPS, DenseWeight, Int8Weight, NF4Weight, Weight, group_of
 from tests.models import MISTRAL_7B, projections
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     shape = dict(hidden_size=options.hidden_size, intermediate_size=options.intermediate_size)
     kv_heads = max(1, heads // 4)
     modules = projections({**MISTRAL_7B, **shape, "num_attention_heads": heads, "num_key_value_heads": kv_heads})
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == HOPPER
     device = "cuda" if hopper else "cpu"
     bandwidth = copy_bandwidth(device) if hopper else 0.0
     if hopper:

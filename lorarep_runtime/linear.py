@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
-from lorarep_runtime.kernels.product import CHUNK, TILE, SharedGroup, arrange
+from lorarep_runtime.kernels.product import CHUNK, HOPPER, TILE, SharedGroup, arrange
 
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -163,7 +163,7 @@ BITS: Mapping[Quantization, int] = {"nf4": 4, "int8": 8, "none": 16}
 def _has_kernel(weight: Weight) -> bool:
     """Whether `kernels.product` knows the weight's kind."""
     data, (out, into) = weight.data[0], weight.shape
-    if not data.is_cuda or torch.cuda.get_device_capability(data.device) < (9, 0) or out % TILE or into % CHUNK:
+    if not data.is_cuda or torch.cuda.get_device_capability(data.device)[0] != HOPPER or out % TILE or into % CHUNK:
         return False
     if isinstance(weight, NF4Weight):
         state = weight.state

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lorarep_runtime.kernels.cuda import Kernel
 
 SOURCE = Path(__file__).with_suffix(".cu")
+HOPPER = 9
+"""Compute capability that the source is for: later ones have no wgmma."""
 TILE = 16
 """Rows of a weight that a warp works on at once."""
 CHUNK = 64
@@ -115,16 +117,6 @@ class Spread:
         work = self.ctas * self.cta_tiles * -(-chunks // self.cluster)
         return self.rounds(tiles) * (work + ROUND_COST)
 
-    def places(self, columns: int, rows: int, modules: int) -> Places:
-        """Shared memory of a CTA."""
-        sizes = {
-            "x": 2 * 8 * self.eights * -(-(columns // CHUNK) // self.cluster) * CHUNK,
-            "sums": 4 * 8 * self.eights * self.share * self.cluster,
-            "entries": rows * modules * (ENTRY_BYTES + 4 * self.rank_segment),
-        }
-        tables = range(TABLE_BYTES, SHARED_BYTES, TABLE_BYTES) if self.bits == 4 else [0]
-        return min((_places(sizes, at) for at in tables), key=lambda places: places.end)
-
     @property
     def defines(self) -> Mapping[str, int]:
         """What the source is compiled with."""
@@ -146,6 +138,18 @@ ROUND_COST = 250
 """Of beginning and finishing tiles, in tiles times chunks."""
 SEGMENT_COST = 60
 """Likewise of another segment of ranks."""
+
+
+@cache
+def places_for(spread: Spread, columns: int, rows: int, modules: int) -> Places:
+    """Shared memory of a CTA."""
+    sizes = {
+        "x": 2 * 8 * spread.eights * -(-(columns // CHUNK) // spread.cluster) * CHUNK,
+        "sums": 4 * 8 * spread.eights * spread.share * spread.cluster,
+        "entries": rows * modules * (ENTRY_BYTES + 4 * spread.rank_segment),
+    }
+    tables = range(TABLE_BYTES, SHARED_BYTES, TABLE_BYTES) if spread.bits == 4 else [0]
+    return min((_places(sizes, at) for at in tables), key=lambda places: places.end)
 
 
 def _places(sizes: Mapping[str, int], table: int) -> Places:
@@ -200,7 +204,7 @@ def clusters_at_once(size: int, ctas: int) -> int:
 
     Multiprocessors are in groups of different sizes, and a cluster stays in one group.
     """
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != HOPPER:
         return CLUSTERS[size - 1] * ctas
     kernel = _kernel("nf4_dequantize", SPREADS[4][1][0])
     return kernel.clusters_at_once(size, 128, SHARED_BYTES // ctas - CTA_BYTES)
@@ -245,7 +249,9 @@ def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ran
         ]
         taken = min(rows, 8 * eights)
         fitting = [
-            one for one in spreads if one.places(columns, taken, modules).end <= SHARED_BYTES // one.ctas - CTA_BYTES
+            one
+            for one in spreads
+            if places_for(one, columns, taken, modules).end <= SHARED_BYTES // one.ctas - CTA_BYTES
         ]
         if fitting:
             return min(fitting, key=cost)
@@ -308,7 +314,7 @@ class SharedGroup:
         while at < len(x):
             spread = spread_for(self.bits, tiles, columns, len(x) - at, len(self.sizes), ranks)
             count = min(len(x) - at, 8 * spread.eights)
-            places = spread.places(columns, count, len(self.sizes))
+            places = places_for(spread, columns, count, len(self.sizes))
             group = Group(
                 weights=self.weights.data_ptr(),
                 scales=None if self.scales is None else self.scales.data_ptr(),

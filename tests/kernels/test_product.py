@@ -26,6 +26,7 @@ from lorarep_runtime.kernels.product import (
     Spread,
     arrange,
     clusters_at_once,
+    places_for,
     product_reference,
     spread_for,
 )
@@ -72,7 +73,7 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
     clusters = spread.grid(out // TILE) // spread.cluster
     assert clusters <= clusters_at_once(spread.cluster, spread.ctas)
     assert clusters * spread.rounds(out // TILE) * spread.cta_tiles >= out // TILE
-    assert spread.places(into, taken, modules).end <= SHARED_BYTES // spread.ctas - CTA_BYTES
+    assert places_for(spread, into, taken, modules).end <= SHARED_BYTES // spread.ctas - CTA_BYTES
     assert spread.share % 4 == 0  # outputs that a lane finishes at once
     assert spread.share * spread.cluster >= spread.cta_tiles * TILE
 

@@ -35,8 +35,8 @@ CHUNK = 64
 """Columns that share a scale."""
 MAX_MODULES = 3
 """Of a group: the modules that read the same x."""
-RANK_SEGMENT = 64
-LEAST_RANK_SEGMENT = 16
+RANK_SEGMENTS = (16, 32, 64)
+"""Multiples of what tensor cores multiply with at once."""
 
 
 def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -69,14 +69,14 @@ class Group(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("rows", "columns", "tiles", "parts")),
         *((name, ctypes.c_int) for name in ("ranks", "first", "modules", "all_modules")),
         ("ends", ctypes.c_int * MAX_MODULES),
-        *((name, ctypes.c_int) for name in ("add", "tiles_per_cta", "rank_segment", "share")),
-        *((name, ctypes.c_int) for name in ("table_at", "x_at", "sums_at", "entries_at")),
+        *((name, ctypes.c_int) for name in ("add", "cluster_tiles", "rounds", "rank_segment", "stride")),
+        *((name, ctypes.c_int) for name in ("table_at", "x_at", "sums_at", "added_at", "entries_at", "in_place")),
     ]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a product is spread over the device."""
+    """How a product is spread over the device, a CTA to a multiprocessor."""
 
     bits: int
     """Of a number of the weight."""
@@ -87,41 +87,52 @@ class Spread:
     depth: int
     """Chunks of each tile that a warp has on their way."""
     warps: int
-    ctas: int
-    """CTAs for which a multiprocessor has registers."""
+    """Of a CTA, that multiply."""
     wgmma: bool = False
     """Whether four warps multiply together; a tile each."""
     cluster: int = 1
     """CTAs that split the columns."""
-    rank_segment: int = RANK_SEGMENT
+    rank_segment: int = RANK_SEGMENTS[-1]
     """Ranks whose low is in shared memory at a time."""
+    in_place: bool = False
+    """Whether the CTAs' sums are where x was; for one round."""
 
     @property
-    def cta_tiles(self) -> int:
-        return self.warps * self.tiles
+    def unit(self) -> int:
+        """Tiles that are multiplied together or not."""
+        return 4 if self.wgmma else self.tiles
 
-    @property
-    def share(self) -> int:
-        """Outputs that each CTA of a cluster finishes, at most."""
-        return -(-self.cta_tiles * TILE // self.cluster // 4) * 4
+    def cluster_tiles(self, tiles: int) -> int:
+        """Of a cluster, where no more clusters are launched than the device takes at once."""
+        return -(-tiles // self.unit // clusters_at_once(self.cluster)) * self.unit
 
     def rounds(self, tiles: int) -> int:
-        """How often a cluster begins anew where no more clusters are launched than the device takes at once."""
-        return -(-tiles // self.cta_tiles // clusters_at_once(self.cluster, self.ctas))
+        """That a cluster takes its tiles in."""
+        return -(-self.cluster_tiles(tiles) // (self.warps * self.tiles))
+
+    def round_tiles(self, tiles: int) -> int:
+        """Of the first round, which no other has more than."""
+        return -(-self.cluster_tiles(tiles) // self.unit // self.rounds(tiles)) * self.unit
 
     def grid(self, tiles: int) -> int:
-        return -(-tiles // self.cta_tiles // self.rounds(tiles)) * self.cluster
+        return -(-tiles // self.cluster_tiles(tiles)) * self.cluster
 
-    def cost(self, tiles: int, chunks: int) -> int:
+    def stride(self, tiles: int) -> int:
+        """Of the rows of sums in shared memory: four times an odd number keeps a warp's in different banks."""
+        share = -(-self.round_tiles(tiles) * TILE // self.cluster // 8) * 8
+        return share + 4
+
+    def cost(self, tiles: int, chunks: int, ranks: int) -> float:
         """Tiles times chunks that a multiprocessor multiplies, and what else takes as long."""
-        work = self.ctas * self.cta_tiles * -(-chunks // self.cluster)
-        return self.rounds(tiles) * (work + ROUND_COST)
+        rounds, segments = self.rounds(tiles), -(-ranks // self.rank_segment)
+        work = (self.cluster_tiles(tiles) + rounds * STEP_COST) * chunks / self.cluster
+        return work + rounds * ROUND_COST + segments * SEGMENT_COST + self.in_place * BARRIER_COST
 
     @property
     def defines(self) -> Mapping[str, int]:
         """What the source is compiled with."""
-        named = {"KIND": self.bits, "EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth, "CTAS": self.ctas}
-        return {**named, "THREADS": 32 * self.warps, "WGMMA": int(self.wgmma)}
+        named = {"KIND": self.bits, "EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth}
+        return {**named, "WARPS": self.warps, "WGMMA": int(self.wgmma)}
 
 
 class Places(NamedTuple):
@@ -129,27 +140,38 @@ class Places(NamedTuple):
 
     table: int
     x: int
-    sums: int
+    added: int
     entries: int
+    sums: int
     end: int
 
 
-ROUND_COST = 250
+SIDE_WARPS = 4
+"""Of a CTA besides those that multiply: they compute what adapters add meanwhile."""
+STEP_COST = 14
+"""Of a chunk, however many tiles a CTA has, in tiles."""
+ROUND_COST = 100
 """Of beginning and finishing tiles, in tiles times chunks."""
-SEGMENT_COST = 60
-"""Likewise of another segment of ranks."""
+SEGMENT_COST = 20
+"""Likewise of a segment of ranks."""
+BARRIER_COST = 40
+"""Likewise of waiting until a cluster is done with x."""
 
 
 @cache
-def places_for(spread: Spread, columns: int, rows: int, modules: int) -> Places:
+def places_for(spread: Spread, tiles: int, columns: int, rows: int, modules: int) -> Places:
     """Shared memory of a CTA."""
+    added = 4 * 8 * spread.eights * spread.stride(tiles)
+    sums = added * spread.cluster
     sizes = {
-        "x": 2 * 8 * spread.eights * -(-(columns // CHUNK) // spread.cluster) * CHUNK,
-        "sums": 4 * 8 * spread.eights * spread.share * spread.cluster,
-        "entries": rows * modules * (ENTRY_BYTES + 4 * spread.rank_segment),
+        "x": max(2 * 8 * spread.eights * -(-(columns // CHUNK) // spread.cluster) * CHUNK, spread.in_place * sums),
+        "added": added,
+        "entries": BARRIER_BYTES + -(-rows * modules * (ENTRY_BYTES + 4 * spread.rank_segment) // 16) * 16,
+        "sums": 0 if spread.in_place else sums,
     }
     tables = range(TABLE_BYTES, SHARED_BYTES, TABLE_BYTES) if spread.bits == 4 else [0]
-    return min((_places(sizes, at) for at in tables), key=lambda places: places.end)
+    places = min((_places(sizes, at) for at in tables), key=lambda places: places.end)
+    return places._replace(sums=places.x) if spread.in_place else places
 
 
 def _places(sizes: Mapping[str, int], table: int) -> Places:
@@ -174,23 +196,12 @@ RESERVED_BYTES = 1 << 10
 """At the beginning of shared memory's addresses, for the device itself."""
 TABLE_BYTES = 256 * 128
 """Also what its address is a multiple of."""
+BARRIER_BYTES = 16
 ENTRY_BYTES = 32
 SPREADS = {
-    4: {
-        1: [Spread(4, 1, 2, 4, 8, 2), Spread(4, 1, 2, 4, 10, 1)],
-        2: [Spread(4, 2, 1, 4, 16, 1, wgmma=True)],
-        4: [Spread(4, 4, 1, 4, 16, 1, wgmma=True)],
-    },
-    8: {
-        1: [Spread(8, 1, 2, 2, 14, 1), Spread(8, 1, 2, 6, 10, 1)],
-        2: [Spread(8, 2, 2, 2, 14, 1), Spread(8, 2, 2, 2, 10, 1)],
-        4: [Spread(8, 4, 1, 4, 16, 1, wgmma=True)],
-    },
-    16: {
-        1: [Spread(16, 1, 2, 2, 14, 1), Spread(16, 1, 2, 4, 10, 1)],
-        2: [Spread(16, 2, 2, 2, 14, 1), Spread(16, 2, 2, 2, 10, 1)],
-        4: [Spread(16, 4, 1, 2, 16, 1, wgmma=True)],
-    },
+    4: {1: Spread(4, 1, 2, 4, 12), 2: Spread(4, 2, 1, 4, 16, wgmma=True), 4: Spread(4, 4, 1, 2, 16, wgmma=True)},
+    8: {1: Spread(8, 1, 2, 4, 12), 2: Spread(8, 2, 2, 4, 12), 4: Spread(8, 4, 1, 2, 16, wgmma=True)},
+    16: {1: Spread(16, 1, 2, 3, 12), 2: Spread(16, 2, 2, 2, 12), 4: Spread(16, 4, 1, 2, 16, wgmma=True)},
 }
 """By bits and eights of rows, what measurements on an H100 left. More rows take several launches."""
 
@@ -199,22 +210,22 @@ CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
 
 
 @cache
-def clusters_at_once(size: int, ctas: int) -> int:
-    """Clusters of `size` CTAs that the device takes at once, so many CTAs to a multiprocessor.
+def clusters_at_once(size: int) -> int:
+    """Clusters of `size` CTAs that the device takes at once, a CTA to a multiprocessor.
 
     Multiprocessors are in groups of different sizes, and a cluster stays in one group.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != HOPPER:
-        return CLUSTERS[size - 1] * ctas
-    kernel = _kernel("nf4_dequantize", SPREADS[4][1][0])
-    return kernel.clusters_at_once(size, 128, SHARED_BYTES // ctas - CTA_BYTES)
+        return CLUSTERS[size - 1]
+    kernel = _kernel("nf4_dequantize", SPREADS[4][1])
+    return kernel.clusters_at_once(size, 128, SHARED_BYTES - CTA_BYTES)
 
 
 def compile_products(bits: Iterable[int]) -> None:
     """Compiles the kernels for such weights side by side: each takes seconds."""
     from lorarep_runtime.kernels.cuda import compile_for_device
 
-    spreads = [spread for kind in bits for ones in SPREADS[kind].values() for spread in ones]
+    spreads = [spread for kind in bits for spread in SPREADS[kind].values()]
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(lambda spread: compile_for_device(SOURCE, spread.defines), spreads):
             pass
@@ -235,26 +246,24 @@ def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ran
         ValueError: there is none.
     """
     by_eights = SPREADS[bits]
-    segments = sorted({min(ranks, segment) for segment in (LEAST_RANK_SEGMENT, 32, RANK_SEGMENT)})
-
-    def cost(one: Spread) -> tuple[int, int]:
-        return one.cost(tiles, columns // CHUNK) + -(-ranks // one.rank_segment) * SEGMENT_COST, one.cluster
+    segments = [segment for segment in RANK_SEGMENTS if segment < 2 * ranks] or RANK_SEGMENTS[:1]
 
     for eights in (eights for eights in sorted(by_eights, reverse=True) if eights == 1 or 4 * eights < rows):
         spreads = [
-            replace(one, cluster=cluster, rank_segment=segment)
-            for one in by_eights[eights]
+            replace(by_eights[eights], cluster=cluster, rank_segment=segment, in_place=in_place)
             for cluster in range(1, MOST_CLUSTER + 1)
             for segment in segments
+            for in_place in (False, True)
         ]
         taken = min(rows, 8 * eights)
         fitting = [
             one
             for one in spreads
-            if places_for(one, columns, taken, modules).end <= SHARED_BYTES // one.ctas - CTA_BYTES
+            if places_for(one, tiles, columns, taken, modules).end <= SHARED_BYTES - CTA_BYTES
+            and not (one.in_place and one.rounds(tiles) > 1)
         ]
         if fitting:
-            return min(fitting, key=cost)
+            return min(fitting, key=lambda one: one.cost(tiles, columns // CHUNK, ranks))
     raise ValueError(f"no spread for {columns} columns")
 
 
@@ -314,7 +323,7 @@ class SharedGroup:
         while at < len(x):
             spread = spread_for(self.bits, tiles, columns, len(x) - at, len(self.sizes), ranks)
             count = min(len(x) - at, 8 * spread.eights)
-            places = places_for(spread, columns, count, len(self.sizes))
+            places = places_for(spread, tiles, columns, count, len(self.sizes))
             group = Group(
                 weights=self.weights.data_ptr(),
                 scales=None if self.scales is None else self.scales.data_ptr(),
@@ -334,17 +343,20 @@ class SharedGroup:
                 all_modules=rows.modules,
                 ends=(ctypes.c_int * MAX_MODULES)(*ends),
                 add=add,
-                tiles_per_cta=spread.cta_tiles,
+                cluster_tiles=spread.cluster_tiles(tiles),
+                rounds=spread.rounds(tiles),
                 rank_segment=spread.rank_segment,
-                share=spread.share,
+                stride=spread.stride(tiles),
                 table_at=places.table,
                 x_at=places.x,
                 sums_at=places.sums,
+                added_at=places.added,
                 entries_at=places.entries,
+                in_place=spread.in_place,
             )
-            _kernel("product", replace(spread, cluster=1, rank_segment=RANK_SEGMENT))(
+            _kernel("product", replace(spread, cluster=1, rank_segment=RANK_SEGMENTS[-1], in_place=False))(
                 spread.grid(tiles),
-                32 * spread.warps,
+                32 * (spread.warps + SIDE_WARPS),
                 group,
                 shared=places.end,
                 cluster=spread.cluster,
@@ -402,5 +414,5 @@ def dequantize(tiles: Tensor, scales: Tensor, out: Tensor) -> None:
     """The weight (out, in) in bf16, as bitsandbytes dequantizes it: code times scale in fp32, rounded once."""
     units = tiles.shape[0] * tiles.shape[1]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (tiles, scales, out)]
-    kernel = _kernel("nf4_dequantize", SPREADS[4][1][0])
+    kernel = _kernel("nf4_dequantize", SPREADS[4][1])
     kernel(-(-units // 8), 256, *pointers, ctypes.c_int(out.shape[1]), ctypes.c_longlong(units))

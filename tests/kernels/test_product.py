@@ -70,19 +70,17 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
     spread = spread_for(bits, out // TILE, into, rows, modules, 64)
     taken = min(rows, 8 * spread.eights)
     assert taken == min(rows, 32) or into > 20_000  # of such wide ones x leaves no room for more
-    clusters = spread.grid(out // TILE) // spread.cluster
-    assert clusters <= clusters_at_once(spread.cluster, spread.ctas)
-    assert clusters * spread.rounds(out // TILE) * spread.cta_tiles >= out // TILE
-    assert places_for(spread, into, taken, modules).end <= SHARED_BYTES // spread.ctas - CTA_BYTES
-    assert spread.share % 4 == 0  # outputs that a lane finishes at once
-    assert spread.share * spread.cluster >= spread.cta_tiles * TILE
+    tiles, clusters = out // TILE, spread.grid(out // TILE) // spread.cluster
+    assert clusters <= clusters_at_once(spread.cluster)
+    assert clusters * spread.cluster_tiles(tiles) >= tiles
+    assert spread.rounds(tiles) * spread.warps * spread.tiles >= spread.rounds(tiles) * spread.round_tiles(tiles)
+    assert spread.rounds(tiles) * spread.round_tiles(tiles) >= spread.cluster_tiles(tiles)
+    assert places_for(spread, tiles, into, taken, modules).end <= SHARED_BYTES - CTA_BYTES
+    assert spread.stride(tiles) % 8 == 4
+    assert spread.stride(tiles) * spread.cluster >= spread.round_tiles(tiles) * TILE
 
 
-@pytest.mark.parametrize(
-    "spread",
-    [spread for by_eights in SPREADS.values() for spreads in by_eights.values() for spread in spreads],
-    ids=str,
-)
+@pytest.mark.parametrize("spread", [one for by_eights in SPREADS.values() for one in by_eights.values()], ids=str)
 def test_the_source_compiles(spread: Spread, caplog: pytest.LogCaptureFixture) -> None:
     """By NVRTC, which needs no GPU. It warns where it has wgmma wait for one another."""
     compiled = compile_source.__wrapped__(SOURCE, tuple(sorted(spread.defines.items())), "sm_90a")
@@ -144,16 +142,16 @@ if HOPPER:
 
     @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize("count", [3, 13, 32])
-    @pytest.mark.parametrize(("cluster", "turns"), [(1, 2), (3, 1), (7, 1), (8, 2)])
-    def test_turns_and_any_cluster(
-        monkeypatch: pytest.MonkeyPatch, bits: int, count: int, cluster: int, turns: int
+    @pytest.mark.parametrize(("cluster", "clusters", "warps"), [(1, 2, 0), (3, 1, 0), (7, 1, 8), (8, 2, 8), (2, 1, 8)])
+    def test_rounds_and_any_cluster(
+        monkeypatch: pytest.MonkeyPatch, bits: int, count: int, cluster: int, clusters: int, warps: int
     ) -> None:
-        spreads = {eights: [replace(ones[0], warps=4, cluster=cluster)] for eights, ones in SPREADS[bits].items()}
-        by_rows = spreads[1 if count <= 8 else 2 if count <= 16 else 4][0]
-        monkeypatch.setattr(kernel, "spread_for", lambda *_: by_rows)
-        tiles = sum(SIZES) // TILE
-        monkeypatch.setattr(kernel, "clusters_at_once", lambda *_: -(-tiles // by_rows.cta_tiles // turns))
-        assert by_rows.rounds(tiles) == min(turns, -(-tiles // by_rows.cta_tiles))
+        spread = SPREADS[bits][1 if count <= 8 else 2 if count <= 16 else 4]
+        spread = replace(spread, cluster=cluster, warps=warps or spread.warps)
+        monkeypatch.setattr(kernel, "spread_for", lambda *_: spread)
+        monkeypatch.setattr(kernel, "clusters_at_once", lambda *_: clusters)
+        monkeypatch.setattr(kernel, "places_for", places_for.__wrapped__)  # it remembers other devices
+        assert spread.grid(sum(SIZES) // TILE) == cluster * clusters
         check(bits, count, True, 1024, 100)
 
     def check(bits: int, count: int, add: bool, into: int, most: int) -> None:

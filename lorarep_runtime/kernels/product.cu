@@ -278,66 +278,69 @@ __device__ __forceinline__ void send(
     if (lane < size) arrive(full, lane);
 }
 
-// y of the CTA's outputs, four at a time, by some threads: what adapters add is there, sums when `full` says so.
+// y of the CTA's outputs by some warps, a lane four of a row at a time: what adapters add is there, sums when `full` says so.
 __device__ __forceinline__ void write_outputs(
-    const Group& G, const Round& round, const float* sums, const float* added, const Entry* entries, u32 full, u32 parity, u32 rank, u32 size,
-    int thread, int threads
+    const Group& G, const Round& round, const float* sums, const float* added, const Entry* entries, u32 full, u32 parity,
+    u32 rank, u32 size, int warp, int warps
 ) {
-    const int first = round.tile * 16 + rank * round.share;
-    const int fours = max(0, min(round.share, round.tiles * 16 - int(rank) * round.share)) / 4;
+    const int first = round.tile * 16 + rank * round.share, lane = threadIdx.x % 32;
+    const int fours = (min(round.share, round.tiles * 16 - int(rank) * round.share) + 3) / 4;
+    int bits = 5;  // of the lanes that share a row
+    while (bits > 0 && 1 << (bits - 1) >= fours) bits--;
+    const int others = 32 >> bits, step = warps * others;
     bool there = false;
-    for (int i = thread; i < G.rows * fours; i += 2 * threads) {
-        uint2 c[2], plus[2][3];
-        int ranks[2];
-        bool scaled[2];
+    for (int four = lane & (1 << bits) - 1; four < fours; four += 1 << bits) {
+        const int local = four * 4, n = first + local;
+        const Output of(G, n);
+        uint2 base_bias = make_uint2(0, 0);
+        if (G.base_bias) base_bias = load4(G.base_bias + n);
+        for (int m = warp * others + (lane >> bits); m < G.rows; m += 2 * step) {
+            uint2 c[2], bias[2], y[2];
+            Entry entry[2];
 #pragma unroll
-        for (int u = 0; u < 2; u++) {
-            const int at = i + u * threads, m = at / fours, n = first + at % fours * 4;
-            ranks[u] = -1, scaled[u] = false;
-            for (int q = 0; q < 3; q++) plus[u][q] = make_uint2(0, 0);
-            if (at >= G.rows * fours) continue;
-            const Output of(G, n);
-            const Entry& entry = entries[m * G.modules + of.module];
-            ranks[u] = entry.rank, scaled[u] = entry.c;
-            if (entry.c) c[u] = load4(entry.c + of.inner);
-            if (entry.bias) plus[u][0] = load4(entry.bias + of.inner);
-            if (G.base_bias) plus[u][1] = load4(G.base_bias + n);
-            if (G.add) plus[u][2] = load4(G.y + i64(m) * (G.tiles * 16) + n);
-        }
-        if (!there) await(full, parity);
-        there = true;
+            for (int u = 0; u < 2; u++) {  // two at a time: each waits for memory
+                entry[u] = entries[min(m + u * step, G.rows - 1) * G.modules + of.module];
+                bias[u] = y[u] = make_uint2(0, 0);
+                if (entry[u].c) c[u] = load4(entry[u].c + of.inner);
+                if (entry[u].bias) bias[u] = load4(entry[u].bias + of.inner);
+                if (G.add) y[u] = load4(G.y + i64(min(m + u * step, G.rows - 1)) * (G.tiles * 16) + n);
+            }
+            if (!there) await(full, parity);
+            there = true;
 #pragma unroll
-        for (int u = 0; u < 2; u++) {
-            if (ranks[u] < 0) continue;
-            const int at = i + u * threads, m = at / fours, local = at % fours * 4;
-            float v[4] = {}, wide[4];
-            auto add = [&](const float* from) {
-                const float4 four = *reinterpret_cast<const float4*>(from + m * G.stride + local);
-                v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
-            };
-            for (u32 r = 0; r < size; r++) add(sums + r * ROWS * G.stride);
-            if (scaled[u]) {
-                widen(wide, c[u]);
-                for (int q = 0; q < 4; q++) v[q] *= wide[q];
+            for (int u = 0; u < 2; u++) {
+                if (m + u * step >= G.rows || entry[u].rank < 0) continue;
+                const int at = (m + u * step) * G.stride + local;
+                float v[4] = {}, wide[4];
+                auto plus = [&](const float* from) {
+                    const float4 four = *reinterpret_cast<const float4*>(from + at);
+                    v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
+                };
+                for (u32 r = 0; r < size; r++) plus(sums + r * ROWS * G.stride);
+                if (entry[u].c) {
+                    widen(wide, c[u]);
+                    for (int q = 0; q < 4; q++) v[q] *= wide[q];
+                }
+                if (entry[u].rank > 0) plus(added);
+                for (uint2 more : {bias[u], base_bias, y[u]}) {
+                    widen(wide, more);
+                    for (int q = 0; q < 4; q++) v[q] += wide[q];
+                }
+                *reinterpret_cast<uint2*>(G.y + i64(m + u * step) * (G.tiles * 16) + n) =
+                    make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
             }
-            if (ranks[u] > 0) add(added);
-            for (int i = 0; i < 3; i++) {
-                widen(wide, plus[u][i]);
-                for (int q = 0; q < 4; q++) v[q] += wide[q];
-            }
-            *reinterpret_cast<uint2*>(G.y + i64(m) * (G.tiles * 16) + first + local) =
-                make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
         }
     }
     if (!there) await(full, parity);
 }
 
-// What adapters add to the CTA's outputs, B low. By the SIDE warps.
+// What adapters add to the CTA's outputs, B low. By the SIDE warps; those that have multiplied help in the end.
 struct Adapters {
     const Group& G;
     const Entry* entries;
     u16* low;  // (rows, modules, 2, ranks of a segment) bf16
-    int thread = threadIdx.x - WARPS * 32, warp = thread / 32, lane = thread % 32;
+    int* taken;  // how many tasks have been
+    int thread = threadIdx.x - WARPS * 32, lane = threadIdx.x % 32;
 
     __device__ void read_entries(Entry* to) {
         for (int i = thread; i < G.rows * G.modules; i += SIDE * 32) {
@@ -401,23 +404,24 @@ struct Adapters {
         }
     }
 
-    // Warps take 64 outputs of a row after the other, dealt so that each gets its part of every row and of every place. B is the A operand, (16 outputs, 16 ranks) four times; the B operand has the two halves of A x as columns, for module
-    // after module. So lane t has the sums of module t: those of an output's own module are wanted.
+    // A task is 64 outputs of a row. B is the A operand, (16 outputs, 16 ranks) four times; the B operand has the two halves of
+    // A x as columns, for module after module. So lane t has the sums of module t: those of an output's own module are wanted.
     __device__ void add(int from, float* added, int first_output, int outputs) {
-        if (outputs <= 0) return;
-        const int groups = (outputs + 63) / 64, row_ranks = ranks_of_row(), g = lane / 4, t = lane % 4;
+        const int groups = (outputs + 63) / 64, tasks = outputs > 0 ? groups * G.rows : 0;
+        const int row_ranks = ranks_of_row(), g = lane / 4, t = lane % 4;
+        const float by_groups = 1.0f / groups;
         const u32 added_at = u32(__cvta_generic_to_shared(added)), low_begin = u32(__cvta_generic_to_shared(low));
-        int m = 0, group = warp, slot = warp;
         int ranks = 0;  // to come of the row
         int at = 0, last = 0, out = 0;  // the lane's first rank of the piece, and the last one of its module
         u32 low_at = 0, to = 1;
         const u16* B = 0;
         auto next = [&] {
             for (;;) {
-                while (group >= groups) group -= groups, m++;
-                if (m >= G.rows) return false;
-                const int row = m, local = group * 64 + g * 8;
-                group += slot < SIDE - 1 ? SIDE + 1 : 1, slot = slot + 1 & SIDE - 1;
+                int task = 0;
+                if (lane == 0) task = atomicAdd(taken, 1);
+                task = __shfl_sync(~0u, task, 0);
+                if (task >= tasks) return false;
+                const int row = (task + 0.5f) * by_groups, local = (task - row * groups) * 64 + g * 8;
                 ranks = min(__shfl_sync(~0u, row_ranks, row) - from, G.rank_segment);
                 if (ranks <= 0) continue;
                 const bool inside = local < outputs;
@@ -486,11 +490,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     // The sums that the cluster's CTAs leave here, (CTAs, rows, stride), and what is added to them, (rows, stride).
     float* sums_in = reinterpret_cast<float*>(shared + G.sums_at);
     float* added = reinterpret_cast<float*>(shared + G.added_at);
-    const u32 full = base + G.entries_at, empty = full + 8;  // barriers: sums are here; those of all CTAs have been read
-    Entry* entries = reinterpret_cast<Entry*>(shared + G.entries_at + 16);
+    // Barriers: sums are here; those of all CTAs have been read; A x of the last tasks is here.
+    const u32 full = base + G.entries_at, empty = full + 8, ready = full + 16;
+    Entry* entries = reinterpret_cast<Entry*>(shared + G.entries_at + 32);
+    Adapters adapters{G, entries, reinterpret_cast<u16*>(entries + G.rows * G.modules),
+                      reinterpret_cast<int*>(shared + G.entries_at + 24)};
     if (threadIdx.x == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(full), "r"(WARPS * size) : "memory");
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty), "r"(size) : "memory");
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(ready), "r"(SIDE * 32) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
@@ -498,7 +506,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 
     if (warp >= WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(SIDE_REGISTERS));
-        Adapters adapters{G, entries, reinterpret_cast<u16*>(entries + G.rows * G.modules)};
         adapters.read_entries(entries);
         sync<2, SIDE * 32>();
         const int first_module = Output(G, first_tile * 16).module, last_module = Output(G, end_tile * 16 - 1).module;
@@ -509,18 +516,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
             const int outputs = min(round.share, round.tiles * 16 - int(rank) * round.share);
             if (i == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
             for (int from = 0; from < G.ranks; from += G.rank_segment) {
-                if (i == 0 || G.ranks > G.rank_segment) {
-                    if (from > 0 || i > 0) sync<2, SIDE * 32>();
-                    adapters.sum_low(from, first_module, last_module);
-                    sync<2, SIDE * 32>();
-                }
+                if (from > 0 || i > 0) sync<2, SIDE * 32>();
+                if (adapters.thread == 0) *adapters.taken = 0;
+                if (i == 0 || G.ranks > G.rank_segment) adapters.sum_low(from, first_module, last_module);
+                sync<2, SIDE * 32>();
+                if (i + 1 == G.rounds && from + G.rank_segment >= G.ranks) arrive(ready, rank);
                 adapters.add(from, added, first_output, outputs);
             }
             if (i == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
             if (i == 0 && G.in_place) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
             if (i + 1 == G.rounds) break;
             sync<2, SIDE * 32>();
-            write_outputs(G, round, sums_in, added, entries, full, i & 1, rank, size, adapters.thread, SIDE * 32);
+            write_outputs(G, round, sums_in, added, entries, full, i & 1, rank, size, warp - WARPS, SIDE);
             sync<2, SIDE * 32>();
             if (adapters.thread < size) arrive(empty, adapters.thread);
             tile += round.tiles;
@@ -778,11 +785,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         }
     }
 
-    __syncthreads();
     int last = first_tile;
     for (int i = 0; i + 1 < G.rounds; i++) last += Round(G, last, end_tile, G.rounds - i, size).tiles;
     const Round round(G, last, end_tile, 1, size);
-    write_outputs(G, round, sums_in, added, entries, full, G.rounds - 1 & 1, rank, size, threadIdx.x, THREADS);
+    if (warp < WARPS) {
+        await(ready, 0);
+        adapters.add((G.ranks - 1) / G.rank_segment * G.rank_segment, added, round.tile * 16 + rank * round.share,
+                     min(round.share, round.tiles * 16 - int(rank) * round.share));
+    }
+    __syncthreads();
+    write_outputs(G, round, sums_in, added, entries, full, G.rounds - 1 & 1, rank, size, warp, WARPS + SIDE);
 }
 
 #if KIND == 4

@@ -196,7 +196,7 @@ RESERVED_BYTES = 1 << 10
 """At the beginning of shared memory's addresses, for the device itself."""
 TABLE_BYTES = 256 * 128
 """Also what its address is a multiple of."""
-BARRIER_BYTES = 16
+BARRIER_BYTES = 32
 ENTRY_BYTES = 32
 SPREADS = {
     4: {1: Spread(4, 1, 2, 4, 12), 2: Spread(4, 2, 1, 4, 16, wgmma=True), 4: Spread(4, 4, 1, 2, 16, wgmma=True)},

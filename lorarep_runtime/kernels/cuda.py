@@ -31,7 +31,7 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 @cache
 def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The cubin of a source file. What the compiler warns of is logged.
+    """The cubin of a source file, which may include files beside it. What the compiler warns of is logged.
 
     Args:
         architecture: such as "sm_90a".
@@ -40,7 +40,8 @@ def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architectur
         CudaError: with the compiler's log.
     """
     program = _checked(nvrtc.nvrtcCreateProgram(file.read_bytes(), file.name.encode(), 0, [], []))
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in defines)]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={file.parent}"]
+    options += [f"-D{name}={value}" for name, value in defines]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         text = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))

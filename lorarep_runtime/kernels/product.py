@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorarep_runtime.kernels.cuda import Kernel
 
 SOURCE = Path(__file__).with_suffix(".cu")
+NF4_SOURCE = Path(__file__).with_name("nf4.cu")
 HOPPER = 9
 """Compute capability that the source is for: later ones have no wgmma."""
 TILE = 16
@@ -217,25 +218,31 @@ def clusters_at_once(size: int) -> int:
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != HOPPER:
         return CLUSTERS[size - 1]
-    kernel = _kernel("nf4_dequantize", SPREADS[4][1])
-    return kernel.clusters_at_once(size, 128, SHARED_BYTES - CTA_BYTES)
+    return _dequantize_kernel().clusters_at_once(size, 128, SHARED_BYTES - CTA_BYTES)
 
 
 def compile_products(bits: Iterable[int]) -> None:
     """Compiles the kernels for such weights side by side: each takes seconds."""
     from lorarep_runtime.kernels.cuda import compile_for_device
 
-    spreads = [spread for kind in bits for spread in SPREADS[kind].values()]
+    sources = [(SOURCE, spread.defines) for kind in bits for spread in SPREADS[kind].values()]
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda spread: compile_for_device(SOURCE, spread.defines), spreads):
+        for _ in pool.map(lambda source: compile_for_device(*source), [(NF4_SOURCE, {}), *sources]):
             pass
 
 
 @cache
-def _kernel(name: str, spread: Spread) -> Kernel:
+def _product_kernel(spread: Spread) -> Kernel:
     from lorarep_runtime.kernels.cuda import Kernel
 
-    return Kernel(SOURCE, name, spread.defines)
+    return Kernel(SOURCE, "product", spread.defines)
+
+
+@cache
+def _dequantize_kernel() -> Kernel:
+    from lorarep_runtime.kernels.cuda import Kernel
+
+    return Kernel(NF4_SOURCE, "nf4_dequantize")
 
 
 @cache
@@ -312,7 +319,7 @@ class SharedGroup:
         Args:
             x: bf16 (rows, in).
             y: bf16 (rows, outputs of all modules).
-            low: fp32 (rows, parts, modules, ranks), partial sums of A x.
+            low: fp32 (rows, parts, modules, ranks), partial sums of A x; ranks are a multiple of four.
             first: number of the first module in entry tables.
             bias: bf16 (outputs), the base's own.
         """
@@ -354,7 +361,7 @@ class SharedGroup:
                 entries_at=places.entries,
                 in_place=spread.in_place,
             )
-            _kernel("product", replace(spread, cluster=1, rank_segment=RANK_SEGMENTS[-1], in_place=False))(
+            _product_kernel(replace(spread, cluster=1, rank_segment=RANK_SEGMENTS[-1], in_place=False))(
                 spread.grid(tiles),
                 32 * (spread.warps + SIDE_WARPS),
                 group,
@@ -414,5 +421,4 @@ def dequantize(tiles: Tensor, scales: Tensor, out: Tensor) -> None:
     """The weight (out, in) in bf16, as bitsandbytes dequantizes it: code times scale in fp32, rounded once."""
     units = tiles.shape[0] * tiles.shape[1]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (tiles, scales, out)]
-    kernel = _kernel("nf4_dequantize", SPREADS[4][1])
-    kernel(-(-units // 8), 256, *pointers, ctypes.c_int(out.shape[1]), ctypes.c_longlong(units))
+    _dequantize_kernel()(-(-units // 8), 256, *pointers, ctypes.c_int(out.shape[1]), ctypes.c_longlong(units))

@@ -3,7 +3,7 @@ adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,12 +18,12 @@ from lorarep_runtime.kernels.cuda import CudaError, compile_source
 from lorarep_runtime.kernels.product import (
     CHUNK,
     CTA_BYTES,
+    NF4_SOURCE,
     SHARED_BYTES,
     SOURCE,
     SPREADS,
     TILE,
     SharedGroup,
-    Spread,
     arrange,
     clusters_at_once,
     places_for,
@@ -80,10 +80,14 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
     assert spread.stride(tiles) * spread.cluster >= spread.round_tiles(tiles) * TILE
 
 
-@pytest.mark.parametrize("spread", [one for by_eights in SPREADS.values() for one in by_eights.values()], ids=str)
-def test_the_source_compiles(spread: Spread, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("file", "defines"),
+    [(NF4_SOURCE, {}), *((SOURCE, one.defines) for by_eights in SPREADS.values() for one in by_eights.values())],
+    ids=str,
+)
+def test_the_source_compiles(file: Path, defines: Mapping[str, int], caplog: pytest.LogCaptureFixture) -> None:
     """By NVRTC, which needs no GPU. It warns where it has wgmma wait for one another."""
-    compiled = compile_source.__wrapped__(SOURCE, tuple(sorted(spread.defines.items())), "sm_90a")
+    compiled = compile_source.__wrapped__(file, tuple(sorted(defines.items())), "sm_90a")
     assert compiled.startswith(b"\x7fELF")
     assert not caplog.messages
 

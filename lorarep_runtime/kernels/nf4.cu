@@ -1,0 +1,46 @@
+#include "nf4.cuh"
+
+#define CHUNK 64  // columns that share a scale
+
+// W (outputs, columns) in bf16: code times scale in fp32, rounded once, as bitsandbytes does.
+extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* scales, u16* out, int columns, i64 units) {
+    const i64 unit = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    if (unit >= units) return;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, chunks = columns / CHUNK;
+    const i64 tile = unit / chunks, chunk = unit % chunks;
+    uint4 bytes;
+    float2 scale;
+    load_once(bytes, weights + unit * 32 + lane, true, read_once());
+    load_once(scale, scales + unit * 8 + g, true, read_once());
+    const float own = NF4[lane & 15];  // from lane to lane: constant memory serves one address at a time
+    auto value = [&](u32 code) { return __shfl_sync(~0u, own, code); };
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const u32 g0 = half ? bytes.z : bytes.x, g1 = half ? bytes.w : bytes.y;
+        const float by = half ? scale.y : scale.x;
+        // Lane t has 2t and 2t + 8 of each 16 columns and gets the t-th 16 columns from the lanes t, t ^ 1, t ^ 2, t ^ 3.
+        u32 codes[4];
+#pragma unroll
+        for (int other = 0; other < 4; other++) {
+            const int j = t ^ other;
+            codes[other] = __shfl_xor_sync(~0u, (j & 2 ? g1 : g0) >> (j & 1) * 16, other);
+        }
+        auto order = [&](u32& a, u32& b, bool change) {
+            const u32 first = change ? b : a;
+            b = change ? a : b, a = first;
+        };
+        order(codes[0], codes[1], t & 1), order(codes[2], codes[3], t & 1);
+        order(codes[0], codes[2], t & 2), order(codes[1], codes[3], t & 2);
+        uint4* to = reinterpret_cast<uint4*>(out + (tile * 16 + g + half * 8) * columns + chunk * CHUNK + t * 16);
+#pragma unroll
+        for (int eight = 0; eight < 2; eight++) {
+            u32 pairs[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const u32 byte = codes[j] >> eight * 8 & 255;
+                pairs[j] = pack_bf16(value(byte >> 4) * by, value(byte & 15) * by);
+            }
+            to[eight] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+// Instructions that CUDA C++ has no words for: https://docs.nvidia.com/cuda/parallel-thread-execution.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+typedef long long i64;
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+__device__ __forceinline__ void widen(float (&v)[4], uint2 bits) {
+    v[0] = __uint_as_float(bits.x << 16), v[1] = __uint_as_float(bits.x & 0xffff0000);
+    v[2] = __uint_as_float(bits.y << 16), v[3] = __uint_as_float(bits.y & 0xffff0000);
+}
+
+__device__ __forceinline__ uint2 load4(const u16* p) { return *reinterpret_cast<const uint2*>(p); }
+
+// Weights go first when the L2 cache needs room: what is prefetched there, and activations, are read again.
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Read once, past L1. Where `wanted` is false the registers keep what they hold: a plain condition would have the compiler
+// load into others and wait to copy them.
+__device__ __forceinline__ void load_once(uint4& v, const uint4* p, bool wanted, u64 policy) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0;"
+                 "  @p ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4], %6; }"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "l"(p), "r"(u32(wanted)), "l"(policy));
+}
+
+__device__ __forceinline__ void load_once(float2& v, const float2* p, bool wanted, u64 policy) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0;"
+                 "  @p ld.global.nc.L1::no_allocate.L2::cache_hint.v2.f32 {%0,%1}, [%2], %4; }"
+                 : "+f"(v.x), "+f"(v.y) : "l"(p), "r"(u32(wanted)), "l"(policy));
+}
+
+// L1 is what shared memory leaves: a few KiB.
+__device__ __forceinline__ void load_past_L1(u32 (&v)[4], const u16* p) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
+}
+
+__device__ __forceinline__ void store_cluster(u32 address, u32 rank, float v) {
+    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
+                 :: "r"(address), "r"(rank), "f"(v) : "memory");
+}
+
+// Barriers in shared memory. What a warp wrote before it arrives, whoever waits can read.
+__device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
+    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1;"
+                 "  mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }" :: "r"(barrier), "r"(rank) : "memory");
+}
+
+__device__ __forceinline__ void await(u32 barrier, u32 parity) {
+    u32 done;
+    do
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
+                     "  selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    while (!done);
+}
+
+// Of the warps of one kind.
+template <int WHICH, int COUNT>
+__device__ __forceinline__ void sync() {
+    asm volatile("bar.sync %0, %1;" :: "n"(WHICH), "n"(COUNT) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, u32 v) {
+    asm volatile("st.shared.u32 [%0], %1;" :: "r"(address), "r"(v) : "memory");
+}
+
+// 16 bytes from global to shared memory while other work goes on; zeros where `bytes` is 0.
+__device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The B fragments of two products: 8 rows times 32 columns of x. Lane l names the address of 16 bytes of row l % 8.
+__device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address));
+}
+
+// As the compiler sees that all lanes have the same.
+__device__ __forceinline__ int own_warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+__device__ __forceinline__ u32 cluster_size() {
+    u32 r;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+    return r;
+}

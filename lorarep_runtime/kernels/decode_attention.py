@@ -93,6 +93,7 @@ def attend(
         cache.tables.shape[2],
         layer.scale,
         layer.eps,
+        splits,
         WINDOW=layer.window,
         HEADS=layer.heads,
         KV_HEADS=layer.kv_heads,
@@ -100,7 +101,6 @@ def attend(
         DIM=layer.head_dim,
         BLOCK_DIM=block_dim,
         PAGE=cache.key_pages.shape[1],
-        SPLITS=splits,
         PDL=pdl,
         num_warps=8 if block_dim > 128 else 4,
         num_stages=1,  # the kernel loads ahead itself
@@ -150,7 +150,7 @@ def _load_block(
     return tl.load(key_pages + at, mask=mask, other=0), tl.load(value_pages + at, mask=mask, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["depth", "pages", "splits"])  # each kind of number would be compiled anew
 def _attend(
     qkv,
     q_norm,
@@ -169,6 +169,7 @@ def _attend(
     pages,
     scale,
     eps,
+    splits,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -176,7 +177,6 @@ def _attend(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -187,7 +187,7 @@ def _attend(
     # This split's tokens: whole pages from the first that the query sees, shared out evenly.
     visible = 0 if WINDOW is None else tl.maximum(length - WINDOW, 0)
     first_page = visible // PAGE
-    share = tl.cdiv(tl.cdiv(length, PAGE) - first_page, SPLITS) * PAGE
+    share = tl.cdiv(tl.cdiv(length, PAGE) - first_page, splits) * PAGE
     start = first_page * PAGE + split * share
     stop = tl.where(position < 0, start, tl.minimum(start + share, length))
     # The new token is the last; it is taken from qkv, not from its page.
@@ -202,7 +202,7 @@ def _attend(
         return
     head = tl.arange(0, BLOCK_HEADS)
     in_group = head < group
-    at = (row * HEADS + kv_head * group + head) * SPLITS + split
+    at = (row * HEADS + kv_head * group + head) * splits + split
     if start >= stop:
         tl.store(maxima + at, float("-inf"), mask=in_group)
         tl.store(sums + at, 0.0, mask=in_group)

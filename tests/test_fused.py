@@ -46,6 +46,7 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
         # Triton's interpreter takes milliseconds for each program.
         monkeypatch.setattr("lorarep_runtime.fused.MOST_PARTS", 2)
         monkeypatch.setattr("lorarep_runtime.fused.MOST_SPLITS", 1)
+        monkeypatch.setattr("lorarep_runtime.kernels.low.MOST_RANK_PROGRAMS", 1)
     monkeypatch.setattr("lorarep_runtime.fused.LONG_SEQUENCE", 16)
     config = BaseConfig(str(base), dtype="float32", device=device)
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))

@@ -85,7 +85,8 @@ def test_over_http_a_reader_that_does_not_read_ends_alone(small: Server) -> None
         slow.connect(("127.0.0.1", small.openai_port))
         logged = len(small.log)
         slow.sendall(head.encode() + body)
-        got = slow.recv(16)
+        got = slow.recv(16)  # may come while it still waits
+        wait_for(lambda: not small.metrics()["lorarep_requests_waiting"], "the stream to begin")
         # Queued behind it: answered only if the engine does not wait for the reader.
         alone = small.generation.Generate(request("abc", "lora"), timeout=SECONDS)
         assert len(alone.token_ids) == 12

@@ -2,20 +2,24 @@
 
 A bitsandbytes module keeps its own bytes here; nothing is converted. Activations are never quantized: LLM.int8() picks
 its outlier columns from the whole batch, so that one request's tokens would depend on its neighbours.
+
+It is imported where there is something quantized: that takes seconds, most of them for a compiler that nobody asks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.kernels.product import CHUNK, HOPPER, TILE, SharedGroup, arrange
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -80,7 +84,7 @@ class NF4Weight:
 
     quantization: Quantization = "nf4"
 
-    def __init__(self, packed: Tensor, state: bnb.functional.QuantState) -> None:
+    def __init__(self, packed: Tensor, state: QuantState) -> None:
         self.shape = (state.shape[0], state.shape[1])
         self.data: tuple[Tensor, ...] = (packed,)
         self.constants: tuple[Tensor, ...] = (state.absmax, state.code)
@@ -89,11 +93,15 @@ class NF4Weight:
         self.state = state
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return bnb.functional.dequantize_4bit(self.data[0], self.state).to(dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.data[0], self.state).to(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return bnb.matmul_4bit(x, self.data[0], self.state)
+            from bitsandbytes import matmul_4bit
+
+            return matmul_4bit(x, self.data[0], self.state)
         # bitsandbytes' own CPU product may repack the weight in place, after which nothing else can read it.
         return product(x, self.dequantize(x.dtype))
 
@@ -177,12 +185,14 @@ def shared_weight(module: nn.Module) -> Weight:
     Raises:
         TypeError: for a linear module of another kind.
     """
-    if isinstance(module, bnb.nn.Linear4bit):
-        return NF4Weight(module.weight.data, module.weight.quant_state)
-    if isinstance(module, bnb.nn.Linear8bitLt):
-        return Int8Weight(module.weight.data, module.weight.SCB)
     if type(module) is nn.Linear:
         return DenseWeight(module.weight.data)
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    if isinstance(module, Linear4bit):
+        return NF4Weight(module.weight.data, module.weight.quant_state)
+    if isinstance(module, Linear8bitLt):
+        return Int8Weight(module.weight.data, module.weight.SCB)
     raise TypeError(f"{type(module).__name__} is not a linear layer that can be shared")
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -29,6 +27,9 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
+        # Only now: it brings torch, and a server listens before it has either.
+        from transformers import AutoTokenizer
+
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a foreign file leads its parser to

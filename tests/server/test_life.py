@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -173,3 +175,9 @@ def test_random_bytes_on_the_port_harm_nobody(server: Server) -> None:
     for thread in threads:
         thread.join()
     assert len(server.generation.Generate(request("abc")).token_ids) == 12
+
+
+def test_a_server_listens_before_it_has_torch() -> None:
+    """Importing that takes longer than all else that comes before; health and what is wrong with flags do not wait."""
+    seen = "import sys, lorarep_server.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", seen]).returncode == 0

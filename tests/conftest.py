@@ -22,11 +22,6 @@ settings.register_profile("shared", deadline=None)  # how long an example takes 
 settings.load_profile("shared")
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are processors: much of the time tests wait for servers."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyHub]:
     """A Hub on loopback that `lorarep_runtime.hub` is pointed at."""

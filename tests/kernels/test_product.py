@@ -73,7 +73,7 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
     tiles, clusters = out // TILE, spread.grid(out // TILE) // spread.cluster
     assert clusters <= clusters_at_once(spread.cluster)
     assert clusters * spread.cluster_tiles(tiles) >= tiles
-    assert spread.rounds(tiles) * spread.warps * spread.tiles >= spread.rounds(tiles) * spread.round_tiles(tiles)
+    assert spread.warps * spread.tiles >= spread.round_tiles(tiles)
     assert spread.rounds(tiles) * spread.round_tiles(tiles) >= spread.cluster_tiles(tiles)
     assert places_for(spread, tiles, into, taken, modules).end <= SHARED_BYTES - CTA_BYTES
     assert spread.stride(tiles) % 8 == 4

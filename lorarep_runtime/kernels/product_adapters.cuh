@@ -19,13 +19,13 @@ struct Adapters {
     __device__ void read_entries(Entry* to) {
         for (int i = thread; i < G.rows * G.modules; i += SIDE * 32) {
             const int position = G.positions[i / G.modules];
-            Entry entry = {0, 0, 0, position < 0 ? -1 : 0, 0};
+            Entry entry = {0, 0, 0, position < 0 ? -1 : 0};
             const i64 table = G.adapters[i / G.modules];
             if (position >= 0 && table) {
                 const i64* e = reinterpret_cast<const i64*>(table);
                 e += (i64(position) * G.all_modules + G.first + i % G.modules) * ENTRY;
                 entry = {reinterpret_cast<const u16*>(e[1]), reinterpret_cast<const u16*>(e[2]),
-                         reinterpret_cast<const u16*>(e[3]), int(e[4]), 0};
+                         reinterpret_cast<const u16*>(e[3]), int(e[4])};
             }
             to[i] = entry;
         }

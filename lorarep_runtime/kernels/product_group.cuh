@@ -45,7 +45,7 @@ struct Group {                // modules that read the same x, their weights one
 
 struct Entry {  // of one row's adapter for one module; a rank of -1 is a row that passes through
     const u16 *B, *c, *bias;
-    int rank, unused;
+    int rank;
 };
 
 struct Round {  // of a cluster

@@ -121,6 +121,7 @@ def test_idle_adapters_make_room_and_come_back(base: Path, adapters: dict[str, P
 LOADING = """
 import sys, threading, time
 from pathlib import Path
+import bitsandbytes  # a library of its size, imported by what is measured, would count as its memory
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import BaseConfig
 
@@ -159,4 +160,4 @@ def test_the_unquantized_base_is_never_whole_in_memory(quantization: str, tmp_pa
         # What the C library keeps for later after it has been freed is not what loading holds.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
-    assert int(measured.stdout) < 0.8 * unquantized
+    assert int(measured.stdout) < 0.7 * unquantized

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floor import copy_bandwidth, token_bytes
-from benchmarks.goals import Figures
+from benchmarks.goals import Figures, add_figure_options
 from benchmarks.models import DEEP, Files, add_file_options
 from benchmarks.streams import SHORT, STEADY, Noticed, Stream, beside
 from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
@@ -49,7 +49,7 @@ REPEATS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_file_options(parser)
-    parser.add_argument("--quantization", default="nf4")
+    add_figure_options(parser)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=600)
@@ -57,7 +57,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--long", type=int, default=8192)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         Run(Files(options.folder or Path(folder), options.layers, options.device), options).all()

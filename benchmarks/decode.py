@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floor import copy_bandwidth, floor_bytes, weight_bytes
-from benchmarks.goals import BATCHES, CASES, Figures
+from benchmarks.goals import BATCHES, CASES, Figures, add_figure_options
 from benchmarks.models import DEEP, Files, add_file_options
 from benchmarks.timeline import profiled
 from lorarep_runtime.adapters.pool import Lease
@@ -54,14 +54,13 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_file_options(parser)
-    parser.add_argument("--quantization", default="nf4")
+    add_figure_options(parser)
     parser.add_argument("--batches", type=numbers, default=list(BATCHES))
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES))
     parser.add_argument("--timeline", type=numbers, default=[])
     parser.add_argument("--distinct", type=numbers, default=[])
     parser.add_argument("--rows", type=numbers, default=[], help="Of which --distinct adapters are.")
     parser.add_argument("--name", default="decode", help="Of the figures in the file.")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Files(options.folder or Path(folder), options.layers, options.device), options)

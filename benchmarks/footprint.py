@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.decode import lease, prompts, request
-from benchmarks.goals import Figures
+from benchmarks.goals import Figures, add_figure_options
 from benchmarks.models import DEEP, Files, add_file_options, load_with_transformers
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
@@ -40,9 +40,8 @@ KINDS = {"published-lora": "lora", "published-dora": "dora"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_file_options(parser)
-    parser.add_argument("--quantization", default="nf4")
+    add_figure_options(parser)
     parser.add_argument("--loads", type=int, default=5)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Files(options.folder or Path(folder), options.layers, options.device), options)

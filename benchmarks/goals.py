@@ -72,6 +72,12 @@ class Figures:
         return {int(end): self.all[ends[end]][number] for end in sorted(filter(str.isdecimal, ends), key=int)}
 
 
+def add_figure_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark takes whose figures are of a quantized base and go into a file."""
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--json", type=Path)
+
+
 @dataclass(frozen=True)
 class Goal:
     what: str

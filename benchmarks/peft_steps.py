@@ -27,7 +27,7 @@ from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.decode import LARGEST_GAP, largest_gap, numbers, prompts
-from benchmarks.goals import PEFT_CASES, Figures
+from benchmarks.goals import PEFT_CASES, Figures, add_figure_options
 from benchmarks.models import Files, add_file_options, load_with_transformers
 
 WARM_UP = 3
@@ -37,11 +37,10 @@ WARM_UP = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_file_options(parser)
-    parser.add_argument("--quantization", default="nf4")
+    add_figure_options(parser)
     parser.add_argument("--batches", type=numbers, default=[1, 8, 32])
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(PEFT_CASES))
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Files(options.folder or Path(folder), options.layers, options.device), options)

@@ -20,6 +20,8 @@ from tests.models import save_adapter, save_base
 REQUESTS = 10_000
 KINDS = 60
 """Distinct requests, each with its answer alone."""
+AT_ONCE = 144
+"""Requests that have been submitted and have not ended."""
 
 
 def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,19 +41,21 @@ def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path, monkeypatch:
         for name, ranges in maps.items()
         for kind in ("lora", "dora")
     }
-    # Pages for about half of what may run at once: preemption happens all the time.
-    engine = engine_for(base, adapters=adapters, kv_bytes=40 * 2 * 16 * 2 * 16 * 4, max_queued=64)
+    # Pages for about half of what may run at once: preemption happens all the time. Many in a step, since what a step
+    # takes hardly depends on how many are in it.
+    pages = 110 * 2 * 16 * 2 * 16 * 4
+    engine = engine_for(base, adapters=adapters, kv_bytes=pages, max_sequences=96, max_queued=192)
     dice = random.Random(5)
     asked: list[tuple[Request, list[tuple[str, float]]]] = []
     for i in range(KINDS):
         prompt = tuple(dice.randrange(256) for _ in range(dice.randrange(1, 12)))
         names = dice.choice([[], [(dice.choice(list(adapters)), 1.0)], [("lora long", 0.5), ("dora long", 1.0)]])
         make = dice.choice([lambda p, n, i=i: sampled(i, p, n), lambda p, n: greedy(p, n)])
-        asked.append((make(prompt, dice.randrange(1, 20)), names))
+        asked.append((make(prompt, dice.randrange(1, 18)), names))
     alone = [engine.generate([(request, engine.adapters.lease(names))])[0].tokens for request, names in asked]
 
     engine.start()
-    room = threading.Semaphore(48)
+    room = threading.Semaphore(AT_ONCE)
     wrong: list[str] = []
     ended = dict.fromkeys((Finished, Cancelled, DeadlineExceeded), 0)
 
@@ -93,7 +97,7 @@ def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path, monkeypatch:
         if i in (REQUESTS // 3, REQUESTS - 1):
             gc.collect()
             memory.append(psutil.Process().memory_info().rss)
-    for _ in range(48):
+    for _ in range(AT_ONCE):
         assert room.acquire(timeout=600)
     engine.stop()
     assert wrong == []

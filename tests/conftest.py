@@ -1,5 +1,9 @@
+import functools
+import inspect
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,14 +16,40 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # else huggingface_hub, imported later, asks its own Hub about the caller
 
-import torch
-
-if not torch.cuda.is_available():
-    # Before triton is imported: its kernels run on the CPU then.
-    os.environ["TRITON_INTERPRET"] = "1"
-
 settings.register_profile("shared", deadline=None)  # how long an example takes depends on the other workers
 settings.load_profile("shared")
+
+
+def pytest_collectstart() -> None:
+    """Not where tests are only handed out, nor in what a test starts: importing torch takes seconds."""
+    if "TRITON_INTERPRET" not in os.environ:
+        import torch
+
+        if not torch.cuda.is_available():
+            # Before triton is imported: its kernels run on the CPU then.
+            os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter() -> None:
+    """Triton's looks through its whole language at every call of a function in a kernel, a third of all that it does.
+    What it finds is the same each time."""
+    if "triton" not in sys.modules or not os.environ.get("TRITON_INTERPRET"):
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def patch(package: Any, builder: Any, scope: Any) -> None:
+        for name in builtins(package):
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):  # and not in its place already
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
 
 
 @pytest.fixture

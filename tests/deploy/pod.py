@@ -32,7 +32,6 @@ from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
 from tests.deploy.image import BUILT, Image
 from tests.hub_faults import FaultyHub
-from tests.models import save_adapter, save_base
 from tests.server.running import request, wait_for
 from tests.test_deploy import DEMO, DEPLOY, ROOT, Objects, render
 
@@ -201,11 +200,12 @@ class Pod:
 
     def wait_started(self, runtime: subprocess.Popen[bytes]) -> None:
         probe = self.container["startupProbe"]
-        for _ in range(probe["failureThreshold"]):
+        end = time.monotonic() + probe["failureThreshold"] * probe["periodSeconds"]
+        while time.monotonic() < end:  # asking more often than the kubelet
             if self.probe("startupProbe") == SERVING:
                 return
             assert runtime.poll() is None
-            time.sleep(probe["periodSeconds"])
+            time.sleep(0.25)
         pytest.fail("the startup probe gave up")
 
 
@@ -247,15 +247,9 @@ def loopback() -> None:
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """Folders named like the repositories that the base and the air-gapped overlay serve."""
-    folder = tmp_path / "models"
-    base = save_base("mistral", folder / "Mistral-7B-v0.1")
-    adapter = dict(r=4, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 4], [2, 5]])
-    save_adapter(base, folder / "Fewshot-Metamath-OrcaVicuna-Mistral-10B", **adapter)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)  # weights are saved for their owner alone
-    return folder
+def models() -> Path:
+    """What test_pod.py has made."""
+    return Path(os.environ["LORAREP_POD_MODELS"])
 
 
 @pytest.mark.parametrize("overlay", ["cpu", "gpu", "air-gapped"])

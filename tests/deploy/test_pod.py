@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.models import save_adapter, save_base
+
 ROOT = Path(__file__).parents[2]
 OWN = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 """Namespaces in which the manifest's ports are free, and nothing is reached but what is in them."""
@@ -28,8 +30,23 @@ def unshare() -> list[str]:
     pytest.fail("pods need namespaces, and there are none to be had here:\n" + "\n".join(said))
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders named like the repositories that the base and the air-gapped overlay serve. Made here, so that what runs
+    in the namespaces need not import what makes them."""
+    folder = tmp_path_factory.mktemp("pods") / "models"
+    base = save_base("mistral", folder / "Mistral-7B-v0.1")
+    adapter = dict(r=4, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 4], [2, 5]])
+    save_adapter(base, folder / "Fewshot-Metamath-OrcaVicuna-Mistral-10B", **adapter)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)  # weights are saved for their owner alone
+    return folder
+
+
 @pytest.mark.parametrize("overlay", ["cpu", "gpu", "air-gapped"])
-def test_a_pod_serves_and_leaves_as_its_manifest_says(overlay: str, unshare: list[str], tmp_path: Path) -> None:
+def test_a_pod_serves_and_leaves_as_its_manifest_says(
+    overlay: str, unshare: list[str], models: Path, tmp_path: Path
+) -> None:
     if shutil.which("kubectl") is None and not os.environ.get("CI"):
         pytest.skip("kubectl is not installed")
     pytest_there = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-vv"]
@@ -37,6 +54,7 @@ def test_a_pod_serves_and_leaves_as_its_manifest_says(overlay: str, unshare: lis
     ended = subprocess.run(
         [*unshare, *pytest_there, f"--basetemp={tmp_path / 'pod'}", test],
         cwd=ROOT,
+        env={**os.environ, "LORAREP_POD_MODELS": str(models)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

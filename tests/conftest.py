@@ -30,6 +30,11 @@ def pytest_collectstart() -> None:
             os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: no worker has it left when the others are done."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_soak.py"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter() -> None:
     """Triton's looks through its whole language at every call of a function in a kernel, a third of all that it does.

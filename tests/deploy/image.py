@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from functools import cache
 from pathlib import Path
 
 from dockerfile_parse import DockerfileParser
@@ -13,8 +15,18 @@ from dockerfile_parse.util import extract_key_values
 ROOT = Path(__file__).parents[2]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Of the image that ours is built on."""
-BUILT = os.environ.get("LORAREP_IMAGE")
-"""The folder of an image that has been built, by deploy/with-image; without, its files are this machine's."""
+
+
+@cache
+def built() -> Path | None:
+    """The folder of deploy/with-image's image once it is built; without, the image's files are this machine's."""
+    if "LORAREP_IMAGE" not in os.environ:
+        return None
+    folder = Path(os.environ["LORAREP_IMAGE"])
+    while not (folder / "image.json").exists():
+        assert not (folder / "failed").exists(), "the image could not be built"
+        time.sleep(1)
+    return folder
 
 
 class Image:

@@ -30,7 +30,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
-from tests.deploy.image import BUILT, Image
+from tests.deploy.image import Image, built
 from tests.hub_faults import FaultyHub
 from tests.server.running import request, wait_for
 from tests.test_deploy import DEMO, DEPLOY, ROOT, Objects, render
@@ -92,10 +92,10 @@ class Pod:
 
     def _make_root(self) -> None:
         self._root.mkdir()
-        if BUILT is None:
+        if (image := built()) is None:
             self._make_root_of_this_machine()
         else:
-            mount("--bind", Path(BUILT, "root"), self._root)
+            mount("--bind", image / "root", self._root)
         self._bind(Path("/sys"), Path("/sys"))
         for device in ("null", "zero", "full", "random", "urandom"):
             self._bind(Path("/dev", device), Path("/dev", device), writable=True)
@@ -262,13 +262,13 @@ def test_serves_and_leaves(overlay: str, models: Path, tmp_path: Path) -> None:
     adapter, *_ = yaml.safe_load(objects["ConfigMap", "lorarep-adapters"]["data"]["adapters.yaml"])
     assert_confined(pod)
     with ExitStack() as stack:
-        env = {}
+        env = {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}  # servers of tests share the cores
         if overlay == "gpu":  # the one that asks the Hub
             hub = stack.enter_context(FaultyHub())
             hub.publish("mistralai/Mistral-7B-v0.1", models / "Mistral-7B-v0.1")
             name = "Fewshot-Metamath-OrcaVicuna-Mistral-10B"
             hub.publish(f"abacusai/{name}", models / name)
-            env = {"HF_ENDPOINT": hub.url}
+            env["HF_ENDPOINT"] = hub.url
         runtime, process = stack.enter_context(pod.started(env))
         ports = {port["name"]: f"{ADDRESS}:{port['containerPort']}" for port in pod.container["ports"]}
         pod.wait_started(runtime)

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
 from lorarep_server.access import check_exposure
@@ -16,7 +15,7 @@ from lorarep_server.serve import serve
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.deploy.image import BUILT, ROOT, Image
+from tests.deploy.image import ROOT, Image, built
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -68,11 +67,11 @@ def test_the_command_is_one_that_serve_takes() -> None:
 
 
 def test_what_is_built_is_what_the_dockerfile_says() -> None:
-    if BUILT is None:
+    if (folder := built()) is None:
         if os.environ.get("CI"):
             pytest.fail("no image has been built")
         pytest.skip("no image has been built: deploy/with-image")
-    image, config = Image(), json.loads(Path(BUILT, "image.json").read_text())["Docker"]["config"]
+    image, config = Image(), json.loads((folder / "image.json").read_text())["Docker"]["config"]
     assert (config["Entrypoint"], config["Cmd"]) == (image.entrypoint, image.command)
     assert config["Healthcheck"]["Test"] == ["CMD", *image.healthcheck]
     assert config["StopSignal"] == image.stop_signal.name
@@ -83,6 +82,6 @@ def test_what_is_built_is_what_the_dockerfile_says() -> None:
     # Whatever mounts the root, the server's user can write to nothing but its own two folders.
     kinds = ["(", "-type", "f", "-or", "-type", "d", "-not", "-perm", "-o+t", ")"]
     writable = ["(", "-uid", image.user, "-or", "-perm", "-o+w", ")"]
-    find = ["find", f"{BUILT}/root/", "-xdev", *kinds, *writable, "-printf", "/%P\n"]
+    find = ["find", f"{folder}/root/", "-xdev", *kinds, *writable, "-printf", "/%P\n"]
     found = subprocess.run(find, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     assert {path for path in found if not path.startswith("/home/lorarep/")} == {"/cache", "/home/lorarep"}

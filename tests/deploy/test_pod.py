@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.image import built
 from tests.models import save_adapter, save_base
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,7 @@ OWN = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 @pytest.fixture(scope="module")
 def unshare() -> list[str]:
     """The command that runs another in namespaces of its own, as root or as what passes for root in there."""
+    built()  # before: what is mounted later is not in them
     said = []
     # The second needs no privilege, where the kernel and a container's profile let users have namespaces.
     for command in (["unshare", *OWN], ["unshare", "--user", "--map-root-user", *OWN]):

@@ -3,7 +3,7 @@
 A bitsandbytes module keeps its own bytes here; nothing is converted. Activations are never quantized: LLM.int8() picks
 its outlier columns from the whole batch, so that one request's tokens would depend on its neighbours.
 
-It is imported where there is something quantized: that takes seconds, most of them for a compiler that nobody asks.
+bitsandbytes is imported where something is quantized: that takes seconds, most of them for a compiler that nobody asks.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_callers_that_never_stop_are_refused_until_nobody_listens(world: World) 
 
 
 def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints) -> None:
-    flags = [*world.flags(), "--adapter=dora=org/dora", "--allow-repository=org/*", "--grace-seconds=8"]
+    flags = [*world.flags(), "--adapter=dora=org/dora", "--allow-repository=org/*", "--grace-seconds=15"]
     with serving(flags, {**world.env, **own.env}) as server:
         server.wait_ready()
         alone = server.generation.Generate(WANTED).token_ids

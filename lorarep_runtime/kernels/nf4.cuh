@@ -13,6 +13,6 @@ __constant__ float NF4[16] = {
 template <int I>
 __device__ __forceinline__ u32 lookup(u32 place, u32 word) {
     u32 r;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"((I == 0 ? word << 7 : word >> (8 * I - 7)) & 0x7f80 | place));
+    asm("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"((I == 0 ? word << 7 : word >> (8 * I - 7)) & 0x7f80 | place));
     return r;
 }

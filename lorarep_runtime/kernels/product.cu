@@ -47,7 +47,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 
     if (warp >= WARPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(SIDE_REGISTERS));
         adapters.read_entries(entries);
         sync<2, SIDE * 32>();
         const int first_module = Output(G, first_tile * 16).module, last_module = Output(G, end_tile * 16 - 1).module;
@@ -75,7 +74,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
             tile += round.tiles;
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
         const int all_chunks = G.columns / CHUNK;
         const int begin = all_chunks * rank / size, chunks = all_chunks * (rank + 1) / size - begin;
         const u64 policy = read_once();
@@ -228,16 +226,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
             static_assert(TILES == 1 && DEPTH % 2 == 0, "");
             u32 x_at = 1u << 16 | (x & 0x3ffff) >> 4;
             float parts[2][TILES][EIGHTS][4] = {};
-            u32 a[2][8];
+            u32 a[2][4];
             auto multiply = [&](int d, int half) {
-                fragments(a[half], bytes[d][0], half);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                for (int k = 0; k < 2; k++)
-                    wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], a[half] + k * 4, x_at + d * ROWS * 8 + half * 4 + k * 2,
+                for (int k = 0; k < 2; k++) {
+                    u32 all[8];
+                    fragments(all, bytes[d][0], half);
+                    for (int q = 0; q < 4; q++) a[k][q] = all[k * 4 + q];
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                    wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], a[k], x_at + d * ROWS * 8 + half * 4 + k * 2,
                           KIND != 4 || half + k > 0);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                await_wgmma<1>();
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    await_wgmma<1>();
+                }
             };
             auto finish = [&](int d) {
                 if (KIND == 4) pin(parts[d % 2][0]), add_scaled(d, parts[d % 2]);

@@ -99,6 +99,11 @@ class Spread:
     """Whether the CTAs' sums are where x was; for one round."""
 
     @property
+    def side(self) -> int:
+        """Warps besides, which compute what adapters add."""
+        return 8 if self.wgmma else 4
+
+    @property
     def unit(self) -> int:
         """Tiles that are multiplied together or not."""
         return 4 if self.wgmma else self.tiles
@@ -133,7 +138,7 @@ class Spread:
     def defines(self) -> Mapping[str, int]:
         """What the source is compiled with."""
         named = {"KIND": self.bits, "EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth}
-        return {**named, "WARPS": self.warps, "WGMMA": int(self.wgmma)}
+        return {**named, "WARPS": self.warps, "SIDE": self.side, "WGMMA": int(self.wgmma)}
 
 
 class Places(NamedTuple):
@@ -147,8 +152,6 @@ class Places(NamedTuple):
     end: int
 
 
-SIDE_WARPS = 4
-"""Of a CTA besides those that multiply: they compute what adapters add meanwhile."""
 STEP_COST = 14
 """Of a chunk, however many tiles a CTA has, in tiles."""
 ROUND_COST = 100
@@ -363,7 +366,7 @@ class SharedGroup:
             )
             _product_kernel(replace(spread, cluster=1, rank_segment=RANK_SEGMENTS[-1], in_place=False))(
                 spread.grid(tiles),
-                32 * (spread.warps + SIDE_WARPS),
+                32 * (spread.warps + spread.side),
                 group,
                 shared=places.end,
                 cluster=spread.cluster,

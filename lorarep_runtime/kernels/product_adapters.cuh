@@ -81,9 +81,10 @@ struct Adapters {
     // A task is 64 outputs of a row. B is the A operand, (16 outputs, 16 ranks) four times; the B operand has the two halves of
     // A x as columns, for module after module. So lane t has the sums of module t: those of an output's own module are wanted.
     __device__ void add(int from, float* added, int first_output, int outputs) {
-        const int groups = (outputs + 63) / 64, tasks = outputs > 0 ? groups * G.rows : 0;
         const int row_ranks = ranks_of_row(), g = lane / 4, t = lane % 4;
-        const float by_groups = 1.0f / groups;
+        const bool any = outputs > 0 && __reduce_max_sync(~0u, row_ranks) > from;
+        const int groups = (outputs + 63) / 64, tasks = any ? groups * G.rows : 0;
+        const float by_groups = __fdividef(1, groups);
         const u32 added_at = u32(__cvta_generic_to_shared(added)), low_begin = u32(__cvta_generic_to_shared(low));
         int ranks = 0;  // to come of the row
         int at = 0, last = 0, out = 0;  // the lane's first rank of the piece, and the last one of its module
@@ -141,15 +142,6 @@ struct Adapters {
                 for (int q = 0; q < 4; q++) even[q] = odd[q] = 0;
             }
         };
-        Piece pieces[AHEAD + 1];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) fetch(pieces[i]);
-        for (;;)
-#pragma unroll
-            for (int i = 0; i < AHEAD + 1; i++) {
-                fetch(pieces[(i + AHEAD) % (AHEAD + 1)]);
-                if (!pieces[i].low) return;
-                use(pieces[i]);
-            }
+        for (Piece piece; fetch(piece), piece.low; ) use(piece);
     }
 };

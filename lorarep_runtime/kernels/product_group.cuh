@@ -6,13 +6,9 @@
 #define ENTRY 5
 #define CHUNK 64
 #define ROWS (EIGHTS * 8)
-#define SIDE 4  // a warpgroup, as setmaxnreg wants it
 #define THREADS (32 * (WARPS + SIDE))
-#define SIDE_REGISTERS 96
-#define REGISTERS ((65536 / THREADS / 8 * 8 * (WARPS + SIDE) - SIDE_REGISTERS * SIDE) / WARPS / 8 * 8)
 #define UNIT (WGMMA ? 4 : TILES)  // tiles that are multiplied or not
 #define FETCH 8                   // chunks of weights on their way from memory to the L2 cache; from there it is DEPTH
-#define AHEAD 1                   // pieces of B that a lane has on their way besides the one it works on
 #if KIND == 4
 #define PLANES 1
 #define STEP 32  // from one chunk to the next, in 16 bytes

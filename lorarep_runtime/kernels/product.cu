@@ -35,8 +35,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     // Barriers: sums are here; those of all CTAs have been read; A x of the last tasks is here.
     const u32 full = base + G.entries_at, empty = full + 8, ready = full + 16;
     Entry* entries = reinterpret_cast<Entry*>(shared + G.entries_at + 32);
+    const int first_module = Output(G, first_tile * 16).module, last_module = Output(G, end_tile * 16 - 1).module;
     Adapters adapters{G, entries, reinterpret_cast<u16*>(entries + G.rows * G.modules),
-                      reinterpret_cast<int*>(shared + G.entries_at + 24)};
+                      reinterpret_cast<int*>(shared + G.entries_at + 24), first_module, last_module - first_module + 1};
     if (threadIdx.x == 0) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(full), "r"(WARPS * size) : "memory");
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty), "r"(size) : "memory");
@@ -49,19 +50,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     if (warp >= WARPS) {
         adapters.read_entries(entries);
         sync<2, SIDE * 32>();
-        const int first_module = Output(G, first_tile * 16).module, last_module = Output(G, end_tile * 16 - 1).module;
         int tile = first_tile;
         for (int i = 0; i < G.rounds; i++) {
             const Round round(G, tile, end_tile, G.rounds - i, size);
             const int first_output = round.tile * 16 + rank * round.share;
             const int outputs = min(round.share, round.tiles * 16 - int(rank) * round.share);
             if (i == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
-            for (int from = 0; from < G.ranks; from += G.rank_segment) {
+            for (int from = 0; from < G.ranks; from += adapters.segment) {
                 if (from > 0 || i > 0) sync<2, SIDE * 32>();
                 if (adapters.thread == 0) *adapters.taken = 0;
-                if (i == 0 || G.ranks > G.rank_segment) adapters.sum_low(from, first_module, last_module);
+                if (i == 0 || G.ranks > adapters.segment) adapters.sum_low(from);
                 sync<2, SIDE * 32>();
-                if (i + 1 == G.rounds && from + G.rank_segment >= G.ranks) arrive(ready, rank);
+                if (i + 1 == G.rounds && from + adapters.segment >= G.ranks) arrive(ready, rank);
                 adapters.add(from, added, first_output, outputs);
             }
             if (i == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -333,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     const Round round(G, last, end_tile, 1, size);
     if (warp < WARPS) {
         await(ready, 0);
-        adapters.add((G.ranks - 1) / G.rank_segment * G.rank_segment, added, round.tile * 16 + rank * round.share,
+        adapters.add((G.ranks - 1) / adapters.segment * adapters.segment, added, round.tile * 16 + rank * round.share,
                      min(round.share, round.tiles * 16 - int(rank) * round.share));
     }
     __syncthreads();

@@ -70,7 +70,7 @@ class Group(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("rows", "columns", "tiles", "parts")),
         *((name, ctypes.c_int) for name in ("ranks", "first", "modules", "all_modules")),
         ("ends", ctypes.c_int * MAX_MODULES),
-        *((name, ctypes.c_int) for name in ("add", "cluster_tiles", "rounds", "rank_segment", "stride")),
+        *((name, ctypes.c_int) for name in ("add", "cluster_tiles", "rounds", "low_ranks", "stride")),
         *((name, ctypes.c_int) for name in ("table_at", "x_at", "sums_at", "added_at", "entries_at", "in_place")),
     ]
 
@@ -94,7 +94,7 @@ class Spread:
     cluster: int = 1
     """CTAs that split the columns."""
     rank_segment: int = RANK_SEGMENTS[-1]
-    """Ranks whose low is in shared memory at a time."""
+    """Ranks of each module whose low is in shared memory at a time; more where a cluster has outputs of some modules alone."""
     in_place: bool = False
     """Whether the CTAs' sums are where x was; for one round."""
 
@@ -355,7 +355,7 @@ class SharedGroup:
                 add=add,
                 cluster_tiles=spread.cluster_tiles(tiles),
                 rounds=spread.rounds(tiles),
-                rank_segment=spread.rank_segment,
+                low_ranks=spread.rank_segment * len(self.sizes),
                 stride=spread.stride(tiles),
                 table_at=places.table,
                 x_at=places.x,

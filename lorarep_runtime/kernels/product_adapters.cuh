@@ -12,8 +12,10 @@ struct Piece {  // of what an adapter adds: 16 ranks, 64 outputs of a row
 struct Adapters {
     const Group& G;
     const Entry* entries;
-    u16* low;  // (rows, modules, 2, ranks of a segment) bf16
+    u16* low;    // (rows, modules, 2, ranks of a segment) bf16, of the modules that the cluster has outputs of
     int* taken;  // how many tasks have been
+    int first_module, modules;
+    int segment = G.low_ranks / modules / 16 * 16;  // ranks of a module in `low` at a time
     int thread = threadIdx.x - WARPS * 32, lane = threadIdx.x % 32;
 
     __device__ void read_entries(Entry* to) {
@@ -31,18 +33,18 @@ struct Adapters {
         }
     }
 
-    // Of row `lane`, over all modules; -1 where it passes through.
+    // Of row `lane`, over the modules; -1 where it passes through.
     __device__ int ranks_of_row() {
         int ranks = -1;
-        for (int i = 0; lane < G.rows && i < G.modules; i++) ranks = max(ranks, entries[lane * G.modules + i].rank);
+        for (int i = 0; lane < G.rows && i < modules; i++) ranks = max(ranks, entries[lane * G.modules + first_module + i].rank);
         return ranks;
     }
 
-    // A segment of ranks of A x, from its parts, for some of the modules; each as the sum of two bf16, the first of all ranks
-    // before the second. Zeros follow, up to a multiple of 16.
-    __device__ void sum_low(int from, int first_module, int last_module) {
-        const int most = min(__reduce_max_sync(~0u, ranks_of_row()) - from, G.rank_segment);
-        const int fours = (most + 15) / 16 * 4, modules = last_module - first_module + 1, all = G.rows * modules * fours;
+    // A segment of ranks of A x, from its parts; each as the sum of two bf16, the first of all ranks before the second. Zeros
+    // follow, up to a multiple of 16.
+    __device__ void sum_low(int from) {
+        const int most = min(__reduce_max_sync(~0u, ranks_of_row()) - from, segment);
+        const int fours = (most + 15) / 16 * 4, all = G.rows * modules * fours;
         const i64 stride = G.modules * G.ranks;
         for (int i = thread; i < all; i += 2 * SIDE * 32) {  // two at a time: each waits for memory
             const float* part[2];
@@ -50,11 +52,11 @@ struct Adapters {
             float sum[2][4] = {};
 #pragma unroll
             for (int u = 0; u < 2; u++) {
-                const int at = min(i + u * SIDE * 32, all - 1), j = at % fours * 4, module = first_module + at / fours % modules;
-                const int m = at / fours / modules;
+                const int at = min(i + u * SIDE * 32, all - 1), j = at % fours * 4, which = at / fours;  // row and module
+                const int m = which / modules, module = first_module + which % modules;
                 left[u] = entries[m * G.modules + module].rank - from - j;
                 part[u] = G.low + m * G.parts * stride + module * G.ranks + from + j;
-                to[u] = (m * G.modules + module) * G.rank_segment * 2 + j;
+                to[u] = which * segment * 2 + j;
             }
 #pragma unroll 4
             for (int p = 0; p < G.parts; p++)
@@ -72,7 +74,7 @@ struct Adapters {
                 widen(high, bits);
                 for (int q = 0; q < 4; q++) sum[u][q] -= high[q];
                 *reinterpret_cast<uint2*>(low + to[u]) = bits;
-                *reinterpret_cast<uint2*>(low + to[u] + G.rank_segment) =
+                *reinterpret_cast<uint2*>(low + to[u] + segment) =
                     make_uint2(pack_bf16(sum[u][0], sum[u][1]), pack_bf16(sum[u][2], sum[u][3]));
             }
         }
@@ -97,16 +99,16 @@ struct Adapters {
                 task = __shfl_sync(~0u, task, 0);
                 if (task >= tasks) return false;
                 const int row = (task + 0.5f) * by_groups, local = (task - row * groups) * 64 + g * 8;
-                ranks = min(__shfl_sync(~0u, row_ranks, row) - from, G.rank_segment);
+                ranks = min(__shfl_sync(~0u, row_ranks, row) - from, segment);
                 if (ranks <= 0) continue;
                 const bool inside = local < outputs;
                 const Output of(G, first_output + (inside ? local : 0));
                 const Entry& entry = entries[row * G.modules + of.module];
                 const bool there = entry.rank > from;
-                to = inside && there && t == of.module ? added_at + (row * G.stride + local) * 4 : 1;
-                at = from + 2 * t, last = there ? min(entry.rank, from + G.rank_segment) - 1 : 0;
+                to = inside && there && t == of.module - first_module ? added_at + (row * G.stride + local) * 4 : 1;
+                at = from + 2 * t, last = there ? min(entry.rank, from + segment) - 1 : 0;
                 B = there ? entry.B + of.inner : reinterpret_cast<const u16*>(G.weights), out = there ? of.out : 0;
-                low_at = low_begin + (((row * G.modules + min(g / 2, G.modules - 1)) * 2 + g % 2) * G.rank_segment + 2 * t) * 2;
+                low_at = low_begin + (((row * modules + min(g / 2, modules - 1)) * 2 + g % 2) * segment + 2 * t) * 2;
                 return true;
             }
         };

@@ -33,7 +33,7 @@ struct Group {                // modules that read the same x, their weights one
     int ends[3];              // outputs of the group up to and with each module
     int add;                  // whether y is added to (a residual) rather than written
     int cluster_tiles, rounds;  // that a cluster takes so many tiles in
-    int rank_segment;           // ranks of low in shared memory at a time
+    int low_ranks;              // of a row in shared memory at a time, over all its modules; 16 of each at least
     int stride;                 // of a row of sums; four times an odd number, so that a warp's sums are in different banks
     int table_at, x_at, sums_at, added_at, entries_at;  // in shared memory, bytes
     int in_place;               // whether sums are where x was

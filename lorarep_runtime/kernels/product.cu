@@ -180,17 +180,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         sync<1, WARPS * 32>();
 
+#if KIND == 4
+        u32 place = base + G.table_at + lane * 4;
+        asm volatile("" : "+r"(place) :: "memory");  // no lookup before the table is here
+#elif KIND == 8
+        // A number that the compiler does not see, or it makes the selectors of permutations anew each time: only one of their
+        // operands may be a constant.
+        const u32 exponents = 0x43434343 + (G.rows >> 16);
+#endif
         // A's eight registers for 16 rows and half a chunk.
         auto fragments = [&](u32 (&a)[8], const uint4 (&v)[PLANES], int half) {
 #if KIND == 4
-            const u32 g0 = half ? v[0].y : v[0].x, g8 = half ? v[0].w : v[0].z, place = base + G.table_at + lane * 4;
+            const u32 g0 = half ? v[0].y : v[0].x, g8 = half ? v[0].w : v[0].z;
             a[0] = lookup<0>(place, g0), a[1] = lookup<0>(place, g8), a[2] = lookup<1>(place, g0), a[3] = lookup<1>(place, g8);
             a[4] = lookup<2>(place, g0), a[5] = lookup<2>(place, g8), a[6] = lookup<3>(place, g0), a[7] = lookup<3>(place, g8);
 #elif KIND == 8
             const u32 g0 = half ? v[0].z : v[0].x, g8 = half ? v[1].z : v[1].x;
             const u32 h0 = half ? v[0].w : v[0].y, h8 = half ? v[1].w : v[1].y;
-            a[0] = signed_pair<0>(g0), a[1] = signed_pair<0>(g8), a[2] = signed_pair<2>(g0), a[3] = signed_pair<2>(g8);
-            a[4] = signed_pair<0>(h0), a[5] = signed_pair<0>(h8), a[6] = signed_pair<2>(h0), a[7] = signed_pair<2>(h8);
+            a[0] = signed_pair<0>(g0, exponents), a[1] = signed_pair<0>(g8, exponents);
+            a[2] = signed_pair<2>(g0, exponents), a[3] = signed_pair<2>(g8, exponents);
+            a[4] = signed_pair<0>(h0, exponents), a[5] = signed_pair<0>(h8, exponents);
+            a[6] = signed_pair<2>(h0, exponents), a[7] = signed_pair<2>(h8, exponents);
 #else
             const uint4 g0 = v[half], g8 = v[2 + half];
             a[0] = g0.x, a[1] = g8.x, a[2] = g0.y, a[3] = g8.y, a[4] = g0.z, a[5] = g8.z, a[6] = g0.w, a[7] = g8.w;
@@ -226,16 +236,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
             static_assert(TILES == 1 && DEPTH % 2 == 0, "");
             u32 x_at = 1u << 16 | (x & 0x3ffff) >> 4;
             float parts[2][TILES][EIGHTS][4] = {};
-            u32 a[2][4];
+            constexpr int STEPS = KIND == 4 && EIGHTS == 4 ? 1 : 2;  // of 16 columns, multiplied together: registers are few
+            u32 a[2][STEPS * 4];
             auto multiply = [&](int d, int half) {
 #pragma unroll
-                for (int k = 0; k < 2; k++) {
+                for (int first = 0; first < 2; first += STEPS) {
+                    auto& own = a[STEPS == 1 ? first : half];
                     u32 all[8];
                     fragments(all, bytes[d][0], half);
-                    for (int q = 0; q < 4; q++) a[k][q] = all[k * 4 + q];
+                    for (int q = 0; q < STEPS * 4; q++) own[q] = all[first * 4 + q];
                     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                    wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], a[k], x_at + d * ROWS * 8 + half * 4 + k * 2,
-                          KIND != 4 || half + k > 0);
+#pragma unroll
+                    for (int k = 0; k < STEPS; k++)
+                        wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], own + k * 4,
+                              x_at + d * ROWS * 8 + half * 4 + (first + k) * 2, KIND != 4 || half + first + k > 0);
                     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                     await_wgmma<1>();
                 }

@@ -21,7 +21,7 @@ from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
-from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, grouped, shared_weight
+from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, grouped, kernels_compiled, shared_weight
 from lorarep_runtime.text import Tokenizer
 from lorarep_runtime.walk import ATTENTION, Walk
 
@@ -42,13 +42,15 @@ class Base:
         self.repository, self.commit, self.folder = snapshot.repository, snapshot.commit, snapshot.folder
         self.device = _device(config.device)
         self.config = read_model_config(self.folder)
-        self.quantization_config = quantization_of(self.config, config)
+        kind, self.quantization_config = quantization_of(self.config, config)
         failpoint("base")
-        with _reporting(progress, "load" if self.quantization_config is None else "quantize"):
+        dtype = self.config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        loading = _reporting(progress, "load" if self.quantization_config is None else "quantize")
+        with loading, kernels_compiled(kind, dtype, self.device):
             self.model = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 config=self.config,
-                dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+                dtype="auto" if config.dtype == "auto" else dtype,
                 # Each tensor is quantized as it is read, so the unquantized model is never whole in memory.
                 device_map={"": self.device},
                 attn_implementation=ATTENTION,
@@ -152,27 +154,28 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def quantization_of(model: PretrainedConfig, config: BaseConfig) -> BitsAndBytesConfig | None:
-    """What to give `transformers`; None where the checkpoint is quantized already or nothing is to be."""
+def quantization_of(model: PretrainedConfig, config: BaseConfig) -> tuple[Quantization, BitsAndBytesConfig | None]:
+    """How the weights will be held, and what to give `transformers`: None where the checkpoint is quantized already or
+    nothing is to be."""
     own = getattr(model, "quantization_config", None)
     if own is not None:
         own = own if isinstance(own, dict) else own.to_dict()
         four = own.get("load_in_4bit") or own.get("_load_in_4bit")
-        kind = "nf4" if four else "int8"
+        kind: Quantization = "nf4" if four else "int8"
         if own.get("quant_method") != "bitsandbytes" or (four and own.get("bnb_4bit_quant_type") != "nf4"):
             raise FailedPrecondition(f"base: quantized with {own.get('quant_method')}, which lorarep does not read")
         if config.quantization not in ("none", kind):
             raise InvalidArgument(f"quantization: {config.quantization!r}, but the checkpoint is {kind!r} already")
-        return None
+        return kind, None
     if config.double_quantization and config.quantization != "nf4":
         raise InvalidArgument(f"double_quantization: goes with nf4, not with {config.quantization!r}")
     if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return "int8", BitsAndBytesConfig(load_in_8bit=True)
     if config.quantization == "nf4":
-        return BitsAndBytesConfig(
+        return "nf4", BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=config.double_quantization
         )
-    return None
+    return "none", None
 
 
 def trained_tokens(config: PretrainedConfig) -> int:

@@ -8,7 +8,9 @@ bitsandbytes is imported where something is quantized: that takes seconds, most 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
-from lorarep_runtime.kernels.product import CHUNK, HOPPER, TILE, SharedGroup, arrange
+from lorarep_runtime.kernels.product import CHUNK, HOPPER, TILE, SharedGroup, arrange, compile_products
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -168,10 +170,30 @@ def group_of(weights: Sequence[Weight]) -> SharedGroup:
 BITS: Mapping[Quantization, int] = {"nf4": 4, "int8": 8, "none": 16}
 
 
+@contextmanager
+def kernels_compiled(kind: Quantization, dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    """Has the kernels for a kind of weight compiled while it is loaded: neither waits for the other.
+
+    Args:
+        dtype: of the activations, if it is known.
+    """
+    if dtype != torch.bfloat16 or not _is_hopper(device):
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(compile_products, [BITS[kind]])
+        yield
+    compiled.result()
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
 def _has_kernel(weight: Weight) -> bool:
     """Whether `kernels.product` knows the weight's kind."""
     data, (out, into) = weight.data[0], weight.shape
-    if not data.is_cuda or torch.cuda.get_device_capability(data.device)[0] != HOPPER or out % TILE or into % CHUNK:
+    if not _is_hopper(data.device) or out % TILE or into % CHUNK:
         return False
     if isinstance(weight, NF4Weight):
         state = weight.state

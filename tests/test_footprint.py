@@ -40,7 +40,7 @@ def test_every_category_is_what_the_loaded_base_holds(family: str, quantization:
     )
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=1 << 20)))
     model = read_model_config(tmp_path)
-    predicted = footprint(model, quantization_of(model, config))
+    predicted = footprint(model, quantization_of(model, config)[1])
     held = engine.ledger().categories
     assert predicted.categories == {name: held[name] for name in predicted.categories}
     assert predicted.modules == engine.base.modules

@@ -85,7 +85,7 @@ def count(
     limits, progress = AdapterLimits(), ProgressBars()
     snapshot = fetch(base.base, base.revision, kind="config", cache_dir=base.cache_dir, progress=progress)
     config = read_model_config(snapshot.folder)
-    quantization = quantization_of(config, base)
+    _, quantization = quantization_of(config, base)
     own = getattr(config, "quantization_config", None)
     if own is not None:
         quantization = BitsAndBytesConfig.from_dict(own if isinstance(own, dict) else own.to_dict())

@@ -67,8 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
             if (i == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
             if (i == 0 && G.in_place) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
             if (i + 1 == G.rounds) break;
-            sync<2, SIDE * 32>();
-            write_outputs(G, round, sums_in, added, entries, full, i & 1, rank, size, warp - WARPS, SIDE);
+            write_outputs<2, SIDE * 32>(G, round, sums_in, added, entries, full, i & 1, rank, size, adapters.thread);
             sync<2, SIDE * 32>();
             if (adapters.thread < size) arrive(empty, adapters.thread);
             tile += round.tiles;
@@ -350,6 +349,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         adapters.add((G.ranks - 1) / adapters.segment * adapters.segment, added, round.tile * 16 + rank * round.share,
                      min(round.share, round.tiles * 16 - int(rank) * round.share));
     }
-    __syncthreads();
-    write_outputs(G, round, sums_in, added, entries, full, G.rounds - 1 & 1, rank, size, warp, WARPS + SIDE);
+    write_outputs<0, THREADS>(G, round, sums_in, added, entries, full, G.rounds - 1 & 1, rank, size, threadIdx.x);
 }

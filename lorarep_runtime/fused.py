@@ -136,7 +136,7 @@ class Buffers:
 
 def parts_for(rows: int, width: int) -> int:
     """Parts of low, of an x of `width`."""
-    return min(MOST_PARTS, -(-width // (256 if rows <= 8 else 512)))
+    return min(MOST_PARTS, -(-width // (256 if rows <= 8 else 1024)))
 
 
 def splits_for(rows: int, kv_heads: int, tokens: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorarep_runtime.kernels.rows import FIELDS, Rows, part_width
 
 ENTRY_FIELDS: tl.constexpr = tl.constexpr(FIELDS)
-MOST_RANK_PROGRAMS = 4
+MOST_RANK_PROGRAMS = 8
 """For a row and a part."""
 
 
@@ -49,7 +49,7 @@ def low_options(low: Tensor, width: int, rows: Rows, first: int) -> dict[str, An
 def _lanes(low: Tensor) -> int:
     """Ranks, of all modules one after the other, that a program takes at a time."""
     _, _, count, ranks = low.shape
-    return triton.next_power_of_2(count * ranks) if ranks <= 8 else 16
+    return triton.next_power_of_2(count * ranks) if ranks <= 8 else 8
 
 
 @triton.jit

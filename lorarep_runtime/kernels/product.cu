@@ -158,23 +158,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         asm volatile("griddepcontrol.wait;" ::: "memory");
         // x as tensor cores read it, a chunk's rows under one another; each row's eight times 16 bytes change places by the row's
         // number, so that the same 16 bytes of eight rows are in different banks (PTX's 128-byte swizzle).
-#pragma unroll 4
-        for (int i = threadIdx.x; i < chunks * ROWS * 8; i += WARPS * 32) {
-            const int eight = i % 8, m = i / 8 % ROWS, chunk = i / (8 * ROWS);
-            const bool there = m < G.rows;
-            const u16* from = G.x + i64(there ? m : 0) * G.columns + (begin + chunk) * CHUNK + eight * 8;
-            const u32 to = x + (chunk * ROWS + m) * 128;
+        // A thread has the same eight columns of the same row of every so many chunks.
+        constexpr int APART = WARPS * 4 / ROWS;
+        static_assert(APART * ROWS == WARPS * 4, "");
+        const int eight = threadIdx.x % 8, m = threadIdx.x / 8 % ROWS, first_chunk = threadIdx.x / 8 / ROWS;
+        const bool there = m < G.rows;
+        const u16* from = G.x + i64(there ? m : 0) * G.columns + (begin + first_chunk) * CHUNK + eight * 8;
+        u32 to = x + (first_chunk * ROWS + m) * 128;
 #if KIND == 4
-            copy16(to + (eight ^ m % 8) * 16, from, there ? 16 : 0);
-#else
-            // Lane t's own neighbouring columns, two at a time, go where A has them: 2t and 2t + 8 of each 16.
-            const uint4 v = there ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
-            const int half = KIND == 8 ? eight % 2 : eight / 4, t = KIND == 8 ? eight / 2 : eight % 4;
-            const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int q = 0; q < 4; q++) store_shared(to + (half * 4 + q ^ m % 8) * 16 + t * 4, words[q]);
-#endif
+        to += (eight ^ m % 8) * 16;
+#pragma unroll 8
+        for (int chunk = first_chunk; chunk < chunks; chunk += APART) {
+            copy16(to, from, there ? 16 : 0);
+            from += APART * CHUNK, to += APART * ROWS * 128;
         }
+#else
+        // Lane t's own neighbouring columns, two at a time, go where A has them: 2t and 2t + 8 of each 16.
+        const int half = KIND == 8 ? eight % 2 : eight / 4;
+        to += (KIND == 8 ? eight / 2 : eight % 4) * 4;
+        for (int chunk = first_chunk; chunk < chunks; chunk += 8 * APART) {
+            uint4 v[8];  // at a time: each waits for memory
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+                v[u] = make_uint4(0, 0, 0, 0);
+                if (there && chunk + u * APART < chunks) v[u] = *reinterpret_cast<const uint4*>(from + u * APART * CHUNK);
+            }
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+                const u32 words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
+                if (chunk + u * APART < chunks)
+                    for (int q = 0; q < 4; q++)
+                        store_shared(to + u * APART * ROWS * 128 + (half * 4 + q ^ m % 8) * 16, words[q]);
+            }
+            from += 8 * APART * CHUNK, to += 8 * APART * ROWS * 128;
+        }
+#endif
         asm volatile("cp.async.wait_all;" ::: "memory");
         if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         sync<1, WARPS * 32>();

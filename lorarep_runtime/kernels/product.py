@@ -204,7 +204,7 @@ BARRIER_BYTES = 32
 ENTRY_BYTES = 32
 SPREADS = {
     4: {1: Spread(4, 1, 2, 4, 12), 2: Spread(4, 2, 1, 4, 16, wgmma=True), 4: Spread(4, 4, 1, 2, 16, wgmma=True)},
-    8: {1: Spread(8, 1, 2, 4, 12), 2: Spread(8, 2, 2, 4, 12), 4: Spread(8, 4, 1, 2, 16, wgmma=True)},
+    8: {1: Spread(8, 1, 2, 4, 12), 2: Spread(8, 2, 2, 4, 12), 4: Spread(8, 4, 1, 4, 16, wgmma=True)},
     16: {1: Spread(16, 1, 2, 3, 12), 2: Spread(16, 2, 2, 2, 12), 4: Spread(16, 4, 1, 2, 16, wgmma=True)},
 }
 """By bits and eights of rows, what measurements on an H100 left. More rows take several launches."""

@@ -13,13 +13,13 @@ __device__ __forceinline__ void send(
         for (int half = 0; half < 2; half++) {
             const int n = (warp * TILES + i) * 16 + g + half * 8, owner = n / round.share;
             if (n >= round.tiles * 16) continue;
-            const u32 to = sums_at + (rank * ROWS * G.stride + n % round.share) * 4;
+            const u32 to = map_cluster(sums_at + (rank * ROWS * G.stride + n - owner * round.share) * 4, owner);
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++)
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
                     const int m = e * 8 + 2 * t + q;
-                    if (m < G.rows) store_cluster(to + m * G.stride * 4, owner, sums[i][e][half * 2 + q]);
+                    if (m < G.rows) store_cluster(to + m * G.stride * 4, sums[i][e][half * 2 + q]);
                 }
         }
     __syncwarp();

@@ -46,9 +46,15 @@ __device__ __forceinline__ void load_past_L1(u32 (&v)[4], const u16* p) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
 }
 
-__device__ __forceinline__ void store_cluster(u32 address, u32 rank, float v) {
-    asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
-                 :: "r"(address), "r"(rank), "f"(v) : "memory");
+// The address of another CTA's shared memory.
+__device__ __forceinline__ u32 map_cluster(u32 address, u32 rank) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank));
+    return r;
+}
+
+__device__ __forceinline__ void store_cluster(u32 address, float v) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
 }
 
 // Barriers in shared memory. What a warp wrote before it arrives, whoever waits can read.

@@ -96,7 +96,8 @@ class Decoder:
         self._graph: Graph
         self._graphs: OrderedDict[tuple[Plan, Shape], Graph] = OrderedDict()
         self._compiled: set[Shape] = set()
-        self._capturing = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
+        # What is captured keeps its stream's priority: steps go before what prepares adapters.
+        self._capturing = torch.cuda.Stream(base.device, priority=-1) if base.device.type == "cuda" else None
         # Captured graphs hold addresses: what is here stays, and what they want besides is made beside it.
         self._lows: dict[int, Sequence[Tensor]] = {}
         """By ranks, of each of GROUPS."""

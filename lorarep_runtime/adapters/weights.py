@@ -346,8 +346,12 @@ def compile_adapter(
                 c = rest.pop()
                 for layer, shared in layers.items():
                     base = weight(layer, block.module)
-                    for i in shared:
-                        c[i] /= torch.linalg.vector_norm(torch.addmm(base, b[i], a[i], alpha=scale), dim=1)
+                    # |w + b A|² = |w|² + b · (2 A w + A Aᵀ b) for a row w of W and b of B: no sum of W's shape is made.
+                    squares = torch.linalg.vector_norm(base, dim=1).square_()
+                    products = (base @ a[shared].flatten(0, 1).T).split(a.shape[1], dim=1)
+                    for i, product in zip(shared, products, strict=True):
+                        scaled = b[i] * scale
+                        c[i] /= (squares + (scaled * (2 * product + scaled @ (a[i] @ a[i].T))).sum(1)).sqrt_()
                     tell(len(shared))
                 others.pop(0).copy_(c)
                 b *= c.unsqueeze(2)

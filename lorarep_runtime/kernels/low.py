@@ -54,13 +54,13 @@ def _lanes(low: Tensor) -> int:
 
 @triton.jit
 def await_previous(PDL: tl.constexpr):
-    """Returns when the kernel before is done and its memory visible; then the one after may begin as this one did.
+    """Lets the kernel after begin as this one did, and returns when the one before is done and its memory visible.
 
     Every program must come here, or a kernel could end, and the next go on, before the one before it has ended.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -15,12 +15,13 @@
 // The CTAs of a cluster share tiles and split the columns; in a round each of WARPS warps takes TILES of them, and the CTAs
 // add up their sums through distributed shared memory, in the same order every time. In the next round x is still there.
 // What adapters add waits for none of that: SIDE warps compute it meanwhile. They also finish every round but the last, whose
-// sums the others leave behind; there all warps help. Registers go from these warps to those.
+// sums the others leave behind; there all warps help.
 
 #include "product_adapters.cuh"
 #include "product_group.cuh"
 #include "product_outputs.cuh"
 #include "product_tensor_cores.cuh"
+#include "product_x.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Group G) {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -156,46 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 #endif
         const u32 x = base + G.x_at;
         asm volatile("griddepcontrol.wait;" ::: "memory");
-        // x as tensor cores read it, a chunk's rows under one another; each row's eight times 16 bytes change places by the row's
-        // number, so that the same 16 bytes of eight rows are in different banks (PTX's 128-byte swizzle).
-        // A thread has the same eight columns of the same row of every so many chunks.
-        constexpr int APART = WARPS * 4 / ROWS;
-        static_assert(APART * ROWS == WARPS * 4, "");
-        const int eight = threadIdx.x % 8, m = threadIdx.x / 8 % ROWS, first_chunk = threadIdx.x / 8 / ROWS;
-        const bool there = m < G.rows;
-        const u16* from = G.x + i64(there ? m : 0) * G.columns + (begin + first_chunk) * CHUNK + eight * 8;
-        u32 to = x + (first_chunk * ROWS + m) * 128;
-#if KIND == 4
-        to += (eight ^ m % 8) * 16;
-#pragma unroll 8
-        for (int chunk = first_chunk; chunk < chunks; chunk += APART) {
-            copy16(to, from, there ? 16 : 0);
-            from += APART * CHUNK, to += APART * ROWS * 128;
-        }
-#else
-        // Lane t's own neighbouring columns, two at a time, go where A has them: 2t and 2t + 8 of each 16.
-        const int half = KIND == 8 ? eight % 2 : eight / 4;
-        to += (KIND == 8 ? eight / 2 : eight % 4) * 4;
-        for (int chunk = first_chunk; chunk < chunks; chunk += 8 * APART) {
-            uint4 v[8];  // at a time: each waits for memory
-#pragma unroll
-            for (int u = 0; u < 8; u++) {
-                v[u] = make_uint4(0, 0, 0, 0);
-                if (there && chunk + u * APART < chunks) v[u] = *reinterpret_cast<const uint4*>(from + u * APART * CHUNK);
-            }
-#pragma unroll
-            for (int u = 0; u < 8; u++) {
-                const u32 words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
-                if (chunk + u * APART < chunks)
-                    for (int q = 0; q < 4; q++)
-                        store_shared(to + u * APART * ROWS * 128 + (half * 4 + q ^ m % 8) * 16, words[q]);
-            }
-            from += 8 * APART * CHUNK, to += 8 * APART * ROWS * 128;
-        }
-#endif
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        sync<1, WARPS * 32>();
+        stage_x(G, x, begin, chunks);
 
 #if KIND == 4
         u32 place = base + G.table_at + lane * 4;

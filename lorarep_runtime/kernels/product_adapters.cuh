@@ -81,7 +81,7 @@ struct Adapters {
     }
 
     // A task is 64 outputs of a row. B is the A operand, (16 outputs, 16 ranks) four times; the B operand has the two halves of
-    // A x as columns, for module after module. So lane t has the sums of module t: those of an output's own module are wanted.
+    // A x as columns, for module after module. So lane t has the sums of the t-th: those of an output's own module are wanted.
     __device__ void add(int from, float* added, int first_output, int outputs) {
         const int row_ranks = ranks_of_row(), g = lane / 4, t = lane % 4;
         const bool any = outputs > 0 && __reduce_max_sync(~0u, row_ranks) > from;

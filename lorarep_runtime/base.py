@@ -89,8 +89,9 @@ class Base:
         return self.model.get_input_embeddings().weight.shape[0]
 
     def weight(self, layer: int, module: str) -> Tensor:
-        """The dequantized fp32 weight (out, in) of a linear module of a layer."""
-        return self.weights[layer][module].dequantize(torch.float32)
+        """A linear module's dequantized weight (out, in), in bf16 if that holds its values, else in fp32."""
+        exact = self.dtype == torch.bfloat16 and self.quantization != "int8"
+        return self.weights[layer][module].dequantize(torch.bfloat16 if exact else torch.float32)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: PagePool, rows: Tensor) -> Tensor:
@@ -227,6 +228,8 @@ def _share_linears(layer: nn.Module, walk: Walk, dtype: torch.dtype) -> dict[str
             weights.update(zip(group, grouped([weights[name] for name in group], dtype), strict=True))
     for name, module in linears.items():
         layer.set_submodule(name, SharedLinear(weights[name], module.bias, name, walk.adapt))
+        # bitsandbytes has a weight and its module refer to each other: apart, their memory is free at once.
+        del module.weight
     return weights
 
 

@@ -280,6 +280,17 @@ def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
     return data, dict(zip(header, accumulate(sizes, initial=body), strict=False))
 
 
+def _times(weight: Tensor, a: Tensor) -> Tensor:
+    """W Aᵀ in fp32, from A (n, in) in fp32."""
+    if weight.dtype == torch.float32 or not weight.is_cuda:
+        return weight.float() @ a.T
+    # Tensor cores read W as it is, which makes a product as short as reading it; A is the sum of two bf16, to 16 bits.
+    high = a.bfloat16()
+    low = (a - high).bfloat16()
+    halves = torch.mm(weight, torch.cat([high, low]).T, out_dtype=torch.float32)
+    return halves[:, : len(a)] + halves[:, len(a) :]
+
+
 def compile_adapter(
     file: Path,
     spec: AdapterSpec,
@@ -300,7 +311,7 @@ def compile_adapter(
         header, layout: as `read_header` and `check` gave them for this file.
         prefix: as for `check`.
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
-        weight: gives the fp32 weight (out, in) of (layer, module), for DoRA's norm.
+        weight: gives the weight (out, in) of (layer, module) in fp32 or bf16, for DoRA's norm.
         dtype, device: of the activations.
         progress: told of entries, as stage "compile".
 
@@ -347,8 +358,8 @@ def compile_adapter(
                 for layer, shared in layers.items():
                     base = weight(layer, block.module)
                     # |w + b A|² = |w|² + b · (2 A w + A Aᵀ b) for a row w of W and b of B: no sum of W's shape is made.
-                    squares = torch.linalg.vector_norm(base, dim=1).square_()
-                    products = (base @ a[shared].flatten(0, 1).T).split(a.shape[1], dim=1)
+                    squares = torch.linalg.vector_norm(base, dim=1, dtype=torch.float32).square_()
+                    products = _times(base, a[shared].flatten(0, 1)).split(a.shape[1], dim=1)
                     for i, product in zip(shared, products, strict=True):
                         scaled = b[i] * scale
                         c[i] /= (squares + (scaled * (2 * product + scaled @ (a[i] @ a[i].T))).sum(1)).sqrt_()

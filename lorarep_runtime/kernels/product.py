@@ -94,7 +94,7 @@ class Spread:
     cluster: int = 1
     """CTAs that split the columns."""
     rank_segment: int = RANK_SEGMENTS[-1]
-    """Ranks of each module whose low is in shared memory at a time; more where a cluster has outputs of some modules alone."""
+    """Ranks of each module whose low is in shared memory at a time; more where a cluster has outputs of fewer."""
     in_place: bool = False
     """Whether the CTAs' sums are where x was; for one round."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorarep_runtime.adapters import revision
 from lorarep_runtime.adapters.weights import read_header
+from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lorarep_runtime.kernels.rows import Entry
@@ -169,6 +170,28 @@ def test_tensors_may_lie_anywhere_in_a_file(base: Path, tmp_path: Path, kind: st
         for key, entry in expected.items():
             for ours, theirs in zip(other[key], entry, strict=True):
                 assert theirs is None if ours is None else torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+def test_c_is_the_magnitude_over_the_norm(
+    device: str, dtype: str, quantization: str, base: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(base, tmp_path, r=4, lora_alpha=80, use_dora=True, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    config = BaseConfig(str(base), quantization=quantization, dtype=dtype, device=device)  # type: ignore[arg-type]
+    engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=1 << 20)))
+    engine.adapters.load("dora", str(adapter), trusted=True)
+    for (position, module), entry in entries(engine, "dora").items():
+        path = f"base_model.model.model.layers.{position}.{module}.lora_"
+        a, b, magnitude = (tensors[path + name].double() for name in ("A.weight", "B.weight", "magnitude_vector"))
+        weight = engine.base.weight(position, module).double().cpu()
+        assert 20 * (b @ a).norm() > 0.3 * weight.norm(), "the norm is that of the sum"
+        assert entry.c is not None
+        c = magnitude / (weight + 20 * b @ a).norm(dim=1)
+        error = (entry.c.double().cpu() - c).norm() / c.norm()
+        assert error < torch.finfo(engine.base.dtype).eps
 
 
 def entries(engine: Engine, name: str) -> Mapping[tuple[int, str], Entry]:

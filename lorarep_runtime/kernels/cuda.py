@@ -44,14 +44,15 @@ def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architectur
     options += [f"-D{name}={value}" for name, value in defines]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        text = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        # NVRTC writes into bytes. Of one byte, an empty log's, they would be the interpreter's own.
+        text = bytes(1 + _checked(nvrtc.nvrtcGetProgramLogSize(program)))
         _checked(nvrtc.nvrtcGetProgramLog(program, text))
         said = text.decode(errors="replace").strip(" \0\n")
         if status.value:
             raise CudaError(f"{file.name}: {said}")
         if said:
             log.warning("%s: %s", file.name, said)
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
         return cubin
     finally:

@@ -90,6 +90,7 @@ def test_the_source_compiles(file: Path, defines: Mapping[str, int], caplog: pyt
     compiled = compile_source.__wrapped__(file, tuple(sorted(defines.items())), "sm_90a")
     assert compiled.startswith(b"\x7fELF")
     assert not caplog.messages
+    assert all(bytes([n])[0] == n for n in range(256)), "an empty log is in none of the interpreter's own bytes"
 
 
 def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ class Pod:
         self._file("/etc/hosts").write_text(f"127.0.0.1 localhost\n{ADDRESS} lorarep-0\n")
         for given in self.container["volumeMounts"]:
             self._bind(self.volumes[given["name"]], Path(given["mountPath"]), writable=not given.get("readOnly"))
+        if image is None:
+            self._bind_this_package()  # over the volumes: it may lie below /tmp
         if self.container["securityContext"]["readOnlyRootFilesystem"]:
             mount("-o", "remount,bind,ro", self._root)
 
@@ -120,6 +122,8 @@ class Pod:
         self._file("/etc/passwd").write_text("lorarep:x:10001:10001::/home/lorarep:/bin/sh\n")
         self._file("/etc/group").write_text("lorarep:x:10001:\n")
         self._file("/etc/ld.so.cache").write_bytes(Path("/etc/ld.so.cache").read_bytes())
+
+    def _bind_this_package(self) -> None:
         # What the image has in /opt/lorarep is found where it is here, and there too.
         package = Path(lorarep_server.__file__).parent
         prefixes = {Path(sys.base_prefix), Path(sys.prefix), package.parents[1]}

@@ -98,6 +98,8 @@ class Decoder:
         self._compiled: set[Shape] = set()
         # What is captured keeps its stream's priority: steps go before what prepares adapters.
         self._capturing = torch.cuda.Stream(base.device, priority=-1) if base.device.type == "cuda" else None
+        # One step runs at a time and leaves nothing there, so all graphs share what they need besides.
+        self._besides = None if self._capturing is None else torch.cuda.graph_pool_handle()
         # Captured graphs hold addresses: what is here stays, and what they want besides is made beside it.
         self._lows: dict[int, Sequence[Tensor]] = {}
         """By ranks, of each of GROUPS."""
@@ -250,7 +252,7 @@ class Decoder:
         tables = self._table(max(len(stack) for stack in plan.stacks))
         positions = self._no_positions(plan, shape)
         forward = self._forward(plan, shape, positions, tables)
-        replay = forward if self._capturing is None else _captured(forward, self._capturing)
+        replay = forward if self._capturing is None else _captured(forward, self._capturing, self._besides)
         self._graphs[key] = Graph(shape, replay, positions, tables)
         return self._graphs[key]
 
@@ -291,15 +293,15 @@ class Decoder:
         return forward
 
 
-def _captured(forward: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """A graph of what a step launches.
+def _captured(forward: Callable[[], None], stream: torch.cuda.Stream, memory: Any) -> Callable[[], None]:
+    """A graph of what a step launches, which takes memory out of a pool (`torch.cuda.graph_pool_handle`).
 
     Not by `torch.cuda.graph`: that first waits for the device and gives all the memory back that torch keeps for later,
     of the device and pinned, while streams wait.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(memory, capture_error_mode="thread_local")
         try:
             forward()
         finally:

@@ -213,7 +213,7 @@ class FusedLayer:
         out = attend(rotate_store(self.attention, qkv, cos, sin, key_pages, value_pages, slots))
         h += linear(1, out.flatten(1))
         gate, up = linear(2, norm(self.norms[1])).chunk(2, 1)
-        h += linear(3, F.silu(gate).mul_(up))
+        h += linear(3, F.silu(gate, inplace=True).mul_(up))
 
 
 def fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str], config: Any) -> FusedLayer:

@@ -98,8 +98,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         const char* line;
         u32 line_step;
         auto prefetch = [&](int d, bool wanted) {
-            asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }"
-                         :: "l"(line + d * line_step), "r"(u32(wanted)));
+            if (FETCH > DEPTH)
+                asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }"
+                             :: "l"(line + d * line_step), "r"(u32(wanted)));
         };
         auto start = [&](const Round& round) {
             const int per_tile = KIND == 4 ? 8 : 16;

@@ -36,6 +36,8 @@ CHUNK = 64
 """Columns that share a scale."""
 MAX_MODULES = 3
 """Of a group: the modules that read the same x."""
+DENSE_BYTES = 32 << 20
+"""Of a weight that is dequantized at a time, for a library's product."""
 RANK_SEGMENTS = (16, 32, 64)
 """Multiples of what tensor cores multiply with at once."""
 
@@ -299,10 +301,14 @@ class SharedGroup:
 
     def rows(self, module: int) -> SharedGroup:
         """One module's part, the same memory."""
+        return self._outputs(sum(self.sizes[:module]), sum(self.sizes[: module + 1]))
+
+    def _outputs(self, begin: int, end: int) -> SharedGroup:
         unit = TILE if self.bits == 4 else 1
-        at = slice(sum(self.sizes[:module]) // unit, sum(self.sizes[: module + 1]) // unit)
-        scales = None if self.scales is None else self.scales[at]
-        return SharedGroup(self.bits, self.weights[at], scales, self.sizes[module : module + 1])
+        at = slice(begin // unit, end // unit)
+        return SharedGroup(
+            self.bits, self.weights[at], None if self.scales is None else self.scales[at], (end - begin,)
+        )
 
     def product(
         self,
@@ -388,8 +394,16 @@ class SharedGroup:
         return out
 
     def matmul(self, x: Tensor) -> Tensor:
-        """W x for many rows, by the library: bf16 (rows, in) to (rows, outputs of all modules)."""
-        return F.linear(x, self.dense())
+        """W x for many rows, by the library, some outputs at a time: bf16 (rows, in) to (rows, outputs of all modules)."""
+        if self.bits == 16:
+            return F.linear(x, self.weights)
+        outputs = sum(self.sizes)
+        y = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
+        step = max(TILE, DENSE_BYTES // (x.itemsize * self.columns) // TILE * TILE)
+        for begin in range(0, outputs, step):
+            end = min(begin + step, outputs)
+            torch.mm(x, self._outputs(begin, end).dense().T, out=y[:, begin:end])
+        return y
 
 
 def product_reference(

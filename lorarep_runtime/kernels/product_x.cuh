@@ -24,22 +24,23 @@ __device__ __forceinline__ void stage_x(const Group& G, u32 x, int begin, int ch
     // Lane t's own neighbouring columns, two at a time, go where A has them: 2t and 2t + 8 of each 16.
     const int half = KIND == 8 ? eight % 2 : eight / 4;
     to += (KIND == 8 ? eight / 2 : eight % 4) * 4;
-    for (int chunk = first; chunk < chunks; chunk += 8 * APART) {
-        uint4 v[8];  // at a time: each waits for memory
+    constexpr int AT_ONCE = KIND == 16 ? 4 : 8;  // they wait for memory, but registers hold weights already
+    for (int chunk = first; chunk < chunks; chunk += AT_ONCE * APART) {
+        uint4 v[AT_ONCE];
 #pragma unroll
-        for (int u = 0; u < 8; u++) {
+        for (int u = 0; u < AT_ONCE; u++) {
             v[u] = make_uint4(0, 0, 0, 0);
             if (there && chunk + u * APART < chunks) v[u] = *reinterpret_cast<const uint4*>(from + u * APART * CHUNK);
         }
 #pragma unroll
-        for (int u = 0; u < 8; u++) {
+        for (int u = 0; u < AT_ONCE; u++) {
             if (chunk + u * APART >= chunks) continue;
             const u32 words[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
 #pragma unroll
             for (int q = 0; q < 4; q++)
                 store_shared(to + u * APART * ROWS * 128 + (half * 4 + q ^ m % 8) * 16, words[q]);
         }
-        from += 8 * APART * CHUNK, to += 8 * APART * ROWS * 128;
+        from += AT_ONCE * APART * CHUNK, to += AT_ONCE * APART * ROWS * 128;
     }
 #endif
     if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -75,8 +75,6 @@ class Base:
             _share_linears(layer, self.walk, self.dtype) for layer in self.walk.layers
         ]
         """Of each layer, the shared weights by module path, such as "self_attn.q_proj"."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what loading took besides
         self.kv_heads, self.head_dim = kv_shape(self.config)
         self.quantization: Quantization = next(iter(self.weights[0].values())).quantization
 

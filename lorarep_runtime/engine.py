@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.adapters.pool import AdapterPool, Lease
+from lorarep_runtime.adapters.weights import load_kernels
 from lorarep_runtime.base import Base
 from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PagePool, PageTable
@@ -111,6 +112,9 @@ class Engine:
             raise InvalidArgument(
                 f"max_sequence_tokens: {self.max_tokens} is over the {self.base.max_tokens} that the base serves"
             )
+        if self.base.device.type == "cuda":
+            load_kernels(self.base.weight, self.base.modules, self.base.device)
+            torch.cuda.empty_cache()  # what was needed so far besides
         self.pool = self._page_pool()
         self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.tiers)
         decoder = decoder_for(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)

@@ -291,6 +291,14 @@ def _times(weight: Tensor, a: Tensor) -> Tensor:
     return halves[:, : len(a)] + halves[:, len(a) :]
 
 
+def load_kernels(weight: Callable[[int, str], Tensor], modules: Iterable[str], device: torch.device) -> None:
+    """Has the library's kernels for DoRA's norms loaded, for which the device stands still: before others stream."""
+    for module in modules:
+        base = weight(0, module)
+        for entries in (1, 2):
+            _times(base, torch.zeros(8 * entries, base.shape[1], device=device))
+
+
 def compile_adapter(
     file: Path,
     spec: AdapterSpec,

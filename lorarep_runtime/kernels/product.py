@@ -394,7 +394,7 @@ class SharedGroup:
         return out
 
     def matmul(self, x: Tensor) -> Tensor:
-        """W x for many rows, by the library, some outputs at a time: bf16 (rows, in) to (rows, outputs of all modules)."""
+        """W x for many rows, by the library, some outputs at once: bf16 (rows, in) to (rows, outputs of all modules)."""
         if self.bits == 16:
             return F.linear(x, self.weights)
         outputs = sum(self.sizes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
 import sys
 import threading
 import time
@@ -58,6 +59,9 @@ DEADLINE_POLL = 0.05
 SWITCH_INTERVAL = 0.0005
 """Seconds for which another thread may keep the step thread from running Python. A step waits for that whenever torch
 has let go of the interpreter, and Python's own 5 ms are a whole step of a GPU."""
+CUBLAS_WORKSPACE = ":4096:2:16:8"
+"""8 MiB, as torch has it elsewhere: on Hopper it keeps 32 MiB for every thread and stream that has multiplied something
+(https://docs.nvidia.com/cuda/cublas, CUBLAS_WORKSPACE_CONFIG)."""
 MAX_FAILURES = 8
 """Forward passes that fail one after the other; then the engine has failed."""
 ACCELERATOR_KV_SHARE = 0.8
@@ -104,6 +108,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         self.config = config
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
         self.base = Base(config.base, progress)
         self.stacks: Mapping[str, Stack] = self._named_stacks()
         self.adapters = AdapterPool(self.base, self.stacks, config.adapters, config.base.cache_dir)

@@ -30,6 +30,8 @@ GROUPS = (
     ("mlp.down_proj",),
 )
 """Modules that read the same x, in layers of the Llama kind."""
+PART_ELEMENTS = 1 << 23
+"""Of a weight that is dequantized at a time."""
 
 
 class Weight(Protocol):
@@ -133,16 +135,24 @@ class GroupedWeight:
     def __init__(self, group: SharedGroup, module: int, quantization: Quantization) -> None:
         self.group = group
         self.quantization = quantization
-        self._own = own = group.rows(module)
+        self.own = own = group.rows(module)
         self.shape = (own.sizes[0], own.columns)
         self.data: tuple[Tensor, ...] = (own.weights,)
         self.constants: tuple[Tensor, ...] = () if own.scales is None else (own.scales,)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return self._own.dense(dtype)
+        return self.own.dense(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self._own.matmul(x)
+        return self.own.matmul(x)
+
+
+def dequantized(weight: Weight, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The matrix (out, in), some rows after the other where it need not be dequantized at once."""
+    if not isinstance(weight, GroupedWeight) or weight.quantization == "none":
+        yield weight.dequantize(dtype)
+    else:
+        yield from (part.dense(dtype) for part in weight.own.parts(PART_ELEMENTS // weight.shape[1]))
 
 
 def grouped(weights: Sequence[Weight], dtype: torch.dtype) -> Sequence[Weight]:

@@ -34,7 +34,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 ALIGNMENT = 64
 """Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
 
-MOST_ELEMENTS = 1 << 23
+MOST_ELEMENTS = 1 << 22
 """Of a tensor of a run, so that computing with it takes little memory."""
 
 Key = tuple[int, str]
@@ -291,12 +291,23 @@ def _times(weight: Tensor, a: Tensor) -> Tensor:
     return halves[:, : len(a)] + halves[:, len(a) :]
 
 
-def load_kernels(weight: Callable[[int, str], Tensor], modules: Iterable[str], device: torch.device) -> None:
+def _norm_terms(weight: Iterable[Tensor], a: Tensor) -> tuple[Tensor, Tensor]:
+    """|w|² of the rows of W (out), and W Aᵀ (out, n), in fp32. weight: rows after rows."""
+    squares, products = [], []
+    for rows in weight:
+        squares.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square_())
+        products.append(_times(rows, a))
+        del rows  # before the next ones are made
+    return torch.cat(squares), torch.cat(products)
+
+
+def load_kernels(
+    weight: Callable[[int, str], Iterable[Tensor]], shapes: Mapping[str, tuple[int, int]], device: torch.device
+) -> None:
     """Has the library's kernels for DoRA's norms loaded, for which the device stands still: before others stream."""
-    for module in modules:
-        base = weight(0, module)
+    for module, (_, into) in shapes.items():
         for entries in (1, 2):
-            _times(base, torch.zeros(8 * entries, base.shape[1], device=device))
+            _norm_terms(weight(0, module), torch.zeros(8 * entries, into, device=device))
 
 
 def compile_adapter(
@@ -308,7 +319,7 @@ def compile_adapter(
     *,
     prefix: str,
     modules: Sequence[str],
-    weight: Callable[[int, str], Tensor],
+    weight: Callable[[int, str], Iterable[Tensor]],
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
@@ -319,7 +330,7 @@ def compile_adapter(
         header, layout: as `read_header` and `check` gave them for this file.
         prefix: as for `check`.
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
-        weight: gives the weight (out, in) of (layer, module) in fp32 or bf16, for DoRA's norm.
+        weight: gives the weight (out, in) of (layer, module) in fp32 or bf16, rows after rows, for DoRA's norm.
         dtype, device: of the activations.
         progress: told of entries, as stage "compile".
 
@@ -364,11 +375,9 @@ def compile_adapter(
                     layers[stack[position]].append(i)
                 c = rest.pop()
                 for layer, shared in layers.items():
-                    base = weight(layer, block.module)
                     # |w + b A|² = |w|² + b · (2 A w + A Aᵀ b) for a row w of W and b of B: no sum of W's shape is made.
-                    squares = torch.linalg.vector_norm(base, dim=1, dtype=torch.float32).square_()
-                    products = _times(base, a[shared].flatten(0, 1)).split(a.shape[1], dim=1)
-                    for i, product in zip(shared, products, strict=True):
+                    squares, products = _norm_terms(weight(layer, block.module), a[shared].flatten(0, 1))
+                    for i, product in zip(shared, products.split(a.shape[1], dim=1), strict=True):
                         scaled = b[i] * scale
                         c[i] /= (squares + (scaled * (2 * product + scaled @ (a[i] @ a[i].T))).sum(1)).sqrt_()
                     tell(len(shared))

@@ -9,7 +9,7 @@ al., 2022) and bf16 are read as they lie.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,8 +36,8 @@ CHUNK = 64
 """Columns that share a scale."""
 MAX_MODULES = 3
 """Of a group: the modules that read the same x."""
-DENSE_BYTES = 32 << 20
-"""Of a weight that is dequantized at a time, for a library's product."""
+DENSE_OUTPUTS = 2048
+"""Of a weight that is dequantized at a time, for a library's product: for as many rows, a tile for each processor."""
 RANK_SEGMENTS = (16, 32, 64)
 """Multiples of what tensor cores multiply with at once."""
 
@@ -130,10 +130,18 @@ class Spread:
         share = -(-self.round_tiles(tiles) * TILE // self.cluster // 8) * 8
         return share + 4
 
-    def cost(self, tiles: int, chunks: int, ranks: int) -> float:
-        """Tiles times chunks that a multiprocessor multiplies, and what else takes as long."""
+    def cost(self, tiles: int, chunks: int, ranks: int, shared: int) -> float:
+        """Tiles times chunks that a multiprocessor multiplies, and what else takes as long.
+
+        Args:
+            shared: bytes of a CTA's shared memory.
+        """
         rounds, segments = self.rounds(tiles), -(-ranks // self.rank_segment)
         work = (self.cluster_tiles(tiles) + rounds * STEP_COST) * chunks / self.cluster
+        # What is loaded comes through the L1 cache, which has what shared memory leaves.
+        under_way = self.warps * self.tiles * self.depth * TILE * CHUNK * self.bits // 8
+        if under_way > 2 * (L1_BYTES - min(size for size in CARVEOUTS if size >= shared + CTA_BYTES)):
+            work *= STARVED
         return work + rounds * ROUND_COST + segments * SEGMENT_COST + self.in_place * BARRIER_COST
 
     @property
@@ -162,6 +170,8 @@ SEGMENT_COST = 20
 """Likewise of a segment of ranks."""
 BARRIER_COST = 40
 """Likewise of waiting until a cluster is done with x."""
+STARVED = 1.2
+"""How much longer work takes with less than half of the L1 cache that it has loads for."""
 
 
 @cache
@@ -198,6 +208,10 @@ SHARED_BYTES = 227 << 10
 """Shared memory of a multiprocessor."""
 CTA_BYTES = 1024
 """Of it, what each CTA takes for itself."""
+L1_BYTES = 256 << 10
+"""Of a multiprocessor, shared memory included."""
+CARVEOUTS = [size << 10 for size in (0, 8, 16, 32, 64, 100, 132, 164, 196, 228)]
+"""Sizes that shared memory has of it (CUDA C++ Programming Guide, compute capability 9.0)."""
 RESERVED_BYTES = 1 << 10
 """At the beginning of shared memory's addresses, for the device itself."""
 TABLE_BYTES = 256 * 128
@@ -207,7 +221,7 @@ ENTRY_BYTES = 32
 SPREADS = {
     4: {1: Spread(4, 1, 2, 4, 12), 2: Spread(4, 2, 1, 4, 16, wgmma=True), 4: Spread(4, 4, 1, 2, 16, wgmma=True)},
     8: {1: Spread(8, 1, 2, 4, 12), 2: Spread(8, 2, 2, 4, 12), 4: Spread(8, 4, 1, 4, 16, wgmma=True)},
-    16: {1: Spread(16, 1, 2, 3, 12), 2: Spread(16, 2, 2, 2, 12), 4: Spread(16, 4, 1, 2, 16, wgmma=True)},
+    16: {1: Spread(16, 1, 2, 3, 12), 2: Spread(16, 2, 2, 2, 12), 4: Spread(16, 4, 2, 2, 8)},
 }
 """By bits and eights of rows, what measurements on an H100 left. More rows take several launches."""
 
@@ -268,14 +282,14 @@ def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ran
             for in_place in (False, True)
         ]
         taken = min(rows, 8 * eights)
-        fitting = [
-            one
+        costs = {
+            one: one.cost(tiles, columns // CHUNK, ranks, shared)
             for one in spreads
-            if places_for(one, tiles, columns, taken, modules).end <= SHARED_BYTES - CTA_BYTES
+            if (shared := places_for(one, tiles, columns, taken, modules).end) <= SHARED_BYTES - CTA_BYTES
             and not (one.in_place and one.rounds(tiles) > 1)
-        ]
-        if fitting:
-            return min(fitting, key=lambda one: one.cost(tiles, columns // CHUNK, ranks))
+        }
+        if costs:
+            return min(costs, key=costs.__getitem__)
     raise ValueError(f"no spread for {columns} columns")
 
 
@@ -302,6 +316,12 @@ class SharedGroup:
     def rows(self, module: int) -> SharedGroup:
         """One module's part, the same memory."""
         return self._outputs(sum(self.sizes[:module]), sum(self.sizes[: module + 1]))
+
+    def parts(self, outputs: int) -> Iterator[SharedGroup]:
+        """So many outputs after the other, or a few less; the same memory."""
+        step, end = max(TILE, outputs // TILE * TILE), sum(self.sizes)
+        for begin in range(0, end, step):
+            yield self._outputs(begin, min(begin + step, end))
 
     def _outputs(self, begin: int, end: int) -> SharedGroup:
         unit = TILE if self.bits == 4 else 1
@@ -394,15 +414,12 @@ class SharedGroup:
         return out
 
     def matmul(self, x: Tensor) -> Tensor:
-        """W x for many rows, by the library, some outputs at once: bf16 (rows, in) to (rows, outputs of all modules)."""
+        """W x for many rows, by the library, some outputs at once: bf16 (rows, in) to (rows, all modules' outputs)."""
         if self.bits == 16:
             return F.linear(x, self.weights)
-        outputs = sum(self.sizes)
-        y = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
-        step = max(TILE, DENSE_BYTES // (x.itemsize * self.columns) // TILE * TILE)
-        for begin in range(0, outputs, step):
-            end = min(begin + step, outputs)
-            torch.mm(x, self._outputs(begin, end).dense().T, out=y[:, begin:end])
+        y = torch.empty(len(x), sum(self.sizes), dtype=x.dtype, device=x.device)
+        for part, to in zip(self.parts(DENSE_OUTPUTS), y.split(DENSE_OUTPUTS, 1), strict=True):
+            torch.mm(x, part.dense().T, out=to)
         return y
 
 

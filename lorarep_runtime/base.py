@@ -69,6 +69,8 @@ class Base:
         """(out, in) of each linear module of a layer."""
         if any(linear_shapes(layer) != self.modules for layer in layers):
             raise FailedPrecondition("base: its layers differ in their linear modules, so positions cannot share them")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # weights that stay are not to begin in what quantizing took
         self.walk = Walk(list(layers))
         self.model.set_submodule(self.prefix, self.walk.hand_offs)
         self.weights: Sequence[Mapping[str, Weight]] = [

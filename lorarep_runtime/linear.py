@@ -30,8 +30,6 @@ GROUPS = (
     ("mlp.down_proj",),
 )
 """Modules that read the same x, in layers of the Llama kind."""
-PART_ELEMENTS = 1 << 23
-"""Of a weight that is dequantized at a time."""
 
 
 class Weight(Protocol):
@@ -149,10 +147,10 @@ class GroupedWeight:
 
 def dequantized(weight: Weight, dtype: torch.dtype) -> Iterator[Tensor]:
     """The matrix (out, in), some rows after the other where it need not be dequantized at once."""
-    if not isinstance(weight, GroupedWeight) or weight.quantization == "none":
-        yield weight.dequantize(dtype)
+    if isinstance(weight, GroupedWeight):
+        yield from (part.dense(dtype) for part in weight.own.parts())
     else:
-        yield from (part.dense(dtype) for part in weight.own.parts(PART_ELEMENTS // weight.shape[1]))
+        yield weight.dequantize(dtype)
 
 
 def grouped(weights: Sequence[Weight], dtype: torch.dtype) -> Sequence[Weight]:

@@ -280,25 +280,20 @@ def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
     return data, dict(zip(header, accumulate(sizes, initial=body), strict=False))
 
 
-def _times(weight: Tensor, a: Tensor) -> Tensor:
-    """W Aᵀ in fp32, from A (n, in) in fp32."""
-    if weight.dtype == torch.float32 or not weight.is_cuda:
-        return weight.float() @ a.T
-    # Tensor cores read W as it is, which makes a product as short as reading it; A is the sum of two bf16, to 16 bits.
-    high = a.bfloat16()
-    low = (a - high).bfloat16()
-    halves = torch.mm(weight, torch.cat([high, low]).T, out_dtype=torch.float32)
-    return halves[:, : len(a)] + halves[:, len(a) :]
-
-
 def _norm_terms(weight: Iterable[Tensor], a: Tensor) -> tuple[Tensor, Tensor]:
-    """|w|² of the rows of W (out), and W Aᵀ (out, n), in fp32. weight: rows after rows."""
+    """|w|² of the rows of W (out), and W Aᵀ (out, n), in fp32; from W, rows after rows, and A (n, in) in fp32."""
     squares, products = [], []
+    high = a.bfloat16()
+    halves = torch.cat([high, (a - high).bfloat16()]).T
     for rows in weight:
-        squares.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square_())
-        products.append(_times(rows, a))
+        squares.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+        if rows.dtype == torch.float32 or not rows.is_cuda:
+            products.append(rows.float() @ a.T)
+        else:
+            # Tensor cores read W as it is: as short as reading it. A is the sum of two bf16, to 16 bits.
+            products.append(torch.mm(rows, halves, out_dtype=torch.float32).view(len(rows), 2, -1).sum(1))
         del rows  # before the next ones are made
-    return torch.cat(squares), torch.cat(products)
+    return torch.cat(squares).square_(), torch.cat(products)
 
 
 def load_kernels(

@@ -36,8 +36,8 @@ CHUNK = 64
 """Columns that share a scale."""
 MAX_MODULES = 3
 """Of a group: the modules that read the same x."""
-DENSE_OUTPUTS = 2048
-"""Of a weight that is dequantized at a time, for a library's product: for as many rows, a tile for each processor."""
+DENSE_BYTES = 64 << 20
+"""Of a weight that is dequantized to bf16 at a time. Smaller parts keep the device waiting for launches."""
 RANK_SEGMENTS = (16, 32, 64)
 """Multiples of what tensor cores multiply with at once."""
 
@@ -317,11 +317,12 @@ class SharedGroup:
         """One module's part, the same memory."""
         return self._outputs(sum(self.sizes[:module]), sum(self.sizes[: module + 1]))
 
-    def parts(self, outputs: int) -> Iterator[SharedGroup]:
-        """So many outputs after the other, or a few less; the same memory."""
-        step, end = max(TILE, outputs // TILE * TILE), sum(self.sizes)
-        for begin in range(0, end, step):
-            yield self._outputs(begin, min(begin + step, end))
+    def parts(self) -> Iterator[SharedGroup]:
+        """As many outputs after the other as are dequantized at a time; the same memory."""
+        tiles = sum(self.sizes) // TILE
+        count = -(-tiles * TILE * self.columns * 2 // DENSE_BYTES) if self.scales is not None else 1
+        for i in range(count):
+            yield self._outputs(tiles * i // count * TILE, tiles * (i + 1) // count * TILE)
 
     def _outputs(self, begin: int, end: int) -> SharedGroup:
         unit = TILE if self.bits == 4 else 1
@@ -418,7 +419,8 @@ class SharedGroup:
         if self.bits == 16:
             return F.linear(x, self.weights)
         y = torch.empty(len(x), sum(self.sizes), dtype=x.dtype, device=x.device)
-        for part, to in zip(self.parts(DENSE_OUTPUTS), y.split(DENSE_OUTPUTS, 1), strict=True):
+        parts = [*self.parts()]
+        for part, to in zip(parts, y.split([part.sizes[0] for part in parts], 1), strict=True):
             torch.mm(x, part.dense().T, out=to)
         return y
 

@@ -164,8 +164,13 @@ class Decoder:
         """Compiles the kernels and captures stacks for every number of rows, so that no request waits for it: the first
         ones, if there are too many."""
         if self._base.device.type == "cuda":
+            from lorarep_runtime.kernels.cuda import prefer_shared_memory
+
             products = [product for layer in self._layers for product in layer.products]
-            compile_products({product.group.bits for product in products if isinstance(product, GroupProduct)})
+            bits = {product.group.bits for product in products if isinstance(product, GroupProduct)}
+            compile_products(bits)
+            if bits == {4}:  # more bits are loaded by so much at once that they need the L1 cache
+                prefer_shared_memory()
         todo = [(stack, rows) for stack in stacks for rows in self._buckets()][:MOST_GRAPHS]
         for done, (stack, rows) in enumerate(todo, 1):
             self._compile(Shape(rows, LEAST_RANKS, self._splits(rows, self._most_tokens)))

@@ -144,13 +144,13 @@ def save_base(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Pa
 
 
 def load_base(folder: Path, quantization: str = "none", **options: Any) -> nn.Module:
-    """The base in fp32 as `transformers` loads it."""
+    """The base in fp32 as `transformers` loads it, on the CPU: bitsandbytes would choose another device."""
     quantized = {
         "none": None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }[quantization]
-    options = {"attn_implementation": "eager", **options}
+    options = {"attn_implementation": "eager", "device_map": {"": "cpu"}, **options}
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=quantized, **options
     ).eval()

@@ -59,7 +59,8 @@ def test_adapters_and_plan_are_those_of_the_engine(tmp_path: Path) -> None:
     adapter = save_adapter(
         base, tmp_path / "a", r=4, use_dora=True, target_modules=["q_proj"], layer_replication=[[0, 4], [2, 5]]
     )
-    engine = Engine(EngineConfig(BaseConfig(str(base), dtype="float32"), scheduler=SchedulerConfig(kv_bytes=1 << 20)))
+    config = BaseConfig(str(base), dtype="float32", device="cpu")
+    engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=1 << 20)))
     info = engine.adapters.load("a", str(adapter), trusted=True)
     counted = plan("--base", str(base), "--adapter", f"a={adapter}", "--stack", "deep=0-4,2-6", "--memory", "1GiB")
     (row,) = counted["adapters"]

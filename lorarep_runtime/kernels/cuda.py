@@ -66,6 +66,12 @@ def compile_for_device(file: Path, defines: Mapping[str, int]) -> bytes:
     return compile_source(file, tuple(sorted(defines.items())), f"sm_{major}{minor}a")
 
 
+def prefer_shared_memory() -> None:
+    """Has the kernels of this process find shared memory as large as it can be at the cost of the L1 cache, so that no
+    multiprocessor has to divide them anew between one kernel and the next."""
+    _checked(driver.cuCtxSetCacheConfig(driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED))
+
+
 class Kernel:
     """One function of a source file, on the current device."""
 

@@ -134,7 +134,7 @@ def test_double_quantization(base: Path) -> None:
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=1 << 20)))
     double = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, quantization_config=double, attn_implementation="eager"
+        base, dtype=torch.float32, quantization_config=double, attn_implementation="eager", device_map={"": "cpu"}
     )
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

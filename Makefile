@@ -2,6 +2,8 @@ PYTHON ?= python3
 # The exact pin keeps every machine on one build; a CPU-only machine may install its own CPU wheel of the same version.
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
+# Python compiles what it imports, once; pip would compile ten times as much.
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # Any builder of Dockerfiles with --mount; and the image, cuda or cpu. The latter also needs --build-arg
 # PIP_EXTRA_INDEX_URL=... in BUILD, PyTorch's index of CPU wheels.
 BUILD  ?= docker build
@@ -35,8 +37,8 @@ image:
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 tests/clients/node_modules: tests/clients/package-lock.json .venv/installed

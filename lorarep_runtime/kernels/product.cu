@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     float* added = reinterpret_cast<float*>(shared + G.added_at);
     // Barriers: sums are here; those of all CTAs have been read; A x of the last tasks is here.
     const u32 full = base + G.entries_at, empty = full + 8, ready = full + 16;
-    Entry* entries = reinterpret_cast<Entry*>(shared + G.entries_at + 32);
+    Entry* entries = reinterpret_cast<Entry*>(shared + G.entries_at + BARRIER_BYTES);
     const int first_module = Output(G, first_tile * 16).module, last_module = Output(G, end_tile * 16 - 1).module;
     Adapters adapters{G, entries, reinterpret_cast<u16*>(entries + G.rows * G.modules),
                       reinterpret_cast<int*>(shared + G.entries_at + 24), first_module, last_module - first_module + 1};

@@ -148,7 +148,8 @@ class Spread:
     def defines(self) -> Mapping[str, int]:
         """What the source is compiled with."""
         named = {"KIND": self.bits, "EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth}
-        return {**named, "WARPS": self.warps, "SIDE": self.side, "WGMMA": int(self.wgmma)}
+        named |= {"WARPS": self.warps, "SIDE": self.side, "WGMMA": int(self.wgmma)}
+        return named | {"GROUP_BYTES": ctypes.sizeof(Group), "ENTRY_BYTES": ENTRY_BYTES, "BARRIER_BYTES": BARRIER_BYTES}
 
 
 class Places(NamedTuple):

@@ -43,6 +43,7 @@ struct Entry {  // of one row's adapter for one module; a rank of -1 is a row th
     const u16 *B, *c, *bias;
     int rank;
 };
+static_assert(sizeof(Group) == GROUP_BYTES && sizeof(Entry) == ENTRY_BYTES, "product.py's");
 
 struct Round {  // of a cluster
     int tile, tiles;  // the first, how many

@@ -321,7 +321,7 @@ class SharedGroup:
     def parts(self) -> Iterator[SharedGroup]:
         """As many outputs after the other as are dequantized at a time; the same memory."""
         tiles = sum(self.sizes) // TILE
-        count = -(-tiles * TILE * self.columns * 2 // DENSE_BYTES) if self.scales is not None else 1
+        count = min(tiles, -(-tiles * TILE * self.columns * 2 // DENSE_BYTES)) if self.scales is not None else 1
         for i in range(count):
             yield self._outputs(tiles * i // count * TILE, tiles * (i + 1) // count * TILE)
 

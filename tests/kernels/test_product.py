@@ -113,22 +113,35 @@ def test_the_reference_is_one_form_over_a_plain_product() -> None:
     assert (y[1] == 5).all()
 
 
-if HOPPER:
+def group_of(bits: int, sizes: Sequence[int], into: int) -> tuple[SharedGroup, Tensor]:
+    """A group, and its weights as bitsandbytes dequantizes them."""
+    weights = [random_weight(size, into) for size in sizes]
+    if bits == 16:
+        return SharedGroup(bits, torch.cat(weights), None, tuple(sizes)), torch.cat(weights)
+    if bits == 8:
+        rows, scales, _ = bnb.functional.int8_vectorwise_quant(torch.cat(weights).half())
+        dense = bnb.functional.int8_vectorwise_dequant(rows, scales).bfloat16()
+        return SharedGroup(bits, rows, scales, tuple(sizes)), dense
+    packed = [bnb.functional.quantize_4bit(weight, quant_type="nf4") for weight in weights]
+    tiled = [arrange(p, state.absmax, (size, into)) for (p, state), size in zip(packed, sizes, strict=True)]
+    tiles, scales = (torch.cat(tensors) for tensors in zip(*tiled, strict=True))
+    dense = torch.cat([bnb.functional.dequantize_4bit(p, state) for p, state in packed])
+    return SharedGroup(bits, tiles, scales, tuple(sizes)), dense
 
-    def group_of(bits: int, sizes: Sequence[int], into: int) -> tuple[SharedGroup, Tensor]:
-        """A group, and its weights as bitsandbytes dequantizes them."""
-        weights = [random_weight(size, into) for size in sizes]
-        if bits == 16:
-            return SharedGroup(bits, torch.cat(weights), None, tuple(sizes)), torch.cat(weights)
-        if bits == 8:
-            rows, scales, _ = bnb.functional.int8_vectorwise_quant(torch.cat(weights).half())
-            dense = bnb.functional.int8_vectorwise_dequant(rows, scales).bfloat16()
-            return SharedGroup(bits, rows, scales, tuple(sizes)), dense
-        packed = [bnb.functional.quantize_4bit(weight, quant_type="nf4") for weight in weights]
-        tiled = [arrange(p, state.absmax, (size, into)) for (p, state), size in zip(packed, sizes, strict=True)]
-        tiles, scales = (torch.cat(tensors) for tensors in zip(*tiled, strict=True))
-        dense = torch.cat([bnb.functional.dequantize_4bit(p, state) for p, state in packed])
-        return SharedGroup(bits, tiles, scales, tuple(sizes)), dense
+
+@pytest.mark.parametrize(("limit", "count"), [(1 << 20, 1), (96 * 64 * 2 // 2, 2), (1, 6)])
+def test_many_rows_take_a_weight_part_by_part(limit: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, where NF4 has its own kernel for that."""
+    monkeypatch.setattr(kernel, "DENSE_BYTES", limit)
+    x = random_weight(3, 64)
+    for bits in BITS if HOPPER else [8, 16]:
+        group, dense = group_of(bits, (64, 32), 64)
+        assert len([*group.parts()]) == (1 if bits == 16 else count)
+        assert torch.equal(torch.cat([part.dense() for part in group.parts()]), dense)
+        torch.testing.assert_close(group.matmul(x), x @ dense.T, rtol=1e-2, atol=1e-2)
+
+
+if HOPPER:
 
     @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize(("sizes", "into"), [((256, 64, 48), 128), ((4096,), 4096), ((512, 512), 14336)])

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.logging import set_tqdm_hook
 
 from lorarep_runtime.batch import Batch
@@ -23,7 +23,10 @@ from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
 from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, dequantized, grouped, kernels_compiled, shared_weight
 from lorarep_runtime.text import Tokenizer
-from lorarep_runtime.walk import ATTENTION, Walk
+from lorarep_runtime.walk import ATTENTION, Walk, register_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 UNIFORM_ATTENTION = {"full_attention", "sliding_attention"}
 """Attention kinds whose keys and values can be paged; others keep state of another form."""
@@ -43,6 +46,7 @@ class Base:
         self.device = _device(config.device)
         self.config = read_model_config(self.folder)
         kind, self.quantization_config = quantization_of(self.config, config)
+        register_attention()
         failpoint("base")
         dtype = self.config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         loading = _reporting(progress, "load" if self.quantization_config is None else "quantize")

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from lorarep_runtime.batch import Batch, View
 from lorarep_runtime.cache import PagePool, pages_of
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels import adapter as adapter_kernel
-from lorarep_runtime.kernels.attention import paged_attention, prompt_attention, write_pages
+from lorarep_runtime.kernels.attention import paged_attention, prompt_attention, varlen_attention, write_pages
 from lorarep_runtime.stack import Step
 
 ATTENTION = "lorarep"
@@ -213,4 +212,10 @@ def _attention(
     return out.unsqueeze(0), None
 
 
-AttentionInterface.register(ATTENTION, _attention)
+def register_attention() -> None:
+    """Has `transformers` find the attention above. To import what models and attention are made of takes seconds."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    if torch.cuda.is_available():
+        varlen_attention()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -10,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
-GROUPED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-"""Before torch 2.12 it takes them without being told."""
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """cuDNN would compile a plan, for a tenth of a second and longer, for every new number of rows or pages."""
 
@@ -59,7 +58,7 @@ def prompt_attention(
         return paged_attention(*one, scale=scale, window=window, softcap=softcap)[0]
     keys, values = (pages[table].flatten(0, 1)[:length] for pages in (key_pages, value_pages))
     window_size = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(
+    out: Tensor = varlen_attention()(
         queries,
         keys,
         values,
@@ -69,10 +68,17 @@ def prompt_attention(
         length,
         scale=scale,
         window_size=window_size,
-        **GROUPED_HEADS,
     )
-    assert isinstance(out, Tensor)
     return out
+
+
+@cache
+def varlen_attention() -> Callable[..., Any]:
+    """torch's, with grouped heads. To import it takes seconds."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.12 it takes grouped heads without being told.
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
 
 
 def _has_flash(queries: Tensor) -> bool:

@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floor import copy_bandwidth
 from lorarep_runtime.decode import LEAST_RANKS
 from lorarep_runtime.fused import parts_for
-from lorarep_runtime.kernels.product import HOPPER, SharedGroup, product_reference
+from lorarep_runtime.kernels.product import SharedGroup, product_reference
 from lorarep_runtime.kernels.rows import Entries, Entry, PlainRows, Rows, entry_table
+from lorarep_runtime.kernels.spread import HOPPER
 from lorarep_runtime.linear import BITS, GROUPS, DenseWeight, Int8Weight, NF4Weight, Weight, group_of
 from tests.models import MISTRAL_7B, projections
 

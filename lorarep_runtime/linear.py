@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
-from lorarep_runtime.kernels.product import CHUNK, HOPPER, TILE, SharedGroup, arrange, compile_products
+from lorarep_runtime.kernels.nf4 import CHUNK, TILE, arrange
+from lorarep_runtime.kernels.product import SharedGroup, compile_products
+from lorarep_runtime.kernels.spread import HOPPER
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState

@@ -13,24 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorarep_runtime.kernels import nf4
 from lorarep_runtime.kernels import product as kernel
 from lorarep_runtime.kernels.cuda import CudaError, compile_source
-from lorarep_runtime.kernels.product import (
-    CHUNK,
-    CTA_BYTES,
-    NF4_SOURCE,
-    SHARED_BYTES,
-    SOURCE,
-    SPREADS,
-    TILE,
-    SharedGroup,
-    arrange,
-    clusters_at_once,
-    places_for,
-    product_reference,
-    spread_for,
-)
+from lorarep_runtime.kernels.nf4 import CHUNK, TILE, arrange
+from lorarep_runtime.kernels.product import SOURCE, SharedGroup, defines, product_reference
 from lorarep_runtime.kernels.rows import Entry, PlainRows, Rows, entry_table
+from lorarep_runtime.kernels.spread import CTA_BYTES, SHARED_BYTES, SPREADS, clusters_at_once, places_for, spread_for
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -82,7 +71,7 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
 
 @pytest.mark.parametrize(
     ("file", "defines"),
-    [(NF4_SOURCE, {}), *((SOURCE, one.defines) for by_eights in SPREADS.values() for one in by_eights.values())],
+    [(nf4.SOURCE, {}), *((SOURCE, defines(one)) for by_eights in SPREADS.values() for one in by_eights.values())],
     ids=str,
 )
 def test_the_source_compiles(file: Path, defines: Mapping[str, int], caplog: pytest.LogCaptureFixture) -> None:
@@ -167,7 +156,7 @@ if HOPPER:
         spread = SPREADS[bits][1 if count <= 8 else 2 if count <= 16 else 4]
         spread = replace(spread, cluster=cluster, warps=warps or spread.warps)
         monkeypatch.setattr(kernel, "spread_for", lambda *_: spread)
-        monkeypatch.setattr(kernel, "clusters_at_once", lambda *_: clusters)
+        monkeypatch.setattr("lorarep_runtime.kernels.spread.clusters_at_once", lambda *_: clusters)
         monkeypatch.setattr(kernel, "places_for", places_for.__wrapped__)  # it remembers other devices
         assert spread.grid(sum(SIZES) // TILE) == cluster * clusters
         check(bits, count, True, 1024, 100)

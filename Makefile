@@ -2,8 +2,9 @@ PYTHON ?= python3
 # The exact pin keeps every machine on one build; a CPU-only machine may install its own CPU wheel of the same version.
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
-# Python compiles what it imports, once; pip would compile ten times as much.
+# Python compiles what it imports, if it may keep that; pip would compile all there is.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 # Any builder of Dockerfiles with --mount; and the image, cuda or cpu. The latter also needs --build-arg
 # PIP_EXTRA_INDEX_URL=... in BUILD, PyTorch's index of CPU wheels.
 BUILD  ?= docker build

@@ -283,26 +283,34 @@ def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
 def _norm_terms(weight: Iterable[Tensor], a: Tensor) -> tuple[Tensor, Tensor]:
     """|w|² of the rows of W (out), and W Aᵀ (out, n), in fp32; from W, rows after rows, and A (n, in) in fp32."""
     squares, products = [], []
-    high = a.bfloat16()
-    halves = torch.cat([high, (a - high).bfloat16()]).T
+    halves = _halves(a) if a.is_cuda else None
     for rows in weight:
         squares.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
-        if rows.dtype == torch.float32 or not rows.is_cuda:
+        if halves is None or rows.dtype == torch.float32:
             products.append(rows.float() @ a.T)
         else:
-            # Tensor cores read W as it is: as short as reading it. A is the sum of two bf16, to 16 bits.
-            products.append(torch.mm(rows, halves, out_dtype=torch.float32).view(len(rows), 2, -1).sum(1))
+            # Tensor cores read W as it is, which makes a product as short as reading it.
+            products.append(torch.mm(rows, halves.T, out_dtype=torch.float32).view(len(rows), 2, -1).sum(1))
         del rows  # before the next ones are made
     return torch.cat(squares).square_(), torch.cat(products)
+
+
+def _halves(a: Tensor) -> Tensor:
+    """A (n, in) in fp32 as two in bf16 (2 n, in), whose sum it is to 16 bits."""
+    high = a.bfloat16()
+    return torch.cat([high, (a - high).bfloat16()])
 
 
 def load_kernels(
     weight: Callable[[int, str], Iterable[Tensor]], shapes: Mapping[str, tuple[int, int]], device: torch.device
 ) -> None:
-    """Has the library's kernels for DoRA's norms loaded, for which the device stands still: before others stream."""
+    """Has the library's kernels for DoRA's norms loaded, for which the device stands still: before others stream.
+
+    Those for a rank of 8, at one position and at two that share a layer; other ranks may take others.
+    """
     for module, (_, into) in shapes.items():
-        for entries in (1, 2):
-            _norm_terms(weight(0, module), torch.zeros(8 * entries, into, device=device))
+        for ranks in (8, 16):
+            _norm_terms(weight(0, module), torch.zeros(ranks, into, device=device))
 
 
 def compile_adapter(

@@ -98,23 +98,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         const char* line;
         u32 line_step;
         auto prefetch = [&](int d, bool wanted) {
-            if (FETCH > DEPTH)
+            if (KIND == 4)  // of more bits so many chunks would fill the cache
                 asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }"
                              :: "l"(line + d * line_step), "r"(u32(wanted)));
         };
         auto start = [&](const Round& round) {
-            const int per_tile = KIND == 4 ? 8 : 16;
-            const i64 tile = min(round.tile + warp * TILES + lane / per_tile % TILES, G.tiles - 1);
-            if (KIND == 4) {
-                const bool scales = lane % per_tile == 4;
-                const i64 at = tile * all_chunks + begin;
-                line = scales ? reinterpret_cast<const char*>(G.scales + at * 16)
-                              : reinterpret_cast<const char*>(G.weights + at * 32) + lane % 4 * 128;
-                line_step = scales ? 64 : 512;
-            } else {
-                line = reinterpret_cast<const char*>(G.weights + (tile * 16 + lane % per_tile) * row + begin * STEP);
-                line_step = STEP * 16;
-            }
+            const i64 tile = min(round.tile + warp * TILES + lane / 8 % TILES, G.tiles - 1);
+            const bool scales = lane % 8 == 4;
+            const i64 at = tile * all_chunks + begin;
+            line = scales ? reinterpret_cast<const char*>(G.scales + at * 16)
+                          : reinterpret_cast<const char*>(G.weights + at * 32) + lane % 4 * 128;
+            line_step = scales ? 64 : 512;
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
                 const i64 at = min(round.tile + warp * TILES + i, G.tiles - 1);

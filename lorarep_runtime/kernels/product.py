@@ -16,13 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorarep_runtime.kernels import nf4
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.rows import PlainRows, Rows
-from lorarep_runtime.kernels.spread import RANK_SEGMENTS, SPREADS, Spread, places_for, spread_for
+from lorarep_runtime.kernels.spread import (
+    BARRIER_BYTES,
+    ENTRY_BYTES,
+    RANK_SEGMENTS,
+    SPREADS,
+    Spread,
+    places_for,
+    spread_for,
+)
 
 if TYPE_CHECKING:
     from lorarep_runtime.kernels.cuda import Kernel
@@ -50,7 +57,9 @@ class Group(ctypes.Structure):
 
 def defines(spread: Spread) -> Mapping[str, int]:
     """What the source is compiled with."""
-    return {**spread.defines, "GROUP_BYTES": ctypes.sizeof(Group)}
+    named = {"KIND": spread.bits, "EIGHTS": spread.eights, "TILES": spread.tiles, "DEPTH": spread.depth}
+    named |= {"WARPS": spread.warps, "SIDE": spread.side, "WGMMA": int(spread.wgmma)}
+    return named | {"GROUP_BYTES": ctypes.sizeof(Group), "ENTRY_BYTES": ENTRY_BYTES, "BARRIER_BYTES": BARRIER_BYTES}
 
 
 def compile_products(bits: Iterable[int]) -> None:
@@ -193,8 +202,6 @@ class SharedGroup:
 
     def matmul(self, x: Tensor) -> Tensor:
         """W x for many rows, by the library, some outputs at once: bf16 (rows, in) to (rows, all modules' outputs)."""
-        if self.bits == 16:
-            return F.linear(x, self.weights)
         y = torch.empty(len(x), sum(self.sizes), dtype=x.dtype, device=x.device)
         parts = [*self.parts()]
         for part, to in zip(parts, y.split([part.sizes[0] for part in parts], 1), strict=True):

@@ -8,7 +8,7 @@
 #define ROWS (EIGHTS * 8)
 #define THREADS (32 * (WARPS + SIDE))
 #define UNIT (WGMMA ? 4 : TILES)  // tiles that are multiplied or not
-#define FETCH (KIND == 4 ? 8 : DEPTH)  // chunks of weights on their way to the L2 cache or from there, where it is DEPTH
+#define FETCH 8                   // chunks of NF4 on their way from memory to the L2 cache; from there it is DEPTH
 #if KIND == 4
 #define PLANES 1
 #define STEP 32  // from one chunk to the next, in 16 bytes

@@ -111,13 +111,6 @@ class Spread:
             work *= STARVED
         return work + rounds * ROUND_COST + segments * SEGMENT_COST + self.in_place * BARRIER_COST
 
-    @property
-    def defines(self) -> Mapping[str, int]:
-        """What the source is compiled with."""
-        named = {"KIND": self.bits, "EIGHTS": self.eights, "TILES": self.tiles, "DEPTH": self.depth}
-        named |= {"WARPS": self.warps, "SIDE": self.side, "WGMMA": int(self.wgmma)}
-        return named | {"ENTRY_BYTES": ENTRY_BYTES, "BARRIER_BYTES": BARRIER_BYTES}
-
 
 class Places(NamedTuple):
     """Bytes from the beginning of a CTA's shared memory."""

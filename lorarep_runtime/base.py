@@ -21,7 +21,7 @@ from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
-from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, dequantized, grouped, kernels_compiled, shared_weight
+from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, grouped, kernels_compiled, norm_terms, shared_weight
 from lorarep_runtime.text import Tokenizer
 from lorarep_runtime.walk import ATTENTION, Walk, register_attention
 
@@ -94,11 +94,9 @@ class Base:
         """Rows of the embedding, and logits of a token."""
         return self.model.get_input_embeddings().weight.shape[0]
 
-    def weight(self, layer: int, module: str) -> Iterator[Tensor]:
-        """A linear module's dequantized weight (out, in), in bf16 if that holds its values, else in fp32. Some rows
-        after the other, so that reading it takes little memory."""
-        exact = self.dtype == torch.bfloat16 and self.quantization != "int8"
-        return dequantized(self.weights[layer][module], torch.bfloat16 if exact else torch.float32)
+    def norm_terms(self, layers: Sequence[int], module: str, a: Tensor) -> tuple[Tensor, Tensor]:
+        """As `linear.norm_terms`, of a linear module of layers, which may come again."""
+        return norm_terms([self.weights[layer][module] for layer in layers], a, self.dtype)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: PagePool, rows: Tensor) -> Tensor:

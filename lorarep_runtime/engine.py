@@ -118,7 +118,7 @@ class Engine:
                 f"max_sequence_tokens: {self.max_tokens} is over the {self.base.max_tokens} that the base serves"
             )
         if self.base.device.type == "cuda":
-            load_kernels(self.base.weight, self.base.modules, self.base.device)
+            load_kernels(self.base.norm_terms, self.base.modules, self.base.device)
             torch.cuda.empty_cache()  # what was needed so far besides
         self.pool = self._page_pool()
         self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.tiers)

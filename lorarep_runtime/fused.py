@@ -30,6 +30,8 @@ FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 PROGRAMS = 256
 """Programs of a kernel that keep the device busy."""
 MOST_KERNEL_ROWS = 64
+MOST_GATED_ROWS = 1024
+"""Rows of prompts whose gated MLP is computed at a time: it takes most memory, and more would be no faster."""
 MOST_PARTS = 16
 MOST_SPLITS = 16
 LONG_SEQUENCE = 2048
@@ -44,8 +46,8 @@ class Product(Protocol):
         self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None: ...
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """W x for many rows: x (rows, in) to (rows, outputs of all modules)."""
+    def matmul(self, x: Tensor, y: Tensor) -> None:
+        """y = W x for many rows: x (rows, in), y (rows, outputs of all modules)."""
 
 
 class LibraryProduct:
@@ -58,15 +60,15 @@ class LibraryProduct:
     def product(
         self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
-        _adapt(self.matmul(x), y, low, self._sizes, rows, first, bias=bias, add=add)
+        _adapted(self.matmul, x, y, low, self._sizes, rows, first, bias=bias, add=add)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        plain = [weight.matmul(x) for weight in self._weights]
-        return plain[0] if len(plain) == 1 else torch.cat(plain, 1)
+    def matmul(self, x: Tensor, y: Tensor) -> None:
+        for weight, to in zip(self._weights, y.split(self._sizes, 1), strict=True):
+            to.copy_(weight.matmul(x))
 
 
 class GroupProduct:
-    """For weights that have one, which reads them once for every 32 rows: many rows have them dequantized once."""
+    """For weights that have one, which reads them once for every 32 rows: many rows have another."""
 
     def __init__(self, group: SharedGroup) -> None:
         self.group = group
@@ -78,11 +80,12 @@ class GroupProduct:
         if len(x) <= MOST_KERNEL_ROWS:
             self.group.product(x, y, low, rows, first, bias=bias, add=add)
         else:
-            _adapt(self.matmul(x), y, low, self.group.sizes, rows, first, bias=bias, add=add)
+            _adapted(self.matmul, x, y, low, self.group.sizes, rows, first, bias=bias, add=add)
 
 
-def _adapt(
-    plain: Tensor,
+def _adapted(
+    matmul: Callable[[Tensor, Tensor], None],
+    x: Tensor,
     y: Tensor,
     low: Tensor,
     sizes: Sequence[int],
@@ -92,9 +95,9 @@ def _adapt(
     bias: Tensor | None,
     add: bool,
 ) -> None:
+    plain = torch.empty_like(y) if add else y
+    matmul(x, plain)
     adapt_rows(plain, low, sizes, rows, first, bias=bias, residual=y if add else None)
-    if not add:
-        y.copy_(plain)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class FusedLayer:
         value_pages: Tensor,
         slots: Tensor,
         attend: Callable[[Tensor], Tensor],
-        adapt: Callable[[int, Tensor, Tensor, Sequence[int]], None],
+        adapt: Callable[[int, int, Tensor, Tensor, Sequence[int]], None],
     ) -> None:
         """h += what the layer adds to it, for many rows of prompts.
 
@@ -197,23 +200,33 @@ class FusedLayer:
             h: (rows, hidden size).
             cos, sin, key_pages, value_pages, slots: as for `rotate_store`.
             attend: from rotated queries (rows, heads, head_dim) to what they attend to.
-            adapt: applies the rows' adapters to what a group (its number, x, W x, outputs of each module) gives.
+            adapt: applies the rows' adapters to what a group (its number, first row, x, W x, outputs of each module)
+                gives.
         """
 
-        def linear(group: int, x: Tensor) -> Tensor:
-            y = self.products[group].matmul(x)
-            adapt(group, x, y, self.sizes[group])
+        def linear(group: int, x: Tensor, first: int = 0) -> Tensor:
+            y = x.new_empty(len(x), sum(self.sizes[group]))
+            self.products[group].matmul(x, y)
+            adapt(group, first, x, y, self.sizes[group])
             bias = self.biases[group]
             return y if bias is None else y.add_(bias)
 
-        def norm(weight: Tensor) -> Tensor:
-            return F.rms_norm(h, weight.shape, weight, self.eps)
+        def norm(rows: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(rows, weight.shape, weight, self.eps)
 
-        qkv = linear(0, norm(self.norms[0]))
-        out = attend(rotate_store(self.attention, qkv, cos, sin, key_pages, value_pages, slots))
-        h += linear(1, out.flatten(1))
-        gate, up = linear(2, norm(self.norms[1])).chunk(2, 1)
-        h += linear(3, F.silu(gate, inplace=True).mul_(up))
+        def queries() -> Tensor:
+            qkv = linear(0, norm(h, self.norms[0]))
+            return rotate_store(self.attention, qkv, cos, sin, key_pages, value_pages, slots)
+
+        def gated(rows: Tensor, first: int) -> Tensor:
+            gate, up = linear(2, norm(rows, self.norms[1]), first).chunk(2, 1)
+            return F.silu(gate, inplace=True).mul_(up)
+
+        h += linear(1, attend(queries()).flatten(1))
+        first = 0
+        for rows in h.tensor_split(-(-len(h) // MOST_GATED_ROWS)):
+            rows += linear(3, gated(rows, first), first)
+            first += len(rows)
 
 
 def fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str], config: Any) -> FusedLayer:

@@ -8,6 +8,7 @@ bitsandbytes is imported where something is quantized: that takes seconds, most 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
+from lorarep_runtime.kernels import dora
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE, arrange
 from lorarep_runtime.kernels.product import SharedGroup, compile_products
 from lorarep_runtime.kernels.spread import HOPPER
@@ -144,15 +146,48 @@ class GroupedWeight:
         return self.own.dense(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.own.matmul(x)
+        y = x.new_empty(len(x), self.shape[0])
+        self.own.matmul(x, y)
+        return y
 
 
-def dequantized(weight: Weight, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The matrix (out, in), some rows after the other where it need not be dequantized at once."""
+def norm_terms(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `dora` says of weights of one shape, each with its own A.
+
+    Args:
+        weights: n, some of them the same.
+        a: fp32 (n, ranks, in).
+        dtype: of what is multiplied with them.
+
+    Returns:
+        fp32 (n, out) and (n, ranks, out).
+    """
+    count, ranks, _ = a.shape
+    out = weights[0].shape[0]
+    squares = a.new_empty(count, out)
+    own = [weight.own for weight in weights if isinstance(weight, GroupedWeight) and weight.own.bits == 4]
+    if own:
+        # As few launches as can be: they are what takes time.
+        both, products = dora.halves(a), a.new_empty(count, 2 * ranks, out)
+        for group, x, y, to in zip(own, both, products, squares, strict=True):
+            group.matmul(x, y)
+            group.squares(to)
+        return squares, products.view(count, 2, ranks, out).sum(1)
+    products = a.new_empty(count, ranks, out)
+    places: dict[int, list[int]] = defaultdict(list)
+    for i, weight in enumerate(weights):
+        places[id(weight)].append(i)
+    for shared in places.values():  # what is dequantized, once
+        norms, product = _norm_terms(weights[shared[0]], a[shared].flatten(0, 1), dtype)
+        squares[shared], products[shared] = norms, product.view(len(shared), ranks, out)
+    return squares, products
+
+
+def _norm_terms(weight: Weight, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if isinstance(weight, GroupedWeight):
-        yield from (part.dense(dtype) for part in weight.own.parts())
-    else:
-        yield weight.dequantize(dtype)
+        return weight.own.norm_terms(a)
+    exact = dtype == torch.bfloat16 and weight.quantization != "int8"
+    return dora.norm_terms(weight.dequantize(torch.bfloat16 if exact else torch.float32), a)
 
 
 def grouped(weights: Sequence[Weight], dtype: torch.dtype) -> Sequence[Weight]:

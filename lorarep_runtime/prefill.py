@@ -1,5 +1,5 @@
 """Prompts on a GPU: a forward pass through layers of the Llama kind that is taken a few steps of its plan at a time, so
-that decoding steps run between. A weight is dequantized once for all rows and multiplied by the library.
+that decoding steps run between. A weight is read once for all rows.
 """
 
 from __future__ import annotations
@@ -76,10 +76,16 @@ class Prefill:
             self._h.index_copy_(0, view.rows, h)
 
 
-def _adapt(view: View, step: Step, group: int, x: Tensor, y: Tensor, sizes: Sequence[int]) -> None:
-    """Applies each row's adapter to what a group's modules give: x (rows, in), y (rows, outputs of all modules)."""
+def _adapt(view: View, step: Step, group: int, first: int, x: Tensor, y: Tensor, sizes: Sequence[int]) -> None:
+    """Applies each row's adapter to what a group's modules give: x (rows, in), y (rows, outputs of all modules), of the
+    view's rows from `first` on."""
     start = 0
     for module, size in zip(GROUPS[group], sizes, strict=True):
-        if slices := view.slices(step, module):
+        slices = [
+            s._replace(start=max(0, s.start - first), stop=min(len(x), s.stop - first))
+            for s in view.slices(step, module)
+            if s.start < first + len(x) and s.stop > first
+        ]
+        if slices:
             adapt(x, y[:, start : start + size], slices)
         start += size

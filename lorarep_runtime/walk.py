@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorarep_runtime.batch import Batch, View
+from lorarep_runtime.batch import Batch, Prompt, View
 from lorarep_runtime.cache import PagePool, pages_of
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels import adapter as adapter_kernel
@@ -126,13 +126,9 @@ def attend_pages(
 
     if not view.prompts:
         return attend(q, tables, view.lengths)
-    out = torch.empty_like(q)
-    if len(view.decodes):
-        out[view.decode_rows] = attend(
-            q[view.decode_rows], tables[view.decodes, : view.decode_pages], view.lengths[view.decodes]
-        )
-    for prompt in view.prompts:
-        out[prompt.start : prompt.stop] = prompt_attention(
+
+    def attend_prompt(prompt: Prompt) -> Tensor:
+        return prompt_attention(
             q[prompt.start : prompt.stop],
             key_pages,
             value_pages,
@@ -143,6 +139,16 @@ def attend_pages(
             window=window,
             softcap=softcap,
         )
+
+    if len(view.prompts) == 1 and not len(view.decodes):
+        return attend_prompt(view.prompts[0])
+    out = torch.empty_like(q)
+    if len(view.decodes):
+        out[view.decode_rows] = attend(
+            q[view.decode_rows], tables[view.decodes, : view.decode_pages], view.lengths[view.decodes]
+        )
+    for prompt in view.prompts:
+        out[prompt.start : prompt.stop] = attend_prompt(prompt)
     return out
 
 

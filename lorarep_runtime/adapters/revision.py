@@ -97,7 +97,7 @@ class AdapterFiles:
             checked.stack,
             prefix=self.base.prefix,
             modules=tuple(self.base.modules),
-            weight=self.base.weight,
+            norm_terms=self.base.norm_terms,
             dtype=self.base.dtype,
             device=self.base.device,
             progress=progress,

@@ -34,7 +34,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 ALIGNMENT = 64
 """Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
 
-MOST_ELEMENTS = 1 << 22
+MOST_ELEMENTS = 1 << 20
 """Of a tensor of a run, so that computing with it takes little memory."""
 
 Key = tuple[int, str]
@@ -280,37 +280,18 @@ def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
     return data, dict(zip(header, accumulate(sizes, initial=body), strict=False))
 
 
-def _norm_terms(weight: Iterable[Tensor], a: Tensor) -> tuple[Tensor, Tensor]:
-    """|w|² of the rows of W (out), and W Aᵀ (out, n), in fp32; from W, rows after rows, and A (n, in) in fp32."""
-    squares, products = [], []
-    halves = _halves(a) if a.is_cuda else None
-    for rows in weight:
-        squares.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
-        if halves is None or rows.dtype == torch.float32:
-            products.append(rows.float() @ a.T)
-        else:
-            # Tensor cores read W as it is, which makes a product as short as reading it.
-            products.append(torch.mm(rows, halves.T, out_dtype=torch.float32).view(len(rows), 2, -1).sum(1))
-        del rows  # before the next ones are made
-    return torch.cat(squares).square_(), torch.cat(products)
+NormTerms = Callable[[Sequence[int], str, Tensor], tuple[Tensor, Tensor]]
+"""`Base.norm_terms`."""
 
 
-def _halves(a: Tensor) -> Tensor:
-    """A (n, in) in fp32 as two in bf16 (2 n, in), whose sum it is to 16 bits."""
-    high = a.bfloat16()
-    return torch.cat([high, (a - high).bfloat16()])
+def load_kernels(norm_terms: NormTerms, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+    """Has the kernels for DoRA's norms loaded, for which the device stands still: before others stream.
 
-
-def load_kernels(
-    weight: Callable[[int, str], Iterable[Tensor]], shapes: Mapping[str, tuple[int, int]], device: torch.device
-) -> None:
-    """Has the library's kernels for DoRA's norms loaded, for which the device stands still: before others stream.
-
-    Those for a rank of 8, at one position and at two that share a layer; other ranks may take others.
+    A library's are those for a rank of 8, at one position and at two that share a layer; other ranks may take others.
     """
     for module, (_, into) in shapes.items():
         for ranks in (8, 16):
-            _norm_terms(weight(0, module), torch.zeros(ranks, into, device=device))
+            norm_terms([0], module, torch.zeros(1, ranks, into, device=device))
 
 
 def compile_adapter(
@@ -322,7 +303,7 @@ def compile_adapter(
     *,
     prefix: str,
     modules: Sequence[str],
-    weight: Callable[[int, str], Iterable[Tensor]],
+    norm_terms: NormTerms,
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
@@ -333,7 +314,6 @@ def compile_adapter(
         header, layout: as `read_header` and `check` gave them for this file.
         prefix: as for `check`.
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
-        weight: gives the weight (out, in) of (layer, module) in fp32 or bf16, rows after rows, for DoRA's norm.
         dtype, device: of the activations.
         progress: told of entries, as stage "compile".
 
@@ -372,24 +352,18 @@ def compile_adapter(
             to_a, to_b, *others = (piece[run.start : run.stop] for piece in pieces)
             scale = here[0].scale
             if block.form.has_c:
-                # Positions that share a weight, side by side: it is dequantized once.
-                layers: dict[int, list[int]] = defaultdict(list)
-                for i, position in enumerate(block.positions[run.start : run.stop]):
-                    layers[stack[position]].append(i)
-                c = rest.pop()
-                for layer, shared in layers.items():
-                    # |w + b A|² = |w|² + b · (2 A w + A Aᵀ b) for a row w of W and b of B: no sum of W's shape is made.
-                    squares, products = _norm_terms(weight(layer, block.module), a[shared].flatten(0, 1))
-                    for i, product in zip(shared, products.split(a.shape[1], dim=1), strict=True):
-                        scaled = b[i] * scale
-                        c[i] /= (squares + (scaled * (2 * product + scaled @ (a[i] @ a[i].T))).sum(1)).sqrt_()
-                    tell(len(shared))
+                layers = [stack[position] for position in block.positions[run.start : run.stop]]
+                squares, products = norm_terms(layers, block.module, a)
+                b *= scale
+                # (n, out, ranks), by rows of B: dora.py
+                change = products.mT.mul_(2).add_(b @ (a @ a.mT)).mul_(b)
+                c = rest.pop().div_(squares.add_(change.sum(2)).sqrt_())
                 others.pop(0).copy_(c)
-                b *= c.unsqueeze(2)
+                to_b.copy_((b * c.unsqueeze(2)).mT)
             else:
-                tell(len(run))
+                to_b.copy_(b.mul_(scale).mT)
             to_a.copy_(a)
-            to_b.copy_(b.mul_(scale).mT)
+            tell(len(run))
             if block.form.has_bias:
                 others[0].copy_(rest[0].mul_(scale))
     entries = _entries(storage, blocks)

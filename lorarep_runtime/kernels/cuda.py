@@ -22,7 +22,7 @@ class CudaError(RuntimeError):
     """A call of the driver or of NVRTC failed."""
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def checked(result: tuple[Any, ...]) -> Any:
     status, *values = result
     if status.value:
         raise CudaError(f"{status.name}: {status}")
@@ -39,21 +39,21 @@ def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architectur
     Raises:
         CudaError: with the compiler's log.
     """
-    program = _checked(nvrtc.nvrtcCreateProgram(file.read_bytes(), file.name.encode(), 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(file.read_bytes(), file.name.encode(), 0, [], []))
     options = [f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={file.parent}"]
     options += [f"-D{name}={value}" for name, value in defines]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         # NVRTC writes into bytes. Of one byte, an empty log's, they would be the interpreter's own.
-        text = bytes(1 + _checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        _checked(nvrtc.nvrtcGetProgramLog(program, text))
+        text = bytes(1 + checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        checked(nvrtc.nvrtcGetProgramLog(program, text))
         said = text.decode(errors="replace").strip(" \0\n")
         if status.value:
             raise CudaError(f"{file.name}: {said}")
         if said:
             log.warning("%s: %s", file.name, said)
-        cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        cubin = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
+        checked(nvrtc.nvrtcGetCUBIN(program, cubin))
         return cubin
     finally:
         nvrtc.nvrtcDestroyProgram(program)
@@ -69,7 +69,7 @@ def compile_for_device(file: Path, defines: Mapping[str, int]) -> bytes:
 def prefer_shared_memory() -> None:
     """Has the kernels of this process find shared memory as large as it can be at the cost of the L1 cache, so that no
     multiprocessor has to divide them anew between one kernel and the next."""
-    _checked(driver.cuCtxSetCacheConfig(driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED))
+    checked(driver.cuCtxSetCacheConfig(driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED))
 
 
 class Kernel:
@@ -78,9 +78,10 @@ class Kernel:
     def __init__(self, file: Path, name: str, defines: Mapping[str, int] | None = None) -> None:
         cubin = compile_for_device(file, defines or {})
         torch.cuda.current_stream().synchronize()  # the device's context is there and current
-        self._module = _checked(driver.cuModuleLoadData(cubin))
-        self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+        self._module = checked(driver.cuModuleLoadData(cubin))
+        self._function = checked(driver.cuModuleGetFunction(self._module, name.encode()))
         self._shared = 0
+        self._configs: dict[tuple[int | bool, ...], driver.CUlaunchConfig] = {}
 
     def __call__(
         self,
@@ -99,20 +100,24 @@ class Kernel:
             dependent: whether the kernel may start while the one before it ends (programmatic dependent launch); it
                 waits by itself where it needs the other's results.
         """
-        config = self._config(grid, threads, shared, cluster, dependent)
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        stream = torch.cuda.current_stream().cuda_stream
+        key = (grid, threads, shared, cluster, dependent, stream)
+        config = self._configs.get(key)
+        if config is None:
+            config = self._configs[key] = self._config(grid, threads, shared, cluster, dependent)
+            config.hStream = stream
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+        checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
     def clusters_at_once(self, cluster: int, threads: int, shared: int) -> int:
         """Clusters that run on the device at the same time if CTAs need so many bytes of shared memory."""
         config = self._config(cluster, threads, shared, cluster, False)
-        return int(_checked(driver.cuOccupancyMaxActiveClusters(self._function, config)))
+        return int(checked(driver.cuOccupancyMaxActiveClusters(self._function, config)))
 
     def _config(self, grid: int, threads: int, shared: int, cluster: int, dependent: bool) -> driver.CUlaunchConfig:
         if shared > self._shared:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
+            checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
             self._shared = shared
         # Also for clusters of one: without it the driver counts none of them.
         attribute = driver.CUlaunchAttribute()

@@ -44,3 +44,37 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
         }
     }
 }
+
+// The sum of squares of each row of W, in fp32. A CTA has a tile, and a warp every eighth of its chunks.
+extern "C" __global__ void nf4_squares(const uint4* weights, const float2* scales, float* out, int chunks) {
+    __shared__ float parts[8][16];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
+    const float own = NF4[lane & 15] * NF4[lane & 15];  // from lane to lane, as above
+    float sums[2] = {};
+    for (int chunk = warp; chunk < chunks; chunk += 8) {
+        const i64 unit = i64(blockIdx.x) * chunks + chunk;
+        uint4 bytes;
+        float2 scale;
+        load_once(bytes, weights + unit * 32 + lane, true, read_once());
+        load_once(scale, scales + unit * 8 + g, true, read_once());
+        const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+        for (int high = 0; high < 2; high++) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < 16; i++) sum += __shfl_sync(~0u, own, words[high * 2 + i / 8] >> i % 8 * 4 & 15);
+            sums[high] += sum * (high ? scale.y * scale.y : scale.x * scale.x);
+        }
+    }
+#pragma unroll
+    for (int high = 0; high < 2; high++) {
+        for (int other = 1; other < 4; other *= 2) sums[high] += __shfl_xor_sync(~0u, sums[high], other);
+        if (lane % 4 == 0) parts[warp][g + 8 * high] = sums[high];
+    }
+    __syncthreads();
+    if (threadIdx.x < 16) {
+        float sum = 0;
+        for (int i = 0; i < 8; i++) sum += parts[i][threadIdx.x];
+        out[blockIdx.x * 16 + threadIdx.x] = sum;
+    }
+}

@@ -57,3 +57,16 @@ def dequantize(tiles: Tensor, scales: Tensor, out: Tensor) -> None:
     units = tiles.shape[0] * tiles.shape[1]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (tiles, scales, out)]
     dequantize_kernel()(-(-units // 8), 256, *pointers, ctypes.c_int(out.shape[1]), ctypes.c_longlong(units))
+
+
+@cache
+def squares_kernel() -> Kernel:
+    from lorarep_runtime.kernels.cuda import Kernel
+
+    return Kernel(SOURCE, "nf4_squares")
+
+
+def squares(tiles: Tensor, scales: Tensor, out: Tensor) -> None:
+    """The sum of squares of each row of the weight: fp32 (out)."""
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (tiles, scales, out)]
+    squares_kernel()(len(tiles), 256, *pointers, ctypes.c_int(tiles.shape[1]))

@@ -219,12 +219,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
                     u32 all[8];
                     fragments(all, bytes[d][0], half);
                     for (int q = 0; q < STEPS * 4; q++) own[q] = all[first * 4 + q];
-                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                    begin_wgmma();
 #pragma unroll
                     for (int k = 0; k < STEPS; k++)
                         wgmma(KIND == 4 ? parts[d % 2][0] : sums[0], own + k * 4,
                               x_at + d * ROWS * 8 + half * 4 + (first + k) * 2, KIND != 4 || half + first + k > 0);
-                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    commit_wgmma();
                     await_wgmma<1>();
                 }
             };

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorarep_runtime.kernels import nf4
+from lorarep_runtime.kernels import nf4, nf4_matmul
+from lorarep_runtime.kernels.dora import norm_terms
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.rows import PlainRows, Rows
 from lorarep_runtime.kernels.spread import (
@@ -38,7 +39,7 @@ SOURCE = Path(__file__).with_suffix(".cu")
 MAX_MODULES = 3
 """Of a group: the modules that read the same x."""
 DENSE_BYTES = 64 << 20
-"""Of a weight that is dequantized to bf16 at a time. Smaller parts keep the device waiting for launches."""
+"""Of an int8 weight that is dequantized to bf16 at a time. Smaller parts keep the device waiting for launches."""
 
 
 class Group(ctypes.Structure):
@@ -66,9 +67,11 @@ def compile_products(bits: Iterable[int]) -> None:
     """Compiles the kernels for such weights side by side: each takes seconds."""
     from lorarep_runtime.kernels.cuda import compile_for_device
 
-    sources = [(SOURCE, defines(spread)) for kind in bits for spread in SPREADS[kind].values()]
+    bits = set(bits)
+    sources = [(nf4.SOURCE, {}), *((SOURCE, defines(spread)) for kind in bits for spread in SPREADS[kind].values())]
+    sources += nf4_matmul.sources() if 4 in bits else []
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda source: compile_for_device(*source), [(nf4.SOURCE, {}), *sources]):
+        for _ in pool.map(lambda source: compile_for_device(*source), sources):
             pass
 
 
@@ -92,6 +95,11 @@ class SharedGroup:
     """Outputs of each module, multiples of 16."""
 
     @property
+    def _scales(self) -> Tensor:
+        assert self.scales is not None
+        return self.scales
+
+    @property
     def columns(self) -> int:
         return self.weights.shape[1] * (CHUNK if self.bits == 4 else 1)
 
@@ -103,10 +111,10 @@ class SharedGroup:
         """One module's part, the same memory."""
         return self._outputs(sum(self.sizes[:module]), sum(self.sizes[: module + 1]))
 
-    def parts(self) -> Iterator[SharedGroup]:
-        """As many outputs after the other as are dequantized at a time; the same memory."""
+    def _parts(self) -> Iterator[SharedGroup]:
+        """As many outputs after the other as are dequantized at a time; the same memory. Of int8."""
         tiles = sum(self.sizes) // TILE
-        count = min(tiles, -(-tiles * TILE * self.columns * 2 // DENSE_BYTES)) if self.scales is not None else 1
+        count = min(tiles, -(-tiles * TILE * self.columns * 2 // DENSE_BYTES)) if self.bits == 8 else 1
         for i in range(count):
             yield self._outputs(tiles * i // count * TILE, tiles * (i + 1) // count * TILE)
 
@@ -200,13 +208,31 @@ class SharedGroup:
         nf4.dequantize(self.weights, self.scales, out)
         return out
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """W x for many rows, by the library, some outputs at once: bf16 (rows, in) to (rows, all modules' outputs)."""
-        y = torch.empty(len(x), sum(self.sizes), dtype=x.dtype, device=x.device)
-        parts = [*self.parts()]
+    def matmul(self, x: Tensor, y: Tensor) -> None:
+        """y = W x for many rows: bf16 (rows, in) to bf16, of NF4 also fp32, (rows, outputs of all modules)."""
+        if self.bits == 4:
+            nf4_matmul.matmul(self.weights, self._scales, x, y)
+            return
+        parts = [*self._parts()]
         for part, to in zip(parts, y.split([part.sizes[0] for part in parts], 1), strict=True):
             torch.mm(x, part.dense().T, out=to)
-        return y
+
+    def squares(self, out: Tensor) -> None:
+        """The sum of squares of each row of the weights, of NF4: fp32 (outputs of all modules)."""
+        nf4.squares(self.weights, self._scales, out)
+
+    def norm_terms(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """As `dora.norm_terms`, of the weights of all modules. Of int8 and bf16."""
+        terms = [_norm_terms(part, a) for part in self._parts()]
+        return torch.cat([squares for squares, _ in terms]), torch.cat([products for _, products in terms], 1)
+
+
+def _norm_terms(part: SharedGroup, a: Tensor) -> tuple[Tensor, Tensor]:
+    if part.scales is None:
+        return norm_terms(part.weights, a)
+    squares, products = norm_terms(part.weights.bfloat16(), a)  # which is exact
+    scales = part.scales * (1 / 127)
+    return squares.mul_(scales.square()), products.mul_(scales)
 
 
 def product_reference(

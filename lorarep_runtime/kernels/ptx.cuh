@@ -63,6 +63,10 @@ __device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
                  "  mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }" :: "r"(barrier), "r"(rank) : "memory");
 }
 
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void await(u32 barrier, u32 parity) {
     u32 done;
     do

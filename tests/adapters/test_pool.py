@@ -68,8 +68,8 @@ def answer_beside(engine: Engine, gate: Gate) -> None:
 def test_steps_go_on_while_an_adapter_is_compiled(
     engine: Engine, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(engine.base.weight)
-    monkeypatch.setattr(engine.base, "weight", gate)
+    gate = Gate(engine.base.norm_terms)
+    monkeypatch.setattr(engine.base, "norm_terms", gate)
     with ThreadPoolExecutor(1) as thread:
         loading = thread.submit(engine.adapters.load, "late", str(adapters["two"]), trusted=True)
         answer_beside(engine, gate)

@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorarep_runtime.kernels import nf4
+from lorarep_runtime.config import Quantization
+from lorarep_runtime.kernels import nf4, nf4_matmul
 from lorarep_runtime.kernels import product as kernel
 from lorarep_runtime.kernels.cuda import CudaError, compile_source
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE, arrange
 from lorarep_runtime.kernels.product import SOURCE, SharedGroup, defines, product_reference
 from lorarep_runtime.kernels.rows import Entry, PlainRows, Rows, entry_table
 from lorarep_runtime.kernels.spread import CTA_BYTES, SHARED_BYTES, SPREADS, clusters_at_once, places_for, spread_for
+from lorarep_runtime.linear import BITS as BITS_OF
+from lorarep_runtime.linear import GroupedWeight, norm_terms
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -71,7 +74,11 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
 
 @pytest.mark.parametrize(
     ("file", "defines"),
-    [(nf4.SOURCE, {}), *((SOURCE, defines(one)) for by_eights in SPREADS.values() for one in by_eights.values())],
+    [
+        (nf4.SOURCE, {}),
+        *nf4_matmul.sources(),
+        *((SOURCE, defines(one)) for by_eights in SPREADS.values() for one in by_eights.values()),
+    ],
     ids=str,
 )
 def test_the_source_compiles(file: Path, defines: Mapping[str, int], caplog: pytest.LogCaptureFixture) -> None:
@@ -120,14 +127,33 @@ def group_of(bits: int, sizes: Sequence[int], into: int) -> tuple[SharedGroup, T
 
 @pytest.mark.parametrize(("limit", "count"), [(1 << 20, 1), (96 * 64 * 2 // 2, 2), (1, 6)])
 def test_many_rows_take_a_weight_part_by_part(limit: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a GPU, where NF4 has its own kernel for that."""
     monkeypatch.setattr(kernel, "DENSE_BYTES", limit)
     x = random_weight(3, 64)
-    for bits in BITS if HOPPER else [8, 16]:
+    for bits in [8, 16]:
         group, dense = group_of(bits, (64, 32), 64)
-        assert len([*group.parts()]) == (1 if bits == 16 else count)
-        assert torch.equal(torch.cat([part.dense() for part in group.parts()]), dense)
-        torch.testing.assert_close(group.matmul(x), x @ dense.T, rtol=1e-2, atol=1e-2)
+        assert len([*group._parts()]) == (1 if bits == 16 else count)
+        assert torch.equal(torch.cat([part.dense() for part in group._parts()]), dense)
+        y = x.new_empty(3, 96)
+        group.matmul(x, y)
+        torch.testing.assert_close(y, x @ dense.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["int8", "none", *["nf4"] * HOPPER])
+@pytest.mark.parametrize("ranks", [1, 8, 100])
+def test_norms_of_what_adapters_make_of_weights(
+    kind: Quantization, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "DENSE_BYTES", 96 * 256)
+    group, dense = group_of(BITS_OF[kind], (128, 128, 48), 192)
+    q, k, _ = (GroupedWeight(group, i, kind) for i in range(3))
+    generator = torch.Generator().manual_seed(ranks)
+    a, b = (torch.randn(s, generator=generator).to(dense.device) for s in ((3, ranks, 192), (3, 128, ranks)))
+    squares, products = norm_terms([q, k, q], a, torch.bfloat16)
+    norms = (squares + (b * (2 * products.mT + b @ a @ a.mT)).sum(2)).sqrt()
+    plain = torch.stack([dense[:128], dense[128:256], dense[:128]]).double()
+    expected = (plain + b.double() @ a.double()).norm(dim=2)
+    assert (expected - plain.norm(dim=2)).norm() > 0.01 * expected.norm()
+    assert (norms - expected).norm() < 1e-3 * expected.norm()
 
 
 if HOPPER:

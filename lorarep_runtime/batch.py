@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +109,17 @@ class Prompt:
     """(2, 2) int32: 0 and its rows, 0 and its length."""
 
 
+class Lane(NamedTuple):
+    """Rows of a view that compute with the same adapter."""
+
+    start: int
+    stop: int
+    """Rows, [start, stop)."""
+    adapter: Adapter
+    stack: int
+    """Index among the plan's."""
+
+
 class View:
     """Some of a batch's spans, packed anew."""
 
@@ -142,22 +153,21 @@ class View:
         """(spans of one token) int64, their indices."""
         self.decode_rows = on_device(starts[decodes])
         """(spans of one token) int64, their rows."""
-        self._lanes: list[tuple[int, int, Adapter, int]] = []
-        """First row, end row, adapter, stack: rows that compute with the same adapter."""
+        self.lanes: list[Lane] = []
         for k, i in enumerate(chosen):
             adapter = batch.spans[i].adapter
             if adapter is None:
                 continue
             start, stop = int(starts[k]), int(starts[k + 1])
-            if self._lanes and self._lanes[-1][2] is adapter:
-                start = self._lanes.pop()[0]
-            self._lanes.append((start, stop, adapter, stacks[k]))
+            if self.lanes and self.lanes[-1].adapter is adapter:
+                start = self.lanes.pop().start
+            self.lanes.append(Lane(start, stop, adapter, stacks[k]))
 
     def slices(self, step: Step, module: str) -> list[Slice]:
         """What the adapters of the rows have for a module at a step."""
         return [
             Slice(start, stop, entry.A, entry.B, entry.c, entry.bias)
-            for start, stop, adapter, stack in self._lanes
+            for start, stop, adapter, stack in self.lanes
             if (position := step.positions[stack]) is not None
             if (entry := adapter.entries.get((position, module))) is not None
         ]

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.batch import Batch, Span
-from lorarep_runtime.cache import PagePool, pages_of
+from lorarep_runtime.cache import PagePool, PageTable, pages_of
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, GroupProduct, fuse, parts_for, splits_for
 from lorarep_runtime.hub import Progress
+from lorarep_runtime.kernels import nf4_matmul
+from lorarep_runtime.kernels.adapt_tiles import Tiles, adapt_tiles
 from lorarep_runtime.kernels.combine import Partials
 from lorarep_runtime.kernels.decode_attention import Cache
 from lorarep_runtime.kernels.product import compile_products
-from lorarep_runtime.kernels.rows import Rows
+from lorarep_runtime.kernels.rows import FIELDS, Rows
 from lorarep_runtime.linear import GROUPS
 from lorarep_runtime.prefill import Prefill
 from lorarep_runtime.stack import Plan, Stack, merge
@@ -169,6 +171,7 @@ class Decoder:
             products = [product for layer in self._layers for product in layer.products]
             bits = {product.group.bits for product in products if isinstance(product, GroupProduct)}
             compile_products(bits)
+            self._warm_up_prompts(bits)
             if bits == {4}:  # more bits are loaded by so much at once that they need the L1 cache
                 prefer_shared_memory()
         todo = [(stack, rows) for stack in stacks for rows in self._buckets()][:MOST_GRAPHS]
@@ -177,6 +180,22 @@ class Decoder:
             self._graph_for(merge((stack,)), Shape(rows, LEAST_RANKS, self._splits(rows, 1)))
             if progress is not None:
                 progress("capture", done, len(todo))
+
+    def _warm_up_prompts(self, bits: Collection[int]) -> None:
+        """Has the kernels of prompts compiled and loaded, by one of two tokens through one layer."""
+        device = self._base.device
+        if 4 in bits:
+            nf4_matmul.load()
+        table = PageTable(self._pool, 1)
+        table.grow(2)
+        self.prefill(Batch([Span([0, 0], 0, (0,), None, table)], device)).advance(1)
+        table.release()
+        entries = torch.zeros(self._modules * FIELDS, dtype=torch.int64, device=device)
+        none = torch.zeros(1, 2, dtype=torch.int32, device=device)
+        tiles = Tiles(none, torch.tensor([entries.data_ptr()], device=device), none[0, :1], LEAST_RANKS, self._modules)
+        b = self._buffers
+        adapt_tiles(b.x, b.out, [b.out.shape[1]], tiles, 0)
+        torch.cuda.synchronize(device)  # before the entries go
 
     def set_rows(self, spans: Sequence[Span]) -> None:
         """Says what the next step is for: the next token of each span, which has one."""

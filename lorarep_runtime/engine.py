@@ -59,8 +59,8 @@ DEADLINE_POLL = 0.05
 SWITCH_INTERVAL = 0.0005
 """Seconds for which another thread may keep the step thread from running Python. A step waits for that whenever torch
 has let go of the interpreter, and Python's own 5 ms are a whole step of a GPU."""
-CUBLAS_WORKSPACE = ":4096:2:16:8"
-"""8 MiB, as torch has it elsewhere: on Hopper it keeps 32 MiB for every thread and stream that has multiplied something
+CUBLAS_WORKSPACE = ":1024:1"
+"""1 MiB: torch keeps 8 MiB, on Hopper 32 MiB, for every thread and stream that has multiplied something
 (https://docs.nvidia.com/cuda/cublas, CUBLAS_WORKSPACE_CONFIG)."""
 MAX_FAILURES = 8
 """Forward passes that fail one after the other; then the engine has failed."""

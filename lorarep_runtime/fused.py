@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorarep_runtime.kernels.activation import gate_low
+from lorarep_runtime.kernels.activation import gate_low, gate_rows
 from lorarep_runtime.kernels.adapt_rows import adapt_rows
+from lorarep_runtime.kernels.adapt_tiles import Tiles, adapt_tiles
 from lorarep_runtime.kernels.combine import Partials, combine_low
 from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend
 from lorarep_runtime.kernels.norm import norm_low
@@ -192,7 +193,7 @@ class FusedLayer:
         value_pages: Tensor,
         slots: Tensor,
         attend: Callable[[Tensor], Tensor],
-        adapt: Callable[[int, int, Tensor, Tensor, Sequence[int]], None],
+        tiles: Tiles | None,
     ) -> None:
         """h += what the layer adds to it, for many rows of prompts.
 
@@ -200,14 +201,14 @@ class FusedLayer:
             h: (rows, hidden size).
             cos, sin, key_pages, value_pages, slots: as for `rotate_store`.
             attend: from rotated queries (rows, heads, head_dim) to what they attend to.
-            adapt: applies the rows' adapters to what a group (its number, first row, x, W x, outputs of each module)
-                gives.
+            tiles: the rows that have adapters.
         """
 
         def linear(group: int, x: Tensor, first: int = 0) -> Tensor:
             y = x.new_empty(len(x), sum(self.sizes[group]))
             self.products[group].matmul(x, y)
-            adapt(group, first, x, y, self.sizes[group])
+            if tiles is not None:
+                adapt_tiles(x, y, self.sizes[group], tiles, self.firsts[group], first)
             bias = self.biases[group]
             return y if bias is None else y.add_(bias)
 
@@ -219,8 +220,7 @@ class FusedLayer:
             return rotate_store(self.attention, qkv, cos, sin, key_pages, value_pages, slots)
 
         def gated(rows: Tensor, first: int) -> Tensor:
-            gate, up = linear(2, norm(rows, self.norms[1]), first).chunk(2, 1)
-            return F.silu(gate, inplace=True).mul_(up)
+            return gate_rows(linear(2, norm(rows, self.norms[1]), first))
 
         h += linear(1, attend(queries()).flatten(1))
         first = 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,9 @@ from lorarep_runtime.base import Base
 from lorarep_runtime.batch import Batch, View
 from lorarep_runtime.cache import PagePool
 from lorarep_runtime.fused import FusedLayer
-from lorarep_runtime.kernels.adapter import adapt
-from lorarep_runtime.linear import GROUPS
+from lorarep_runtime.kernels.adapt_tiles import TILE_ROWS, Tiles
 from lorarep_runtime.stack import Step
+from lorarep_runtime.staging import moved
 from lorarep_runtime.walk import attend_pages
 
 
@@ -27,6 +28,7 @@ class Prefill:
         self._base, self._pool, self._layers, self._batch = base, pool, layers, batch
         self._done = 0
         self._narrowed: dict[View, tuple[Tensor, Tensor]] = {}
+        self._lanes: dict[View, _Lanes] = {}
         decoder: Any = base.model.get_decoder()
         with torch.inference_mode():
             self._h: Tensor = base.model.get_input_embeddings()(batch.token_ids)
@@ -53,6 +55,14 @@ class Prefill:
         logits: Tensor = model.get_output_embeddings()(decoder.norm(self._h[rows]))
         return logits.float()
 
+    def _tiles(self, view: View, index: int) -> Tiles | None:
+        """The rows of a view that have adapters, at a step."""
+        if not view.lanes:
+            return None
+        if view not in self._lanes:
+            self._lanes[view] = _Lanes(view, self._batch.plan.steps, self._batch.device)
+        return self._lanes[view].tiles(index, len(self._base.modules))
+
     def _step(self, index: int) -> None:
         batch = self._batch
         step = batch.plan.steps[index]
@@ -71,21 +81,27 @@ class Prefill:
             a = layer.attention
             return attend_pages(view, q, *pages, tables, scale=a.scale, window=a.window, softcap=None)
 
-        layer.prefill(h, *rotary, *pages, slots, attend, lambda *given: _adapt(view, step, *given))
+        layer.prefill(h, *rotary, *pages, slots, attend, self._tiles(view, index))
         if view.rows is not None:
             self._h.index_copy_(0, view.rows, h)
 
 
-def _adapt(view: View, step: Step, group: int, first: int, x: Tensor, y: Tensor, sizes: Sequence[int]) -> None:
-    """Applies each row's adapter to what a group's modules give: x (rows, in), y (rows, outputs of all modules), of the
-    view's rows from `first` on."""
-    start = 0
-    for module, size in zip(GROUPS[group], sizes, strict=True):
-        slices = [
-            s._replace(start=max(0, s.start - first), stop=min(len(x), s.stop - first))
-            for s in view.slices(step, module)
-            if s.start < first + len(x) and s.stop > first
+class _Lanes:
+    """What tiles of a view's rows there are at any step of a plan, on the device."""
+
+    def __init__(self, view: View, steps: Sequence[Step], device: torch.device) -> None:
+        tiles = [
+            (start, min(start + TILE_ROWS, lane.stop), lane)
+            for lane in view.lanes
+            for start in range(lane.start, lane.stop, TILE_ROWS)
         ]
-        if slices:
-            adapt(x, y[:, start : start + size], slices)
-        start += size
+        at = [[step.positions[lane.stack] for *_, lane in tiles] for step in steps]
+        positions = np.array([[-1 if p is None else p for p in row] for row in at], dtype=np.int32)
+        tables = [0 if lane.adapter.table is None else lane.adapter.table.data_ptr() for *_, lane in tiles]
+        self._bounds = moved(torch.tensor([tile[:2] for tile in tiles], dtype=torch.int32), device)
+        self._adapters = moved(torch.tensor(tables, dtype=torch.int64), device)
+        self._positions = moved(torch.from_numpy(positions), device)
+        self._ranks = max(lane.adapter.rank for lane in view.lanes)
+
+    def tiles(self, index: int, modules: int) -> Tiles:
+        return Tiles(self._bounds, self._adapters, self._positions[index], self._ranks, modules)

@@ -17,7 +17,7 @@ from lorarep_runtime.sampling import Sampled, sample
 from lorarep_runtime.scheduler import Sequence
 from lorarep_runtime.stopwatch import Stopwatch
 
-SHARE = 0.7
+SHARE = 0.55
 """Of a decoding step's time, what a slice beside it may take."""
 
 

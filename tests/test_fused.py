@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lorarep_runtime.adapters.pool import Lease
+from lorarep_runtime.adapters.weights import Adapter
 from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PageTable
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
@@ -121,15 +122,16 @@ def test_prompts_have_the_logits_of_the_layers(family: str, tmp_path: Path) -> N
         engine.adapters.load(name, str(folder), trusted=True)
     decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
     spans, expected = [], []
+    adapters: dict[str | None, Adapter | None] = {}
     for i, name in enumerate(["overlap True", "reordering False", None, "overlap True", "base order True"]):
         lease = engine.adapters.lease([(name, 1.0)] if name else [])
-        lease.wait()
+        adapters.setdefault(name, with_table(lease, engine))
         text = [*PROMPT[: 16 + i], *PROMPT[: i + 1]]
         table, cached = PageTable(engine.pool, len(lease.stack)), (12, 16, 13, 15, 19)[i]
         assert table.grow(len(text))
         if cached:
             fill(engine, lease, text[:cached], table)
-        spans.append(Span(text[cached:], cached, lease.stack, lease.adapter, table))
+        spans.append(Span(text[cached:], cached, lease.stack, adapters[name], table))
         expected.append(engine.logits(text, lease)[cached:])
     batch = Batch(spans, engine.base.device)
     prefill = decoder.prefill(batch)

@@ -19,6 +19,8 @@ from lorarep_runtime.kernels.low import (
 )
 from lorarep_runtime.kernels.rows import PlainRows, Rows, write_low_reference
 
+BLOCK: tl.constexpr = tl.constexpr(1024)
+
 
 def gate_low(gate_up: Tensor, x: Tensor, low: Tensor, rows: Rows, first: int, *, pdl: bool = False) -> None:
     """x = silu(gate) · up, rounded after each of the two as in `transformers`' LlamaMLP.
@@ -44,11 +46,35 @@ def gate_low(gate_up: Tensor, x: Tensor, low: Tensor, rows: Rows, first: int, *,
     )
 
 
+def gate_rows(gate_up: Tensor) -> Tensor:
+    """The same for rows of prompts, in place: (rows, intermediate size), where the gate was."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    _gate_rows[(rows, triton.cdiv(width, BLOCK.value))](gate_up, width, num_warps=4)
+    return gate_up[:, :width]
+
+
 def gate_low_reference(gate_up: Tensor, x: Tensor, low: Tensor, rows: PlainRows, first: int) -> None:
     for row, _ in rows.walking():
         gate, up = gate_up[row].chunk(2)
         x[row] = F.silu(gate) * up
     write_low_reference(x, low, rows, first)
+
+
+@triton.jit
+def _gated(gate, width, inside):
+    """Of gates, and what lies `width` behind them."""
+    dtype = gate.dtype.element_ty
+    up = tl.load(gate + width, mask=inside, other=0).to(tl.float32)
+    value = tl.load(gate, mask=inside, other=0).to(tl.float32)
+    activated = value * tl.sigmoid(value)
+    return (activated.to(dtype).to(tl.float32) * up).to(dtype)
+
+
+@triton.jit
+def _gate_rows(gate_up, width):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = gate_up + tl.program_id(0).to(tl.int64) * 2 * width + column
+    tl.store(gate, _gated(gate, width, column < width), mask=column < width)
 
 
 @triton.jit
@@ -77,9 +103,6 @@ def _gate_low(
     await_previous(PDL)
     if idle(position, ranks, LANES):
         return
-    gate = tl.load(gate_up + row * 2 * WIDTH + columns, mask=inside, other=0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + columns, mask=inside, other=0).to(tl.float32)
-    activated = gate * tl.sigmoid(gate)
-    own_x = (activated.to(dtype).to(tl.float32) * up).to(dtype)
+    own_x = _gated(gate_up + row * 2 * WIDTH + columns, WIDTH, inside)
     tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
     write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers.activations import ACT2FN
 
-from lorarep_runtime.kernels.activation import gate_low, gate_low_reference
+from lorarep_runtime.kernels.activation import gate_low, gate_low_reference, gate_rows
 from tests.kernels.rows import CAPACITY, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
 
 
@@ -27,3 +27,6 @@ def test_gate(dtype: torch.dtype, width: int, parts: int) -> None:
     gate, up = gate_up[walking].chunk(2, dim=1)
     theirs = ACT2FN["silu"](gate) * up
     assert_close(x[walking], theirs, rtol=tolerance, atol=tolerance / 10)
+    up_before = up.clone()
+    assert torch.equal(gate_rows(gate_up)[walking], x[walking])
+    assert torch.equal(gate_up[walking, width:], up_before)

@@ -10,10 +10,20 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lorarep_runtime.kernels.combine import Partials, combine_low, combine_low_reference
 from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend, attend_reference
-from tests.kernels.rows import CAPACITY, DEPTH, DEVICE, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
+from tests.kernels.rows import (
+    CAPACITY,
+    DEPTH,
+    DEVICE,
+    MULTIPLIED,
+    PDL,
+    POSITIONS,
+    TOLERANCE,
+    Batch,
+    assert_low,
+    nan,
+    randn,
+)
 
-DTYPES = [dtype for dtype in TOLERANCE if DEVICE.type == "cuda" or dtype != torch.bfloat16]
-"""Triton's interpreter takes the bits of bf16 for integers in a product."""
 PAGE = 16
 LENGTHS = (150, 1, 1, 15, 16, 17)
 WALKING = [row for row, position in enumerate(POSITIONS) if position >= 0]
@@ -98,7 +108,7 @@ def layer(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **options: obje
     return Attention(heads, kv_heads, head_dim, scale=1.5 * head_dim**-0.5, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MULTIPLIED)
 @pytest.mark.parametrize("splits", [1, 4])
 def test_splits(dtype: torch.dtype, splits: int) -> None:
     torch.manual_seed(0)
@@ -123,7 +133,7 @@ def test_windows(window: int, splits: int) -> None:
     check(layer(2, 1, 16, window=window), torch.float32, splits=splits)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MULTIPLIED)
 def test_norms_of_queries_and_keys(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     norms = dict(q_norm=randn(80, dtype=dtype), k_norm=randn(80, dtype=dtype))

@@ -30,6 +30,8 @@ class World:
     base: Path
     adapters: dict[str, Path]
     cache: Path
+    failpoints: Path
+    """The folder that its servers are told to read."""
 
     def flags(self) -> list[str]:
         """Of a server of the base."""
@@ -37,7 +39,21 @@ class World:
 
     @property
     def env(self) -> dict[str, str]:
-        return {"HF_ENDPOINT": self.hub.url}
+        return {"HF_ENDPOINT": self.hub.url, "LORAREP_FAILPOINTS": str(self.failpoints)}
+
+    @contextmanager
+    def slow_steps(self) -> Iterator[None]:
+        """Each step of its servers takes 10 ms at least: a GPU is through with a stream of 500 tokens before anything
+        can happen to it."""
+        step = self.failpoints / "step"
+        # Renamed into its place: nobody reads half an action.
+        new = step.with_suffix(".new")
+        new.write_text("sleep 0.01")
+        new.rename(step)
+        try:
+            yield
+        finally:
+            step.unlink()
 
 
 @contextmanager
@@ -50,17 +66,25 @@ def published(folder: Path) -> Iterator[World]:
     save_tokenizer(adapters["dora"])
     file = adapters["dora"] / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
+    failpoints = folder / "server-failpoints"
+    failpoints.mkdir()
     with FaultyHub() as hub:
         hub.publish("org/base", base)
         for name, path in adapters.items():
             hub.publish(f"org/{name}", path)
-        yield World(hub, base, adapters, folder / "cache")
+        yield World(hub, base, adapters, folder / "cache", failpoints)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with published(tmp_path_factory.mktemp("world")) as world:
         yield world
+
+
+@pytest.fixture
+def slow_steps(world: World) -> Iterator[None]:
+    with world.slow_steps():
+        yield
 
 
 @pytest.fixture(scope="session")

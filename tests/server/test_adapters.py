@@ -52,11 +52,13 @@ def test_a_stream_goes_on_while_an_adapter_is_downloaded_and_one_is_unloaded(
     slow = loading(server, "slow", "org/slow")
     try:
         assert world.hub.hanging.wait(SECONDS)
-        call = stream(server, wanted)
-        next(call)
-        unload(server, "leaving")
-        refused(lambda: server.generation.Generate(wanted), "NOT_FOUND", "leaving")
-        assert [t for m in call for t in m.chunk.token_ids] == alone.token_ids
+        with world.slow_steps():
+            call = stream(server, wanted)
+            tokens = [*next(message for message in call if message.chunk.token_ids).chunk.token_ids]
+            unload(server, "leaving")
+            refused(lambda: server.generation.Generate(wanted), "NOT_FOUND", "leaving")
+        tokens += [t for m in call for t in m.chunk.token_ids]
+        assert tokens == alone.token_ids
         assert not slow.done()
     finally:
         slow.cancel()

@@ -58,6 +58,7 @@ def narrow(world: World) -> Iterator[Server]:
         yield server.wait_ready()
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_adapters_come_and_go(narrow: Server) -> None:
     idle = view(narrow)
     assert (idle.queued, idle.kv_usage, idle.most, idle.running, idle.waiting) == (0, 0, 1, set(), set())

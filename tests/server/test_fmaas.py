@@ -12,6 +12,7 @@ from fmaas import generation_pb2 as pb
 from grpc_health.v1 import health_pb2
 from lorarep.v1 import generation_pb2
 
+from tests.server.conftest import World
 from tests.server.running import SECONDS, Server, request, wait_for
 from tests.server.test_life import health
 
@@ -48,7 +49,7 @@ def streamed(server: Server, text: str = PROMPT, **fields: Any) -> list[pb.Gener
     return list(server.fmaas.GenerateStream(wanted, timeout=SECONDS))
 
 
-def test_adapters_of_different_stacks_stream_at_once_what_lorarep_generates(server: Server) -> None:
+def test_adapters_of_different_stacks_stream_at_once_what_lorarep_generates(server: Server, world: World) -> None:
     targets: dict[str, dict[str, Any]] = {
         "lora": dict(adapters=[generation_pb2.AdapterRef(name="lora")]),
         "dora": dict(adapters=[generation_pb2.AdapterRef(name="dora")]),
@@ -75,7 +76,7 @@ def test_adapters_of_different_stacks_stream_at_once_what_lorarep_generates(serv
         assert (counts[0] < 40, counts[-1]) == (True, 40)
         return "".join(part.text for part in parts)
 
-    with ThreadPoolExecutor(len(asked)) as threads:
+    with world.slow_steps(), ThreadPoolExecutor(len(asked)) as threads:
         answers = list(threads.map(stream, asked))
     for (name, (sampling, _)), answer in zip(asked, answers, strict=True):
         fields = dict(sampling=sampling, stopping=AS_LONG, **targets[name])
@@ -101,6 +102,7 @@ def test_a_prompt_that_is_refused_ends_its_batch(server: Server) -> None:
     assert (error.value.code().name, error.value.details()) == ("INVALID_ARGUMENT", "text: has no tokens")
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_client_that_leaves_a_batch_gives_its_pages_back(server: Server) -> None:
     call = server.fmaas.Generate.future(batch(*"abcd", params=parameters(500)), timeout=SECONDS)
     wait_for(lambda: server.metrics()["lorarep_requests_running"], "the batch to run")
@@ -171,12 +173,13 @@ def test_what_the_prompt_leaves_is_the_most(server: Server, new_tokens: int, rea
     assert (response.generated_token_count, response.stop_reason) == (12, reason)
 
 
-def test_a_time_limit_ends_an_answer_with_what_there_is(server: Server) -> None:
+def test_a_time_limit_ends_an_answer_with_what_there_is(server: Server, world: World) -> None:
     text = whole(server, params=parameters(490)).text
     for milliseconds in (1, 200):
         params = parameters(490, stopping=dict(time_limit_millis=milliseconds))
-        response = whole(server, params=params)
-        first, *parts = streamed(server, params=params)
+        with world.slow_steps():
+            response = whole(server, params=params)
+            first, *parts = streamed(server, params=params)
         assert first.input_token_count == response.input_token_count == len(PROMPT)
         for last, shown in ((response, response.text), (parts[-1], "".join(part.text for part in parts))):
             assert last.stop_reason == pb.TIME_LIMIT
@@ -184,6 +187,7 @@ def test_a_time_limit_ends_an_answer_with_what_there_is(server: Server) -> None:
             assert text.startswith(shown)
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_deadline_is_no_time_limit(server: Server) -> None:
     params = parameters(490, stopping=dict(time_limit_millis=1000 * SECONDS))
     wanted = pb.SingleGenerationRequest(request=pb.GenerationRequest(text=PROMPT), params=params)

@@ -64,6 +64,7 @@ def test_sigterm_lets_streams_finish_and_takes_no_more(world: World, tmp_path: P
         assert server.process.wait(SECONDS) == 0
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_the_grace_time_ends_streams(world: World) -> None:
     with serving([*world.flags(), "--grace-seconds=0.2"], world.env) as server:
         server.wait_ready()

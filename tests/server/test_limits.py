@@ -29,6 +29,7 @@ def small(world: World) -> Iterator[Server]:
         yield server.wait_ready()
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_full_queue_refuses_at_once_with_a_hint(small: Server) -> None:
     running = stream(small, LONG)
     next(m for m in running if m.chunk.token_ids)
@@ -47,6 +48,7 @@ def test_a_full_queue_refuses_at_once_with_a_hint(small: Server) -> None:
     small.wait_idle()
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_over_http_a_full_queue_is_429_with_a_hint(small: Server) -> None:
     running = stream(small, LONG)
     next(m for m in running if m.chunk.token_ids)

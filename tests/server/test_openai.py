@@ -244,6 +244,7 @@ def test_other_content_and_too_much_of_it_are_refused(server: Server) -> None:
     assert refused(server, "completions", b" " * ((16 << 20) + 1))[0] == 413
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_client_that_leaves_gives_its_pages_back(server: Server, client: openai.OpenAI) -> None:
     long: dict[str, Any] = dict(model="lora", prompt="x", max_tokens=500, **FOREVER)
     logged = len(server.log)
@@ -278,6 +279,7 @@ def test_sigterm_lets_an_answer_finish_and_takes_no_more(world: World, tmp_path:
         assert server.process.wait(SECONDS) == 0
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_the_grace_time_ends_an_answer_with_an_error(world: World) -> None:
     flags = [*world.flags(), "--grace-seconds=0.2", "--openai-listen=127.0.0.1:0"]
     with serving(flags, world.env) as server, server.openai() as client:

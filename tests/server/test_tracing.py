@@ -137,6 +137,7 @@ def test_requests_of_every_api_are_traced(traced: Server, collector: Collector) 
         assert {other.trace_id for other in inner} == {span.trace_id}
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_a_request_that_fails_is_a_span_with_its_error(traced: Server, collector: Collector) -> None:
     for metadata in ((), (("traceparent", "no such thing"),)):
         with pytest.raises(grpc.RpcError):

@@ -83,11 +83,13 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         own.set("adapter", "hold")
         late = loading(server, "late", "org/lora")
         own.wait_reached("adapter")
+        own.set("step", "hold")  # so that the stream is under way for as long as it takes to look
         call = stream(server, WANTED)
         next(call)
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: health(server, "readiness") == NOT_SERVING, "readiness to go")
         refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
+        own.unset("step")
         assert [token for message in call for token in message.chunk.token_ids] == alone
         refused(lambda: list(late), "UNAVAILABLE")
         assert server.process.wait(SECONDS) == 0
@@ -107,6 +109,7 @@ def test_killed_in_a_download_or_a_load_a_restart_is_ready_and_downloads_nothing
     whole = cache / f"models--{repository.replace('/', '--')}" / "snapshots"
     with serving(flags, {**world.env, **own.env}) as killed:
         killed.wait_ready()
+        own.set("step", "hold")  # so that the stream is under way when it is killed
         call = stream(killed, WANTED)
         next(call)
         if moment == "download":
@@ -120,7 +123,8 @@ def test_killed_in_a_download_or_a_load_a_restart_is_ready_and_downloads_nothing
         else:
             own.wait_reached("adapter")
         assert killed.stop(signal.SIGKILL) == -signal.SIGKILL
-        refused(lambda: list(new), "UNAVAILABLE")
+        for ended in (call, new):
+            refused(lambda ended=ended: list(ended), "UNAVAILABLE")
         world.hub.hangs.clear()
         own.clear()
     kept = {path.name for path in whole.glob("*/*")}

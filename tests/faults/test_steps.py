@@ -71,6 +71,7 @@ def test_an_engine_that_cannot_go_on_ends_the_process(world: World, server: Serv
     own = Failpoints(world.cache.parent / "own-failpoints")
     with serving([*world.flags(), "--adapter=lora=org/lora"], {**world.env, **own.env}) as failing:
         failing.wait_ready()
+        own.set("step", "sleep 0.05")  # so that it does not end before the error
         call = stream(failing, LONG)
         tokens = [*next(message for message in call if message.chunk.token_ids).chunk.token_ids]
         seen = watch(failing)
@@ -131,6 +132,7 @@ def test_sigterm_ends_a_server_whose_step_hangs(world: World, server: Server, fa
     flags = [*world.flags(), "--grace-seconds=0.5"]
     with serving(flags, {**world.env, **own.env}) as hanging:
         hanging.wait_ready()
+        own.set("step", "sleep 0.05")  # so that it has not ended before it hangs
         call = stream(hanging, request("x", new_tokens=500))
         next(message for message in call if message.chunk.token_ids)
         own.set("step", "hold")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.kernels import dora
+from lorarep_runtime.kernels.adapt_tiles import compile_tiles
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE, arrange
 from lorarep_runtime.kernels.product import SharedGroup, compile_products
 from lorarep_runtime.kernels.spread import HOPPER
@@ -225,10 +226,11 @@ def kernels_compiled(kind: Quantization, dtype: torch.dtype | None, device: torc
     if dtype != torch.bfloat16 or not _is_hopper(device):
         yield
         return
-    with ThreadPoolExecutor(1) as pool:
-        compiled = pool.submit(compile_products, [BITS[kind]])
+    with ThreadPoolExecutor(2) as pool:
+        compiled = pool.submit(compile_products, [BITS[kind]]), pool.submit(compile_tiles, dtype)
         yield
-    compiled.result()
+    for one in compiled:
+        one.result()
 
 
 def _is_hopper(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import Cancelled, EngineFailure
-from lorarep_runtime.prompts import Pace
+from lorarep_runtime.prompts import SHARE, Pace
 from lorarep_runtime.request import Event, Output, Request
 from tests.decoders import LateForward, with_decoder
 from tests.engines import PROMPT, assert_nothing_held, engine_for, greedy
@@ -217,6 +217,6 @@ def test_pace_follows_what_was_measured() -> None:
     assert after(None, [(1, 2.0)]) == 1
     assert after(6.0, []) == 1
     assert after(6.0, [(1, None)]) == 1
-    assert after(6.0, [(1, 2.0)]) == 2
-    assert after(6.0, [(1, 2.0), (2, 1.0), (2, None)]) == 8
+    assert after(8.0, [(1, 2.0)]) == int(8 * SHARE / 2) == 2
+    assert after(8.0, [(1, 2.0), (2, 1.0), (2, None)]) == int(8 * SHARE / 0.5) == 8
     assert after(6.0, [(1, 100.0)]) == 1

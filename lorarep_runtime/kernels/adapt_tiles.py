@@ -26,6 +26,10 @@ LANES: tl.constexpr = tl.constexpr(32)
 """Ranks, of all modules one after the other, that a program takes."""
 OUTPUTS: tl.constexpr = tl.constexpr(128)
 RANK_BLOCK: tl.constexpr = tl.constexpr(16)
+ANY = ["bounds", "adapters", "positions", "first_row", "rows", "modules", "first"]
+"""Arguments whose alignment and values make no other kernel: compiling one has everybody wait."""
+SHRINK = dict(ROWS=TILE_ROWS, COLUMNS=64, num_warps=4)
+EXPAND = dict(ROWS=TILE_ROWS, num_warps=4)
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,7 @@ def adapt_tiles(x: Tensor, y: Tensor, sizes: Sequence[int], tiles: Tiles, first:
         part_width(width, parts),
         len(sizes),
         tiles.ranks,
-        ROWS=TILE_ROWS,
-        COLUMNS=64,
-        num_warps=4,
+        **SHRINK,
     )
     _expand[(count, sum(triton.cdiv(size, OUTPUTS.value) for size in sizes))](
         y,
@@ -83,9 +85,15 @@ def adapt_tiles(x: Tensor, y: Tensor, sizes: Sequence[int], tiles: Tiles, first:
         len(sizes),
         tiles.ranks,
         ALIGNED=all(size % 8 == 0 for size in sizes),
-        ROWS=TILE_ROWS,
-        num_warps=4,
+        **EXPAND,
     )
+
+
+def compile_tiles(dtype: torch.dtype) -> None:
+    """Compiles both for activations of a dtype, and sizes that are multiples of 16: that takes seconds."""
+    given = torch.int32, torch.int64, torch.int32, 0, TILE_ROWS, 7, 0
+    _shrink.warmup(dtype, torch.float32, *given, 1024, 1024, 1024, 1, 8, grid=(1, 1, 1), **SHRINK)
+    _expand.warmup(dtype, torch.float32, *given, 1024, 0, 0, 1, 1, 8, grid=(1, 1, 1), ALIGNED=True, **EXPAND)
 
 
 @triton.jit
@@ -97,7 +105,7 @@ def _rows_of_tile(bounds, tile, first_row, rows, ROWS: tl.constexpr):
     return row.to(tl.int64), row < stop, start < stop
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "modules", "first", "count", "ranks"])
+@triton.jit(do_not_specialize=[*ANY, "count", "ranks"])
 def _shrink(
     x,
     low,
@@ -149,7 +157,7 @@ def _vector(entry, field: tl.constexpr, o, size, other: tl.constexpr, dtype: tl.
     return tl.load(vector + o, mask=o < tl.where(address != 0, size, 0), other=other).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "modules", "first", "size_2", "size_3", "parts", "count", "ranks"])
+@triton.jit(do_not_specialize=[*ANY, "size_2", "size_3", "parts", "count", "ranks"])
 def _expand(
     y,
     low,

@@ -60,7 +60,7 @@ def rotate_store_reference(
     return rotated_reference(q, layer.q_norm, cos, sin, layer.eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])  # a step's are aligned or not: no reason to compile twice
 def _rotate_store(
     qkv,
     q_norm,

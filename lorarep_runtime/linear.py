@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.kernels import dora
-from lorarep_runtime.kernels.adapt_tiles import compile_tiles
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE, arrange
 from lorarep_runtime.kernels.product import SharedGroup, compile_products
 from lorarep_runtime.kernels.spread import HOPPER
@@ -226,6 +225,8 @@ def kernels_compiled(kind: Quantization, dtype: torch.dtype | None, device: torc
     if dtype != torch.bfloat16 or not _is_hopper(device):
         yield
         return
+    from lorarep_runtime.kernels.adapt_tiles import compile_tiles  # of Triton, which a CPU need not have
+
     with ThreadPoolExecutor(2) as pool:
         compiled = pool.submit(compile_products, [BITS[kind]]), pool.submit(compile_tiles, dtype)
         yield

@@ -77,7 +77,7 @@ def _gate_rows(gate_up, width):
     tl.store(gate, _gated(gate, width, column < width), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _gate_low(
     gate_up,
     x,

@@ -109,7 +109,7 @@ def _load_vector(entry, field: tl.constexpr, present, size, o, other: tl.constex
     return tl.load(vector + o, mask=o < tl.where(address != 0, size, 0), other=other).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _adapt_rows(
     y,
     low,

@@ -74,7 +74,7 @@ def combine_low_reference(partials: Partials, out: Tensor, low: Tensor, rows: Pl
     write_low_reference(out, low, rows, first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _combine_low(
     maxima,
     sums,

@@ -150,7 +150,7 @@ def _load_block(
     return tl.load(key_pages + at, mask=mask, other=0), tl.load(value_pages + at, mask=mask, other=0)
 
 
-@triton.jit(do_not_specialize=["depth", "pages", "splits"])  # each kind of number would be compiled anew
+@triton.jit(do_not_specialize=["positions", "depth", "pages", "splits"])  # each kind of number would be compiled anew
 def _attend(
     qkv,
     q_norm,

@@ -4,6 +4,9 @@ A program has a row and a part of x, and where ranks are many, every so many blo
 module, or all of all modules if they are few. It has to follow three addresses to get at its piece of A (row, table,
 entry, A), none of which any kernel of a step writes. So it does that first and waits for the kernel before it only
 then, if that is still running: programmatic dependent launch, from Hopper on.
+
+A step's positions lie amid those of others, aligned or not: Triton would compile every kernel twice that is not told
+otherwise.
 """
 
 from __future__ import annotations

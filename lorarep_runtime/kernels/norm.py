@@ -79,7 +79,7 @@ def scale_by_weight(normed, weight):
     return (normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _norm_low(
     h,
     weight,

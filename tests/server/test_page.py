@@ -222,7 +222,7 @@ def test_the_page_shows_what_comes_and_runs(server: Server, browser: Browser, si
         page.context.set_offline(True)
         shows(page, "state", "not reached since")
         shows(page, "base", "org/base")
-        assert float(page.locator("main").evaluate("main => getComputedStyle(main).opacity")) < 1
+        expect(page.locator("main")).to_have_css("opacity", "0.5")  # after a transition
         page.context.set_offline(False)
         shows(page, "state", "live")
         # Another server's counts are not compared with those of the one before.

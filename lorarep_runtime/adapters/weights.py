@@ -314,6 +314,7 @@ def compile_adapter(
         header, layout: as `read_header` and `check` gave them for this file.
         prefix: as for `check`.
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
+        norm_terms: for DoRA's norms.
         dtype, device: of the activations.
         progress: told of entries, as stage "compile".
 

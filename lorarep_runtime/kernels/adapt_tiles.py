@@ -105,6 +105,13 @@ def _rows_of_tile(bounds, tile, first_row, rows, ROWS: tl.constexpr):
     return row.to(tl.int64), row < stop, start < stop
 
 
+@triton.jit
+def _entry(adapters, positions, tile, modules, module):
+    """Addresses of entries of a tile's adapter."""
+    table = tl.load(adapters + tile).to(tl.pointer_type(tl.int64))
+    return table + (tl.load(positions + tile) * modules + module) * ENTRY_FIELDS
+
+
 @triton.jit(do_not_specialize=[*ANY, "count", "ranks"])
 def _shrink(
     x,
@@ -129,9 +136,7 @@ def _shrink(
     row, inside, some = _rows_of_tile(bounds, tile, first_row, rows, ROWS)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
     module, rank = lane // ranks, lane % ranks
-    entry = tl.load(adapters + tile).to(tl.pointer_type(tl.int64)) + (
-        (tl.load(positions + tile) * modules + first + module) * ENTRY_FIELDS
-    )
+    entry = _entry(adapters, positions, tile, modules, first + module)
     A = tl.load(entry, mask=module < count, other=0).to(tl.pointer_type(x.dtype.element_ty))
     there = rank < tl.load(entry + 4, mask=module < count, other=0)
     if some & (tl.max(there.to(tl.int32), 0) > 0):
@@ -189,9 +194,7 @@ def _expand(
     if ALIGNED:  # 16 bytes are loaded at once
         size, offset, total = tl.multiple_of(size, 8), tl.multiple_of(offset, 8), tl.multiple_of(total, 8)
     o = block * OUTPUTS + tl.arange(0, OUTPUTS)
-    entry = tl.load(adapters + tile).to(tl.pointer_type(tl.int64)) + (
-        (tl.load(positions + tile) * modules + first + module) * ENTRY_FIELDS
-    )
+    entry = _entry(adapters, positions, tile, modules, first + module)
     rank = tl.load(entry + 4).to(tl.int32)
     if some & (rank > 0):
         B = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16)

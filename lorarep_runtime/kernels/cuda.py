@@ -104,8 +104,9 @@ class Kernel:
         key = (grid, threads, shared, cluster, dependent, stream)
         config = self._configs.get(key)
         if config is None:
-            config = self._configs[key] = self._config(grid, threads, shared, cluster, dependent)
+            config = self._config(grid, threads, shared, cluster, dependent)
             config.hStream = stream
+            self._configs[key] = config  # whole: other threads launch, too
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 

@@ -21,13 +21,15 @@ from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
-from lorarep_runtime.linear import GROUPS, SharedLinear, Weight, grouped, kernels_compiled, norm_terms, shared_weight
+from lorarep_runtime.linear import Arena, SharedLinear, Weight, grouped, kernels_compiled, norm_terms, shared_weight
 from lorarep_runtime.text import Tokenizer
 from lorarep_runtime.walk import ATTENTION, Walk, register_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LAYERS_AT_ONCE = 4
+"""Whose weights get memory together, which the allocator rounds to 2 MiB."""
 UNIFORM_ATTENTION = {"full_attention", "sliding_attention"}
 """Attention kinds whose keys and values can be paged; others keep state of another form."""
 
@@ -50,7 +52,7 @@ class Base:
         failpoint("base")
         dtype = self.config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         loading = _reporting(progress, "load" if self.quantization_config is None else "quantize")
-        with loading, kernels_compiled(kind, dtype, self.device):
+        with loading, _memory_as_needed(), kernels_compiled(kind, dtype, self.device):
             self.model = AutoModelForCausalLM.from_pretrained(
                 self.folder,
                 config=self.config,
@@ -73,13 +75,9 @@ class Base:
         """(out, in) of each linear module of a layer."""
         if any(linear_shapes(layer) != self.modules for layer in layers):
             raise FailedPrecondition("base: its layers differ in their linear modules, so positions cannot share them")
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # weights that stay are not to begin in what quantizing took
         self.walk = Walk(list(layers))
         self.model.set_submodule(self.prefix, self.walk.hand_offs)
-        self.weights: Sequence[Mapping[str, Weight]] = [
-            _share_linears(layer, self.walk, self.dtype) for layer in self.walk.layers
-        ]
+        self.weights: Sequence[Mapping[str, Weight]] = self._shared_weights()
         """Of each layer, the shared weights by module path, such as "self_attn.q_proj"."""
         self.kv_heads, self.head_dim = kv_shape(self.config)
         self.quantization: Quantization = next(iter(self.weights[0].values())).quantization
@@ -93,6 +91,22 @@ class Base:
     def vocab_size(self) -> int:
         """Rows of the embedding, and logits of a token."""
         return self.model.get_input_embeddings().weight.shape[0]
+
+    def _shared_weights(self) -> list[dict[str, Weight]]:
+        """Takes the weights out of the model. On a GPU what stays of the layers lies apart from what is made on the
+        way."""
+        on_gpu, weights = self.device.type == "cuda", []
+        pool = torch.cuda.MemPool() if on_gpu else None
+        for first in range(0, self.layers, LAYERS_AT_ONCE):
+            some = self.walk.layers[first : first + LAYERS_AT_ONCE]
+            weights += _share_linears(some, self.walk, self.dtype, pool)
+            if on_gpu:
+                torch.cuda.empty_cache()  # so that both copies are there for these layers alone
+        vectors = [p for module in (self.model, *self.walk.layers) for p in module.parameters() if p.dim() == 1]
+        arena = Arena(vectors, self.device, pool)
+        for vector in vectors:  # norms and biases
+            vector.data = arena.cat((vector.data,))
+        return weights
 
     def norm_terms(self, layers: Sequence[int], module: str, a: Tensor) -> tuple[Tensor, Tensor]:
         """As `linear.norm_terms`, of a linear module of layers, which may come again."""
@@ -136,6 +150,21 @@ def _reporting(progress: Progress | None, stage: str) -> Iterator[None]:
         yield
     finally:
         set_tqdm_hook(before)
+
+
+@contextmanager
+def _memory_as_needed() -> Iterator[None]:
+    """Keeps `transformers` from taking memory for the whole model at once, which saves it calls of the driver: no part
+    of that could be given back while anything of the model lies there."""
+    from transformers import modeling_utils  # imported where a model is loaded: that takes seconds
+
+    name = "caching_allocator_warmup"
+    taking = getattr(modeling_utils, name, None)
+    setattr(modeling_utils, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(modeling_utils, name, taking)
 
 
 def _device(name: str) -> torch.device:
@@ -225,16 +254,17 @@ def linear_shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
     return {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
 
-def _share_linears(layer: nn.Module, walk: Walk, dtype: torch.dtype) -> dict[str, Weight]:
-    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    weights = {name: shared_weight(module) for name, module in linears.items()}
-    for group in GROUPS:
-        if weights.keys() >= set(group):
-            weights.update(zip(group, grouped([weights[name] for name in group], dtype), strict=True))
-    for name, module in linears.items():
-        layer.set_submodule(name, SharedLinear(weights[name], module.bias, name, walk.adapt))
-        # bitsandbytes has a weight and its module refer to each other: apart, their memory is free at once.
-        del module.weight
+def _share_linears(
+    layers: Sequence[nn.Module], walk: Walk, dtype: torch.dtype, pool: torch.cuda.MemPool | None
+) -> list[dict[str, Weight]]:
+    linears = [{n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)} for layer in layers]
+    weights = [{name: shared_weight(module) for name, module in own.items()} for own in linears]
+    grouped(weights, dtype, pool)
+    for layer, modules, own in zip(layers, linears, weights, strict=True):
+        for name, module in modules.items():
+            layer.set_submodule(name, SharedLinear(own[name], module.bias, name, walk.adapt))
+            # bitsandbytes has a weight and its module refer to each other: apart, their memory is free at once.
+            del module.weight
     return weights
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -190,26 +190,70 @@ def _norm_terms(weight: Weight, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return dora.norm_terms(weight.dequantize(torch.bfloat16 if exact else torch.float32), a)
 
 
-def grouped(weights: Sequence[Weight], dtype: torch.dtype) -> Sequence[Weight]:
-    """The weights of modules that read the same x, one under the other in one group if there is a kernel for it.
+class Arena:
+    """Memory for tensors that stay, taken at once. Taken one by one they would lie amid what made them, in segments
+    that the allocator cannot give back for as long."""
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device, pool: torch.cuda.MemPool | None) -> None:
+        """Has room for copies of tensors, in segments of a pool."""
+        with nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device.index):
+            nbytes = sum(_padded(t.nbytes) for t in tensors)
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._taken = 0
+
+    def cat(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """A copy of tensors of one kind, one under the other."""
+        shape = (sum(len(t) for t in tensors), *tensors[0].shape[1:])
+        nbytes = sum(t.nbytes for t in tensors)
+        memory = self._memory[self._taken : self._taken + nbytes]
+        self._taken += _padded(nbytes)
+        return torch.cat(tensors, out=memory.view(tensors[0].dtype).view(shape))
+
+
+ALIGNMENT = 128
+"""Bytes: a line of the cache."""
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def grouped(layers: Sequence[dict[str, Weight]], dtype: torch.dtype, pool: torch.cuda.MemPool | None = None) -> None:
+    """Puts the weights of modules that read the same x one under the other in a group, where there is a kernel for it.
 
     Args:
+        layers: the weights of each layer, by module, which are replaced.
         dtype: of the activations.
+        pool: where the groups are to lie.
     """
-    if dtype != torch.bfloat16 or not all(_has_kernel(weight) for weight in weights):
-        return weights
-    group = group_of(weights)
-    return [GroupedWeight(group, i, weight.quantization) for i, weight in enumerate(weights)]
+    if dtype != torch.bfloat16:
+        return
+    groups = [(layer, names) for layer in layers for names in GROUPS if layer.keys() >= set(names)]
+    groups = [(layer, names) for layer, names in groups if all(_has_kernel(layer[name]) for name in names)]
+    if not groups:
+        return
+    weights = [layer[name] for layer, names in groups for name in names]
+    device = weights[0].data[0].device
+    data = Arena([weight.data[0] for weight in weights], device, pool)
+    scales = Arena([scale for weight in weights for scale in weight.constants[:1]], device, pool)
+    for layer, names in groups:
+        group = group_of([layer[name] for name in names], data.cat, scales.cat)
+        for i, name in enumerate(names):
+            layer[name] = GroupedWeight(group, i, layer[name].quantization)
 
 
-def group_of(weights: Sequence[Weight]) -> SharedGroup:
-    """A copy of weights of one kind, one under the other."""
+Cat = Callable[[tuple[Tensor, ...]], Tensor]
+
+
+def group_of(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = torch.cat) -> SharedGroup:
+    """A copy of weights of one kind, one under the other, by what copies their numbers and their scales."""
     kind = weights[0].quantization
     parts = [(weight.data[0], *weight.constants[:1]) for weight in weights]
     if kind == "nf4":
         parts = [arrange(packed, scales, w.shape) for (packed, scales), w in zip(parts, weights, strict=True)]
-    data, *scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return SharedGroup(BITS[kind], data, scales[0] if scales else None, tuple(w.shape[0] for w in weights))
+    data, *scales = zip(*parts, strict=True)
+    sizes = tuple(w.shape[0] for w in weights)
+    return SharedGroup(BITS[kind], cat(data), cat_scales(scales[0]) if scales else None, sizes)
 
 
 BITS: Mapping[Quantization, int] = {"nf4": 4, "int8": 8, "none": 16}

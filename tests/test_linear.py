@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import modeling_utils
 
+from lorarep_runtime import base as base_module
+from lorarep_runtime import linear
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
-from lorarep_runtime.linear import product
+from lorarep_runtime.kernels.nf4 import arrange
+from lorarep_runtime.linear import GROUPS, DenseWeight, GroupedWeight, Int8Weight, NF4Weight, Weight, product
 from tests.engines import PROMPT, greedy
 from tests.models import MAPS, reference, reference_logits, save_adapter, save_base, stack_of
 
@@ -47,6 +53,53 @@ def test_a_model_of_half_the_bits_is_as_exact_as_transformers(dtype: torch.dtype
     assert (theirs - exact).norm() < 0.1 * exact.norm()
     (answer,) = engine.generate([(greedy(new_tokens=6), lease)])
     assert len(answer.tokens) == 6
+
+
+def weights_of(kind: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {}
+    for name, (out, into) in shapes.items():
+        dense = torch.randn(out, into).bfloat16()
+        if kind == "nf4":
+            weights[name] = NF4Weight(*bnb.functional.quantize_4bit(dense, quant_type="nf4"))
+        elif kind == "int8":
+            rows, absmax, _ = bnb.functional.int8_vectorwise_quant(dense.half())
+            weights[name] = Int8Weight(rows, absmax)
+        else:
+            weights[name] = DenseWeight(dense)
+    return weights
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_groups_are_the_weights_side_by_side(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_has_kernel", lambda weight: weight.shape[0] != 16)
+    names = [name for group in GROUPS for name in group]
+    shapes = dict(zip(names, [(64, 64), (32, 64), (32, 64), (64, 64), (112, 64), (112, 64), (16, 64)], strict=True))
+    layers = [weights_of(kind, shapes) for _ in range(2)]
+    before = [dict(layer) for layer in layers]
+    linear.grouped(layers, torch.bfloat16)
+    for old, new in zip(before, layers, strict=True):
+        assert new["mlp.down_proj"] is old["mlp.down_proj"]  # for which there is no kernel
+        for name in names[:-1]:
+            weight = new[name]
+            assert isinstance(weight, GroupedWeight)
+            numbers, *scales = old[name].data + old[name].constants[:1]
+            if kind == "nf4":
+                numbers, scales[0] = arrange(numbers, scales[0], shapes[name])
+            for is_, was in zip(weight.data + weight.constants, [numbers, *scales], strict=True):
+                torch.testing.assert_close(is_, was, rtol=0, atol=0)
+                assert is_.data_ptr() % 16 == 0
+    for tensors in ("data", "constants"):
+        found = [t for layer in layers for name in names[:-1] for t in getattr(layer[name], tensors)]
+        whole = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+        assert 0 <= sum(whole.values()) - sum(t.nbytes for t in found) < 128 * (len(found) + 1)
+        assert len(whole) == (1 if found else 0)
+
+
+def test_transformers_takes_no_more_memory_than_it_fills() -> None:
+    taking = modeling_utils.caching_allocator_warmup
+    with base_module._memory_as_needed():
+        assert modeling_utils.caching_allocator_warmup is not taking
+    assert modeling_utils.caching_allocator_warmup is taking
 
 
 def test_what_a_base_was_loaded_in_is_gone_at_once(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Shared linear layers: one weight, quantized or not, under whatever adapter each row brings.
 
-A bitsandbytes module keeps its own bytes here; nothing is converted. Activations are never quantized: LLM.int8() picks
-its outlier columns from the whole batch, so that one request's tokens would depend on its neighbours.
+A bitsandbytes module's own bytes are here, in another order at most; nothing is converted. Activations are never
+quantized: LLM.int8() picks its outlier columns from the whole batch, so that one request's tokens would depend on its
+neighbours.
 
 bitsandbytes is imported where something is quantized: that takes seconds, most of them for a compiler that nobody asks.
 """
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.config import Quantization
-from lorarep_runtime.kernels import dora
-from lorarep_runtime.kernels.nf4 import CHUNK, TILE, arrange
+from lorarep_runtime.kernels import dora, int8, nf4
+from lorarep_runtime.kernels.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.product import SharedGroup, compile_products
 from lorarep_runtime.kernels.spread import HOPPER
 
@@ -250,7 +251,9 @@ def group_of(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = 
     kind = weights[0].quantization
     parts = [(weight.data[0], *weight.constants[:1]) for weight in weights]
     if kind == "nf4":
-        parts = [arrange(packed, scales, w.shape) for (packed, scales), w in zip(parts, weights, strict=True)]
+        parts = [nf4.arrange(packed, scales, w.shape) for (packed, scales), w in zip(parts, weights, strict=True)]
+    elif kind == "int8":
+        parts = [(int8.arrange(rows), *scales) for rows, *scales in parts]
     data, *scales = zip(*parts, strict=True)
     sizes = tuple(w.shape[0] for w in weights)
     return SharedGroup(BITS[kind], cat(data), cat_scales(scales[0]) if scales else None, sizes)

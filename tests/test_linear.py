@@ -17,7 +17,7 @@ from lorarep_runtime import linear
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
-from lorarep_runtime.kernels.nf4 import arrange
+from lorarep_runtime.kernels import int8, nf4
 from lorarep_runtime.linear import GROUPS, DenseWeight, GroupedWeight, Int8Weight, NF4Weight, Weight, product
 from tests.engines import PROMPT, greedy
 from tests.models import MAPS, reference, reference_logits, save_adapter, save_base, stack_of
@@ -84,7 +84,9 @@ def test_groups_are_the_weights_side_by_side(kind: str, monkeypatch: pytest.Monk
             assert isinstance(weight, GroupedWeight)
             numbers, *scales = old[name].data + old[name].constants[:1]
             if kind == "nf4":
-                numbers, scales[0] = arrange(numbers, scales[0], shapes[name])
+                numbers, scales[0] = nf4.arrange(numbers, scales[0], shapes[name])
+            elif kind == "int8":
+                numbers = int8.arrange(numbers)
             for is_, was in zip(weight.data + weight.constants, [numbers, *scales], strict=True):
                 torch.testing.assert_close(is_, was, rtol=0, atol=0)
                 assert is_.data_ptr() % 16 == 0

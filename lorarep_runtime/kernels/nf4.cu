@@ -18,19 +18,9 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
     for (int half = 0; half < 2; half++) {
         const u32 g0 = half ? bytes.z : bytes.x, g1 = half ? bytes.w : bytes.y;
         const float by = half ? scale.y : scale.x;
-        // Lane t has 2t and 2t + 8 of each 16 columns and gets the t-th 16 columns from the lanes t, t ^ 1, t ^ 2, t ^ 3.
-        u32 codes[4];
-#pragma unroll
-        for (int other = 0; other < 4; other++) {
-            const int j = t ^ other;
-            codes[other] = __shfl_xor_sync(~0u, (j & 2 ? g1 : g0) >> (j & 1) * 16, other);
-        }
-        auto order = [&](u32& a, u32& b, bool change) {
-            const u32 first = change ? b : a;
-            b = change ? a : b, a = first;
-        };
-        order(codes[0], codes[1], t & 1), order(codes[2], codes[3], t & 1);
-        order(codes[0], codes[2], t & 2), order(codes[1], codes[3], t & 2);
+        // Lane t has 2t and 2t + 8 of each 16 columns and gets the t-th 16 columns from its neighbours.
+        u32 codes[4] = {g0, g0 >> 16, g1, g1 >> 16};
+        exchange(codes, t);
         uint4* to = reinterpret_cast<uint4*>(out + (tile * 16 + g + half * 8) * columns + chunk * CHUNK + t * 16);
 #pragma unroll
         for (int eight = 0; eight < 2; eight++) {

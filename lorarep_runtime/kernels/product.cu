@@ -6,11 +6,11 @@
 // for more (WGMMA). A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a warp holds 16 numbers of each of the
 // rows g and g + 8, loaded 16 bytes at a time (PLANES of them), as A wants them.
 //
-// NF4: a chunk is one block of constants and lies as the lanes hold it. A byte is two weights and becomes one register, two
+// NF4: a chunk is one block of constants and lies as the lanes hold it, int8's too. A byte is two weights and becomes one register, two
 // bf16 numbers, through a table that each lane has its own copy of in its own bank of shared memory. A chunk is summed before
 // it is scaled, so the scales cost a multiplication for each sum and chunk.
-// int8: rows as bitsandbytes has them, a scale for each. bf16 holds every int8 exactly.
-// bf16: rows as torch has them. Of these two a lane has 16 neighbouring columns, so x is permuted to match.
+// int8: a scale for each row. bf16 holds every int8 exactly.
+// bf16: rows as torch has them. A lane has 16 neighbouring columns, so x is permuted to match.
 //
 // The CTAs of a cluster share tiles and split the columns; in a round each of WARPS warps takes TILES of them, and the CTAs
 // add up their sums through distributed shared memory, in the same order every time. In the next round x is still there.
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         const int all_chunks = G.columns / CHUNK;
         const int begin = all_chunks * rank / size, chunks = all_chunks * (rank + 1) / size - begin;
         const u64 policy = read_once();
-        const i64 row = G.columns * KIND / 128;  // of the weight, in 16 bytes
+        const i64 row = G.columns / 8;  // of the weight, in 16 bytes, where it lies in rows
         const uint4* w[TILES];
         const float* s[TILES];
         uint4 bytes[DEPTH][TILES][PLANES];
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
             for (int i = 0; i < TILES; i++) {
 #pragma unroll
                 for (int p = 0; p < PLANES; p++) {
-                    const i64 plane = KIND == 16 ? p / 2 * 8 * row + p % 2 * 4 : p * 8 * row;
+                    const i64 plane = KIND == 16 ? p / 2 * 8 * row + p % 2 * 4 : p * 32;
                     load_once(bytes[d][i][p], w[i] + plane + (d + ahead) * STEP, wanted, policy);
                 }
                 if (KIND == 4)
@@ -112,13 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
                 const i64 at = min(round.tile + warp * TILES + i, G.tiles - 1);
-                if (KIND == 4) {
-                    w[i] = G.weights + (at * all_chunks + begin) * 32 + lane;
-                    s[i] = G.scales + (at * all_chunks + begin) * 16 + 2 * g;
-                } else {
-                    w[i] = G.weights + (at * 16 + g) * row + begin * STEP + t;
-                    s[i] = G.scales + at * 16 + g;
-                }
+                w[i] = KIND == 16 ? G.weights + (at * 16 + g) * row + begin * STEP + t
+                                  : G.weights + (at * all_chunks + begin) * STEP + lane;
+                s[i] = G.scales + (KIND == 4 ? (at * all_chunks + begin) * 16 + 2 * g : at * 16 + g);
             }
             const bool mine = warp * TILES / UNIT * UNIT < round.tiles;
 #pragma unroll

@@ -1,7 +1,7 @@
 """The product of a few rows with weights that all of them share, and with the adapter of each.
 
-A number of a weight takes 4, 8 or 16 bits. NF4 weights lie as `nf4` arranges them; int8 (LLM.int8(), Dettmers et al.,
-2022) and bf16 are read as they come.
+A number of a weight takes 4, 8 or 16 bits. NF4 weights lie as `nf4` arranges them and int8 ones as `int8` does;
+bf16 is read as it comes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorarep_runtime.kernels import nf4, nf4_matmul
+from lorarep_runtime.kernels import int8, nf4, nf4_matmul
 from lorarep_runtime.kernels.dora import norm_terms
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.rows import PlainRows, Rows
@@ -69,7 +69,8 @@ def compile_products(bits: Iterable[int]) -> None:
 
     bits = set(bits)
     sources = [(nf4.SOURCE, {}), *((SOURCE, defines(spread)) for kind in bits for spread in SPREADS[kind].values())]
-    sources += nf4_matmul.sources() if 4 in bits else []
+    sources += [*nf4_matmul.sources()] if 4 in bits else []
+    sources += [(int8.SOURCE, {})] if 8 in bits else []
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(lambda source: compile_for_device(*source), sources):
             pass
@@ -88,7 +89,7 @@ class SharedGroup:
 
     bits: int
     weights: Tensor
-    """4 bits: uint8 (tiles, chunks, 32, 16); 8: int8 (out, in); 16: bf16 (out, in)."""
+    """4 bits: uint8 (tiles, chunks, 32, 16); 8: int8 (tiles, chunks, 2, 32, 16); 16: bf16 (out, in)."""
     scales: Tensor | None
     """4 bits: fp32 (tiles, chunks, 8, 2); 8: fp32 (out), 127 times what a row's numbers stand for."""
     sizes: tuple[int, ...]
@@ -101,7 +102,7 @@ class SharedGroup:
 
     @property
     def columns(self) -> int:
-        return self.weights.shape[1] * (CHUNK if self.bits == 4 else 1)
+        return self.weights.shape[1] * (1 if self.bits == 16 else CHUNK)
 
     @property
     def nbytes(self) -> int:
@@ -119,11 +120,9 @@ class SharedGroup:
             yield self._outputs(tiles * i // count * TILE, tiles * (i + 1) // count * TILE)
 
     def _outputs(self, begin: int, end: int) -> SharedGroup:
-        unit = TILE if self.bits == 4 else 1
-        at = slice(begin // unit, end // unit)
-        return SharedGroup(
-            self.bits, self.weights[at], None if self.scales is None else self.scales[at], (end - begin,)
-        )
+        rows, tiles = slice(begin, end), slice(begin // TILE, end // TILE)
+        scales = None if self.scales is None else self.scales[tiles if self.bits == 4 else rows]
+        return SharedGroup(self.bits, self.weights[rows if self.bits == 16 else tiles], scales, (end - begin,))
 
     def product(
         self,
@@ -199,12 +198,11 @@ class SharedGroup:
         """The weights (outputs of all modules, in) as bitsandbytes dequantizes them; bf16 ones themselves."""
         if self.scales is None:
             return self.weights.to(dtype)
-        out = torch.empty(sum(self.sizes), self.columns, dtype=dtype, device=self.weights.device)
         if self.bits == 8:
-            # Scaled in fp32 and rounded once.
-            return torch.mul(self.weights, (self.scales * (1 / 127)).unsqueeze(1), out=out)
+            return int8.dequantize(self.weights, self.scales, dtype)
         if dtype != torch.bfloat16:
             return self.dense().to(dtype)
+        out = torch.empty(sum(self.sizes), self.columns, dtype=dtype, device=self.weights.device)
         nf4.dequantize(self.weights, self.scales, out)
         return out
 
@@ -230,7 +228,7 @@ class SharedGroup:
 def _norm_terms(part: SharedGroup, a: Tensor) -> tuple[Tensor, Tensor]:
     if part.scales is None:
         return norm_terms(part.weights, a)
-    squares, products = norm_terms(part.weights.bfloat16(), a)  # which is exact
+    squares, products = norm_terms(int8.dequantize(part.weights, None, torch.bfloat16), a)
     scales = part.scales * (1 / 127)
     return squares.mul_(scales.square()), products.mul_(scales)
 

@@ -9,16 +9,16 @@
 #define THREADS (32 * (WARPS + SIDE))
 #define UNIT (WGMMA ? 4 : TILES)  // tiles that are multiplied or not
 #define FETCH 8                   // chunks of NF4 on their way from memory to the L2 cache; from there it is DEPTH
-#if KIND == 4
-#define PLANES 1
-#define STEP 32  // from one chunk to the next, in 16 bytes
+#if KIND == 16
+#define PLANES 4
+#define STEP 8  // from one chunk to the next, in 16 bytes
 #else
 #define PLANES (KIND / 4)
-#define STEP (KIND / 2)
+#define STEP (32 * PLANES)
 #endif
 
 struct Group {                // modules that read the same x, their weights one under the other
-    const uint4* weights;     // NF4: (tiles, chunks, 32), else (outputs, columns)
+    const uint4* weights;     // NF4: (tiles, chunks, 32); int8: (tiles, chunks, 2, 32); bf16: (outputs, columns)
     const float* scales;      // NF4: (tiles, chunks, 8, 2), rows g and g + 8; int8: (outputs), the largest of each row
     const u16* x;             // (rows, columns) bf16
     u16* y;                   // (rows, outputs) bf16

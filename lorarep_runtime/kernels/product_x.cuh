@@ -12,7 +12,7 @@ __device__ __forceinline__ void stage_x(const Group& G, u32 x, int begin, int ch
     const bool there = m < G.rows;
     const u16* from = G.x + i64(there ? m : 0) * G.columns + (begin + first) * CHUNK + eight * 8;
     u32 to = x + (first * ROWS + m) * 128;
-#if KIND == 4
+#if KIND != 16
     to += (eight ^ m % 8) * 16;
 #pragma unroll 8
     for (int chunk = first; chunk < chunks; chunk += APART) {
@@ -22,9 +22,9 @@ __device__ __forceinline__ void stage_x(const Group& G, u32 x, int begin, int ch
     asm volatile("cp.async.wait_all;" ::: "memory");
 #else
     // Lane t's own neighbouring columns, two at a time, go where A has them: 2t and 2t + 8 of each 16.
-    const int half = KIND == 8 ? eight % 2 : eight / 4;
-    to += (KIND == 8 ? eight / 2 : eight % 4) * 4;
-    constexpr int AT_ONCE = KIND == 16 ? 4 : 8;  // they wait for memory, but registers hold weights already
+    const int half = eight / 4;
+    to += eight % 4 * 4;
+    constexpr int AT_ONCE = 4;  // they wait for memory, but registers hold weights already
     for (int chunk = first; chunk < chunks; chunk += AT_ONCE * APART) {
         uint4 v[AT_ONCE];
 #pragma unroll

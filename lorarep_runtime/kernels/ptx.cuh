@@ -19,6 +19,22 @@ __device__ __forceinline__ void widen(float (&v)[4], uint2 bits) {
 
 __device__ __forceinline__ uint2 load4(const u16* p) { return *reinterpret_cast<const uint2*>(p); }
 
+// Lane t of every four gives words[j] to their lane j, and finds there what that gave to it.
+__device__ __forceinline__ void exchange(u32 (&words)[4], int t) {
+    auto order = [](u32& a, u32& b, bool change) {
+        const u32 first = change ? b : a;
+        b = change ? a : b, a = first;
+    };
+    auto by_distance = [&] {  // words[j] is that of lane t ^ j, and the other way around
+        order(words[0], words[1], t & 1), order(words[2], words[3], t & 1);
+        order(words[0], words[2], t & 2), order(words[1], words[3], t & 2);
+    };
+    by_distance();
+#pragma unroll
+    for (int other = 1; other < 4; other++) words[other] = __shfl_xor_sync(~0u, words[other], other);
+    by_distance();
+}
+
 // Weights go first when the L2 cache needs room: what is prefetched there, and activations, are read again.
 __device__ __forceinline__ u64 read_once() {
     u64 policy;

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.config import Quantization
-from lorarep_runtime.kernels import nf4, nf4_matmul
+from lorarep_runtime.kernels import int8, nf4, nf4_matmul
 from lorarep_runtime.kernels import product as kernel
 from lorarep_runtime.kernels.cuda import CudaError, compile_source
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE, arrange
@@ -55,6 +55,16 @@ def test_tiles_are_the_same_bytes_and_scales() -> None:
             assert torch.equal(tiles[tile, chunk, 4 * g + t].view(2, 8)[half], rows[row, [c // 2 for c in columns]])
 
 
+def test_tiles_of_int8_are_the_same_numbers() -> None:
+    rows = torch.randint(-127, 128, (48, 192), dtype=torch.int8)
+    tiles = int8.arrange(rows)
+    assert tiles.shape == (3, 3, 2, 32, 16)
+    for tile, chunk, half, g, t in product(range(3), range(3), range(2), range(8), range(4)):
+        columns = [chunk * CHUNK + 16 * k + 2 * t + 8 * h + i for k in range(4) for h in range(2) for i in range(2)]
+        assert torch.equal(tiles[tile, chunk, half, 4 * g + t], rows[tile * TILE + g + 8 * half, columns])
+    assert torch.equal(int8.rows_of(tiles), rows)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 45])
 @pytest.mark.parametrize(("out", "into", "modules"), SHAPES)
@@ -76,6 +86,7 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
     ("file", "defines"),
     [
         (nf4.SOURCE, {}),
+        (int8.SOURCE, {}),
         *nf4_matmul.sources(),
         *((SOURCE, defines(one)) for by_eights in SPREADS.values() for one in by_eights.values()),
     ],
@@ -117,7 +128,7 @@ def group_of(bits: int, sizes: Sequence[int], into: int) -> tuple[SharedGroup, T
     if bits == 8:
         rows, scales, _ = bnb.functional.int8_vectorwise_quant(torch.cat(weights).half())
         dense = bnb.functional.int8_vectorwise_dequant(rows, scales).bfloat16()
-        return SharedGroup(bits, rows, scales, tuple(sizes)), dense
+        return SharedGroup(bits, int8.arrange(rows), scales, tuple(sizes)), dense
     packed = [bnb.functional.quantize_4bit(weight, quant_type="nf4") for weight in weights]
     tiled = [arrange(p, state.absmax, (size, into)) for (p, state), size in zip(packed, sizes, strict=True)]
     tiles, scales = (torch.cat(tensors) for tensors in zip(*tiled, strict=True))

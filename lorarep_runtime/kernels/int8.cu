@@ -1,0 +1,32 @@
+#include "ptx.cuh"
+
+#define CHUNK 64
+
+// W (outputs, columns) in bf16: numbers times their row's scale, or as they are, which is exact. A warp has a tile's chunk.
+extern "C" __global__ void int8_dequantize(const uint4* weights, const float* scales, u16* out, int columns, i64 units) {
+    const i64 unit = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    if (unit >= units) return;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, chunks = columns / CHUNK;
+    const i64 tile = unit / chunks, chunk = unit % chunks;
+    uint4 both[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) load_once(both[half], weights + (unit * 2 + half) * 32 + lane, true, read_once());
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const i64 row = tile * 16 + g + half * 8;
+        const float by = scales ? scales[row] * (1.0f / 127) : 1;
+        u32 words[4] = {both[half].x, both[half].y, both[half].z, both[half].w};
+        exchange(words, t);
+        uint4* to = reinterpret_cast<uint4*>(out + row * columns + chunk * CHUNK + t * 16);
+#pragma unroll
+        for (int eight = 0; eight < 2; eight++) {
+            u32 pairs[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int low = int(words[j] << 24 - eight * 16) >> 24, high = int(words[j] << 16 - eight * 16) >> 24;
+                pairs[j] = pack_bf16(float(low) * by, float(high) * by);
+            }
+            to[eight] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+}

@@ -54,7 +54,8 @@ def test_an_error_in_a_forward_pass_ends_its_streams_and_the_engine_recovers(
     failpoints.set("step", "sleep 0.05")  # so that none ends before the error
     calls = [stream(server, LONG) for _ in range(3)]
     for call in calls:
-        next(message for message in call if message.chunk.token_ids)
+        for _ in range(2):  # the first may be of a pass over its prompt, beside the others' step
+            next(message for message in call if message.chunk.token_ids)
     failpoints.set("forward", "once error")
     for call in calls:
         error = refused(lambda call=call: list(call), "INTERNAL", "forward pass failed")

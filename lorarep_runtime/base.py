@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.logging import set_tqdm_hook
 
+from lorarep_runtime.arena import Arena
 from lorarep_runtime.batch import Batch
 from lorarep_runtime.cache import PagePool
 from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
-from lorarep_runtime.linear import Arena, SharedLinear, Weight, grouped, kernels_compiled, norm_terms, shared_weight
+from lorarep_runtime.linear import SharedLinear, Weight, grouped, kernels_compiled, norm_terms, shared_weight
 from lorarep_runtime.text import Tokenizer
 from lorarep_runtime.walk import ATTENTION, Walk, register_attention
 

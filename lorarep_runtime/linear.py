@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorarep_runtime.arena import Arena
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.kernels import dora, int8, nf4
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE
@@ -189,34 +190,6 @@ def _norm_terms(weight: Weight, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
         return weight.own.norm_terms(a)
     exact = dtype == torch.bfloat16 and weight.quantization != "int8"
     return dora.norm_terms(weight.dequantize(torch.bfloat16 if exact else torch.float32), a)
-
-
-class Arena:
-    """Memory for tensors that stay, taken at once. Taken one by one they would lie amid what made them, in segments
-    that the allocator cannot give back for as long."""
-
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device, pool: torch.cuda.MemPool | None) -> None:
-        """Has room for copies of tensors, in segments of a pool."""
-        with nullcontext() if pool is None else torch.cuda.use_mem_pool(pool, device.index):
-            nbytes = sum(_padded(t.nbytes) for t in tensors)
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._taken = 0
-
-    def cat(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """A copy of tensors of one kind, one under the other."""
-        shape = (sum(len(t) for t in tensors), *tensors[0].shape[1:])
-        nbytes = sum(t.nbytes for t in tensors)
-        memory = self._memory[self._taken : self._taken + nbytes]
-        self._taken += _padded(nbytes)
-        return torch.cat(tensors, out=memory.view(tensors[0].dtype).view(shape))
-
-
-ALIGNMENT = 128
-"""Bytes: a line of the cache."""
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def grouped(layers: Sequence[dict[str, Weight]], dtype: torch.dtype, pool: torch.cuda.MemPool | None = None) -> None:

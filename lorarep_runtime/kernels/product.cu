@@ -6,9 +6,9 @@
 // for more (WGMMA). A tile is 16 rows of W, a chunk 64 of its columns. Lane (g, t) of a warp holds 16 numbers of each of the
 // rows g and g + 8, loaded 16 bytes at a time (PLANES of them), as A wants them.
 //
-// NF4: a chunk is one block of constants and lies as the lanes hold it, int8's too. A byte is two weights and becomes one register, two
-// bf16 numbers, through a table that each lane has its own copy of in its own bank of shared memory. A chunk is summed before
-// it is scaled, so the scales cost a multiplication for each sum and chunk.
+// NF4: a chunk is one block of constants and lies as the lanes hold it, as int8's does. A byte is two weights and becomes one
+// register, two bf16 numbers, through a table that each lane has its own copy of in its own bank of shared memory. A chunk is
+// summed before it is scaled, so the scales cost a multiplication for each sum and chunk.
 // int8: a scale for each row. bf16 holds every int8 exactly.
 // bf16: rows as torch has them. A lane has 16 neighbouring columns, so x is permuted to match.
 //

@@ -20,6 +20,11 @@ settings.register_profile("shared", deadline=None)  # how long an example takes 
 settings.load_profile("shared")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than processors: what waits for servers, deadlines and grace times keeps none busy."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collectstart() -> None:
     """Not where tests are only handed out, nor in what a test starts: importing torch takes seconds."""
     if "TRITON_INTERPRET" not in os.environ:

@@ -62,8 +62,6 @@ has let go of the interpreter, and Python's own 5 ms are a whole step of a GPU."
 CUBLAS_WORKSPACE = ":1024:1"
 """1 MiB: torch keeps 8 MiB, on Hopper 32 MiB, for every thread and stream that has multiplied something
 (https://docs.nvidia.com/cuda/cublas, CUBLAS_WORKSPACE_CONFIG)."""
-STACK_BYTES = 512
-"""For each thread on a GPU: half the driver's own, which is 132 MiB less of an H100."""
 MAX_FAILURES = 8
 """Forward passes that fail one after the other; then the engine has failed."""
 ACCELERATOR_KV_SHARE = 0.8
@@ -122,7 +120,7 @@ class Engine:
         if self.base.device.type == "cuda":
             from lorarep_runtime.kernels.cuda import limit_stack
 
-            limit_stack(STACK_BYTES)
+            limit_stack()
             load_kernels(self.base.norm_terms, self.base.modules, self.base.device)
             torch.cuda.empty_cache()  # what was needed so far besides
         self.pool = self._page_pool()

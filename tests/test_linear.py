@@ -10,9 +10,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import modeling_utils
+from transformers import AutoModelForCausalLM, modeling_utils
 
-from lorarep_runtime import base as base_module
 from lorarep_runtime import linear
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
@@ -97,11 +96,15 @@ def test_groups_are_the_weights_side_by_side(kind: str, monkeypatch: pytest.Monk
         assert len(whole) == (1 if found else 0)
 
 
-def test_transformers_takes_no_more_memory_than_it_fills() -> None:
-    taking = modeling_utils.caching_allocator_warmup
-    with base_module._memory_as_needed():
-        assert modeling_utils.caching_allocator_warmup is not taking
-    assert modeling_utils.caching_allocator_warmup is taking
+def test_transformers_takes_no_memory_for_the_whole_model_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, taken = save_base("llama", tmp_path), []
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda *_: taken.append(1))
+    Base(BaseConfig(str(base), device="cpu"))
+    assert not taken
+    AutoModelForCausalLM.from_pretrained(base, device_map={"": "cpu"})
+    assert taken
 
 
 def test_what_a_base_was_loaded_in_is_gone_at_once(tmp_path: Path) -> None:

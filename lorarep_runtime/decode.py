@@ -20,7 +20,7 @@ from torch import Tensor
 from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PagePool, PageTable, pages_of
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.fused import FAMILIES, Buffers, FusedLayer, GroupProduct, fuse, parts_for, splits_for
+from lorarep_runtime.fused import FAMILIES, MOST_PARTS, Buffers, FusedLayer, GroupProduct, fuse, parts_for, splits_for
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.kernels import nf4_matmul
 from lorarep_runtime.kernels.adapt_tiles import Tiles, adapt_tiles
@@ -130,13 +130,21 @@ class Decoder:
 
     def _low(self, ranks: int) -> Sequence[Tensor]:
         if ranks not in self._lows:
-            widths = [self._base.modules[group[0]][1] for group in GROUPS]
-            parts = [max(parts_for(n, width) * n for n in self._buckets()) for width in widths]
+            shapes = [Shape(n, ranks, self._splits(n, t)) for n in self._buckets() for t in (1, self._most_tokens)]
+            parts = [[shape.rows * count for count in self._parts(shape)] for shape in shapes]
             self._lows[ranks] = [
-                self._zeros(1, count, len(group), ranks, dtype=torch.float32)
-                for count, group in zip(parts, GROUPS, strict=True)
+                self._zeros(1, max(counts), len(group), ranks, dtype=torch.float32)
+                for counts, group in zip(zip(*parts, strict=True), GROUPS, strict=True)
             ]
         return self._lows[ranks]
+
+    def _parts(self, shape: Shape) -> list[int]:
+        """Of low, of each of GROUPS."""
+        parts = [parts_for(shape.rows, self._base.modules[group[0]][1]) for group in GROUPS]
+        kv_heads = self._layers[0].attention.kv_heads
+        if shape.splits == 1 and kv_heads <= MOST_PARTS and shape.ranks <= LEAST_RANKS:
+            parts[1] = kv_heads  # so that attention makes it; a program would be long at many ranks
+        return parts
 
     def _table(self, depth: int) -> Tensor:
         depth = max(LEAST_DEPTH, 1 << (depth - 1).bit_length())
@@ -298,7 +306,7 @@ class Decoder:
     def _forward(self, plan: Plan, shape: Shape, positions: Tensor, tables: Tensor) -> Callable[[], None]:
         n, model = shape.rows, self._base.model
         decoder: Any = model.get_decoder()
-        buffers = self._buffers.narrowed(n, shape.splits, self._low(shape.ranks))
+        buffers = self._buffers.narrowed(n, shape.splits, self._low(shape.ranks), self._parts(shape))
         tokens, lengths, logits = self._tokens[:n], self._lengths[:n], self._logits[:n]
         cache = Cache(*self._pool.tensors, tables[:n], lengths)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -19,7 +19,7 @@ from lorarep_runtime.kernels.activation import gate_low, gate_rows
 from lorarep_runtime.kernels.adapt_rows import adapt_rows
 from lorarep_runtime.kernels.adapt_tiles import Tiles, adapt_tiles
 from lorarep_runtime.kernels.combine import Partials, combine_low
-from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend
+from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend, attend_whole
 from lorarep_runtime.kernels.norm import norm_low
 from lorarep_runtime.kernels.product import SharedGroup
 from lorarep_runtime.kernels.rotate_store import rotate_store
@@ -116,13 +116,12 @@ class Buffers:
     """Of each of GROUPS: fp32 (rows, parts, modules, ranks)."""
     partials: Partials
 
-    def narrowed(self, rows: int, splits: int, low: Sequence[Tensor]) -> Buffers:
-        """The same memory for fewer rows, with other memory for `low`."""
+    def narrowed(self, rows: int, splits: int, low: Sequence[Tensor], parts: Sequence[int]) -> Buffers:
+        """The same memory for fewer rows, with other memory for `low`, in so many parts."""
 
         def shaped(whole: Tensor, *shape: int) -> Tensor:
             return whole.flatten()[: torch.Size(shape).numel()].view(shape)
 
-        inputs = (self.x, self.out, self.x, self.gated)
         return Buffers(
             self.h[:rows],
             self.x[:rows],
@@ -130,10 +129,7 @@ class Buffers:
             self.out[:rows],
             self.gate_up[:rows],
             self.gated[:rows],
-            [
-                shaped(whole, rows, parts_for(rows, x.shape[1]), *whole.shape[2:])
-                for whole, x in zip(low, inputs, strict=True)
-            ],
+            [shaped(whole, rows, count, *whole.shape[2:]) for whole, count in zip(low, parts, strict=True)],
             Partials(*(shaped(p, rows, p.shape[1], splits, *p.shape[3:]) for p in self.partials)),
         )
 
@@ -176,8 +172,11 @@ class FusedLayer:
 
         norm_low(b.h, self.norms[0], self.eps, b.x, qkv[1], rows, qkv[2], pdl=pdl)
         product(qkv, b.x, b.qkv, add=False)
-        attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=pdl)
-        combine_low(b.partials, b.out, o[1], rows, o[2], pdl=pdl)
+        if b.partials.maxima.shape[2] == 1 and o[1].shape[1] == self.attention.kv_heads:
+            attend_whole(self.attention, b.qkv, cos, sin, cache, b.out, o[1], rows, o[2], pdl=pdl)
+        else:
+            attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=pdl)
+            combine_low(b.partials, b.out, o[1], rows, o[2], pdl=pdl)
         product(o, b.out, b.h, add=True)
         norm_low(b.h, self.norms[1], self.eps, b.x, gate_up[1], rows, gate_up[2], pdl=pdl)
         product(gate_up, b.x, b.gate_up, add=False)

@@ -1,10 +1,12 @@
 """Attention of one new token of each row over its pages, each sequence split among several programs.
 
-Pages as in Kwon et al. (2023), the split as in Flash-Decoding (Dao et al., 2023). Splits are merged by `combine`.
+Pages as in Kwon et al. (2023), the split as in Flash-Decoding (Dao et al., 2023). Splits are merged by `combine`; where
+sequences are whole there is nothing to merge.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,12 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lorarep_runtime.kernels.combine import Partials
-from lorarep_runtime.kernels.low import await_previous
+from lorarep_runtime.kernels.low import await_previous, group_of_row, load_ranks, low_options, part_columns, write_low
 from lorarep_runtime.kernels.rotary import rotated, rotated_reference
 from lorarep_runtime.kernels.rows import PlainRows, Rows
 
 BLOCK_TOKENS: tl.constexpr = tl.constexpr(64)
 """Tokens that a program loads at once."""
+SIZES = ("WIDTH", "PART", "BLOCK", "MODULES", "FIRST", "COUNT", "RANKS", "LANES")
+"""What `low_options` says of low."""
 LEAST_HEADS = 16
 """Rows of the smallest matrix product that tensor cores take."""
 
@@ -78,8 +82,46 @@ def attend(
         partials: written.
         pdl: begin while the kernel before ends (`low`).
     """
+    _launch(layer, qkv, cos, sin, cache, partials, rows, partials.maxima.shape[2], pdl)
+
+
+def attend_whole(
+    layer: Attention,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Cache,
+    out: Tensor,
+    low: Tensor,
+    rows: Rows,
+    first: int,
+    *,
+    pdl: bool = False,
+) -> None:
+    """The same where no sequence is split, with what `combine_low` does then: one kernel instead of two.
+
+    Args:
+        low: fp32 (rows, kv_heads, 1, ranks): a part is what a head of keys and values is attended to by.
+    """
+    options, part = low_options(low, out.shape[1], rows, first), out.shape[1] // layer.kv_heads
+    sizes = {name: options[name] for name in SIZES} | dict(PART=part, BLOCK=triton.next_power_of_2(part))
+    _launch(layer, qkv, cos, sin, cache, None, rows, 1, pdl, (out, low, rows.adapters), sizes)
+
+
+def _launch(
+    layer: Attention,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Cache,
+    partials: Partials | None,
+    rows: Rows,
+    splits: int,
+    pdl: bool,
+    whole: Sequence[Tensor | None] = (None, None, None),
+    sizes: Mapping[str, int | None] = dict.fromkeys(SIZES),
+) -> None:
     block_dim = triton.next_power_of_2(layer.head_dim)
-    splits = partials.maxima.shape[2]
     _attend[(len(qkv), layer.kv_heads, splits)](
         qkv,
         layer.q_norm,
@@ -87,13 +129,16 @@ def attend(
         cos,
         sin,
         *cache,
-        *partials,
+        *(partials or (None, None, None)),
+        *whole,
         rows.positions,
         cache.tables.shape[1],
         cache.tables.shape[2],
         layer.scale,
         layer.eps,
         splits,
+        **sizes,
+        WHOLE=partials is None,
         WINDOW=layer.window,
         HEADS=layer.heads,
         KV_HEADS=layer.kv_heads,
@@ -164,12 +209,24 @@ def _attend(
     maxima,
     sums,
     values,
+    out,
+    low,
+    adapters,
     positions,
     depth,
     pages,
     scale,
     eps,
     splits,
+    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MODULES: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    WHOLE: tl.constexpr,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -197,16 +254,22 @@ def _attend(
     d = tl.arange(0, BLOCK_DIM)
     # Earlier tokens were stored in earlier steps: no need to wait for the kernel before to load them.
     k, v = _load_block(key_pages, value_pages, table, kv_head, start, cached, KV_HEADS, DIM, d, PAGE)
+    if WHOLE:
+        columns, inside = part_columns(kv_head, WIDTH, PART, BLOCK)
+        addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+        dtype = out.dtype.element_ty
+        a, there = load_ranks(addresses, ranks, 0, columns, inside, dtype, WIDTH, COUNT, RANKS, LANES)
     await_previous(PDL)
     if position < 0:
         return
     head = tl.arange(0, BLOCK_HEADS)
     in_group = head < group
     at = (row * HEADS + kv_head * group + head) * splits + split
-    if start >= stop:
-        tl.store(maxima + at, float("-inf"), mask=in_group)
-        tl.store(sums + at, 0.0, mask=in_group)
-        return
+    if not WHOLE:  # noqa: SIM102, one is known when the kernel is compiled
+        if start >= stop:
+            tl.store(maxima + at, float("-inf"), mask=in_group)
+            tl.store(sums + at, 0.0, mask=in_group)
+            return
     qkv += row * (HEADS + 2 * KV_HEADS) * DIM
     cos += row * DIM
     sin += row * DIM
@@ -238,6 +301,15 @@ def _attend(
         total = total * fade + tl.sum(weights, 1)
         value = value * fade[:, None] + tl.dot(weights.to(vals.dtype), vals, input_precision="ieee")
         maximum = larger
-    tl.store(maxima + at, maximum, mask=in_group)
-    tl.store(sums + at, total, mask=in_group)
-    tl.store(values + at[:, None] * DIM + d[None, :], value, mask=in_group[:, None] & (d < DIM)[None, :])
+    to = at[:, None] * DIM + d[None, :]
+    known = in_group[:, None] & (d < DIM)[None, :]
+    if WHOLE:
+        tl.store(out + to, (value / total[:, None]).to(dtype), mask=known)
+        if tl.max(ranks, 0) > 0:
+            tl.debug_barrier()  # a thread has other columns now
+            x = tl.load(out + row * WIDTH + columns, mask=inside, other=0)
+            write_low(low, x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
+    else:
+        tl.store(maxima + at, maximum, mask=in_group)
+        tl.store(sums + at, total, mask=in_group)
+        tl.store(values + to, value, mask=known)

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lorarep_runtime.kernels.combine import Partials, combine_low, combine_low_reference
-from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend, attend_reference
+from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend, attend_reference, attend_whole
 from tests.kernels.rows import (
     CAPACITY,
     DEPTH,
@@ -74,7 +74,7 @@ def _qwen_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm(x)
 
 
-def check(layer: Attention, dtype: torch.dtype, *, splits: int, parts: int = 2) -> None:
+def check(layer: Attention, dtype: torch.dtype, *, splits: int = 1, parts: int = 2, whole: bool = False) -> None:
     """Runs kernels and references over the same rows, and compares what they wrote: all of it."""
     sequences = Sequences(layer, dtype)
     width = layer.heads * layer.head_dim
@@ -87,8 +87,11 @@ def check(layer: Attention, dtype: torch.dtype, *, splits: int, parts: int = 2) 
     theirs = [sequences.theirs(row, POSITIONS[row]) for row in WALKING]
 
     given = layer, sequences.qkv, sequences.cos, sequences.sin
-    attend(*given, sequences.cache, ours, batch.rows, pdl=PDL)
-    combine_low(ours, out, low, batch.rows, 1, pdl=PDL)
+    if whole:
+        attend_whole(*given, sequences.cache, out, low, batch.rows, 1, pdl=PDL)
+    else:
+        attend(*given, sequences.cache, ours, batch.rows, pdl=PDL)
+        combine_low(ours, out, low, batch.rows, 1, pdl=PDL)
     attend_reference(*given, pages, reference, batch.plain)
     combine_low_reference(reference, out_reference, low_reference, batch.plain, 1)
 
@@ -96,9 +99,11 @@ def check(layer: Attention, dtype: torch.dtype, *, splits: int, parts: int = 2) 
     assert_close(sequences.cache.key_pages, pages.key_pages, **tolerance)
     assert_close(sequences.cache.value_pages, pages.value_pages, rtol=0, atol=0, equal_nan=True)
     assert_close(out, out_reference, **tolerance)
-    assert_low(low, out, batch, 1)
+    assert_low(low.sum(1, keepdim=True) if whole else low, out, batch, 1)  # where parts begin is the kernel's affair
     assert_close(out[WALKING], torch.stack(theirs), **tolerance)
 
+    if whole:
+        return
     # The reference merges what the kernel left in the splits to the same.
     combine_low_reference(ours, out_reference, low_reference, batch.plain, 1)
     assert_close(out, out_reference, **tolerance)
@@ -113,6 +118,14 @@ def layer(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **options: obje
 def test_splits(dtype: torch.dtype, splits: int) -> None:
     torch.manual_seed(0)
     check(layer(), dtype, splits=splits)
+
+
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (6, 2, 16), (8, 1, 80), (2, 2, 16)])
+def test_whole_sequences(heads: int, kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    check(layer(heads, kv_heads, head_dim, window=window), dtype, parts=kv_heads, whole=True)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2), (8, 1)])

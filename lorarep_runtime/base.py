@@ -44,9 +44,9 @@ class Base:
     """
 
     def __init__(self, config: BaseConfig, progress: Progress | None = None) -> None:
+        self.device = _device(config.device)
         snapshot = fetch(config.base, config.revision, kind="base", cache_dir=config.cache_dir, progress=progress)
         self.repository, self.commit, self.folder = snapshot.repository, snapshot.commit, snapshot.folder
-        self.device = _device(config.device)
         self.config = read_model_config(self.folder)
         kind, self.quantization_config = quantization_of(self.config, config)
         register_attention()
@@ -172,13 +172,19 @@ def _memory_as_needed() -> Iterator[None]:
 
 
 def _device(name: str) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator()
-        return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
+        return torch.device(here[-1])
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise InvalidArgument(f"device: {name!r} is not a torch device") from error
+    if device.type not in here:
+        raise InvalidArgument(f"device: {name!r} is none of those here: {', '.join(here)}")
+    if device.index:  # a thread's kernels are launched on the first, if it does not say otherwise
+        raise InvalidArgument(f"device: {name!r} is not the first; CUDA_VISIBLE_DEVICES says which one that is")
+    return device
 
 
 def read_model_config(folder: Path) -> PretrainedConfig:

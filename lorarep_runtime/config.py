@@ -29,7 +29,7 @@ class BaseConfig:
     dtype: DType = "auto"
     """Dtype of activations, adapters and unquantized weights; "auto" is the checkpoint's own."""
     device: str = "auto"
-    """A torch device; "auto" is the first accelerator, else the CPU."""
+    """A torch device, of several the first; "auto" is the accelerator, if there is one, else the CPU."""
     cache_dir: Path | None = None
     """Hub cache; None is huggingface_hub's default."""
 

@@ -16,6 +16,7 @@ from lorarep_runtime import linear
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
+from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.kernels import int8, nf4
 from lorarep_runtime.linear import GROUPS, DenseWeight, GroupedWeight, Int8Weight, NF4Weight, Weight, product
 from tests.engines import PROMPT, greedy
@@ -94,6 +95,12 @@ def test_groups_are_the_weights_side_by_side(kind: str, monkeypatch: pytest.Monk
         whole = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
         assert 0 <= sum(whole.values()) - sum(t.nbytes for t in found) < 128 * (len(found) + 1)
         assert len(whole) == (1 if found else 0)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:1", "nonsense"])
+def test_a_device_that_cannot_serve_is_refused_before_anything_is_fetched(device: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"device: '{device}'"):
+        Base(BaseConfig("org/absent", device=device))
 
 
 def test_transformers_takes_no_memory_for_the_whole_model_first(

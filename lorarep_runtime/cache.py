@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,6 +43,18 @@ class PagePool:
     def tensors(self) -> tuple[Tensor, Tensor]:
         return self.key_pages, self.value_pages
 
+    def grow(self, wanted: Sequence[tuple[PageTable, int]]) -> bool:
+        """Makes room for so many tokens in each table; False, with nothing taken, where there are too few pages. For
+        several at once it is one launch on the device, not one for each."""
+        missing = [table.missing(tokens) for table, tokens in wanted]
+        if sum(missing) > self.free:
+            return False
+        if any(missing):
+            taken = np.split(self.take(sum(missing)), np.cumsum(missing[:-1]))
+            for (table, _), pages in zip(wanted, taken, strict=True):
+                table.pages = np.concatenate([table.pages, pages.reshape(table.depth, -1)], axis=1)
+        return True
+
     def take(self, count: int) -> NDArray[np.int64]:
         """Takes `count` free pages; the caller has checked that there are as many."""
         pages = np.array(self._free[self.free - count :], dtype=np.int64)
@@ -71,12 +85,7 @@ class PageTable:
 
     def grow(self, tokens: int) -> bool:
         """Makes room for `tokens` tokens; False, with nothing taken, where the pool has too few pages."""
-        missing = self.missing(tokens)
-        if missing > self._pool.free:
-            return False
-        if missing:
-            self.pages = np.concatenate([self.pages, self._pool.take(missing).reshape(self.depth, -1)], axis=1)
-        return True
+        return self._pool.grow([(self, tokens)])
 
     def release(self) -> None:
         self._pool.give(self.pages)

@@ -31,7 +31,7 @@ from lorarep_runtime.kernels.rows import FIELDS, Rows
 from lorarep_runtime.linear import GROUPS
 from lorarep_runtime.prefill import Prefill
 from lorarep_runtime.stack import Plan, Stack, merge
-from lorarep_runtime.staging import staged
+from lorarep_runtime.staging import moved, staged
 
 if TYPE_CHECKING:
     from lorarep_runtime.base import Base
@@ -92,8 +92,8 @@ class Decoder:
         self._max_rows = 1 << (max_rows - 1).bit_length()
         self._pages = pages_of(max_tokens)
         self._spans: list[Span] = []
-        self._known_pages: dict[int, tuple[int, ...]] = {}
-        """By row, the shape of the page table that the device has."""
+        self._known_pages: list[int] = []
+        """By row, how many pages of each position the device has."""
         self._plan: Plan
         self._graph: Graph
         self._graphs: OrderedDict[tuple[Plan, Shape], Graph] = OrderedDict()
@@ -209,13 +209,12 @@ class Decoder:
         """Says what the next step is for: the next token of each span, which has one."""
         if [span.table for span in spans] == [span.table for span in self._spans]:
             # The same sequences go on. Their lengths are right: each step adds to them.
-            for row, (old, new) in enumerate(zip(self._spans, spans, strict=True)):
+            for old, new in zip(self._spans, spans, strict=True):
                 if old.length != new.context:
                     break
-                if new.table.pages.shape != self._known_pages[row]:
-                    self.set_pages(row)
             else:
                 self._spans = list(spans)
+                self.set_pages()
                 self._put(self._tokens[: len(spans)], np.array([span.tokens[0] for span in spans]))
                 return
         ranks, most = LEAST_RANKS, max((span.adapter.rank for span in spans if span.adapter is not None), default=1)
@@ -234,16 +233,37 @@ class Decoder:
         for i, span in enumerate(spans):
             tokens[i], lengths[i] = span.tokens[0], span.context
             adapters[i] = 0 if span.adapter is None or span.adapter.table is None else span.adapter.table.data_ptr()
-            self.set_pages(i)
         self._put(self._tokens[:rows], tokens)
         self._put(self._lengths[:rows], lengths)
         self._put(self._adapters[:rows], adapters)
+        self._set_all_pages()
 
-    def set_pages(self, row: int) -> None:
-        """Takes note of the pages that a row's sequence has by now."""
-        pages = self._spans[row].table.pages
-        self._known_pages[row] = pages.shape
-        self._put(self._graph.tables[row, : pages.shape[0], : pages.shape[1]], pages.astype(np.int32))
+    def set_pages(self) -> None:
+        """Takes note of the pages that sequences have got since their rows were set."""
+        new = [
+            (row, column, span.table.pages[:, column])
+            for row, span in enumerate(self._spans)
+            for column in range(self._known_pages[row], span.table.pages.shape[1])
+        ]
+        if not new:
+            return
+        depth = max(len(pages) for _, _, pages in new)
+        entries = np.zeros((len(new), 2 + depth), dtype=np.int64)
+        for entry, (row, column, pages) in zip(entries, new, strict=True):
+            entry[:2] = row, column
+            entry[2 : 2 + len(pages)] = pages  # what is beyond a sequence's depth is never read
+        rows, columns, pages = moved(torch.from_numpy(entries), self._base.device).split([1, 1, depth], 1)
+        self._graph.tables[rows[:, 0], :depth, columns[:, 0]] = pages.int()
+        self._known_pages = [span.table.pages.shape[1] for span in self._spans]
+
+    def _set_all_pages(self) -> None:
+        tables = [span.table.pages for span in self._spans]
+        shape = [max(sizes) for sizes in zip(*(pages.shape for pages in tables), strict=True)]
+        whole = np.zeros((len(tables), *shape), dtype=np.int32)
+        for row, pages in zip(whole, tables, strict=True):
+            row[: pages.shape[0], : pages.shape[1]] = pages
+        self._put(self._graph.tables[: len(tables), : shape[0], : shape[1]], whole)
+        self._known_pages = [pages.shape[1] for pages in tables]
 
     @property
     def _longest(self) -> int:

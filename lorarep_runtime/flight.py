@@ -99,13 +99,10 @@ class Flights:
             return False
         if any(s not in scheduler.running or s.new_tokens + 2 > s.request.stopping.max_new_tokens for s in sequences):
             return False
-        growing = [(i, s) for i, s in enumerate(sequences) if s.table.missing(s.computed + 1)]
-        if sum(s.table.missing(s.computed + 1) for _, s in growing) > scheduler.pool.free:
+        if not scheduler.pool.grow([(s.table, s.computed + 1) for s in sequences]):
             return False
         assert self.decoder is not None
-        for i, sequence in growing:
-            sequence.table.grow(sequence.computed + 1)
-            self.decoder.set_pages(i)
+        self.decoder.set_pages()
         return True
 
     def _launch(self, sequences: Seq[Sequence]) -> Flight:

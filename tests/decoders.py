@@ -31,11 +31,11 @@ class LayerDecoder:
         self._spans = list(spans)
         self._tables = [PageTable(self._engine.pool, len(span.stack)) for span in spans]
         self._tokens[: len(spans)] = torch.tensor([token for span in spans for token in span.tokens])
-        for row in range(len(spans)):
-            self.set_pages(row)
+        self.set_pages()
 
-    def set_pages(self, row: int) -> None:
-        self._tables[row].pages = self._spans[row].table.pages.copy()
+    def set_pages(self) -> None:
+        for table, span in zip(self._tables, self._spans, strict=True):
+            table.pages = span.table.pages.copy()
 
     def step(self) -> tuple[Tensor, Tensor]:
         self.steps += 1

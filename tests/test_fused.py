@@ -87,29 +87,34 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
 
 
 def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As flights do, who tell the decoder of a page that the sequence has grown by and of nothing else."""
+    """As flights do, who tell the decoder of pages that sequences have grown by and of nothing else: here two of three
+    grow at once, of different depths."""
     monkeypatch.setattr("lorarep_runtime.fused.MOST_PARTS", 1)
     monkeypatch.setattr("lorarep_runtime.fused.MOST_SPLITS", 1)
     monkeypatch.setattr("lorarep_runtime.fused.LONG_SEQUENCE", 16)
     base = save_small("qwen2", tmp_path)
     config = BaseConfig(str(base), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
-    engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
-    decoder = Decoder(engine.base, engine.pool, max_rows=1, max_tokens=64)
-    lease = engine.adapters.lease([])
-    text, table = list(PROMPT[:14]), PageTable(engine.pool, len(lease.stack))
-    assert table.grow(len(text))
-    fill(engine, lease, text[:-1], table)
-    decoder.set_rows([Span(text[-1:], len(text) - 1, lease.stack, None, table)])
+    stacks = {"short": (0,), "long": (0, 1)}
+    engine = Engine(EngineConfig(config, stacks=stacks, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
+    decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
+    leases = [engine.adapters.lease([], name) for name in ("short", "short", "long")]
+    texts, spans = [list(PROMPT[:length]) for length in (16, 7, 16)], []
+    for lease, text in zip(leases, texts, strict=True):
+        table = PageTable(engine.pool, len(lease.stack))
+        assert table.grow(len(text))
+        fill(engine, lease, text[:-1], table)
+        spans.append(Span(text[-1:], len(text) - 1, lease.stack, None, table))
+    decoder.set_rows(spans)
     splits = []
-    for _ in range(4):
-        if table.missing(len(text)):
-            assert table.grow(len(text))
-            decoder.set_pages(0)
-        tokens, _ = decoder.step()
+    for _ in range(3):  # the second writes to pages that the third reads
+        assert engine.pool.grow([(span.table, len(text)) for span, text in zip(spans, texts, strict=True)])
+        decoder.set_pages()
+        tokens, logits = decoder.step()
         splits.append(decoder._graph.shape.splits)
-        assert int(tokens[0]) == int(engine.logits(text, lease)[-1].argmax())
-        text.append(int(tokens[0]))
-    assert splits == [1, 1, 1, 2]
+        for lease, text, row, token in zip(leases, texts, logits, tokens.tolist(), strict=True):
+            torch.testing.assert_close(row, engine.logits(text, lease)[-1], atol=1e-5, rtol=0)
+            text.append(token)
+    assert splits == [1, 2, 2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

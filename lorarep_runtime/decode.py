@@ -20,7 +20,16 @@ from torch import Tensor
 from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PagePool, PageTable, pages_of
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.fused import FAMILIES, MOST_PARTS, Buffers, FusedLayer, GroupProduct, fuse, parts_for, splits_for
+from lorarep_runtime.fused import (
+    FAMILIES,
+    Buffers,
+    FusedLayer,
+    GroupProduct,
+    attention_makes_low,
+    fuse,
+    parts_for,
+    splits_for,
+)
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.kernels import nf4_matmul
 from lorarep_runtime.kernels.adapt_tiles import Tiles, adapt_tiles
@@ -142,8 +151,8 @@ class Decoder:
         """Of low, of each of GROUPS."""
         parts = [parts_for(shape.rows, self._base.modules[group[0]][1]) for group in GROUPS]
         kv_heads = self._layers[0].attention.kv_heads
-        if shape.splits == 1 and kv_heads <= MOST_PARTS and shape.ranks <= LEAST_RANKS:
-            parts[1] = kv_heads  # so that attention makes it; a program would be long at many ranks
+        if attention_makes_low(shape.splits, kv_heads, shape.ranks):
+            parts[1] = kv_heads
         return parts
 
     def _table(self, depth: int) -> Tensor:
@@ -207,16 +216,12 @@ class Decoder:
 
     def set_rows(self, spans: Sequence[Span]) -> None:
         """Says what the next step is for: the next token of each span, which has one."""
-        if [span.table for span in spans] == [span.table for span in self._spans]:
+        if [(span.table, span.context) for span in spans] == [(span.table, span.length) for span in self._spans]:
             # The same sequences go on. Their lengths are right: each step adds to them.
-            for old, new in zip(self._spans, spans, strict=True):
-                if old.length != new.context:
-                    break
-            else:
-                self._spans = list(spans)
-                self.set_pages()
-                self._put(self._tokens[: len(spans)], np.array([span.tokens[0] for span in spans]))
-                return
+            self._spans = list(spans)
+            self.set_pages()
+            self._put(self._tokens[: len(spans)], np.array([span.tokens[0] for span in spans]))
+            return
         ranks, most = LEAST_RANKS, max((span.adapter.rank for span in spans if span.adapter is not None), default=1)
         while ranks < most:
             ranks *= 8

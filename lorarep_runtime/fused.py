@@ -34,6 +34,8 @@ MOST_KERNEL_ROWS = 64
 MOST_GATED_ROWS = 1024
 """Rows of prompts whose gated MLP is computed at a time: it takes most memory, and more would be no faster."""
 MOST_PARTS = 16
+MOST_ATTENDED_RANKS = 8
+"""For which attention makes A x itself; with more each of its programs would take long."""
 MOST_SPLITS = 16
 LONG_SEQUENCE = 2048
 """Tokens beyond which sequences are split into MORE_SPLITS times as many parts: the reading pays for the merging."""
@@ -145,6 +147,11 @@ def splits_for(rows: int, kv_heads: int, tokens: int) -> int:
     return max(1, min(more * MOST_SPLITS, more * PROGRAMS // (rows * kv_heads)))
 
 
+def attention_makes_low(splits: int, kv_heads: int, ranks: int) -> bool:
+    """Whether attention also makes A x of o, one part for each head of keys and values: where no sequence is split."""
+    return splits == 1 and kv_heads <= MOST_PARTS and ranks <= MOST_ATTENDED_RANKS
+
+
 @dataclass(frozen=True)
 class FusedLayer:
     """One layer."""
@@ -172,7 +179,7 @@ class FusedLayer:
 
         norm_low(b.h, self.norms[0], self.eps, b.x, qkv[1], rows, qkv[2], pdl=pdl)
         product(qkv, b.x, b.qkv, add=False)
-        if b.partials.maxima.shape[2] == 1 and o[1].shape[1] == self.attention.kv_heads:
+        if attention_makes_low(b.partials.maxima.shape[2], self.attention.kv_heads, o[1].shape[3]):
             attend_whole(self.attention, b.qkv, cos, sin, cache, b.out, o[1], rows, o[2], pdl=pdl)
         else:
             attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=pdl)

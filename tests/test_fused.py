@@ -88,22 +88,24 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
 
 def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As flights do, who tell the decoder of pages that sequences have grown by and of nothing else: here two of three
-    grow at once, of different depths."""
-    monkeypatch.setattr("lorarep_runtime.fused.MOST_PARTS", 1)
+    grow at once, of different depths. Before they do no sequence is split."""
+    monkeypatch.setattr("lorarep_runtime.fused.MOST_PARTS", 2)
     monkeypatch.setattr("lorarep_runtime.fused.MOST_SPLITS", 1)
     monkeypatch.setattr("lorarep_runtime.fused.LONG_SEQUENCE", 16)
     base = save_small("qwen2", tmp_path)
     config = BaseConfig(str(base), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
-    stacks = {"short": (0,), "long": (0, 1)}
-    engine = Engine(EngineConfig(config, stacks=stacks, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
+    lora = dict(r=4, lora_alpha=8, target_modules=TARGETS, layer_replication=[[0, 2]])
+    save_adapter(base, tmp_path / "lora", seed=1, **lora)
+    engine = Engine(EngineConfig(config, stacks={"short": (0,)}, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
+    engine.adapters.load("lora", str(tmp_path / "lora"), trusted=True)
     decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
-    leases = [engine.adapters.lease([], name) for name in ("short", "short", "long")]
+    leases = [*(engine.adapters.lease([], "short") for _ in range(2)), engine.adapters.lease([("lora", 1.0)])]
     texts, spans = [list(PROMPT[:length]) for length in (16, 7, 16)], []
     for lease, text in zip(leases, texts, strict=True):
         table = PageTable(engine.pool, len(lease.stack))
         assert table.grow(len(text))
         fill(engine, lease, text[:-1], table)
-        spans.append(Span(text[-1:], len(text) - 1, lease.stack, None, table))
+        spans.append(Span(text[-1:], len(text) - 1, lease.stack, with_table(lease, engine), table))
     decoder.set_rows(spans)
     splits = []
     for _ in range(3):  # the second writes to pages that the third reads

@@ -4,9 +4,9 @@
         [--timeline 8,32] [--distinct 1,8,32 --rows 32,256] [--name decode] [--json FILE] [--folder DIR] [--device cuda]
 
 The base has Mistral-7B's shape and random weights, is saved and loaded as any other; adapters cover all seven
-projections of a stack of twice its depth. Before anything is timed, the tokens of decoding are compared with the base's
-own layers walked in `transformers`' code. The floor is what reading a step's weights, adapters, keys and values once
-costs at the bandwidth that copying reaches.
+projections of a stack of twice its depth. Before rows are timed, the tokens that decoding gives some of them are
+compared with the base's own layers walked in `transformers`' code. The floor is what reading a step's weights,
+adapters, keys and values once costs at the bandwidth that copying reaches.
 
 `--timeline` profiles steps of those batches: how long the device has nothing to do between two, and what it does at a
 position. `--distinct` times so many rows with so many adapters among them. `--device cpu` does all but the profile with
@@ -43,6 +43,8 @@ SKIPPED = 32
 """Tokens before and after those that are timed."""
 MIDDLE_TOKENS = PROMPT_TOKENS + NEW_TOKENS // 2
 CHECKED_TOKENS = 24
+CHECKED_ROWS = 3
+"""Of rows that are timed, which compute with all the others."""
 LARGEST_GAP = 0.2
 """In standard deviations of the logits: how much likelier than the chosen token another may be, by rounding."""
 
@@ -85,6 +87,7 @@ def run(files: Files, options: argparse.Namespace) -> None:
     print(f"{device}: copying moves {bandwidth / 1e12:.2f} TB/s; weights of a step {weights:.2f} GB")
 
     def figure(name: str, names: Sequence[str]) -> str:
+        check(engine, names, among=CHECKED_ROWS)
         step, floor = timed(engine, names), floor_bytes(engine, names, MIDDLE_TOKENS) / bandwidth
         figures.put(f"{prefix}/{name}", ms=step * 1e3, floor_ms=floor * 1e3)
         return f"{step * 1e3:9.2f}{floor * 1e3:7.2f}{step / floor:6.2f}"
@@ -163,26 +166,37 @@ def lease(engine: Engine, name: str) -> Lease:
     return engine.adapters.lease([], name) if name in engine.stacks else engine.adapters.lease([(name, 1.0)])
 
 
-def check(engine: Engine, names: Sequence[str]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def check(
+    engine: Engine, names: Sequence[str], among: int | None = None
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Tokens that decoding chose have to be the likeliest, but for rounding, where each layer is computed by itself.
 
+    Args:
+        among: so many of the rows, the first and last among them, are compared, in silence; None is all.
+
     Returns:
-        The prompts and the tokens.
+        The prompts and the tokens, by name.
     """
     asked = [
         (request(prompt, CHECKED_TOKENS), lease(engine, name))
         for prompt, name in zip(prompts(len(names)), names, strict=True)
     ]
     answers = engine.generate(asked)
-    for (wanted, _), answer, name in zip(asked, answers, names, strict=True):
-        text = [*wanted.prompt, *answer.tokens]
-        held = lease(engine, name)
-        logits = engine.logits(text, held)[len(wanted.prompt) - 1 : -1]
+    last = len(names) - 1
+    compared = range(len(names)) if among is None else sorted({i * last // (among - 1) for i in range(among)})
+    for i in compared:
+        text = [*asked[i][0].prompt, *answers[i].tokens]
+        held = lease(engine, names[i])
+        logits = engine.logits(text, held)[PROMPT_TOKENS - 1 : -1]
         held.release()
-        gap, same = largest_gap(logits, answer.tokens)
-        print(f"check {name}: {same} of {len(logits)} tokens the likeliest, largest gap {gap:.3f} standard deviations")
+        gap, same = largest_gap(logits, answers[i].tokens)
+        seen = (
+            f"check {names[i]}: {same} of {len(logits)} tokens the likeliest, largest gap {gap:.3f} standard deviations"
+        )
+        if among is None:
+            print(seen)
         if not gap < LARGEST_GAP:
-            raise SystemExit(f"{name}: decoding disagrees with the layers")
+            raise SystemExit(f"{seen}: row {i} of {len(names)} disagrees with the layers")
     return {
         name: (wanted.prompt, answer.tokens) for (wanted, _), answer, name in zip(asked, answers, names, strict=True)
     }

@@ -118,7 +118,7 @@ class Decoder:
         """By depth."""
         rows, config, attention, widths = self._max_rows, self._config, self._layers[0].attention, base.modules
         outputs = [sum(widths[name][0] for name in group) for group in GROUPS]
-        splits = max(self._splits(n, tokens) * n for n in self._buckets() for tokens in (1, self._most_tokens))
+        splits = max(shape.rows * shape.splits for shape in self._shapes(LEAST_RANKS))
         self._buffers = Buffers(
             h=self._zeros(rows, config.hidden_size),
             x=self._zeros(rows, config.hidden_size),
@@ -139,8 +139,7 @@ class Decoder:
 
     def _low(self, ranks: int) -> Sequence[Tensor]:
         if ranks not in self._lows:
-            shapes = [Shape(n, ranks, self._splits(n, t)) for n in self._buckets() for t in (1, self._most_tokens)]
-            parts = [[shape.rows * count for count in self._parts(shape)] for shape in shapes]
+            parts = [[shape.rows * count for count in self._parts(shape)] for shape in self._shapes(ranks)]
             self._lows[ranks] = [
                 self._zeros(1, max(counts), len(group), ranks, dtype=torch.float32)
                 for counts, group in zip(zip(*parts, strict=True), GROUPS, strict=True)
@@ -167,6 +166,10 @@ class Decoder:
 
     def _buckets(self) -> list[int]:
         return [1 << power for power in range(self._max_rows.bit_length())]
+
+    def _shapes(self, ranks: int) -> list[Shape]:
+        """All there are: sequences are split as short or as long ones are."""
+        return [Shape(n, ranks, self._splits(n, t)) for n in self._buckets() for t in (1, self._most_tokens)]
 
     def _splits(self, rows: int, tokens: int) -> int:
         return splits_for(rows, self._layers[0].attention.kv_heads, tokens)

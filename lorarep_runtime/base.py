@@ -22,7 +22,15 @@ from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
-from lorarep_runtime.linear import SharedLinear, Weight, grouped, kernels_compiled, norm_terms, shared_weight
+from lorarep_runtime.linear import (
+    SharedLinear,
+    Weight,
+    grouped,
+    kernels_compiled,
+    norm_products,
+    row_squares,
+    shared_weight,
+)
 from lorarep_runtime.text import Tokenizer
 from lorarep_runtime.walk import ATTENTION, Walk, register_attention
 
@@ -80,6 +88,8 @@ class Base:
         self.model.set_submodule(self.prefix, self.walk.hand_offs)
         self.weights: Sequence[Mapping[str, Weight]] = self._shared_weights()
         """Of each layer, the shared weights by module path, such as "self_attn.q_proj"."""
+        self.squares: dict[tuple[int, str], Tensor] = {}
+        """fp32 (out), |w|² of the rows of those that DoRAs have asked for, by layer and module path."""
         self.kv_heads, self.head_dim = kv_shape(self.config)
         self.quantization: Quantization = next(iter(self.weights[0].values())).quantization
 
@@ -110,8 +120,21 @@ class Base:
         return weights
 
     def norm_terms(self, layers: Sequence[int], module: str, a: Tensor) -> tuple[Tensor, Tensor]:
-        """As `linear.norm_terms`, of a linear module of layers, which may come again."""
-        return norm_terms([self.weights[layer][module] for layer in layers], a, self.dtype)
+        """What `dora` says of a linear module of layers, which may come again, each with its own A.
+
+        Args:
+            a: fp32 (layers, ranks, in).
+
+        Returns:
+            fp32 |w|² (layers, out) and A Wᵀ (layers, ranks, out).
+        """
+        squares = torch.stack([self._squares(layer, module) for layer in layers])
+        return squares, norm_products([self.weights[layer][module] for layer in layers], a, self.dtype)
+
+    def _squares(self, layer: int, module: str) -> Tensor:
+        if (found := self.squares.get((layer, module))) is None:
+            found = self.squares[layer, module] = row_squares(self.weights[layer][module], self.dtype)
+        return found
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: PagePool, rows: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ class Engine:
 
             limit_stack()
             load_kernels(self.base.norm_terms, self.base.modules, self.base.device)
+            torch.cuda.synchronize(self.base.device)  # loads, on another stream, use what is kept of that
             torch.cuda.empty_cache()  # what was needed so far besides
         self.pool = self._page_pool()
         self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.tiers)

@@ -153,8 +153,13 @@ class GroupedWeight:
         return y
 
 
-def norm_terms(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What `dora` says of weights of one shape, each with its own A.
+def row_squares(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """As `dora.row_squares`. dtype: of what is multiplied with the weight."""
+    return weight.own.row_squares() if isinstance(weight, GroupedWeight) else dora.row_squares(_exact(weight, dtype))
+
+
+def norm_products(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `dora.norm_products`, of weights of one shape, each with its own A.
 
     Args:
         weights: n, some of them the same.
@@ -162,34 +167,35 @@ def norm_terms(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> tupl
         dtype: of what is multiplied with them.
 
     Returns:
-        fp32 (n, out) and (n, ranks, out).
+        fp32 (n, ranks, out).
     """
     count, ranks, _ = a.shape
     out = weights[0].shape[0]
-    squares = a.new_empty(count, out)
     own = [weight.own for weight in weights if isinstance(weight, GroupedWeight) and weight.own.bits == 4]
     if own:
         # As few launches as can be: they are what takes time.
         both, products = dora.halves(a), a.new_empty(count, 2 * ranks, out)
-        for group, x, y, to in zip(own, both, products, squares, strict=True):
+        for group, x, y in zip(own, both, products, strict=True):
             group.matmul(x, y)
-            group.squares(to)
-        return squares, products.view(count, 2, ranks, out).sum(1)
+        return products.view(count, 2, ranks, out).sum(1)
     products = a.new_empty(count, ranks, out)
     places: dict[int, list[int]] = defaultdict(list)
     for i, weight in enumerate(weights):
         places[id(weight)].append(i)
     for shared in places.values():  # what is dequantized, once
-        norms, product = _norm_terms(weights[shared[0]], a[shared].flatten(0, 1), dtype)
-        squares[shared], products[shared] = norms, product.view(len(shared), ranks, out)
-    return squares, products
+        weight, rows = weights[shared[0]], a[shared].flatten(0, 1)
+        if isinstance(weight, GroupedWeight):
+            found = weight.own.norm_products(rows)
+        else:
+            found = dora.norm_products(_exact(weight, dtype), rows)
+        products[shared] = found.view(len(shared), ranks, out)
+    return products
 
 
-def _norm_terms(weight: Weight, a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if isinstance(weight, GroupedWeight):
-        return weight.own.norm_terms(a)
+def _exact(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix in bf16 where that holds its values, else in fp32."""
     exact = dtype == torch.bfloat16 and weight.quantization != "int8"
-    return dora.norm_terms(weight.dequantize(torch.bfloat16 if exact else torch.float32), a)
+    return weight.dequantize(torch.bfloat16 if exact else torch.float32)
 
 
 def grouped(layers: Sequence[dict[str, Weight]], dtype: torch.dtype, pool: torch.cuda.MemPool | None = None) -> None:

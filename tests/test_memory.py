@@ -27,6 +27,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def dora(base: Path) -> Path:
+    return save_adapter(base, base.parent / "dora", r=8, target_modules=TARGETS, use_dora=True)
+
+
+@pytest.fixture(scope="module")
 def adapters(base: Path) -> dict[str, Path]:
     maps = {"one": [[0, 4], [2, 6]], "two": [[0, 6], [0, 6], [0, 6]]}
     return {
@@ -76,14 +81,29 @@ def test_two_more_stacks_change_the_bases_bytes_by_nothing(
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_the_ledger_agrees_with_what_torch_holds(quantization: str, base: Path, adapters: dict[str, Path]) -> None:
-    before = storages()
+def test_the_ledger_agrees_with_what_torch_holds(
+    quantization: str, base: Path, adapters: dict[str, Path], dora: Path
+) -> None:
+    before, adapters = storages(), adapters | {"dora": dora}
     engine = engine_for(base, quantization, adapters=adapters, kv_bytes=1 << 20)
     engine.generate((greedy(), engine.adapters.lease([(name, 1.0)])) for name in adapters)
     held = sum(size for address, size in storages().items() if address not in before)
     ledger = engine.ledger()
     assert ledger.total == pytest.approx(held, rel=0.01)
     assert sum(ledger.adapters.values()) == ledger.categories["adapters"] > 0
+
+
+def test_doras_share_what_the_norms_of_all_of_them_need(base: Path, dora: Path) -> None:
+    engine = engine_for(base)
+    workspaces = []
+    for name in ("none yet", "one", "another"):
+        if name != "none yet":
+            engine.adapters.load(name, str(dora), trusted=True)
+        workspaces.append(engine.ledger().categories["workspace"])
+    none, one, another = workspaces
+    rows = sum(out for module, (out, _) in engine.base.modules.items() if module.split(".")[-1] in TARGETS)
+    assert one - none == 4 * rows * engine.base.layers
+    assert another == one
 
 
 def test_an_unloaded_adapter_is_freed_when_its_last_request_has_finished(base: Path, adapters: dict[str, Path]) -> None:

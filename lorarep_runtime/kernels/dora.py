@@ -15,10 +15,14 @@ def halves(a: Tensor) -> Tensor:
     return torch.cat([high, (a - high).bfloat16()], dim=-2)
 
 
-def norm_terms(weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """|w|² of the rows of W (out), and A Wᵀ (n, out), in fp32; from W (out, in), and A (n, in) in fp32."""
-    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
+def row_squares(weight: Tensor) -> Tensor:
+    """|w|² of the rows of W (out, in): fp32 (out)."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
+
+
+def norm_products(weight: Tensor, a: Tensor) -> Tensor:
+    """A Wᵀ (n, out) in fp32, from W (out, in), and A (n, in) in fp32."""
     if not weight.is_cuda or weight.dtype != torch.bfloat16:
-        return squares, a @ weight.float().T
+        return a @ weight.float().T
     # Tensor cores read W as it is, which makes a product as short as reading it.
-    return squares, torch.mm(halves(a), weight.T, out_dtype=torch.float32).view(2, len(a), -1).sum(0)
+    return torch.mm(halves(a), weight.T, out_dtype=torch.float32).view(2, len(a), -1).sum(0)

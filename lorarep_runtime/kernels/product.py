@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.kernels import int8, nf4, nf4_matmul
-from lorarep_runtime.kernels.dora import norm_terms
+from lorarep_runtime.kernels.dora import norm_products, row_squares
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.rows import PlainRows, Rows
 from lorarep_runtime.kernels.spread import (
@@ -215,22 +215,25 @@ class SharedGroup:
         for part, to in zip(parts, y.split([part.sizes[0] for part in parts], 1), strict=True):
             torch.mm(x, part.dense().T, out=to)
 
-    def squares(self, out: Tensor) -> None:
-        """The sum of squares of each row of the weights, of NF4: fp32 (outputs of all modules)."""
-        nf4.squares(self.weights, self._scales, out)
+    def row_squares(self) -> Tensor:
+        """As `dora.row_squares`, of the weights of all modules."""
+        if self.bits == 4:
+            out = torch.empty(sum(self.sizes), dtype=torch.float32, device=self.weights.device)
+            nf4.squares(self.weights, self._scales, out)
+            return out
+        return torch.cat([row_squares(weight) * scales**2 for weight, scales in self._exact_parts()])
 
-    def norm_terms(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """As `dora.norm_terms`, of the weights of all modules. Of int8 and bf16."""
-        terms = [_norm_terms(part, a) for part in self._parts()]
-        return torch.cat([squares for squares, _ in terms]), torch.cat([products for _, products in terms], 1)
+    def norm_products(self, a: Tensor) -> Tensor:
+        """As `dora.norm_products`, of the weights of all modules. Of int8 and bf16."""
+        return torch.cat([norm_products(weight, a) * scales for weight, scales in self._exact_parts()], 1)
 
-
-def _norm_terms(part: SharedGroup, a: Tensor) -> tuple[Tensor, Tensor]:
-    if part.scales is None:
-        return norm_terms(part.weights, a)
-    squares, products = norm_terms(int8.dequantize(part.weights, None, torch.bfloat16), a)
-    scales = part.scales * (1 / 127)
-    return squares.mul_(scales.square()), products.mul_(scales)
+    def _exact_parts(self) -> Iterator[tuple[Tensor, Tensor | float]]:
+        """Of each part a matrix in bf16, and what each of its rows is to be multiplied with."""
+        for part in self._parts():
+            if part.scales is None:
+                yield part.weights, 1.0
+            else:
+                yield int8.dequantize(part.weights, None, torch.bfloat16), part.scales * (1 / 127)
 
 
 def product_reference(

@@ -22,7 +22,7 @@ from lorarep_runtime.kernels.product import SOURCE, SharedGroup, defines, produc
 from lorarep_runtime.kernels.rows import Entry, PlainRows, Rows, entry_table
 from lorarep_runtime.kernels.spread import CTA_BYTES, SHARED_BYTES, SPREADS, clusters_at_once, places_for, spread_for
 from lorarep_runtime.linear import BITS as BITS_OF
-from lorarep_runtime.linear import GroupedWeight, norm_terms
+from lorarep_runtime.linear import GroupedWeight, norm_products, row_squares
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -159,7 +159,8 @@ def test_norms_of_what_adapters_make_of_weights(
     q, k, _ = (GroupedWeight(group, i, kind) for i in range(3))
     generator = torch.Generator().manual_seed(ranks)
     a, b = (torch.randn(s, generator=generator).to(dense.device) for s in ((3, ranks, 192), (3, 128, ranks)))
-    squares, products = norm_terms([q, k, q], a, torch.bfloat16)
+    squares = torch.stack([row_squares(weight, torch.bfloat16) for weight in (q, k, q)])
+    products = norm_products([q, k, q], a, torch.bfloat16)
     norms = (squares + (b * (2 * products.mT + b @ a @ a.mT)).sum(2)).sqrt()
     plain = torch.stack([dense[:128], dense[128:256], dense[:128]]).double()
     expected = (plain + b.double() @ a.double()).norm(dim=2)

@@ -58,7 +58,7 @@ DEADLINE_POLL = 0.05
 """Seconds between looks at the deadlines of requests whose adapters are on their way, while nothing else is to do."""
 SWITCH_INTERVAL = 0.0001
 """Seconds for which another thread may keep the step thread from running Python. A step waits for that each time that
-torch has let go of the interpreter, up to some sixteen times, and Python's own 5 ms are a whole step of a GPU."""
+torch has let go of the interpreter, and Python's own 5 ms are a whole step of a GPU."""
 CUBLAS_WORKSPACE = ":1024:1"
 """1 MiB: torch keeps 8 MiB, on Hopper 32 MiB, for every thread and stream that has multiplied something
 (https://docs.nvidia.com/cuda/cublas, CUBLAS_WORKSPACE_CONFIG)."""

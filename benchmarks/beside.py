@@ -44,7 +44,7 @@ ON_DEVICE = 64
 PARTS = ("prompt", "loads", "long", "zipf")
 PROMPTER = "prompt"
 PROMPTS, LOADS = 3, 8
-"""Of which the worst counts."""
+"""How often each is done beside streams, to whom the worst counts."""
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def take_stock(base: Base, pool: PagePool, adapters: AdapterPool, steps: Iterabl
     # Norms and biases. The layers hang in the walk, not in the model.
     modules = [base.model, *base.walk.layers]
     rest = _bytes((p for m in modules for p in m.parameters()), seen)
-    besides = [*(b for m in modules for b in m.buffers()), *list(base.squares.values()), *steps]
+    besides = [*(b for m in modules for b in m.buffers()), *base.squares.values(), *steps]
     workspace = _bytes(besides, seen)
     held = adapters.held_bytes()
     fixed = matrices + rest + constants + embeddings

@@ -95,15 +95,19 @@ def test_the_ledger_agrees_with_what_torch_holds(
 
 def test_doras_share_what_the_norms_of_all_of_them_need(base: Path, dora: Path) -> None:
     engine = engine_for(base)
-    workspaces = []
-    for name in ("none yet", "one", "another"):
-        if name != "none yet":
-            engine.adapters.load(name, str(dora), trusted=True)
+    workspaces, storages = [engine.ledger().categories["workspace"]], []
+    for name in ("one", "another"):
+        engine.adapters.load(name, str(dora), trusted=True)
         workspaces.append(engine.ledger().categories["workspace"])
+        lease = engine.adapters.lease([(name, 1.0)])
+        lease.wait()
+        storages.append(lease.adapter.storage)
+        lease.release()
     none, one, another = workspaces
     rows = sum(out for module, (out, _) in engine.base.modules.items() if module.split(".")[-1] in TARGETS)
     assert one - none == 4 * rows * engine.base.layers
     assert another == one
+    assert torch.equal(*storages)
 
 
 def test_an_unloaded_adapter_is_freed_when_its_last_request_has_finished(base: Path, adapters: dict[str, Path]) -> None:

@@ -110,6 +110,17 @@ def test_doras_share_what_the_norms_of_all_of_them_need(base: Path, dora: Path) 
     assert torch.equal(*storages)
 
 
+def test_an_adapter_leaves_the_garbage_collector_little_to_look_at(base: Path, adapters: dict[str, Path]) -> None:
+    engine, counts = engine_for(base), []
+    for name, folder in adapters.items():  # of several depths
+        gc.collect()
+        before = len(gc.get_objects())
+        engine.adapters.load(name, str(folder), trusted=True)
+        gc.collect()
+        counts.append(len(gc.get_objects()) - before)
+    assert max(counts[1:]) < 100  # the first brings what is made once
+
+
 def test_an_unloaded_adapter_is_freed_when_its_last_request_has_finished(base: Path, adapters: dict[str, Path]) -> None:
     engine = engine_for(base, adapters=adapters)
     expected = engine.generate([(greedy(), engine.adapters.lease([("one", 1.0)]))])[0].tokens

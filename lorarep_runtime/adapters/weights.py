@@ -10,10 +10,12 @@ computed and written as one tensor: loads go on beside streams, which wait for t
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, repeat
+from functools import cached_property
+from itertools import accumulate, pairwise, product, repeat
 from operator import sub
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +27,7 @@ from torch import Tensor
 from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
 from lorarep_runtime.hub import Progress
-from lorarep_runtime.kernels.rows import Entry, entry_table
+from lorarep_runtime.kernels.rows import Entry, empty_table, enter
 from lorarep_runtime.stack import Stack
 
 FILE_PREFIX = "base_model.model."
@@ -81,15 +83,17 @@ class Block(NamedTuple):
     start: int
     """Element of the storage."""
 
-    def pieces(self, storage: Tensor) -> list[Tensor]:
-        """A (positions, rank, in), Bᵀ (positions, rank, out), and c and bias (positions, out) if it has them."""
+    def entries(self, storage: Tensor) -> Entry:
+        """All of them as one, along a first dimension."""
         views, at = [], self.start
         for shape in self.form.pieces:
             size = len(self.positions) * _padded(shape)
             rows = storage[at : at + size].view(len(self.positions), -1)
-            views.append(rows[:, : torch.Size(shape).numel()].unflatten(1, shape))
+            views.append(rows[:, : math.prod(shape)].unflatten(1, shape))
             at += size
-        return views
+        a, b, *rest = views
+        c = rest.pop(0) if self.form.has_c else None
+        return Entry(a, b.mT, c, rest.pop(0) if self.form.has_bias else None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,6 @@ class Adapter:
     stack: Stack
     modules: tuple[str, ...]
     """All linear modules of a layer, in the order of their numbers in entry tables."""
-    entries: Mapping[Key, Entry]
     storage: Tensor
     """(elements), the memory of all entries."""
     blocks: Sequence[Block]
@@ -112,6 +115,11 @@ class Adapter:
     """Largest of its entries."""
     parameters: int
     """Numbers in its file."""
+
+    @cached_property
+    def entries(self) -> Mapping[Key, Entry]:
+        """Views of the storage. Made for who asks: the garbage collector has to look at a thousand objects then."""
+        return _entries(self.storage, self.blocks)
 
     @property
     def nbytes(self) -> int:
@@ -157,13 +165,12 @@ def check(
     """
     layout: dict[Key, Form] = {}
     expected: dict[str, tuple[int, ...]] = {}
-    for position in range(len(stack)):
-        for module, matrix in modules.items():
-            path = f"{prefix}.{position}.{module}"
-            if spec.targets(path):
-                layout[position, module] = form = Form(spec.rank(path), matrix, spec.use_dora, spec.lora_bias)
-                for kind, shape in _tensors(form):
-                    expected[_name(path, kind)] = shape
+    for position, (module, matrix) in product(range(len(stack)), modules.items()):
+        path = f"{prefix}.{position}.{module}"
+        if spec.targets(path):
+            layout[position, module] = form = Form(spec.rank(path), matrix, spec.use_dora, spec.lora_bias)
+            for kind, shape in _tensors(form):
+                expected[_name(path, kind)] = shape
     if surplus := sorted(header.keys() - expected.keys()):
         raise FailedPrecondition(f"{surplus[0]}: is in the file, and nothing in the config speaks of it")
     if not layout:
@@ -194,18 +201,22 @@ def _name(path: str, kind: str) -> str:
 
 
 def _padded(shape: Sequence[int]) -> int:
-    elements = torch.Size(shape).numel()
-    return -(-elements // ALIGNMENT) * ALIGNMENT
+    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
 
 
 def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
     """Bytes that a compiled adapter takes on the device."""
-    return dtype.itemsize * sum(_padded(shape) for form in layout.values() for shape in form.pieces)
+    return dtype.itemsize * _total(layout, _padded)
 
 
 def file_parameters(layout: Layout) -> int:
     """Numbers in the file."""
-    return sum(torch.Size(shape).numel() for form in layout.values() for shape in form.pieces)
+    return _total(layout, math.prod)
+
+
+def _total(layout: Layout, size: Callable[[tuple[int, ...]], int]) -> int:
+    """Of all pieces. Few forms differ."""
+    return sum(n * sum(map(size, form.pieces)) for form, n in Counter(layout.values()).items())
 
 
 def _blocks(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
@@ -224,13 +235,9 @@ def _zeros(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) ->
 
 
 def _entries(storage: Tensor, blocks: Sequence[Block]) -> dict[Key, Entry]:
-    """Views of the storage."""
     entries: dict[Key, Entry] = {}
     for block in blocks:
-        a, b, *rest = block.pieces(storage)
-        c: Iterable[Tensor | None] = rest.pop(0).unbind() if block.form.has_c else repeat(None)
-        bias: Iterable[Tensor | None] = rest.pop(0).unbind() if block.form.has_bias else repeat(None)
-        views = map(Entry, a.unbind(), b.mT.unbind(), c, bias)
+        views = map(Entry, *(repeat(None) if t is None else t.unbind() for t in block.entries(storage)))
         entries.update(zip(((position, block.module) for position in block.positions), views, strict=True))
     return entries
 
@@ -259,7 +266,7 @@ def _runs(places: Sequence[_Place], most: int) -> Iterator[range]:
 def _read(data: Tensor, places: Sequence[_Place], kind: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """fp32 (entries, *shape), one kind of a run's tensors. data: the file's bytes."""
     dtype, start = places[0].dtypes[kind], places[0].starts[kind]
-    size = torch.Size(shape).numel() * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     step = places[1].starts[kind] - start if len(places) > 1 else size
     there = torch.empty(len(places), size, dtype=torch.uint8, device=device)
     there.copy_(data.as_strided(there.shape, (step, 1), start))
@@ -268,7 +275,7 @@ def _read(data: Tensor, places: Sequence[_Place], kind: int, shape: tuple[int, .
 
 def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
     """The bytes of a checked file, and where each tensor begins."""
-    sizes = [torch.Size(info.shape).numel() * DTYPES[info.dtype].itemsize for info in header.values()]
+    sizes = [math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in header.values()]
     try:
         with file.open("rb") as opened:
             body = 8 + int.from_bytes(opened.read(8), "little")
@@ -344,48 +351,54 @@ def compile_adapter(
             progress("compile", done, len(layout))
 
     for block in blocks:
-        pieces, kinds = block.pieces(storage), list(_tensors(block.form))
+        whole, kinds = block.entries(storage), list(_tensors(block.form))
         found = [places[position, block.module] for position in block.positions]
-        most = MOST_ELEMENTS // max(torch.Size(shape).numel() for _, shape in kinds)
+        most = MOST_ELEMENTS // max(math.prod(shape) for _, shape in kinds)
         for run in _runs(found, max(1, most)):
-            here = found[run.start : run.stop]
-            a, b, *rest = (_read(data, here, i, shape, device) for i, (_, shape) in enumerate(kinds))
-            to_a, to_b, *others = (piece[run.start : run.stop] for piece in pieces)
-            scale = here[0].scale
-            if block.form.has_c:
-                layers = [stack[position] for position in block.positions[run.start : run.stop]]
+            here = slice(run.start, run.stop)
+            a, b, *rest = (_read(data, found[here], i, shape, device) for i, (_, shape) in enumerate(kinds))
+            scale = found[run.start].scale
+            if whole.c is not None:
+                layers = [stack[position] for position in block.positions[here]]
                 squares, products = norm_terms(layers, block.module, a)
                 b *= scale
                 # (n, out, ranks), by rows of B: dora.py
                 change = products.mT.mul_(2).add_(b @ (a @ a.mT)).mul_(b)
                 c = rest.pop().div_(squares.add_(change.sum(2)).sqrt_())
-                others.pop(0).copy_(c)
-                to_b.copy_((b * c.unsqueeze(2)).mT)
+                whole.c[here].copy_(c)
+                whole.B[here].copy_(b * c.unsqueeze(2))
             else:
-                to_b.copy_(b.mul_(scale).mT)
-            to_a.copy_(a)
+                whole.B[here].copy_(b.mul_(scale))
+            whole.A[here].copy_(a)
             tell(len(run))
-            if block.form.has_bias:
-                others[0].copy_(rest[0].mul_(scale))
-    entries = _entries(storage, blocks)
+            if whole.bias is not None:
+                whole.bias[here].copy_(rest[0].mul_(scale))
     if not all(extreme.isfinite() for extreme in storage.aminmax()):  # NaN is both
+        entries = _entries(storage, blocks)
         bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
         raise FailedPrecondition(f"{FILE_PREFIX}{path(bad)}: holds NaN or infinity, or does in {dtype}")
-    return _adapter(stack, storage, blocks, entries, modules, file_parameters(layout))
+    return _adapter(stack, storage, blocks, modules, file_parameters(layout))
 
 
 def _adapter(
     stack: Stack,
     storage: Tensor,
     blocks: Sequence[Block],
-    entries: Mapping[Key, Entry],
     modules: Sequence[str],
     parameters: int,
 ) -> Adapter:
     kind = "dora" if any(block.form.has_c for block in blocks) else "lora"
-    table = entry_table(entries, len(stack), modules).to(storage.device) if storage.is_cuda else None
+    table = table_of(storage, blocks, stack, modules) if storage.is_cuda else None
     rank = max(block.form.rank for block in blocks)
-    return Adapter(stack, tuple(modules), entries, storage, blocks, table, kind, rank, parameters)
+    return Adapter(stack, tuple(modules), storage, blocks, table, kind, rank, parameters)
+
+
+def table_of(storage: Tensor, blocks: Sequence[Block], stack: Stack, modules: Sequence[str]) -> Tensor:
+    """The entry table of `kernels.rows`, where the storage is."""
+    table = empty_table(len(stack), modules)
+    for block in blocks:
+        enter(table, block.positions, modules.index(block.module), block.entries(storage))
+    return table.to(storage.device)
 
 
 def moved(adapter: Adapter, device: torch.device) -> Adapter:
@@ -394,9 +407,8 @@ def moved(adapter: Adapter, device: torch.device) -> Adapter:
     pinned = device.type == "cpu" and source.is_cuda
     storage = torch.empty(source.shape, dtype=source.dtype, device=device, pin_memory=pinned)
     storage.copy_(source, non_blocking=True)
-    entries = _entries(storage, adapter.blocks)
-    table = entry_table(entries, len(adapter.stack), adapter.modules).to(device) if storage.is_cuda else None
-    return replace(adapter, storage=storage, entries=entries, table=table)
+    table = table_of(storage, adapter.blocks, adapter.stack, adapter.modules) if storage.is_cuda else None
+    return replace(adapter, storage=storage, table=table)
 
 
 def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:
@@ -407,7 +419,7 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
     """
     sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
     for adapter, share in parts:
-        for key, entry in adapter.entries.items():
+        for key, entry in _entries(adapter.storage, adapter.blocks).items():
             sources[key].append((entry, share))
     layout = {
         key: Form(
@@ -439,4 +451,4 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
         if entry.bias is not None:
             entry.bias.copy_(bias)
     parameters = sum(adapter.parameters for adapter, _ in parts)
-    return _adapter(first.stack, storage, blocks, entries, modules, parameters)
+    return _adapter(first.stack, storage, blocks, modules, parameters)

@@ -77,12 +77,31 @@ class PlainRows:
 
 def entry_table(entries: Entries, positions: int, modules: Sequence[str]) -> Tensor:
     """The entry table of an adapter, in host memory. It holds addresses only: the entries must outlive it."""
-    table = np.zeros((positions, len(modules), FIELDS), dtype=np.int64)
-    numbers = {module: i for i, module in enumerate(modules)}
+    table = empty_table(positions, modules)
     for (position, module), (a, b, c, bias) in entries.items():
-        addresses = [0 if t is None else t.data_ptr() for t in (a, b, c, bias)]
-        table[position, numbers[module]] = (*addresses, len(a))
-    return torch.from_numpy(table)
+        one = Entry(a[None], b[None], None if c is None else c[None], None if bias is None else bias[None])
+        enter(table, [position], modules.index(module), one)
+    return table
+
+
+def empty_table(positions: int, modules: Sequence[str]) -> Tensor:
+    """Of an adapter that leaves all alone."""
+    return torch.zeros(positions, len(modules), FIELDS, dtype=torch.int64)
+
+
+def enter(table: Tensor, positions: Sequence[int], module: int, several: Entry) -> None:
+    """Puts entries of one module into a table.
+
+    Args:
+        module: its number.
+        several: at these positions, along a first dimension of each tensor.
+    """
+    rows = table.numpy()[:, module]
+    for field, tensor in enumerate(several):
+        if tensor is not None:
+            step = tensor.stride(0) * tensor.element_size()
+            rows[positions, field] = tensor.data_ptr() + step * np.arange(len(positions))
+    rows[positions, -1] = several.A.shape[1]
 
 
 def part_width(width: int, parts: int) -> int:

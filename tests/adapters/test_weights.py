@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorarep_runtime.adapters import revision
-from lorarep_runtime.adapters.weights import read_header
+from lorarep_runtime.adapters.weights import Adapter, read_header, table_of
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
-from lorarep_runtime.kernels.rows import Entry
+from lorarep_runtime.kernels.rows import Entry, entry_table
 from lorarep_runtime.reference import stacked
 from tests.engines import PROMPT, engine_for
 from tests.models import load_base, reference_logits, save_adapter, save_base, stack_of, without_replication
@@ -194,11 +195,29 @@ def test_c_is_the_magnitude_over_the_norm(
         assert error < 2 * torch.finfo(engine.base.dtype).eps
 
 
-def entries(engine: Engine, name: str) -> Mapping[tuple[int, str], Entry]:
+def compiled(engine: Engine, name: str) -> Adapter:
     lease = engine.adapters.lease([(name, 1.0)])
     lease.wait()
     assert lease.adapter is not None
-    return lease.adapter.entries
+    return lease.adapter
+
+
+def entries(engine: Engine, name: str) -> Mapping[tuple[int, str], Entry]:
+    return compiled(engine, name).entries
+
+
+@pytest.mark.parametrize("how", [dict(use_dora=True), dict(lora_bias=True)], ids=str)
+def test_the_table_says_where_each_entry_is(
+    how: dict[str, Any], engine: Engine, base: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ranks = {"layers.1.self_attn.q_proj": 3, "layers.[02].self_attn.v_proj": 7}
+    asked: dict[str, Any] = dict(r=4, rank_pattern=ranks, target_modules=["q_proj", "v_proj", "down_proj"], **how)
+    folder = save_adapter(base, tmp_path / "adapter", layer_replication=MAP, layers_to_transform=[0, 1, 2, 5], **asked)
+    engine.adapters.load(request.node.name, str(folder), trusted=True)
+    adapter = compiled(engine, request.node.name)
+    table = table_of(adapter.storage, adapter.blocks, adapter.stack, adapter.modules)
+    assert torch.equal(table, entry_table(adapter.entries, len(adapter.stack), adapter.modules))
+    assert table[..., -1].unique().tolist() == [0, 3, 4, 7]
 
 
 def test_a_file_that_has_changed_since_it_was_checked_is_data_loss(engine: Engine, changed, monkeypatch) -> None:

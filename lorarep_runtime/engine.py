@@ -9,7 +9,6 @@ import gc
 import itertools
 import logging
 import os
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -21,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lorarep_runtime import interpreter
 from lorarep_runtime.adapters.pool import AdapterPool, Lease
 from lorarep_runtime.adapters.weights import load_kernels
 from lorarep_runtime.base import Base
@@ -56,9 +56,6 @@ BASE_STACK = "base"
 CPU_KV_BYTES = 1 << 30
 DEADLINE_POLL = 0.05
 """Seconds between looks at the deadlines of requests whose adapters are on their way, while nothing else is to do."""
-SWITCH_INTERVAL = 0.0001
-"""Seconds for which another thread may keep the step thread from running Python. A step waits for that each time that
-torch has let go of the interpreter, and Python's own 5 ms are a whole step of a GPU."""
 CUBLAS_WORKSPACE = ":1024:1"
 """1 MiB: torch keeps 8 MiB, on Hopper 32 MiB, for every thread and stream that has multiplied something
 (https://docs.nvidia.com/cuda/cublas, CUBLAS_WORKSPACE_CONFIG)."""
@@ -234,7 +231,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the step thread."""
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        interpreter.switch_often()
         # Half a million objects of libraries, which a full collection would look at for a third of a second.
         gc.collect()
         gc.freeze()
@@ -295,6 +292,8 @@ class Engine:
             with self._wake:
                 self.failure = error
             self._end_all(EngineFailure("the engine has failed"))
+        finally:
+            interpreter.release()
 
     @property
     def _busy(self) -> bool:
@@ -374,9 +373,14 @@ class Engine:
         if next_flight is not None:
             self._count(sequences)
             flights.under_way = next_flight
-        self._emit_all(self._guarded(sequences, flight.sampled))
+        interpreter.release()
+        sampled = self._guarded(sequences, flight.sampled)
+        interpreter.claim()
+        self._emit_all(sampled)
         self._pace.decoding = flight.milliseconds
         flight.give_back()
+        if next_flight is None:
+            interpreter.release()
 
     def _count(self, sequences: Seq[Sequence]) -> None:
         self._step_rows[len(sequences)] += 1

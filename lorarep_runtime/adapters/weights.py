@@ -27,6 +27,7 @@ from torch import Tensor
 from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
 from lorarep_runtime.hub import Progress
+from lorarep_runtime.interpreter import give_way, giving_way
 from lorarep_runtime.kernels.rows import Entry, empty_table, enter
 from lorarep_runtime.stack import Stack
 
@@ -137,7 +138,7 @@ def read_header(file: Path) -> Header:
     try:
         with safe_open(file, framework="pt") as opened:
             header = {}
-            for name in opened.offset_keys():
+            for name in giving_way(opened.offset_keys()):
                 piece = opened.get_slice(name)
                 header[name] = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
             return header
@@ -165,7 +166,7 @@ def check(
     """
     layout: dict[Key, Form] = {}
     expected: dict[str, tuple[int, ...]] = {}
-    for position, (module, matrix) in product(range(len(stack)), modules.items()):
+    for position, (module, matrix) in giving_way(product(range(len(stack)), modules.items())):
         path = f"{prefix}.{position}.{module}"
         if spec.targets(path):
             layout[position, module] = form = Form(spec.rank(path), matrix, spec.use_dora, spec.lora_bias)
@@ -175,7 +176,7 @@ def check(
         raise FailedPrecondition(f"{surplus[0]}: is in the file, and nothing in the config speaks of it")
     if not layout:
         raise FailedPrecondition("target_modules: match no linear layer of the decoder")
-    for name, shape in expected.items():
+    for name, shape in giving_way(expected.items()):
         if name not in header:
             raise FailedPrecondition(f"{name}: is missing in the file")
         if header[name].shape != shape:
@@ -339,7 +340,7 @@ def compile_adapter(
         dtypes = tuple(DTYPES[header[name].dtype] for name in names)
         return _Place(spec.scaling(path(key)), dtypes, tuple(starts[name] for name in names))
 
-    places = {key: place(key) for key in layout}
+    places = {key: place(key) for key in giving_way(layout)}
     blocks = _blocks(layout, sorted(layout, key=lambda key: places[key].starts))
     storage = _zeros(blocks, dtype, device)
     done = 0
@@ -355,6 +356,7 @@ def compile_adapter(
         found = [places[position, block.module] for position in block.positions]
         most = MOST_ELEMENTS // max(math.prod(shape) for _, shape in kinds)
         for run in _runs(found, max(1, most)):
+            give_way()
             here = slice(run.start, run.stop)
             a, b, *rest = (_read(data, found[here], i, shape, device) for i, (_, shape) in enumerate(kinds))
             scale = found[run.start].scale
@@ -434,6 +436,7 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
     storage = _zeros(blocks, first.storage.dtype, first.storage.device)
     entries = _entries(storage, blocks)
     for key, found in sources.items():
+        give_way()
         entry = entries[key]
         torch.cat([part.A for part, _ in found], out=entry.A)
         # In fp32, and cast once: c, and what each part adds, scaled by the c of all parts after it.

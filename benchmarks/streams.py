@@ -74,13 +74,16 @@ class Noticed:
     meanwhile: float
     median: float
     """Gap between two tokens, before."""
+    longest_before: float
+    """Gap: what the machine itself does to steps."""
     longest: float
     """Gap meanwhile."""
 
     def __str__(self) -> str:
         return (
             f"a token {self.before * 1e3:.2f} ms before, {self.meanwhile * 1e3:.2f} meanwhile, "
-            f"{self.slower:.2f} times; longest gap {self.longest * 1e3:.1f} ms, {self.longest_gap:.1f} times the median"
+            f"{self.slower:.2f} times; longest gap {self.longest_before * 1e3:.1f} ms before, "
+            f"{self.longest * 1e3:.1f} meanwhile, {self.longest_gap:.2f} times the median"
         )
 
     @property
@@ -107,4 +110,4 @@ def beside(engine: Engine, adapters: Sequence[str], new_tokens: int, work: Calla
         end = time.perf_counter()
     usual = [gap for stream in streams for gap in stream.gaps(calm, begin)]
     during = [gap for stream in streams for gap in stream.gaps(begin, end)]
-    return Noticed(statistics.fmean(usual), statistics.fmean(during), statistics.median(usual), max(during))
+    return Noticed(statistics.fmean(usual), statistics.fmean(during), statistics.median(usual), max(usual), max(during))

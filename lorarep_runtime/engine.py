@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -130,6 +131,8 @@ class Engine:
         self._pass: Pass | None = None
         """Over prompts, under way."""
         self._pace = Pace()
+        self._landed = 0.0
+        """`time.perf_counter` when a step was last waited for."""
         self._failures = 0
         """Of forward passes, since one has worked."""
         self.failure: Exception | None = None
@@ -373,9 +376,10 @@ class Engine:
         if next_flight is not None:
             self._count(sequences)
             flights.under_way = next_flight
-        interpreter.release()
+        interpreter.release(self._landed + (self._pace.decoding or math.inf) / 1e3)
         sampled = self._guarded(sequences, flight.sampled)
         interpreter.claim()
+        self._landed = time.perf_counter()
         self._emit_all(sampled)
         self._pace.decoding = flight.milliseconds
         flight.give_back()

@@ -57,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 ABANDONED = 3600.0
 """Seconds for which nobody has written a part of a download that nobody is still at."""
 
-DIGEST_BYTES = 4 << 20
+DIGEST_BYTES = 16 << 20
 """Of a file that are hashed at a time."""
 LOCAL = "local"
 """The commit of a folder."""

@@ -1,15 +1,17 @@
 """Who has the interpreter when several threads want it (Python's GIL).
 
-Between two steps the step thread has some tenths of a millisecond of Python to do, in pieces: torch lets go of the
-interpreter in nearly every call. A load has tens of milliseconds of it. Each time that one has let go, the other has to
-be woken to let go as well, and on a busy machine that can take longer than what either is at. So a load waits between
-its items while the step thread is at work, and takes the time in which the device is.
+Between two steps the step thread has about a millisecond of Python to do, in pieces: torch lets go of the interpreter
+in nearly every call. A load has tens of milliseconds of it. Each time that one has let go, the other has to be woken to
+let go as well, which on a virtual machine can take longer than what either is at. So a load goes on piece by piece,
+while the device is at a step and will be for as long as the next piece takes.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -20,11 +22,14 @@ SWITCH_INTERVAL = 0.0001
 a GPU."""
 PATIENCE = 0.005
 """Seconds that others wait for the step thread at a time: it may be at something long."""
+PIECE = 0.0005
+"""Seconds that others take for what they do at a time, and some more, since threads are not woken at once."""
 ITEMS = 16
-"""After which others look whether they have to wait: some hundredths of a millisecond."""
+"""Of a loop at a time."""
 
 _is_free = threading.Event()
 _is_free.set()
+_until = math.inf
 
 
 def switch_often() -> None:
@@ -37,13 +42,17 @@ def claim() -> None:
     _is_free.clear()
 
 
-def release() -> None:
-    """It waits for the device, or has nothing to do."""
+def release(until: float = math.inf) -> None:
+    """It waits for the device, until about then (`time.perf_counter`), or has nothing to do."""
+    global _until
+    _until = until
     _is_free.set()
 
 
-def give_way() -> None:
-    """Waits while the step thread is at work. For any other thread."""
+def give_way(seconds: float = PIECE) -> None:
+    """Waits unless the step thread is away for so long; then until it is away again. For other threads."""
+    if time.perf_counter() + seconds > _until:
+        _is_free.clear()  # until the next release
     _is_free.wait(PATIENCE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def released() -> Iterator[None]:
     interpreter.release()
 
 
-def passes() -> bool:
-    """Whether another thread could work now."""
-    thread = threading.Thread(target=interpreter.give_way)
+def passes(seconds: float = 0) -> bool:
+    """Whether another thread could work now, for so long."""
+    thread = threading.Thread(target=interpreter.give_way, args=(seconds,))
     thread.start()
     thread.join(0.1)
     return not thread.is_alive()
@@ -48,6 +49,16 @@ def test_items_wait_for_the_step_thread(monkeypatch: pytest.MonkeyPatch) -> None
     assert seen == list(range(3 * interpreter.ITEMS))
 
 
+def test_what_would_not_be_done_in_time_waits_for_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "PATIENCE", 60)
+    interpreter.release(until=time.perf_counter() + 5)
+    assert passes(1)
+    assert not passes(6)
+    assert not passes(1), "that is over"
+    interpreter.release(until=time.perf_counter() + 5)
+    assert passes(1)
+
+
 def test_a_step_thread_that_is_long_at_something_is_not_waited_for() -> None:
     interpreter.claim()
     assert passes()
@@ -59,6 +70,7 @@ def test_a_step_is_at_work_when_it_emits_and_not_when_it_waits_for_the_device(
     monkeypatch.setattr(interpreter, "PATIENCE", 60)
     engine = engine_for(save_base("qwen2", tmp_path / "base"))
     with_decoder(engine)
+    monkeypatch.setattr(Stopwatch, "milliseconds", 60e3)
     waits, emits = [], []
     monkeypatch.setattr(Stopwatch, "wait", lambda _: waits.append(passes()))
     engine.submit(greedy(new_tokens=4), engine.adapters.lease([]), lambda event: emits.append(passes()))

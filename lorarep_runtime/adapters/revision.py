@@ -26,6 +26,7 @@ from lorarep_runtime.base import Base
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
 from lorarep_runtime.hub import LOCAL, Progress, Snapshot, fetch, file_digest
+from lorarep_runtime.interpreter import give_way
 from lorarep_runtime.stack import Stack
 from lorarep_runtime.text import Tokenizer, fits
 
@@ -70,6 +71,7 @@ class AdapterFiles:
         Raises:
             LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights.check`.
         """
+        give_way()
         snapshot = self.fetch(source, revision, progress)
         if progress is not None:
             progress("check", 0, 0)

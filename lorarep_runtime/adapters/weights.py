@@ -37,6 +37,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 ALIGNMENT = 64
 """Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
 
+OPENING = 0.002
+"""Seconds for which the library keeps the interpreter when it opens a file of a thousand tensors."""
 MOST_ELEMENTS = 5 << 17
 """Of a tensor of a run, so that computing with it takes little memory."""
 
@@ -136,6 +138,7 @@ def read_header(file: Path) -> Header:
         DataLoss: the file is corrupt or truncated.
     """
     try:
+        give_way(OPENING)
         with safe_open(file, framework="pt") as opened:
             header = {}
             for name in giving_way(opened.offset_keys()):
@@ -271,6 +274,7 @@ def _read(data: Tensor, places: Sequence[_Place], kind: int, shape: tuple[int, .
     step = places[1].starts[kind] - start if len(places) > 1 else size
     there = torch.empty(len(places), size, dtype=torch.uint8, device=device)
     there.copy_(data.as_strided(there.shape, (step, 1), start))
+    give_way()
     return there.view(dtype).view(-1, *shape).float()
 
 
@@ -330,6 +334,7 @@ def compile_adapter(
         FailedPrecondition: a tensor holds NaN or infinity, or does in `dtype`.
         DataLoss: the file cannot be read.
     """
+    give_way()
     data, starts = _mapped(file, header)
 
     def path(key: Key) -> str:

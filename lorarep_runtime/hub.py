@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +58,7 @@ Progress = Callable[[str, int, int], None]
 ABANDONED = 3600.0
 """Seconds for which nobody has written a part of a download that nobody is still at."""
 
-DIGEST_BYTES = 16 << 20
+DIGEST_BYTES = 4 << 20
 """Of a file that are hashed at a time."""
 LOCAL = "local"
 """The commit of a folder."""
@@ -170,9 +171,10 @@ def check_allowed(repository: str, patterns: Sequence[str]) -> None:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    # Not `hashlib.file_digest`: that reads 256 KiB at a time, and takes the interpreter from others after each.
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(DIGEST_BYTES))
-    with path.open("rb", buffering=0) as file:
+    # Not `hashlib.file_digest`: that reads 256 KiB at a time, and takes the interpreter from others after each. Nor a
+    # bytearray, which is filled with zeros, for some milliseconds, before it lets go of the interpreter.
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file, mmap(-1, DIGEST_BYTES) as pages, memoryview(pages) as buffer:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorarep_runtime.arena import Arena
 from lorarep_runtime.config import Quantization
+from lorarep_runtime.interpreter import give_way
 from lorarep_runtime.kernels import dora, int8, nf4
 from lorarep_runtime.kernels.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.product import SharedGroup, compile_products
@@ -176,6 +177,7 @@ def norm_products(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> T
         # As few launches as can be: they are what takes time.
         both, products = dora.halves(a), a.new_empty(count, 2 * ranks, out)
         for group, x, y in zip(own, both, products, strict=True):
+            give_way()
             group.matmul(x, y)
         return products.view(count, 2, ranks, out).sum(1)
     products = a.new_empty(count, ranks, out)
@@ -183,6 +185,7 @@ def norm_products(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> T
     for i, weight in enumerate(weights):
         places[id(weight)].append(i)
     for shared in places.values():  # what is dequantized, once
+        give_way()
         weight, rows = weights[shared[0]], a[shared].flatten(0, 1)
         if isinstance(weight, GroupedWeight):
             found = weight.own.norm_products(rows)

@@ -424,8 +424,10 @@ def test_folder_of_the_hub_cache_may_link_to_its_blobs(publish, fetch) -> None:
     assert fetch(str(folder)).commit == LOCAL
 
 
-def test_digest_is_sha256_of_the_file(tmp_path: Path) -> None:
-    data = os.urandom(100_000)
+@pytest.mark.parametrize("size", [0, 29_999, 30_000, 100_000])
+def test_digest_is_sha256_of_the_file(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_hub, "DIGEST_BYTES", 30_000)
+    data = os.urandom(size)
     assert file_digest(write(tmp_path, {"file": data}) / "file") == hashlib.sha256(data).hexdigest()
 
 

@@ -32,6 +32,7 @@ from lorarep_runtime.kernels.product import SharedGroup, product_reference
 from lorarep_runtime.kernels.rows import Entries, Entry, PlainRows, Rows, entry_table
 from lorarep_runtime.kernels.spread import HOPPER
 from lorarep_runtime.linear import BITS, GROUPS, DenseWeight, Int8Weight, NF4Weight, Weight, group_of
+from tests.kernels.rows import one_by_one
 from tests.models import MISTRAL_7B, projections
 
 POSITIONS = 64
@@ -137,7 +138,7 @@ class Case:
             low=noise(rows, parts_for(rows, into), len(names), max(rank, LEAST_RANKS)),
             names=names,
             adapters=adapters,
-            tables=[entry_table(a, copies, names).to(device) for a in adapters if a is not None],
+            tables=[entry_table(one_by_one(a), copies, names).to(device) for a in adapters if a is not None],
             rank=rank,
         )
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from lorarep_runtime.adapters.pool import Lease
-from lorarep_runtime.adapters.weights import Adapter
+from lorarep_runtime.adapters.weights import Adapter, table_of
 from lorarep_runtime.batch import Batch, Span
 from lorarep_runtime.cache import PageTable
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.decode import Decoder, can_decode
 from lorarep_runtime.engine import Engine
-from lorarep_runtime.kernels.rows import entry_table
 from lorarep_runtime.request import Request, Stopping
 from tests.engines import PROMPT, assert_nothing_held, engine_for
 from tests.models import ALTERNATING, save_adapter, save_base
@@ -162,7 +161,7 @@ def with_table(lease: Lease, engine: Engine):
     adapter = lease.adapter
     if adapter is None or adapter.table is not None:
         return adapter
-    return replace(adapter, table=entry_table(adapter.entries, len(lease.stack), tuple(engine.base.modules)))
+    return replace(adapter, table=table_of(adapter.storage, adapter.blocks, adapter.stack, adapter.modules))
 
 
 if torch.cuda.is_available():

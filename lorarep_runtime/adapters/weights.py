@@ -28,7 +28,7 @@ from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
 from lorarep_runtime.hub import Progress
 from lorarep_runtime.interpreter import give_way, giving_way
-from lorarep_runtime.kernels.rows import Entry, empty_table, enter
+from lorarep_runtime.kernels.rows import Entry, entry_table
 from lorarep_runtime.stack import Stack
 
 FILE_PREFIX = "base_model.model."
@@ -402,10 +402,8 @@ def _adapter(
 
 def table_of(storage: Tensor, blocks: Sequence[Block], stack: Stack, modules: Sequence[str]) -> Tensor:
     """The entry table of `kernels.rows`, where the storage is."""
-    table = empty_table(len(stack), modules)
-    for block in blocks:
-        enter(table, block.positions, modules.index(block.module), block.entries(storage))
-    return table.to(storage.device)
+    entries = ((block.module, block.positions, block.entries(storage)) for block in blocks)
+    return entry_table(entries, len(stack), modules).to(storage.device)
 
 
 def moved(adapter: Adapter, device: torch.device) -> Adapter:

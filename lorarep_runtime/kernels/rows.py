@@ -15,7 +15,7 @@ rank are undefined. Whoever uses low adds up the parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,33 +75,21 @@ class PlainRows:
         return None if adapter is None else adapter.get((self.positions[row], self.modules[module]))
 
 
-def entry_table(entries: Entries, positions: int, modules: Sequence[str]) -> Tensor:
-    """The entry table of an adapter, in host memory. It holds addresses only: the entries must outlive it."""
-    table = empty_table(positions, modules)
-    for (position, module), (a, b, c, bias) in entries.items():
-        one = Entry(a[None], b[None], None if c is None else c[None], None if bias is None else bias[None])
-        enter(table, [position], modules.index(module), one)
-    return table
-
-
-def empty_table(positions: int, modules: Sequence[str]) -> Tensor:
-    """Of an adapter that leaves all alone."""
-    return torch.zeros(positions, len(modules), FIELDS, dtype=torch.int64)
-
-
-def enter(table: Tensor, positions: Sequence[int], module: int, several: Entry) -> None:
-    """Puts entries of one module into a table.
+def entry_table(entries: Iterable[tuple[str, Sequence[int], Entry]], positions: int, modules: Sequence[str]) -> Tensor:
+    """The entry table of an adapter, in host memory. It holds addresses only: the entries must outlive it.
 
     Args:
-        module: its number.
-        several: at these positions, along a first dimension of each tensor.
+        entries: each a module's at some positions, along a first dimension of its tensors.
     """
-    rows = table.numpy()[:, module]
-    for field, tensor in enumerate(several):
-        if tensor is not None:
-            step = tensor.stride(0) * tensor.element_size()
-            rows[positions, field] = tensor.data_ptr() + step * np.arange(len(positions))
-    rows[positions, -1] = several.A.shape[1]
+    table = np.zeros((positions, len(modules), FIELDS), dtype=np.int64)
+    for module, places, several in entries:
+        rows = table[:, modules.index(module)]
+        for field, tensor in enumerate(several):
+            if tensor is not None:
+                step = tensor.stride(0) * tensor.element_size()
+                rows[places, field] = tensor.data_ptr() + step * np.arange(len(places))
+        rows[places, -1] = several.A.shape[1]
+    return torch.from_numpy(table)
 
 
 def part_width(width: int, parts: int) -> int:

@@ -24,6 +24,7 @@ from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lorarep_runtime.kernels.rows import Entry, entry_table
 from lorarep_runtime.reference import stacked
 from tests.engines import PROMPT, engine_for
+from tests.kernels.rows import one_by_one
 from tests.models import load_base, reference_logits, save_adapter, save_base, stack_of, without_replication
 
 MAP = [[0, 4], [2, 5]]
@@ -216,7 +217,7 @@ def test_the_table_says_where_each_entry_is(
     engine.adapters.load(request.node.name, str(folder), trusted=True)
     adapter = compiled(engine, request.node.name)
     table = table_of(adapter.storage, adapter.blocks, adapter.stack, adapter.modules)
-    assert torch.equal(table, entry_table(adapter.entries, len(adapter.stack), adapter.modules))
+    assert torch.equal(table, entry_table(one_by_one(adapter.entries), len(adapter.stack), adapter.modules))
     assert table[..., -1].unique().tolist() == [0, 3, 4, 7]
 
 

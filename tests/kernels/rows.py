@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,16 @@ def random_adapter(
     return entries
 
 
+def one_by_one(entries: Entries) -> Iterator[tuple[str, Sequence[int], Entry]]:
+    """As `entry_table` takes them."""
+    for (position, module), (a, b, c, bias) in entries.items():
+        yield (
+            module,
+            [position],
+            Entry(a[None], b[None], None if c is None else c[None], None if bias is None else bias[None]),
+        )
+
+
 class Batch:
     """Six rows: adapters of ranks 8, of mixed ranks, shared by two rows, and none; one row passes through."""
 
@@ -66,7 +76,7 @@ class Batch:
             random_adapter((13, 1, 64), modules, dtype, missing={(0, name) for name in names[2:3]}),
             random_adapter((64, 1, 13), modules, dtype, missing={(2, names[0])}),
         ]
-        self._tables = [entry_table(a, DEPTH, names).to(DEVICE) for a in self._adapters]
+        self._tables = [entry_table(one_by_one(a), DEPTH, names).to(DEVICE) for a in self._adapters]
         number = [0, 0, 1, 2, 2, None]
         self.rows = Rows(
             torch.tensor(POSITIONS, dtype=torch.int32, device=DEVICE),

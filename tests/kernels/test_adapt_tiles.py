@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from lorarep_runtime.kernels.adapt_rows import adapt_rows_reference
 from lorarep_runtime.kernels.adapt_tiles import Tiles, adapt_tiles
 from lorarep_runtime.kernels.rows import PlainRows, entry_table, write_low_reference
-from tests.kernels.rows import DEPTH, DEVICE, MULTIPLIED, TOLERANCE, nan, randn, random_adapter
+from tests.kernels.rows import DEPTH, DEVICE, MULTIPLIED, TOLERANCE, nan, one_by_one, randn, random_adapter
 
 SIZES = (200, 80, 24)
 BOUNDS = [(3, 67), (67, 70), (70, 134), (140, 150)]
@@ -30,7 +30,7 @@ def test_a_group_of_modules(dtype: torch.dtype, modules: int, width: int, first_
         random_adapter((13, 1, 64), shapes, dtype, missing={(0, "q")}),
         random_adapter((5, 40), shapes, dtype, missing={(2, "v")}),
     ]
-    tables = [entry_table(adapter, DEPTH, names).to(DEVICE) for adapter in adapters]
+    tables = [entry_table(one_by_one(adapter), DEPTH, names).to(DEVICE) for adapter in adapters]
     own = [next((i for i, (start, stop) in enumerate(BOUNDS) if start <= row < stop), None) for row in range(ROWS)]
     plain = PlainRows(
         [0 if i is None else POSITIONS[i] for i in own],

@@ -23,6 +23,7 @@ from lorarep_runtime.kernels.rows import Entry, PlainRows, Rows, entry_table
 from lorarep_runtime.kernels.spread import CTA_BYTES, SHARED_BYTES, SPREADS, clusters_at_once, places_for, spread_for
 from lorarep_runtime.linear import BITS as BITS_OF
 from lorarep_runtime.linear import GroupedWeight, norm_products, row_squares
+from tests.kernels.rows import one_by_one
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -218,7 +219,7 @@ if HOPPER:
             return entries
 
         adapters = [None if row % 7 == 6 else adapter(row) for row in range(count)]
-        tables = [None if a is None else entry_table(a, 2, MODULES).cuda() for a in adapters]
+        tables = [None if a is None else entry_table(one_by_one(a), 2, MODULES).cuda() for a in adapters]
         positions = [(-1, 0, 1)[row % 3] if count > 1 else 1 for row in range(count)]
         rows = Rows(
             torch.tensor(positions, dtype=torch.int32, device="cuda"),

@@ -37,7 +37,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 ALIGNMENT = 64
 """Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
 
-OPENING = 0.002
+OPENING = 0.003
 """Seconds for which the library keeps the interpreter when it opens a file of a thousand tensors."""
 MOST_ELEMENTS = 5 << 17
 """Of a tensor of a run, so that computing with it takes little memory."""

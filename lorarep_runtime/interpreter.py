@@ -27,9 +27,9 @@ PIECE = 0.0005
 ITEMS = 16
 """Of a loop at a time."""
 
-_is_free = threading.Event()
-_is_free.set()
+_released = threading.Condition()
 _until = math.inf
+"""When the step thread will be at work again (`time.perf_counter`)."""
 
 
 def switch_often() -> None:
@@ -39,21 +39,25 @@ def switch_often() -> None:
 
 def claim() -> None:
     """The step thread is at work from now on."""
-    _is_free.clear()
+    global _until
+    _until = -math.inf
 
 
 def release(until: float = math.inf) -> None:
-    """It waits for the device, until about then (`time.perf_counter`), or has nothing to do."""
+    """It waits for the device, until about then, or has nothing to do."""
     global _until
-    _until = until
-    _is_free.set()
+    with _released:
+        _until = until
+        _released.notify_all()
 
 
 def give_way(seconds: float = PIECE) -> None:
-    """Waits unless the step thread is away for so long; then until it is away again. For other threads."""
-    if time.perf_counter() + seconds > _until:
-        _is_free.clear()  # until the next release
-    _is_free.wait(PATIENCE)
+    """Waits for the next release, unless the step thread is away for so long. For other threads."""
+    if time.perf_counter() + seconds <= _until:
+        return
+    with _released:
+        if time.perf_counter() + seconds > _until:
+            _released.wait(PATIENCE)
 
 
 def giving_way(items: Iterable[T]) -> Iterator[T]:

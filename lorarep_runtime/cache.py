@@ -12,6 +12,9 @@ from torch import Tensor
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.staging import moved
 
+WIPED = 4096
+"""Pages at a time: not all between two steps, and not some for each sequence."""
+
 
 class PagePool:
     """Pages and which of them are free. Not thread-safe: the engine's thread alone touches it."""
@@ -22,6 +25,9 @@ class PagePool:
         self.key_pages = torch.zeros(shape, dtype=dtype, device=device)
         self.value_pages = torch.zeros(shape, dtype=dtype, device=device)
         self._free = list(range(pages - 1, -1, -1))
+        """Whose values are zeros."""
+        self._stale: list[int] = []
+        """Free as well."""
         self.total = pages
         self.spare_slot = pages * PAGE_TOKENS
         """Where keys and values go that nobody will read, as page · page_tokens + offset."""
@@ -33,7 +39,7 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._stale)
 
     @property
     def used(self) -> int:
@@ -44,8 +50,7 @@ class PagePool:
         return self.key_pages, self.value_pages
 
     def grow(self, wanted: Sequence[tuple[PageTable, int]]) -> bool:
-        """Makes room for so many tokens in each table; False, with nothing taken, where there are too few pages. For
-        several at once it is one launch on the device, not one for each."""
+        """Makes room for so many tokens in each table; False, with nothing taken, where there are too few pages."""
         missing = [table.missing(tokens) for table, tokens in wanted]
         if sum(missing) > self.free:
             return False
@@ -57,14 +62,21 @@ class PagePool:
 
     def take(self, count: int) -> NDArray[np.int64]:
         """Takes `count` free pages; the caller has checked that there are as many."""
-        pages = np.array(self._free[self.free - count :], dtype=np.int64)
-        del self._free[self.free - count :]
-        # A page's rest is read with weight 0, and 0 times what an earlier sequence left may be NaN.
-        self.value_pages.index_fill_(0, moved(torch.from_numpy(pages), self.value_pages.device), 0)
+        if count > len(self._free):
+            self._wipe(max(count - len(self._free), WIPED))
+        pages = np.array(self._free[len(self._free) - count :], dtype=np.int64)
+        del self._free[len(self._free) - count :]
         return pages
 
     def give(self, pages: NDArray[np.int64]) -> None:
-        self._free.extend(pages.ravel().tolist())
+        self._stale.extend(pages.ravel().tolist())
+
+    def _wipe(self, count: int) -> None:
+        """What no token has been written to is read with weight 0, and 0 times what was left there may be NaN."""
+        wiped = self._stale[-count:]
+        self.value_pages.index_fill_(0, moved(torch.from_numpy(np.array(wiped)), self.value_pages.device), 0)
+        self._free += wiped
+        del self._stale[-count:]
 
 
 class PageTable:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lorarep_runtime.engine import Answer, Engine
 from lorarep_runtime.errors import (
@@ -167,6 +168,19 @@ def test_what_is_cancelled_is_gone_before_the_next_step(base: Path, adapters: di
     assert isinstance(running.last, Cancelled)
     assert isinstance(waiting.last, Cancelled)
     assert_nothing_held(engine)
+
+
+def test_nothing_of_an_answer_is_in_the_next_ones_that_have_its_pages(base: Path) -> None:
+    """Not even NaN, which no weight of 0 takes away."""
+    engine = engine_for(base, kv_bytes=160 << 10)  # not enough for two of them
+    before = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
+    number = engine.submit(greedy(), engine.adapters.lease([]), lambda event: None)
+    engine.step()
+    (sequence,) = engine.scheduler.running
+    engine.pool.value_pages[sequence.table.pages.ravel()] = torch.nan
+    engine.cancel(number)
+    assert not engine.step()
+    assert engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens == before
 
 
 def test_a_deadline_ends_running_and_waiting_requests_before_the_next_step(

@@ -372,11 +372,13 @@ class Engine:
         """Emits the tokens of a step that was launched; if the same rows go on, their next step is launched before."""
         flights, sequences = self._flights, flight.sequences
         flights.under_way = None
-        next_flight = self._guarded(sequences, lambda: flights.go_on(flight))
+        step = (self._pace.decoding or math.inf) / 1e3
+        at_leisure = time.perf_counter() < self._landed + step / 4  # not where the processor is slow for a while
+        next_flight = self._guarded(sequences, lambda: flights.go_on(flight, at_leisure=at_leisure))
         if next_flight is not None:
             self._count(sequences)
             flights.under_way = next_flight
-        interpreter.release(self._landed + (self._pace.decoding or math.inf) / 1e3)
+        interpreter.release(self._landed + step)
         sampled = self._guarded(sequences, flight.sampled)
         interpreter.claim()
         self._landed = time.perf_counter()

@@ -11,12 +11,17 @@ from torch import Tensor
 
 from lorarep_runtime.base import Base
 from lorarep_runtime.cache import PagePool
+from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.sampling import Sampled, is_plain, sample
 from lorarep_runtime.scheduler import Scheduler, Sequence
 from lorarep_runtime.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from lorarep_runtime.decode import Decoder
+
+
+AHEAD = PAGE_TOKENS // 2
+"""Tokens for which pages are taken where there is time."""
 
 
 class Flight:
@@ -88,18 +93,23 @@ class Flights:
         self.decoder.set_rows([sequence.span(1) for sequence in sequences])
         return self._launch(sequences)
 
-    def go_on(self, flight: Flight) -> Flight | None:
-        """Launches the next step of the same rows before the tokens of this one are read, if it can be."""
-        return self._launch(flight.sequences) if self._may_go_on(flight.sequences) else None
+    def go_on(self, flight: Flight, *, at_leisure: bool = False) -> Flight | None:
+        """Launches the next step of the same rows before the tokens of this one are read, if it can be.
 
-    def _may_go_on(self, sequences: Seq[Sequence]) -> bool:
+        Args:
+            at_leisure: whether there is time to take pages before they are wanted, so that later steps need not.
+        """
+        return self._launch(flight.sequences) if self._may_go_on(flight.sequences, at_leisure) else None
+
+    def _may_go_on(self, sequences: Seq[Sequence], at_leisure: bool) -> bool:
         """Whether they are all that would be scheduled; takes the pages that their next tokens want."""
-        scheduler = self._scheduler
+        scheduler, pool = self._scheduler, self._scheduler.pool
         if sum(s not in scheduler.computing for s in scheduler.running) != len(sequences) or scheduler.can_admit:
             return False
         if any(s not in scheduler.running or s.new_tokens + 2 > s.request.stopping.max_new_tokens for s in sequences):
             return False
-        if not scheduler.pool.grow([(s.table, s.computed + 1) for s in sequences]):
+        soon = (AHEAD, 1) if at_leisure else (1,)
+        if not any(pool.grow([(s.table, min(s.computed + n, s.most_computed)) for s in sequences]) for n in soon):
             return False
         assert self.decoder is not None
         self.decoder.set_pages()

@@ -56,6 +56,11 @@ class Sequence:
     def new_tokens(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
+    @property
+    def most_computed(self) -> int:
+        """Tokens of the longest answer, but for its last one, after which there is no other."""
+        return len(self.request.prompt) + self.request.stopping.max_new_tokens - 1
+
     def span(self, count: int) -> Span:
         """The next `count` tokens."""
         return Span(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lorarep_runtime.cache import pages_of
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import Cancelled, EngineFailure
 from lorarep_runtime.request import Event, Output, Request, Stopping
@@ -88,6 +90,39 @@ def test_rows_that_are_not_plain_are_read_before_their_next_step(base: Path) -> 
     while engine.step():
         pass
     assert [launched.count(steps) for steps in range(4)] == [2, 2, 2, 4]
+
+
+@pytest.mark.parametrize(("landed", "early"), [(-math.inf, []), (math.inf, [26, 27, 28, 29, 30, 31, 32])])
+def test_where_there_is_time_pages_are_taken_before_they_are_wanted(
+    base: Path, landed: float, early: list[int]
+) -> None:
+    engine = engine_for(base)
+    with_decoder(engine)
+    submit(engine, greedy(PROMPT, new_tokens=29), lambda event: None)  # of which 48 are computed: three pages
+    more: list[int] = []
+    while engine.step():
+        engine._landed = landed
+        for sequence in engine.scheduler.running:
+            if sequence.table.pages.shape[1] > pages_of(sequence.computed):
+                more.append(sequence.computed)
+    assert more == early
+
+
+def test_where_few_pages_are_left_none_is_taken_before_it_is_wanted(base: Path) -> None:
+    engine = engine_for(base)
+    decoder = with_decoder(engine)
+    for prompt in (PROMPT, PROMPT[:15]):
+        submit(engine, greedy(prompt), lambda event: None)
+    engine.step()
+    first, second = engine.scheduler.running
+    while first.computed < 32:
+        engine._landed = -math.inf
+        engine.step()
+    engine.pool.take(engine.pool.free - first.table.depth)
+    engine._landed = math.inf
+    engine.step()
+    assert (first.computed, first.table.pages.shape[1], second.table.pages.shape[1]) == (33, 3, 2)
+    assert decoder.told == 1
 
 
 def test_who_arrives_during_a_flight_is_admitted_after_it(base: Path) -> None:

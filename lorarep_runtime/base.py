@@ -22,6 +22,7 @@ from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub import Progress, fetch
+from lorarep_runtime.interpreter import give_way
 from lorarep_runtime.linear import (
     SharedLinear,
     Weight,
@@ -133,6 +134,7 @@ class Base:
 
     def _squares(self, layer: int, module: str) -> Tensor:
         if (found := self.squares.get((layer, module))) is None:
+            give_way()
             found = self.squares[layer, module] = row_squares(self.weights[layer][module], self.dtype)
         return found
 

@@ -10,11 +10,12 @@ computed and written as one tensor: loads go on beside streams, which wait for t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise, product, repeat
 from operator import sub
 from pathlib import Path
@@ -39,6 +40,8 @@ ALIGNMENT = 64
 
 OPENING = 0.003
 """Seconds for which the library keeps the interpreter when it opens a file of a thousand tensors."""
+KNOWN, KNOWN_BYTES = 16, 1 << 20
+"""Headers that are remembered, and how long they are at most: adapters of one recipe have the same."""
 MOST_ELEMENTS = 5 << 17
 """Of a tensor of a run, so that computing with it takes little memory."""
 
@@ -138,15 +141,37 @@ def read_header(file: Path) -> Header:
         DataLoss: the file is corrupt or truncated.
     """
     try:
-        give_way(OPENING)
-        with safe_open(file, framework="pt") as opened:
-            header = {}
-            for name in giving_way(opened.offset_keys()):
-                piece = opened.get_slice(name)
-                header[name] = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
-            return header
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            digest = hashlib.sha256(opened.read(min(length, KNOWN_BYTES))).digest()
+        start = _Start(length, digest, file.stat().st_size, file)
+        return _header(start) if length <= KNOWN_BYTES else _header.__wrapped__(start)
     except (SafetensorError, OSError, ValueError) as error:
         raise DataLoss(f"{file.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Start:
+    """All that the library looks at when it opens a file."""
+
+    length: int
+    """Of the header, in bytes."""
+    digest: bytes
+    """Its own."""
+    size: int
+    """The file's."""
+    file: Path = field(compare=False)
+
+
+@lru_cache(KNOWN)
+def _header(start: _Start) -> Header:
+    give_way(OPENING)
+    with safe_open(start.file, framework="pt") as opened:
+        header = {}
+        for name in giving_way(opened.offset_keys()):
+            piece = opened.get_slice(name)
+            header[name] = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
+        return header
 
 
 def check(
@@ -226,7 +251,7 @@ def _total(layout: Layout, size: Callable[[tuple[int, ...]], int]) -> int:
 def _blocks(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
     """A layout's entries in memory; alike ones in the order of their keys."""
     alike: dict[tuple[str, Form], list[int]] = defaultdict(list)
-    for position, module in keys:
+    for position, module in giving_way(keys):
         alike[module, layout[position, module]].append(position)
     sizes = [len(p) * sum(map(_padded, form.pieces)) for (_, form), p in alike.items()]
     starts = accumulate(sizes, initial=0)
@@ -367,11 +392,14 @@ def compile_adapter(
             scale = found[run.start].scale
             if whole.c is not None:
                 layers = [stack[position] for position in block.positions[here]]
+                give_way()
                 squares, products = norm_terms(layers, block.module, a)
+                give_way()
                 b *= scale
                 # (n, out, ranks), by rows of B: dora.py
                 change = products.mT.mul_(2).add_(b @ (a @ a.mT)).mul_(b)
                 c = rest.pop().div_(squares.add_(change.sum(2)).sqrt_())
+                give_way()
                 whole.c[here].copy_(c)
                 whole.B[here].copy_(b * c.unsqueeze(2))
             else:
@@ -380,10 +408,12 @@ def compile_adapter(
             tell(len(run))
             if whole.bias is not None:
                 whole.bias[here].copy_(rest[0].mul_(scale))
+    give_way()
     if not all(extreme.isfinite() for extreme in storage.aminmax()):  # NaN is both
         entries = _entries(storage, blocks)
         bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
         raise FailedPrecondition(f"{FILE_PREFIX}{path(bad)}: holds NaN or infinity, or does in {dtype}")
+    give_way()
     return _adapter(stack, storage, blocks, modules, file_parameters(layout))
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorarep_runtime.adapters import revision
-from lorarep_runtime.adapters.weights import Adapter, read_header, table_of
+from lorarep_runtime.adapters import revision, weights
+from lorarep_runtime.adapters.weights import Adapter, Header, read_header, table_of
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
@@ -113,6 +114,40 @@ def test_every_prefix_of_a_file_is_data_loss(tmp_path: Path) -> None:
             read_header(file)
     file.write_bytes(whole)
     assert read_header(file)["a"].shape == (2,)
+
+
+def test_a_header_that_is_known_is_not_parsed_again_and_vouches_for_no_other_file(tmp_path: Path, monkeypatch) -> None:
+    opened: list[Path] = []
+
+    def noted(file: Path, framework: str) -> safe_open:
+        opened.append(file)
+        return safe_open(file, framework=framework)
+
+    def header(name: str, content: bytes) -> Header:
+        (tmp_path / name).write_bytes(content)
+        return read_header(tmp_path / name)
+
+    monkeypatch.setattr(weights, "safe_open", noted)
+    weights._header.cache_clear()
+    whole = small()
+    first = header("first", whole)
+    assert header("like it", whole[:-1] + b"1") == first
+    assert [file.name for file in opened] == ["first"]
+    for name, content in (
+        ("cut", whole[:-1]),
+        ("longer", whole + b"0"),
+        ("other", attack(b" " + whole[8:-8], bytes(7))),
+    ):
+        with pytest.raises(DataLoss, match=name):
+            header(name, content)
+    empty = header("empty", attack(b"{}"))
+    with pytest.raises(DataLoss):
+        header("says more", attack(b"{}", length=20))
+    monkeypatch.setattr(weights, "KNOWN_BYTES", 20)
+    assert (header("too long to remember", whole), header("again", attack(b"{}"))) == (first, empty)
+    assert [file.name for file in opened[-2:]] == ["says more", "too long to remember"]
+    with pytest.raises(DataLoss, match="differs where nobody looked"):
+        header("differs where nobody looked", whole.replace(b"[0, 8]", b"[0, 9]"))
 
 
 def attack(header: bytes, body: bytes = b"", length: int | None = None) -> bytes:

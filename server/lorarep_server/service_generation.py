@@ -10,6 +10,7 @@ from typing import Any
 
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
+from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Output
 from lorarep_server import messages
 from lorarep_server.answers import Answers, of_call
@@ -42,6 +43,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         )
 
     async def GenerateStream(self, request: generation_pb2.GenerateStreamRequest, context: Any) -> None:
+        if not request.HasField("request"):  # a client's JSON for Generate lands here empty
+            raise InvalidArgument("request: has to be set")
         # Written with `write`, not yielded: a cancellation then ends this very coroutine, and with it the request.
         async with self._answers.answer(request.request, *of_call(context)) as (admitted, events):
             revisions = [messages.adapter_revision(info) for info in admitted.adapters]

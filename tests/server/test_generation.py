@@ -185,6 +185,12 @@ def test_a_bad_request_is_refused_by_name(
         assert len(world.hub.asked) == asked
 
 
+def test_a_stream_without_a_request_is_refused_by_name(server: Server) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        list(server.generation.GenerateStream(pb.GenerateStreamRequest()))
+    assert (error.value.code().name, error.value.details()) == ("INVALID_ARGUMENT", "request: has to be set")
+
+
 LONG = request("x", "lora", new_tokens=500)
 
 

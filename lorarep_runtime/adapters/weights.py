@@ -167,10 +167,11 @@ class _Start:
 def _header(start: _Start) -> Header:
     give_way(OPENING)
     with safe_open(start.file, framework="pt") as opened:
-        header = {}
+        header, infos = {}, {}
         for name in giving_way(opened.offset_keys()):
             piece = opened.get_slice(name)
-            header[name] = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
+            info = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
+            header[name] = infos.setdefault(info, info)  # few differ, and the garbage collector looks at all there are
         return header
 
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lorarep_runtime.adapters.header import FILE_PREFIX
 from lorarep_runtime.adapters.spec import AdapterSpec
-from lorarep_runtime.adapters.weights import FILE_PREFIX
 from lorarep_runtime.base import Base
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorarep_runtime.adapters import weights
+from lorarep_runtime.adapters import header
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import Exhausted
 from tests.engines import assert_nothing_held, engine_for, greedy
@@ -113,7 +113,7 @@ def test_doras_share_what_the_norms_of_all_of_them_need(base: Path, dora: Path) 
 
 def test_an_adapter_leaves_the_garbage_collector_little_to_look_at(base: Path, adapters: dict[str, Path]) -> None:
     engine, counts = engine_for(base), []
-    weights._header.cache_clear()
+    header._header.cache_clear()
     for name, folder in adapters.items():  # of several depths
         gc.collect()
         before = len(gc.get_objects())

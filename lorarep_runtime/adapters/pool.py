@@ -221,8 +221,8 @@ class AdapterPool:
                 "compile" (modules). What it raises ends the load.
 
         Raises:
-            LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights`; AlreadyExists if the name is another
-                revision's; Exhausted if there is no room. What was loaded before stays.
+            LorarepError: as `hub.fetch`, `adapters.spec`, `adapters.header` and `adapters.weights`; AlreadyExists if
+                the name is another revision's; Exhausted if there is no room. What was loaded before stays.
         """
         self.check_allowed(name, source, trusted)
         with self._alone(name, source, progress):

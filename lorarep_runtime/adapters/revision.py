@@ -10,18 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorarep_runtime.adapters.disk import DiskBudget
+from lorarep_runtime.adapters.header import Header, Layout, check, read_header
 from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.adapters.tiers import Resident
-from lorarep_runtime.adapters.weights import (
-    Adapter,
-    Header,
-    Layout,
-    check,
-    compile_adapter,
-    file_parameters,
-    read_header,
-    storage_bytes,
-)
+from lorarep_runtime.adapters.weights import Adapter, compile_adapter, file_parameters, storage_bytes
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -69,7 +61,7 @@ class AdapterFiles:
             stack: as for `AdapterPool.load`.
 
         Raises:
-            LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.weights.check`.
+            LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.header`.
         """
         give_way()
         snapshot = self.fetch(source, revision, progress)

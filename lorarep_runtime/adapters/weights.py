@@ -1,4 +1,4 @@
-"""An adapter's file, checked against its config by its header alone, and compiled into the one form that kernels know:
+"""An adapter's file, compiled into the one form that kernels know:
 
     y = c ⊙ (W x) + B (A x) + b
 
@@ -10,21 +10,20 @@ computed and written as one tensor: loads go on beside streams, which wait for t
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise, product, repeat
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, pairwise, repeat
 from operator import sub
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Form, Header, Key, Layout, tensor_name
 from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
 from lorarep_runtime.hub import Progress
@@ -32,52 +31,10 @@ from lorarep_runtime.interpreter import give_way, giving_way
 from lorarep_runtime.kernels.rows import Entry, entry_table
 from lorarep_runtime.stack import Stack
 
-FILE_PREFIX = "base_model.model."
-"""What PEFT puts before a module's path."""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIGNMENT = 64
 """Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
-
-OPENING = 0.003
-"""Seconds for which the library keeps the interpreter when it opens a file of a thousand tensors."""
-KNOWN, KNOWN_BYTES = 16, 1 << 20
-"""Headers that are remembered, and how long they are at most: adapters of one recipe have the same."""
 MOST_ELEMENTS = 5 << 17
 """Of a tensor of a run, so that computing with it takes little memory."""
-
-Key = tuple[int, str]
-"""Position, and path of a linear module inside its layer, such as "self_attn.q_proj"."""
-
-
-class TensorInfo(NamedTuple):
-    """What a safetensors header says of a tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-Header = Mapping[str, TensorInfo]
-"""All tensors of a file by name, in the order in which they lie there without gaps."""
-
-
-class Form(NamedTuple):
-    """What there is of one module at one position."""
-
-    rank: int
-    shape: tuple[int, int]
-    """(out, in)"""
-    has_c: bool
-    has_bias: bool
-
-    @property
-    def pieces(self) -> Sequence[tuple[int, ...]]:
-        """Shapes of what an entry holds in memory: A, Bᵀ, c, bias."""
-        out, into = self.shape
-        return (self.rank, into), (self.rank, out), *[(out,)] * (self.has_c + self.has_bias)
-
-
-Layout = Mapping[Key, Form]
-"""All that an adapter consists of."""
 
 
 class Block(NamedTuple):
@@ -132,104 +89,6 @@ class Adapter:
         return self.storage.nbytes + (0 if self.table is None else self.table.nbytes)
 
 
-def read_header(file: Path) -> Header:
-    """The tensors of a safetensors file; reads its header alone.
-
-    https://huggingface.co/docs/safetensors: the library checks the header and that it covers the file exactly.
-
-    Raises:
-        DataLoss: the file is corrupt or truncated.
-    """
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            digest = hashlib.sha256(opened.read(min(length, KNOWN_BYTES))).digest()
-        start = _Start(length, digest, file.stat().st_size, file)
-        return _header(start) if length <= KNOWN_BYTES else _header.__wrapped__(start)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataLoss(f"{file.name}: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Start:
-    """All that the library looks at when it opens a file."""
-
-    length: int
-    """Of the header, in bytes."""
-    digest: bytes
-    """Its own."""
-    size: int
-    """The file's."""
-    file: Path = field(compare=False)
-
-
-@lru_cache(KNOWN)
-def _header(start: _Start) -> Header:
-    give_way(OPENING)
-    with safe_open(start.file, framework="pt") as opened:
-        header, infos = {}, {}
-        for name in giving_way(opened.offset_keys()):
-            piece = opened.get_slice(name)
-            info = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
-            header[name] = infos.setdefault(info, info)  # few differ, and the garbage collector looks at all there are
-        return header
-
-
-def check(
-    spec: AdapterSpec,
-    header: Header,
-    stack: Stack,
-    modules: Mapping[str, tuple[int, int]],
-    prefix: str,
-) -> Layout:
-    """Compares what the config promises with what the file holds.
-
-    Args:
-        stack: that the file's layer numbers count.
-        modules: (out, in) of the linear modules of every layer.
-        prefix: path of the list of layers, such as "model.layers".
-
-    Raises:
-        FailedPrecondition: naming a tensor that is missing, surplus, of another shape or of a dtype that is no float.
-        InvalidArgument: a pattern of the config cannot be matched.
-    """
-    layout: dict[Key, Form] = {}
-    expected: dict[str, tuple[int, ...]] = {}
-    for position, (module, matrix) in giving_way(product(range(len(stack)), modules.items())):
-        path = f"{prefix}.{position}.{module}"
-        if spec.targets(path):
-            layout[position, module] = form = Form(spec.rank(path), matrix, spec.use_dora, spec.lora_bias)
-            for kind, shape in _tensors(form):
-                expected[_name(path, kind)] = shape
-    if surplus := sorted(header.keys() - expected.keys()):
-        raise FailedPrecondition(f"{surplus[0]}: is in the file, and nothing in the config speaks of it")
-    if not layout:
-        raise FailedPrecondition("target_modules: match no linear layer of the decoder")
-    for name, shape in giving_way(expected.items()):
-        if name not in header:
-            raise FailedPrecondition(f"{name}: is missing in the file")
-        if header[name].shape != shape:
-            raise FailedPrecondition(f"{name}: has the shape {header[name].shape}, the config says {shape}")
-        if header[name].dtype not in DTYPES:
-            raise FailedPrecondition(f"{name}: is of type {header[name].dtype}; {', '.join(DTYPES)} are supported")
-    return layout
-
-
-def _tensors(form: Form) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Kinds and shapes of what a file holds for a module."""
-    out, into = form.shape
-    yield "lora_A.weight", (form.rank, into)
-    yield "lora_B.weight", (out, form.rank)
-    if form.has_bias:
-        yield "lora_B.bias", (out,)
-    if form.has_c:
-        yield "lora_magnitude_vector", (out,)
-
-
-def _name(path: str, kind: str) -> str:
-    return f"{FILE_PREFIX}{path}.{kind}"
-
-
 def _padded(shape: Sequence[int]) -> int:
     return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
 
@@ -273,7 +132,7 @@ def _entries(storage: Tensor, blocks: Sequence[Block]) -> dict[Key, Entry]:
 
 
 class _Place(NamedTuple):
-    """Where a file has an entry's tensors, each as `_tensors` lists them."""
+    """Where a file has an entry's tensors, each as `Form.tensors` lists them."""
 
     scale: float
     dtypes: tuple[torch.dtype, ...]
@@ -367,7 +226,7 @@ def compile_adapter(
         return f"{prefix}.{key[0]}.{key[1]}"
 
     def place(key: Key) -> _Place:
-        names = [_name(path(key), kind) for kind, _ in _tensors(layout[key])]
+        names = [tensor_name(path(key), kind) for kind, _ in layout[key].tensors]
         dtypes = tuple(DTYPES[header[name].dtype] for name in names)
         return _Place(spec.scaling(path(key)), dtypes, tuple(starts[name] for name in names))
 
@@ -383,7 +242,7 @@ def compile_adapter(
             progress("compile", done, len(layout))
 
     for block in blocks:
-        whole, kinds = block.entries(storage), list(_tensors(block.form))
+        whole, kinds = block.entries(storage), list(block.form.tensors)
         found = [places[position, block.module] for position in block.positions]
         most = MOST_ELEMENTS // max(math.prod(shape) for _, shape in kinds)
         for run in _runs(found, max(1, most)):

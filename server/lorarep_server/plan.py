@@ -69,14 +69,15 @@ def count(
     """Everything the command prints.
 
     Raises:
-        LorarepError: as `hub.fetch`, `adapters.spec`, `adapters.weights` and `stack`.
+        LorarepError: as `hub.fetch`, `adapters.spec`, `adapters.header` and `stack`.
     """
     import torch
     from transformers import BitsAndBytesConfig
 
+    from lorarep_runtime.adapters.header import check, read_header
     from lorarep_runtime.adapters.revision import CONFIG_FILE, WEIGHTS_FILE, read_config
     from lorarep_runtime.adapters.spec import AdapterSpec
-    from lorarep_runtime.adapters.weights import check, file_parameters, read_header, storage_bytes
+    from lorarep_runtime.adapters.weights import file_parameters, storage_bytes
     from lorarep_runtime.base import quantization_of, read_model_config
     from lorarep_runtime.footprint import footprint, quantization_kind
     from lorarep_runtime.hub import fetch

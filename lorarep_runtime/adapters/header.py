@@ -1,0 +1,162 @@
+"""What an adapter's file says of itself, and whether it is what its config promises: by the header alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorarep_runtime.adapters.spec import AdapterSpec
+from lorarep_runtime.errors import DataLoss, FailedPrecondition
+from lorarep_runtime.interpreter import give_way, giving_way
+from lorarep_runtime.stack import Stack
+
+FILE_PREFIX = "base_model.model."
+"""What PEFT puts before a module's path."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+OPENING = 0.003
+"""Seconds for which the library keeps the interpreter when it opens a file of a thousand tensors."""
+KNOWN, KNOWN_BYTES = 16, 1 << 20
+"""Headers that are remembered, and how long they are at most: adapters of one recipe have the same."""
+
+Key = tuple[int, str]
+"""Position, and path of a linear module inside its layer, such as "self_attn.q_proj"."""
+
+
+class TensorInfo(NamedTuple):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Header = Mapping[str, TensorInfo]
+"""All tensors of a file by name, in the order in which they lie there without gaps."""
+
+
+class Form(NamedTuple):
+    """What there is of one module at one position."""
+
+    rank: int
+    shape: tuple[int, int]
+    """(out, in)"""
+    has_c: bool
+    has_bias: bool
+
+    @property
+    def pieces(self) -> Sequence[tuple[int, ...]]:
+        """Shapes of what an entry holds in memory: A, Bᵀ, c, bias."""
+        out, into = self.shape
+        return (self.rank, into), (self.rank, out), *[(out,)] * (self.has_c + self.has_bias)
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Kinds and shapes of what a file holds of it."""
+        out, into = self.shape
+        yield "lora_A.weight", (self.rank, into)
+        yield "lora_B.weight", (out, self.rank)
+        if self.has_bias:
+            yield "lora_B.bias", (out,)
+        if self.has_c:
+            yield "lora_magnitude_vector", (out,)
+
+
+Layout = Mapping[Key, Form]
+"""All that an adapter consists of."""
+
+
+def read_header(file: Path) -> Header:
+    """The tensors of a safetensors file; reads its header alone.
+
+    https://huggingface.co/docs/safetensors: the library checks the header and that it covers the file exactly.
+
+    Raises:
+        DataLoss: the file is corrupt or truncated.
+    """
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            digest = hashlib.sha256(opened.read(min(length, KNOWN_BYTES))).digest()
+        start = _Start(length, digest, file.stat().st_size, file)
+        return _header(start) if length <= KNOWN_BYTES else _header.__wrapped__(start)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataLoss(f"{file.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Start:
+    """All that the library looks at when it opens a file."""
+
+    length: int
+    """Of the header, in bytes."""
+    digest: bytes
+    """Its own."""
+    size: int
+    """The file's."""
+    file: Path = field(compare=False)
+
+
+@lru_cache(KNOWN)
+def _header(start: _Start) -> Header:
+    give_way(OPENING)
+    with safe_open(start.file, framework="pt") as opened:
+        header: dict[str, TensorInfo] = {}
+        infos: dict[TensorInfo, TensorInfo] = {}
+        for name in giving_way(opened.offset_keys()):
+            piece = opened.get_slice(name)
+            info = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
+            header[name] = infos.setdefault(info, info)  # few differ, and the garbage collector looks at all there are
+        return header
+
+
+def check(
+    spec: AdapterSpec,
+    header: Header,
+    stack: Stack,
+    modules: Mapping[str, tuple[int, int]],
+    prefix: str,
+) -> Layout:
+    """Compares what the config promises with what the file holds.
+
+    Args:
+        stack: that the file's layer numbers count.
+        modules: (out, in) of the linear modules of every layer.
+        prefix: path of the list of layers, such as "model.layers".
+
+    Raises:
+        FailedPrecondition: naming a tensor that is missing, surplus, of another shape or of a dtype that is no float.
+        InvalidArgument: a pattern of the config cannot be matched.
+    """
+    layout: dict[Key, Form] = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    for position, (module, matrix) in giving_way(product(range(len(stack)), modules.items())):
+        path = f"{prefix}.{position}.{module}"
+        if spec.targets(path):
+            layout[position, module] = form = Form(spec.rank(path), matrix, spec.use_dora, spec.lora_bias)
+            for kind, shape in form.tensors:
+                expected[tensor_name(path, kind)] = shape
+    if surplus := sorted(header.keys() - expected.keys()):
+        raise FailedPrecondition(f"{surplus[0]}: is in the file, and nothing in the config speaks of it")
+    if not layout:
+        raise FailedPrecondition("target_modules: match no linear layer of the decoder")
+    for name, shape in giving_way(expected.items()):
+        if name not in header:
+            raise FailedPrecondition(f"{name}: is missing in the file")
+        if header[name].shape != shape:
+            raise FailedPrecondition(f"{name}: has the shape {header[name].shape}, the config says {shape}")
+        if header[name].dtype not in DTYPES:
+            raise FailedPrecondition(f"{name}: is of type {header[name].dtype}; {', '.join(DTYPES)} are supported")
+    return layout
+
+
+def tensor_name(path: str, kind: str) -> str:
+    """Of a module's tensor, in a file."""
+    return f"{FILE_PREFIX}{path}.{kind}"

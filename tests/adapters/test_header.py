@@ -1,0 +1,93 @@
+"""What a file says of itself: read by its header alone, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from lorarep_runtime.adapters import header
+from lorarep_runtime.adapters.header import Header, read_header
+from lorarep_runtime.errors import DataLoss
+
+
+def attack(text: bytes, body: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def small() -> bytes:
+    return attack(json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode(), bytes(8))
+
+
+def test_every_prefix_of_a_file_is_data_loss(tmp_path: Path) -> None:
+    whole, file = small(), tmp_path / "adapter_model.safetensors"
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(DataLoss, match="adapter_model"):
+            read_header(file)
+    file.write_bytes(whole)
+    assert read_header(file)["a"].shape == (2,)
+
+
+def test_a_header_that_is_known_is_not_parsed_again_and_vouches_for_no_other_file(tmp_path: Path, monkeypatch) -> None:
+    opened: list[Path] = []
+
+    def noted(file: Path, framework: str) -> safe_open:
+        opened.append(file)
+        return safe_open(file, framework=framework)
+
+    def read(name: str, content: bytes) -> Header:
+        (tmp_path / name).write_bytes(content)
+        return read_header(tmp_path / name)
+
+    monkeypatch.setattr(header, "safe_open", noted)
+    header._header.cache_clear()
+    whole = small()
+    first = read("first", whole)
+    assert read("like it", whole[:-1] + b"1") == first
+    assert [file.name for file in opened] == ["first"]
+    for name, content in (
+        ("cut", whole[:-1]),
+        ("longer", whole + b"0"),
+        ("other", attack(b" " + whole[8:-8], bytes(7))),
+    ):
+        with pytest.raises(DataLoss, match=name):
+            read(name, content)
+    empty = read("empty", attack(b"{}"))
+    with pytest.raises(DataLoss):
+        read("says more", attack(b"{}", length=20))
+    monkeypatch.setattr(header, "KNOWN_BYTES", 20)
+    assert (read("too long to remember", whole), read("again", attack(b"{}"))) == (first, empty)
+    assert [file.name for file in opened[-2:]] == ["says more", "too long to remember"]
+    with pytest.raises(DataLoss, match="differs where nobody looked"):
+        read("differs where nobody looked", whole.replace(b"[0, 8]", b"[0, 9]"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        attack(b"{}", length=2**63),
+        attack(b"{}", length=2**32),
+        attack(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,80]}}', bytes(8)),
+        attack(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}', bytes(8)),
+        attack(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'),
+        attack(
+            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+            bytes(12),
+        ),
+        attack(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(16)),
+        attack(b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', bytes(8)),
+        attack(b'{"a":{"dtype":"X9","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+        attack(b"\xff\xfe{}"),
+        attack(b"[" * 100_000),
+        b"PK\x03\x04 a pickle in a zip",
+    ],
+)
+def test_hostile_files_are_data_loss(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(DataLoss):
+        read_header(file)

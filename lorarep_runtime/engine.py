@@ -119,7 +119,7 @@ class Engine:
             from lorarep_runtime.kernels.cuda import limit_stack
 
             limit_stack()
-            load_kernels(self.base.norm_terms, self.base.modules, self.base.device)
+            load_kernels(self.base.norm_terms, self.base.modules, self.base.dtype, self.base.device)
             torch.cuda.synchronize(self.base.device)  # loads, on another stream, use what is kept of that
             torch.cuda.empty_cache()  # what was needed so far besides
         self.pool = self._page_pool()

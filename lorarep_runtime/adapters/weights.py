@@ -14,7 +14,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise, repeat
 from operator import sub
 from pathlib import Path
@@ -181,14 +181,74 @@ NormTerms = Callable[[Sequence[int], str, Tensor], tuple[Tensor, Tensor]]
 """`Base.norm_terms`."""
 
 
-def load_kernels(norm_terms: NormTerms, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
-    """Has the kernels for DoRA's norms loaded, for which the device stands still: before others stream.
+def load_kernels(
+    norm_terms: NormTerms, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Has the kernels that compile adapters loaded, for which the device stands still: before others stream.
 
-    A library's are those for a rank of 8, at one position and at two that share a layer; other ranks may take others.
+    A library's are those for a rank of 8, of runs of one entry, of two that share a layer and of the most; others may
+    take others.
+
+    Args:
+        shapes: (out, in) of each linear module of a layer.
+        dtype: of the activations.
     """
-    for module, (_, into) in shapes.items():
-        for ranks in (8, 16):
-            norm_terms([0], module, torch.zeros(1, ranks, into, device=device))
+    for module, shape in shapes.items():
+        form = Form(8, shape, has_c=True, has_bias=False)
+        sizes = [math.prod(shape) * torch.bfloat16.itemsize for _, shape in form.tensors]
+        *starts, entry_bytes = accumulate(sizes, initial=0)
+        for entries in (1, 2, _most_entries(form)):
+            blocks = [Block(module, range(entries), form, 0)]
+            at = [tuple(start + entry_bytes * i for start in starts) for i in range(entries)]
+            places = [_Place(1.0, (torch.bfloat16,) * len(sizes), starts) for starts in at]
+            data = torch.zeros(entries * entry_bytes, dtype=torch.uint8)
+            storage = _zeros(blocks, dtype, device)
+            _compile_run(data, places, form, blocks[0].entries(storage), partial(norm_terms, [0] * entries, module))
+            _is_finite(storage)
+
+
+def _most_entries(form: Form) -> int:
+    """Of a run."""
+    return max(1, MOST_ELEMENTS // max(math.prod(shape) for _, shape in form.tensors))
+
+
+def _is_finite(storage: Tensor) -> bool:
+    return all(extreme.isfinite() for extreme in storage.aminmax())  # NaN is both
+
+
+def _compile_run(
+    data: Tensor,
+    places: Sequence[_Place],
+    form: Form,
+    to: Entry,
+    norm_terms: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    """Reads the entries of a run, computes them in fp32 and writes them, cast.
+
+    Args:
+        data: the file's bytes.
+        to: all of them, along a first dimension.
+        norm_terms: of the layers that they are at, from their A.
+    """
+    give_way()
+    a, b, *rest = (_read(data, places, i, shape, to.A.device) for i, (_, shape) in enumerate(form.tensors))
+    scale = places[0].scale
+    if to.c is not None:
+        give_way()
+        squares, products = norm_terms(a)
+        give_way()
+        b *= scale
+        # (n, out, ranks), by rows of B: dora.py
+        change = products.mT.mul_(2).add_(b @ (a @ a.mT)).mul_(b)
+        c = rest.pop().div_(squares.add_(change.sum(2)).sqrt_())
+        give_way()
+        to.c.copy_(c)
+        to.B.copy_(b * c.unsqueeze(2))
+    else:
+        to.B.copy_(b.mul_(scale))
+    to.A.copy_(a)
+    if to.bias is not None:
+        to.bias.copy_(rest[0].mul_(scale))
 
 
 def compile_adapter(
@@ -242,34 +302,16 @@ def compile_adapter(
             progress("compile", done, len(layout))
 
     for block in blocks:
-        whole, kinds = block.entries(storage), list(block.form.tensors)
+        whole = block.entries(storage)
         found = [places[position, block.module] for position in block.positions]
-        most = MOST_ELEMENTS // max(math.prod(shape) for _, shape in kinds)
-        for run in _runs(found, max(1, most)):
-            give_way()
+        for run in _runs(found, _most_entries(block.form)):
             here = slice(run.start, run.stop)
-            a, b, *rest = (_read(data, found[here], i, shape, device) for i, (_, shape) in enumerate(kinds))
-            scale = found[run.start].scale
-            if whole.c is not None:
-                layers = [stack[position] for position in block.positions[here]]
-                give_way()
-                squares, products = norm_terms(layers, block.module, a)
-                give_way()
-                b *= scale
-                # (n, out, ranks), by rows of B: dora.py
-                change = products.mT.mul_(2).add_(b @ (a @ a.mT)).mul_(b)
-                c = rest.pop().div_(squares.add_(change.sum(2)).sqrt_())
-                give_way()
-                whole.c[here].copy_(c)
-                whole.B[here].copy_(b * c.unsqueeze(2))
-            else:
-                whole.B[here].copy_(b.mul_(scale))
-            whole.A[here].copy_(a)
+            layers = [stack[position] for position in block.positions[here]]
+            to = Entry._make(None if views is None else views[here] for views in whole)
+            _compile_run(data, found[here], block.form, to, partial(norm_terms, layers, block.module))
             tell(len(run))
-            if whole.bias is not None:
-                whole.bias[here].copy_(rest[0].mul_(scale))
     give_way()
-    if not all(extreme.isfinite() for extreme in storage.aminmax()):  # NaN is both
+    if not _is_finite(storage):
         entries = _entries(storage, blocks)
         bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
         raise FailedPrecondition(f"{FILE_PREFIX}{path(bad)}: holds NaN or infinity, or does in {dtype}")

@@ -15,11 +15,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorarep_runtime.adapters import revision
 from lorarep_runtime.adapters.header import read_header
-from lorarep_runtime.adapters.weights import Adapter, table_of
-from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
+from lorarep_runtime.adapters.revision import AdapterFiles
+from lorarep_runtime.adapters.weights import Adapter, load_kernels, table_of
+from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lorarep_runtime.kernels.rows import Entry, entry_table
@@ -150,6 +152,31 @@ def test_c_is_the_magnitude_over_the_norm(
         c = magnitude / (weight + 20 * b @ a).norm(dim=1)
         error = (entry.c.double().cpu() - c).norm() / c.norm()
         assert error < 2 * torch.finfo(engine.base.dtype).eps
+
+
+class Operations(TorchDispatchMode):
+    """What this thread has torch do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_first_load_has_no_kernel_that_was_not_loaded_at_start(quantization: str, base: Path, tmp_path: Path) -> None:
+    engine = engine_for(base, quantization, kv_bytes=1 << 20)
+    folder = save_adapter(base, tmp_path, r=4, use_dora=True, target_modules=["q_proj", "o_proj"])
+    files, served = AdapterFiles(engine.base, {}, AdapterLimits(), None), engine.base
+    checked = files.check(str(folder), None, None, None)
+    with Operations() as loaded:
+        load_kernels(served.norm_terms, served.modules, served.dtype, served.device)
+    with Operations() as used:
+        files.compile(checked, None)
+    assert used.names - loaded.names == {"aten.from_file.default"}
 
 
 def compiled(engine: Engine, name: str) -> Adapter:

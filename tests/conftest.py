@@ -1,3 +1,4 @@
+import ctypes
 import functools
 import inspect
 import os
@@ -20,18 +21,25 @@ settings.register_profile("shared", deadline=None)  # how long an example takes 
 settings.load_profile("shared")
 
 
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    # Triton's kernels run on the CPU then. Before it is imported, as conftests of folders named on the command line do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """One more than processors: what waits for servers, deadlines and grace times keeps none busy."""
     return (os.cpu_count() or 1) + 1
 
 
 def pytest_collectstart() -> None:
-    """Not where tests are only handed out, nor in what a test starts: importing torch takes seconds."""
+    """A driver is not yet a GPU. Not where tests are only handed out, nor in what a test starts: importing torch takes
+    seconds."""
     if "TRITON_INTERPRET" not in os.environ:
         import torch
 
         if not torch.cuda.is_available():
-            # Before triton is imported: its kernels run on the CPU then.
             os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,7 +26,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 OPENING = 0.003
 """Seconds for which the library keeps the interpreter when it opens a file of a thousand tensors."""
 KNOWN, KNOWN_BYTES = 16, 1 << 20
-"""Headers that are remembered, and how long they are at most: adapters of one recipe have the same."""
+"""Headers that are remembered, since adapters of one recipe have the same; and how many bytes each has at most."""
 
 Key = tuple[int, str]
 """Position, and path of a linear module inside its layer, such as "self_attn.q_proj"."""
@@ -79,21 +80,18 @@ def read_header(file: Path) -> Header:
     https://huggingface.co/docs/safetensors: the library checks the header and that it covers the file exactly.
 
     Raises:
-        DataLoss: the file is corrupt or truncated.
+        DataLoss: the file is corrupt or truncated, or becomes another one meanwhile.
     """
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            digest = hashlib.sha256(opened.read(min(length, KNOWN_BYTES))).digest()
-        start = _Start(length, digest, file.stat().st_size, file)
-        return _header(start) if length <= KNOWN_BYTES else _header.__wrapped__(start)
+        start = _Start.of(file)
+        return _header(start) if start.length <= KNOWN_BYTES else _header.__wrapped__(start)
     except (SafetensorError, OSError, ValueError) as error:
         raise DataLoss(f"{file.name}: {error}") from error
 
 
 @dataclass(frozen=True)
 class _Start:
-    """All that the library looks at when it opens a file."""
+    """All that a header is taken from."""
 
     length: int
     """Of the header, in bytes."""
@@ -102,6 +100,13 @@ class _Start:
     size: int
     """The file's."""
     file: Path = field(compare=False)
+
+    @classmethod
+    def of(cls, file: Path) -> _Start:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            digest = hashlib.sha256(opened.read(min(length, KNOWN_BYTES))).digest()
+            return cls(length, digest, os.fstat(opened.fileno()).st_size, file)
 
 
 @lru_cache(KNOWN)
@@ -114,7 +119,9 @@ def _header(start: _Start) -> Header:
             piece = opened.get_slice(name)
             info = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
             header[name] = infos.setdefault(info, info)  # few differ, and the garbage collector looks at all there are
-        return header
+    if _Start.of(start.file) != start:  # the library has opened the path anew
+        raise DataLoss(f"{start.file.name}: is not what it was a moment ago")
+    return header
 
 
 def check(

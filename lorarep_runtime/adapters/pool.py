@@ -44,7 +44,7 @@ class AdapterInfo:
     repository: str
     commit: str
     digest: str
-    """SHA-256 of the weights file."""
+    """SHA-256 of the weights file; empty while it is being computed."""
     stack: Stack
     kind: str
     """"lora" or "dora"."""
@@ -235,7 +235,7 @@ class AdapterPool:
                 self._give_name(item)
             finally:
                 self.tiers.let_go(item)
-            return self._info(item)
+            return self._info(item, item.digest)
 
     def check_allowed(self, name: str, source: str, trusted: bool) -> None:
         """Whether `load` may be asked for that; asks nobody.
@@ -328,7 +328,7 @@ class AdapterPool:
         with self._changed:
             if name not in self._named:
                 raise NotFound(f"adapter: {name!r} is not loaded")
-            return self._info(self._named[name])
+            return self._info(self._named[name], self._named[name].known_digest)
 
     def __contains__(self, name: str) -> bool:
         """Whether an adapter has the name."""
@@ -338,7 +338,8 @@ class AdapterPool:
     def list(self) -> list[AdapterInfo]:
         """All that have a name, in its order."""
         with self._changed:
-            return [self._info(self._named[name]) for name in sorted(self._named)]
+            named = [self._named[name] for name in sorted(self._named)]
+            return [self._info(item, item.known_digest) for item in named]
 
     def held_bytes(self) -> dict[str, int]:
         """Device bytes of each adapter and mix; what requests hold of adapters without a name is under "(leaving)"."""
@@ -390,7 +391,7 @@ class AdapterPool:
                 if part.stack != walked:
                     other = "stack" if named else f"adapter {names[0]!r}"
                     raise InvalidArgument(f"adapters: {name!r} is for another stack than the {other}")
-            tokenizer, infos = parts[0].tokenizer(), tuple(map(self._info, parts))
+            tokenizer, infos = parts[0].tokenizer(), tuple(self._info(part, part.digest) for part in parts)
             key = tuple((part, weight) for part, (_, weight) in zip(parts, adapters, strict=True))
             whole = self._whole(key)
             try:
@@ -444,12 +445,12 @@ class AdapterPool:
             self.tiers.name(self._mixes.pop(mixed.parts), False)
 
     @staticmethod
-    def _info(item: Revision) -> AdapterInfo:
+    def _info(item: Revision, digest: str) -> AdapterInfo:
         return AdapterInfo(
             name=item.name,
             repository=item.repository,
             commit=item.commit,
-            digest=item.digest,
+            digest=digest,
             stack=item.stack,
             kind=item.kind,
             rank=item.rank,

@@ -148,6 +148,12 @@ class Revision(Resident):
         """SHA-256 of the weights file, in hexadecimal. Waits for it, if the files have just been found."""
         return self._digest.result()
 
+    @property
+    def known_digest(self) -> str:
+        """As `digest`, without a wait: empty where there is none yet."""
+        computed = self._digest.done() and self._digest.exception() is None
+        return self._digest.result() if computed else ""
+
     def is_same(self, checked: Checked) -> bool:
         """Whether files are those of this revision."""
         snapshot = checked.snapshot

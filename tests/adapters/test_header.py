@@ -66,6 +66,18 @@ def test_a_header_that_is_known_is_not_parsed_again_and_vouches_for_no_other_fil
         read("differs where nobody looked", whole.replace(b"[0, 8]", b"[0, 9]"))
 
 
+def test_a_file_that_becomes_another_while_it_is_read_is_not_remembered(tmp_path: Path, monkeypatch) -> None:
+    whole, file = small(), tmp_path / "first"
+    file.write_bytes(whole)
+    header._header.cache_clear()
+    with monkeypatch.context() as replaced:
+        replaced.setattr(header, "give_way", lambda _: file.write_bytes(whole.replace(b"F32", b"I32")))
+        with pytest.raises(DataLoss, match="first"):
+            read_header(file)
+    file.write_bytes(whole)
+    assert read_header(file)["a"].dtype == "F32"
+
+
 @pytest.mark.parametrize(
     "content",
     [

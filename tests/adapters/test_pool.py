@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lorarep_runtime.adapters import pool
+from lorarep_runtime.adapters import pool, revision
+from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import PermissionDenied
 from lorarep_runtime.request import Event, Finished
@@ -76,6 +78,28 @@ def test_steps_go_on_while_an_adapter_is_compiled(
         assert "late" not in {info.name for info in engine.adapters.list()}
         gate.open.set()
         assert loading.result().tier == "device"
+
+
+def test_steps_go_on_while_a_file_is_hashed_and_somebody_asks_what_there_is(
+    base: Path, adapters: dict[str, Path], hub: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("org/two", adapters["two"])
+    limits = AdapterLimits(allow_repositories=("org/*",))
+    engine = engine_for(base, adapters={"one": adapters["one"]}, limits=limits, cache_dir=tmp_path, kv_bytes=4 << 20)
+    gate = Gate(revision.file_digest)
+    monkeypatch.setattr(revision, "file_digest", gate)
+    with ThreadPoolExecutor(2) as threads:
+        leasing = threads.submit(engine.adapters.lease, [("org/two", 1.0)])
+        assert gate.reached.wait(60)
+        while "org/two" not in engine.adapters:
+            time.sleep(0.001)
+        listing = threads.submit(engine.adapters.list)
+        answer_beside(engine, gate)
+        assert [(info.name, len(info.digest)) for info in listing.result(60)] == [("one", 64), ("org/two", 0)]
+        gate.open.set()
+        lease = leasing.result()
+    assert len(engine.adapters.get("org/two").digest) == 64
+    lease.release()
 
 
 def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

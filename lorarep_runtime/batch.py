@@ -67,6 +67,7 @@ class Batch:
             at = walked[stack]
             pages = span.table.pages[:, : pages_of(span.length)]
             tables[at, i, : pages.shape[1]] = pages
+            tables[at, i, pages.shape[1] :] = pages[:, -1:]  # no other's, which may have NaN
             place = np.arange(span.context, span.length)
             slots[at, self.starts[i] : self.starts[i + 1]] = (
                 pages[:, place // PAGE_TOKENS] * PAGE_TOKENS + place % PAGE_TOKENS

@@ -13,7 +13,7 @@ from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.staging import moved
 
 WIPED = 4096
-"""Pages at a time: not all between two steps, and not some for each sequence."""
+"""Pages that are wiped at a time: not all between two steps, and not a few for each sequence."""
 
 
 class PagePool:
@@ -24,10 +24,10 @@ class PagePool:
         shape = (pages + 1, PAGE_TOKENS, kv_heads, head_dim)
         self.key_pages = torch.zeros(shape, dtype=dtype, device=device)
         self.value_pages = torch.zeros(shape, dtype=dtype, device=device)
-        self._free = list(range(pages - 1, -1, -1))
-        """Whose values are zeros."""
+        self._wiped = list(range(pages - 1, -1, -1))
+        """Free, and zeros."""
         self._stale: list[int] = []
-        """Free as well."""
+        """Free, with what was left there."""
         self.total = pages
         self.spare_slot = pages * PAGE_TOKENS
         """Where keys and values go that nobody will read, as page · page_tokens + offset."""
@@ -39,7 +39,7 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        return len(self._free) + len(self._stale)
+        return len(self._wiped) + len(self._stale)
 
     @property
     def used(self) -> int:
@@ -62,20 +62,23 @@ class PagePool:
 
     def take(self, count: int) -> NDArray[np.int64]:
         """Takes `count` free pages; the caller has checked that there are as many."""
-        if count > len(self._free):
-            self._wipe(max(count - len(self._free), WIPED))
-        pages = np.array(self._free[len(self._free) - count :], dtype=np.int64)
-        del self._free[len(self._free) - count :]
+        if count > len(self._wiped):
+            self._wipe(max(count - len(self._wiped), WIPED))
+        pages = np.array(self._wiped[len(self._wiped) - count :], dtype=np.int64)
+        del self._wiped[len(self._wiped) - count :]
         return pages
 
     def give(self, pages: NDArray[np.int64]) -> None:
         self._stale.extend(pages.ravel().tolist())
 
     def _wipe(self, count: int) -> None:
-        """What no token has been written to is read with weight 0, and 0 times what was left there may be NaN."""
+        """Fills stale pages with zeros. What no token has been written to is read all the same, under a mask, and a
+        mask leaves NaN: in a score, and in a value with the weight 0."""
         wiped = self._stale[-count:]
-        self.value_pages.index_fill_(0, moved(torch.from_numpy(np.array(wiped)), self.value_pages.device), 0)
-        self._free += wiped
+        pages = moved(torch.from_numpy(np.array(wiped)), self.key_pages.device)
+        for tensor in self.tensors:
+            tensor.index_fill_(0, pages, 0)
+        self._wiped += wiped
         del self._stale[-count:]
 
 

@@ -203,6 +203,8 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         sequence.table.release()
+        # Another one: by it a decoder knows whose pages it has taken note of.
+        sequence.table = PageTable(self.pool, sequence.table.depth)
         sequence.computed = 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1

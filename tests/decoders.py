@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,27 +16,30 @@ from lorarep_runtime.flight import Flights
 
 
 class LayerDecoder:
-    """`decode.Decoder`'s contract over the base's own layers: it knows what it was told, feeds its own tokens to the
-    next step, and overwrites its results there."""
+    """`decode.Decoder`'s contract over the base's own layers: it knows what it was told, takes note of new pages
+    alone where sequences go on, feeds its own tokens to the next step, and overwrites its results there."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._tokens = torch.zeros(16, dtype=torch.int64)
         self._logits = torch.zeros(16, engine.base.vocab_size)
         self._spans: list[Span] = []
+        self._said: list[Span] = []
         self._tables: list[PageTable] = []
         self.steps = self.told = 0
 
     def set_rows(self, spans: Sequence[Span]) -> None:
         self.told += 1
-        self._spans = list(spans)
-        self._tables = [PageTable(self._engine.pool, len(span.stack)) for span in spans]
+        if [(span.table, span.context) for span in spans] != [(span.table, span.length) for span in self._said]:
+            self._tables = [PageTable(self._engine.pool, len(span.stack)) for span in spans]
+        self._spans = self._said = list(spans)
         self._tokens[: len(spans)] = torch.tensor([token for span in spans for token in span.tokens])
         self.set_pages()
 
     def set_pages(self) -> None:
         for table, span in zip(self._tables, self._spans, strict=True):
-            table.pages = span.table.pages.copy()
+            new = span.table.pages[:, table.pages.shape[1] :]
+            table.pages = np.concatenate([table.pages, new], axis=1)
 
     def step(self) -> tuple[Tensor, Tensor]:
         self.steps += 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorarep_runtime.engine import Answer, Engine
 from lorarep_runtime.errors import (
@@ -177,10 +178,25 @@ def test_nothing_of_an_answer_is_in_the_next_ones_that_have_its_pages(base: Path
     number = engine.submit(greedy(), engine.adapters.lease([]), lambda event: None)
     engine.step()
     (sequence,) = engine.scheduler.running
-    engine.pool.value_pages[sequence.table.pages.ravel()] = torch.nan
+    for pages in engine.pool.tensors:
+        pages[sequence.table.pages.ravel()] = torch.nan
     engine.cancel(number)
     assert not engine.step()
     assert engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens == before
+
+
+def test_an_answer_that_overflows_spoils_none_beside_it_and_none_after_it(base: Path, tmp_path: Path) -> None:
+    folder = save_adapter(base, tmp_path, r=4, target_modules=["k_proj", "v_proj"])
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
+    engine = engine_for(base, adapters={"huge": folder}, kv_bytes=512 << 10)
+    asked = [greedy(PROMPT[:5], 20), greedy(PROMPT + PROMPT, 20)]
+    alone = [engine.generate([(request, engine.adapters.lease([]))])[0].tokens for request in asked]
+    huge = (greedy(new_tokens=60), engine.adapters.lease([("huge", 1.0)]))
+    beside = engine.generate([huge, *((request, engine.adapters.lease([])) for request in asked)])
+    assert any(pages.isnan().any() for pages in engine.pool.tensors)
+    after = engine.generate([(request, engine.adapters.lease([])) for request in asked])
+    assert [answer.tokens for answer in beside[1:]] == [answer.tokens for answer in after] == alone
 
 
 def test_a_deadline_ends_running_and_waiting_requests_before_the_next_step(

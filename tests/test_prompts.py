@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,26 @@ def test_streams_do_not_take_pages_from_a_pass(base: Path) -> None:
     assert engine.stats().preemptions
     assert older.tokens == younger.tokens == alone(base, request)
     assert last.tokens == alone(base, replace(request, prompt=PROMPT[:17]))
+
+
+@pytest.mark.usefixtures("slices")
+def test_a_stream_that_gave_its_pages_back_reads_the_new_ones(base: Path) -> None:
+    """To a decoder it looks like one that goes on: it is as long again as it was, and nobody else has decoded since."""
+    request = greedy(new_tokens=40)
+    engine = engine_for(base, kv_bytes=4 * LAYERS * PAGE, max_step_tokens=32)
+    with_decoder(engine)
+    stream = Caller(engine, request)
+    engine.step()
+    (sequence,) = engine.scheduler.running
+    while sequence.computed < 31:
+        engine._landed = -math.inf  # no page is taken before it is wanted
+        engine.step()
+    Caller(engine, replace(greedy(new_tokens=1), prompt=tuple(range(30))))
+    while engine._busy:
+        engine._landed = -math.inf
+        engine.step()
+    assert engine.stats().preemptions == 1
+    assert stream.tokens == alone(base, request)
 
 
 @pytest.mark.usefixtures("slices")

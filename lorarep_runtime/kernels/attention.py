@@ -106,8 +106,9 @@ def paged_attention(
 
     Args:
         queries: (sequences, rows, heads, head_dim), the last `rows` tokens of each.
-        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim); values must be finite wherever a table points.
-        tables: (sequences, n) int64, the pages of each sequence in order; entries beyond its length may be any page.
+        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim); finite wherever a table points, or what is
+            computed for that sequence is not.
+        tables: (sequences, n) int64, the pages of each sequence in order; beyond its length any of them.
         lengths: (sequences) int64, tokens of each sequence, queries included.
         scale: multiplies q · k.
         window: tokens that a query sees, itself included; None is all.

@@ -287,8 +287,8 @@ class Decoder:
         """Launches a step for the rows' tokens, each one longer than the last.
 
         Returns:
-            (rows) int64, the likeliest next tokens, which the next step takes; and their logits (rows, vocab) in fp32.
-            Both are overwritten by the next step.
+            (rows) int64, the likeliest next tokens, which the next step takes, or what has been written there
+            meanwhile; and logits (rows, vocab) in fp32. Both are overwritten by the next step.
         """
         rows, ranks, splits = self._graph.shape
         if splits != (now := self._splits(rows, self._longest)):

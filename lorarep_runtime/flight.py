@@ -12,7 +12,7 @@ from torch import Tensor
 from lorarep_runtime.base import Base
 from lorarep_runtime.cache import PagePool
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.sampling import Sampled, is_plain, sample
+from lorarep_runtime.sampling import Sampled, choose, is_greedy, is_plain, sample
 from lorarep_runtime.scheduler import Scheduler, Sequence
 from lorarep_runtime.stopwatch import Stopwatch
 
@@ -27,18 +27,28 @@ AHEAD = PAGE_TOKENS // 2
 class Flight:
     """A decoding step that has been launched and not been read."""
 
-    def __init__(self, sequences: Seq[Sequence], launch: Callable[[], tuple[Tensor, Tensor]], device: torch.device):
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        launch: Callable[[], tuple[Tensor, Tensor]],
+        device: torch.device,
+        *,
+        unread: int,
+    ) -> None:
         """
         Args:
             launch: as `Decoder.step`.
+            unread: how many steps of these sequences have been launched and not been read.
         """
         self.sequences = sequences
         self._ended: list[Sequence] = []
         self.is_plain = all(is_plain(s.sampler) and s.request.logprobs is None for s in sequences)
-        """Whether the likeliest tokens are all that is wanted."""
+        """Whether its tokens are chosen without a look at those before, and are all that is wanted."""
         self._watch = Stopwatch(device)
         tokens, self._logits = launch()
         if self.is_plain:
+            if not all(is_greedy(s.sampler) for s in sequences):
+                tokens.copy_(choose(self._logits, [s.sampler for s in sequences], unread=unread))
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
             self._tokens.copy_(tokens, non_blocking=True)
         self._watch.stop()
@@ -91,7 +101,7 @@ class Flights:
         """Launches a step for sequences that decode."""
         assert self.decoder is not None
         self.decoder.set_rows([sequence.span(1) for sequence in sequences])
-        return self._launch(sequences)
+        return self._launch(sequences, unread=0)
 
     def go_on(self, flight: Flight, *, at_leisure: bool = False) -> Flight | None:
         """Launches the next step of the same rows before the tokens of this one are read, if it can be.
@@ -99,7 +109,7 @@ class Flights:
         Args:
             at_leisure: whether there is time to take pages before they are wanted, so that later steps need not.
         """
-        return self._launch(flight.sequences) if self._may_go_on(flight.sequences, at_leisure) else None
+        return self._launch(flight.sequences, unread=1) if self._may_go_on(flight.sequences, at_leisure) else None
 
     def _may_go_on(self, sequences: Seq[Sequence], at_leisure: bool) -> bool:
         """Whether they are all that would be scheduled; takes the pages that their next tokens want."""
@@ -115,9 +125,9 @@ class Flights:
         self.decoder.set_pages()
         return True
 
-    def _launch(self, sequences: Seq[Sequence]) -> Flight:
+    def _launch(self, sequences: Seq[Sequence], *, unread: int) -> Flight:
         assert self.decoder is not None
-        flight = Flight(sequences, self.decoder.step, self._scheduler.pool.key_pages.device)
+        flight = Flight(sequences, self.decoder.step, self._scheduler.pool.key_pages.device, unread=unread)
         for sequence in sequences:
             sequence.computed += 1
         return flight

@@ -49,9 +49,10 @@ class SamplerState:
         self.counts[token] = self.counts.get(token, 0) + 1
         self.new_tokens += 1
 
-    def uniform(self) -> float:
-        """The next token's random number in [0, 1), a function of seed and place alone (Salmon et al., 2011)."""
-        return float(np.random.Generator(np.random.Philox(key=self.seed, counter=self.new_tokens)).random())
+    def uniform(self, unread: int = 0) -> float:
+        """The random number in [0, 1) of the token after the next `unread` ones, a function of seed and place alone
+        (Salmon et al., 2011)."""
+        return float(np.random.Generator(np.random.Philox(key=self.seed, counter=self.new_tokens + unread)).random())
 
 
 def validate(request: Request, vocab_size: int) -> None:
@@ -103,22 +104,31 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         One for each row. The order of processing is that of `transformers`: penalties, end tokens that may not come
         yet, temperature, top-k, top-p, min-p. A row's result does not depend on the others.
     """
-    chosen = logits.argmax(-1)
-    if others := [i for i, state in enumerate(states) if not is_plain(state)]:
-        rows = moved(torch.tensor(others), logits.device)
-        chosen.index_copy_(0, rows, _choose(logits.index_select(0, rows), [states[i] for i in others]))
-    tokens = chosen.tolist()  # waits for the device, as log-probabilities do, where they are asked for
+    tokens = choose(logits, states).tolist()  # waits for the device, as log-probabilities do, where they are asked for
     return [Sampled(token, _logprob(logits[i], token, states[i].request)) for i, token in enumerate(tokens)]
 
 
+def choose(logits: Tensor, states: Sequence[SamplerState], *, unread: int = 0) -> Tensor:
+    """As `sample`, without a wait for the device: (rows) int64.
+
+    Args:
+        unread: how many tokens of each row have been chosen of which its state does not know. Of plain rows alone.
+    """
+    chosen = logits.argmax(-1)
+    if others := [i for i, state in enumerate(states) if not is_greedy(state)]:
+        rows = moved(torch.tensor(others), logits.device)
+        chosen.index_copy_(0, rows, _choose(logits.index_select(0, rows), [states[i] for i in others], unread))
+    return chosen
+
+
 def is_plain(state: SamplerState) -> bool:
+    """Whether the next token depends on nothing but its logits and a random number."""
+    return not _has_penalty(state.request.sampling) and not _must_go_on(state.request.stopping, state)
+
+
+def is_greedy(state: SamplerState) -> bool:
     """Whether the likeliest token is the one."""
-    request = state.request
-    return (
-        request.sampling.temperature == 0
-        and not _has_penalty(request.sampling)
-        and not _must_go_on(request.stopping, state)
-    )
+    return is_plain(state) and state.request.sampling.temperature == 0
 
 
 def _has_penalty(sampling: Sampling) -> bool:
@@ -129,8 +139,8 @@ def _must_go_on(stopping: Stopping, state: SamplerState) -> bool:
     return state.new_tokens < stopping.min_new_tokens
 
 
-def _choose(scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    """(rows) int64, the next tokens for logits (rows, vocab), which are used up. Does not wait for the device."""
+def _choose(scores: Tensor, states: Sequence[SamplerState], unread: int) -> Tensor:
+    """As `choose`; the logits are used up."""
     device = scores.device
     for row, state in zip(scores, states, strict=True):
         if _has_penalty(state.request.sampling):
@@ -143,7 +153,8 @@ def _choose(scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
         return greedy
 
     # All of them in one copy: float64 holds each exactly.
-    parameters = torch.tensor([_parameters(state, scores.shape[1]) for state in states], dtype=torch.float64)
+    rows = [_parameters(state, scores.shape[1], unread) for state in states]
+    parameters = torch.tensor(rows, dtype=torch.float64)
     temperature, last, top_p, min_p, uniform = moved(parameters, device).T.unsqueeze(2)
     # Temperatures near 0 would overflow; the difference to the largest score cannot.
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature.float()
@@ -162,11 +173,11 @@ def _choose(scores: Tensor, states: Sequence[SamplerState]) -> Tensor:
     return torch.where(temperature.squeeze(1) > LEAST_TEMPERATURE, drawn, greedy)
 
 
-def _parameters(state: SamplerState, vocab: int) -> tuple[float, ...]:
+def _parameters(state: SamplerState, vocab: int, unread: int) -> tuple[float, ...]:
     """Temperature, index of the last of top-k, top-p, min-p, random number."""
     s = state.request.sampling
     top_k, top_p = s.top_k or vocab, s.top_p if s.top_p < 1 else math.inf
-    return max(s.temperature, LEAST_TEMPERATURE), min(top_k, vocab) - 1, top_p, s.min_p, state.uniform()
+    return max(s.temperature, LEAST_TEMPERATURE), min(top_k, vocab) - 1, top_p, s.min_p, state.uniform(unread)
 
 
 def _penalize(scores: Tensor, state: SamplerState) -> None:

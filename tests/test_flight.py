@@ -13,7 +13,7 @@ import pytest
 from lorarep_runtime.cache import pages_of
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import Cancelled, EngineFailure
-from lorarep_runtime.request import Event, Output, Request, Stopping
+from lorarep_runtime.request import Event, Output, Request, Sampling, Stopping
 from tests.decoders import with_decoder
 from tests.engines import PROMPT, assert_nothing_held, engine_for, greedy, sampled
 from tests.models import save_adapter, save_base
@@ -78,6 +78,17 @@ def test_a_step_is_launched_before_the_last_is_read_and_none_past_the_end(base: 
         pass
     # The first token is the prompt's; the last event is the end.
     assert launched == [0, 2, 3, 4, 5, 5, 5]
+    assert decoder.told == 1
+
+
+def test_rows_that_sample_are_in_flight_too(base: Path) -> None:
+    hot = Sampling(temperature=1.5, top_k=50, top_p=0.97, min_p=0.01)
+    asked = [replace(greedy(PROMPT[: 5 + seed]), sampling=replace(hot, seed=seed)) for seed in range(3)] + [greedy()]
+    one_by_one, ahead = (engine_for(base) for _ in range(2))
+    decoder = with_decoder(ahead)
+    answers = [engine.generate((r, engine.adapters.lease([])) for r in asked) for engine in (one_by_one, ahead)]
+    assert [a.tokens for a in answers[1]] == [a.tokens for a in answers[0]]
+    assert len(set(answers[0][0].tokens)) > 10
     assert decoder.told == 1
 
 

@@ -131,8 +131,8 @@ class Engine:
         self._pass: Pass | None = None
         """Over prompts, under way."""
         self._pace = Pace()
-        self._landed = 0.0
-        """`time.perf_counter` when a step was last waited for."""
+        self._began = 0.0
+        """`time.perf_counter` when the device has begun the last step, about: there are few things to do in between."""
         self._failures = 0
         """Of forward passes, since one has worked."""
         self.failure: Exception | None = None
@@ -327,18 +327,27 @@ class Engine:
         chosen = self.scheduler.schedule()
         while self.scheduler.failed:
             self._end(*self.scheduler.failed.pop())
+        decoding, rest = self._flights.divide(chosen)
+        if not decoding:
+            interpreter.release()  # no stream waits, and prompts take long
         if not chosen and self._pass is None:
             return False
         if chosen:
             self._count([sequence for sequence, _ in chosen])
-        decoding, rest = self._flights.divide(chosen)
-        flight = self._guarded(decoding, lambda: self._flights.launch(decoding)) if decoding else None
+        if decoding:
+            self._launch(decoding)
+        self._advance_prompts(rest)
+        return True
+
+    def _launch(self, sequences: Seq[Sequence]) -> None:
+        """A step for sequences that decode, of which none is under way; where the next one needs its tokens, to its
+        end."""
+        flight = self._guarded(sequences, lambda: self._flights.launch(sequences))
+        self._began = time.perf_counter()
         if flight is not None and flight.is_plain:
             self._flights.under_way = flight
         elif flight is not None:
-            self._emit_all(self._guarded(decoding, flight.sampled))
-        self._advance_prompts(rest)
-        return True
+            self._take(flight)
 
     def _advance_prompts(self, chosen: Seq[tuple[Sequence, int]] = ()) -> None:
         """Begins a pass over prompts or goes on with the one under way: all of it, or a slice where others decode."""
@@ -372,20 +381,30 @@ class Engine:
         """Emits the tokens of a step that was launched; if the same rows go on, their next step is launched before."""
         flights, sequences = self._flights, flight.sequences
         flights.under_way = None
-        step = (self._pace.decoding or math.inf) / 1e3
-        at_leisure = time.perf_counter() < self._landed + step / 4  # not where the processor is slow for a while
+        # Only early in a step: a processor that is slow for a while is not asked for more.
+        at_leisure = time.perf_counter() < self._began + self._step_seconds / 4
         next_flight = self._guarded(sequences, lambda: flights.go_on(flight, at_leisure=at_leisure))
         if next_flight is not None:
             self._count(sequences)
             flights.under_way = next_flight
-        interpreter.release(self._landed + step)
-        sampled = self._guarded(sequences, flight.sampled)
+        self._take(flight)
+        flight.give_back()
+
+    @property
+    def _step_seconds(self) -> float:
+        """What a decoding step takes; infinity before there was one."""
+        return (self._pace.decoding or math.inf) / 1e3
+
+    def _take(self, flight: Flight) -> None:
+        """Waits for the tokens of a step and emits them. Meanwhile others have the interpreter, and then not before
+        the next wait, unless nobody is left."""
+        interpreter.release(self._began + self._step_seconds)
+        sampled = self._guarded(flight.sequences, flight.sampled)
         interpreter.claim()
-        self._landed = time.perf_counter()
+        self._began = time.perf_counter()
         self._emit_all(sampled)
         self._pace.decoding = flight.milliseconds
-        flight.give_back()
-        if next_flight is None:
+        if not self.scheduler.running:
             interpreter.release()
 
     def _count(self, sequences: Seq[Sequence]) -> None:

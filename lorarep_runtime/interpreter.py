@@ -38,13 +38,13 @@ def switch_often() -> None:
 
 
 def claim() -> None:
-    """The step thread is at work from now on."""
+    """Streams wait for what the step thread is at from now on."""
     global _until
     _until = -math.inf
 
 
 def release(until: float = math.inf) -> None:
-    """It waits for the device, until about then, or has nothing to do."""
+    """It waits for the device, until about then, or no stream waits for it."""
     global _until
     with _released:
         _until = until

@@ -103,16 +103,14 @@ def test_rows_that_are_not_plain_are_read_before_their_next_step(base: Path) -> 
     assert [launched.count(steps) for steps in range(4)] == [2, 2, 2, 4]
 
 
-@pytest.mark.parametrize(("landed", "early"), [(-math.inf, []), (math.inf, [26, 27, 28, 29, 30, 31, 32])])
-def test_where_there_is_time_pages_are_taken_before_they_are_wanted(
-    base: Path, landed: float, early: list[int]
-) -> None:
+@pytest.mark.parametrize(("began", "early"), [(-math.inf, []), (math.inf, [26, 27, 28, 29, 30, 31, 32])])
+def test_where_there_is_time_pages_are_taken_before_they_are_wanted(base: Path, began: float, early: list[int]) -> None:
     engine = engine_for(base)
     with_decoder(engine)
     submit(engine, greedy(PROMPT, new_tokens=29), lambda event: None)  # of which 48 are computed: three pages
     more: list[int] = []
     while engine.step():
-        engine._landed = landed
+        engine._began = began
         for sequence in engine.scheduler.running:
             if sequence.table.pages.shape[1] > pages_of(sequence.computed):
                 more.append(sequence.computed)
@@ -127,10 +125,10 @@ def test_where_few_pages_are_left_none_is_taken_before_it_is_wanted(base: Path) 
     engine.step()
     first, second = engine.scheduler.running
     while first.computed < 32:
-        engine._landed = -math.inf
+        engine._began = -math.inf
         engine.step()
     engine.pool.take(engine.pool.free - first.table.depth)
-    engine._landed = math.inf
+    engine._began = math.inf
     engine.step()
     assert (first.computed, first.table.pages.shape[1], second.table.pages.shape[1]) == (33, 3, 2)
     assert decoder.told == 1

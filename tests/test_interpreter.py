@@ -5,15 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lorarep_runtime import interpreter
+from lorarep_runtime.flight import Flight
+from lorarep_runtime.request import Request, Sampling
 from lorarep_runtime.stopwatch import Stopwatch
 from tests.decoders import with_decoder
-from tests.engines import engine_for, greedy
+from tests.engines import engine_for, greedy, sampled
 from tests.models import save_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("qwen2", tmp_path_factory.mktemp("interpreter") / "base")
 
 
 @pytest.fixture(autouse=True)
@@ -73,18 +81,45 @@ def test_a_step_thread_that_is_long_at_something_is_not_waited_for() -> None:
     interpreter.give_way()
 
 
-def test_a_step_is_at_work_when_it_emits_and_not_when_it_waits_for_the_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, would_wait: Callable[[], bool]
+KINDS = {
+    "greedy": greedy(new_tokens=4),
+    "drawn": replace(greedy(new_tokens=4), sampling=Sampling(temperature=1)),
+    "with a penalty": sampled(1, new_tokens=4),
+    "with log-probabilities": replace(greedy(new_tokens=4), logprobs=1),
+}
+
+
+@pytest.mark.parametrize("request_", KINDS.values(), ids=KINDS)
+def test_streams_have_the_interpreter_but_where_they_wait_for_the_device(
+    base: Path, monkeypatch: pytest.MonkeyPatch, would_wait: Callable[[], bool], request_: Request
 ) -> None:
-    engine = engine_for(save_base("qwen2", tmp_path / "base"))
+    engine = engine_for(base)
     with_decoder(engine)
     monkeypatch.setattr(Stopwatch, "milliseconds", 60e3)
     waiting, emitting = [], []
-    monkeypatch.setattr(Stopwatch, "wait", lambda _: waiting.append(would_wait()))
-    engine.submit(greedy(new_tokens=4), engine.adapters.lease([]), lambda event: emitting.append(would_wait()))
+    read = Flight.sampled
+    monkeypatch.setattr(Flight, "sampled", lambda flight: waiting.append(would_wait()) or read(flight))
+    engine.submit(request_, engine.adapters.lease([]), lambda event: emitting.append(would_wait()))
     while engine.step():
         pass
     assert waiting == [False] * 3
     # The prompt's token, then those of steps, the last one's with the end.
     assert emitting == [False, True, True, True, True]
+    assert not would_wait()
+
+
+@pytest.mark.parametrize("request_", KINDS.values(), ids=KINDS)
+def test_a_stream_that_is_cancelled_leaves_the_interpreter_to_others(
+    base: Path, monkeypatch: pytest.MonkeyPatch, would_wait: Callable[[], bool], request_: Request
+) -> None:
+    engine = engine_for(base)
+    with_decoder(engine)
+    monkeypatch.setattr(Stopwatch, "milliseconds", 60e3)
+    number = engine.submit(request_, engine.adapters.lease([]), lambda event: None)
+    for _ in range(3):
+        engine.step()
+    assert would_wait()
+    engine.cancel(number)
+    while engine.step():
+        pass
     assert not would_wait()

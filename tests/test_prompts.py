@@ -170,11 +170,11 @@ def test_a_stream_that_gave_its_pages_back_reads_the_new_ones(base: Path) -> Non
     engine.step()
     (sequence,) = engine.scheduler.running
     while sequence.computed < 31:
-        engine._landed = -math.inf  # no page is taken before it is wanted
+        engine._began = -math.inf  # no page is taken before it is wanted
         engine.step()
     Caller(engine, replace(greedy(new_tokens=1), prompt=tuple(range(30))))
     while engine._busy:
-        engine._landed = -math.inf
+        engine._began = -math.inf
         engine.step()
     assert engine.stats().preemptions == 1
     assert stream.tokens == alone(base, request)

@@ -103,6 +103,8 @@ class Decoder:
         self._spans: list[Span] = []
         self._known_pages: list[int] = []
         """By row, how many pages of each position the device has."""
+        self._longest = 0
+        """Tokens of the longest sequence in the next step."""
         self._plan: Plan
         self._graph: Graph
         self._graphs: OrderedDict[tuple[Plan, Shape], Graph] = OrderedDict()
@@ -219,6 +221,7 @@ class Decoder:
 
     def set_rows(self, spans: Sequence[Span]) -> None:
         """Says what the next step is for: the next token of each span, which has one."""
+        self._longest = max(span.length for span in spans)
         if [(span.table, span.context) for span in spans] == [(span.table, span.length) for span in self._spans]:
             # The same sequences go on. Their lengths are right: each step adds to them.
             self._spans = list(spans)
@@ -273,11 +276,6 @@ class Decoder:
         self._put(self._graph.tables[: len(tables), : shape[0], : shape[1]], whole)
         self._known_pages = [pages.shape[1] for pages in tables]
 
-    @property
-    def _longest(self) -> int:
-        """Tokens that the pages of the longest sequence hold."""
-        return max(span.table.pages.shape[1] for span in self._spans) * PAGE_TOKENS
-
     @staticmethod
     def _put(to: Tensor, values: Any) -> None:
         # In the stream's order: the step in flight still reads what was there before.
@@ -295,6 +293,7 @@ class Decoder:
             positions, self._graph = self._graph.positions, self._graph_for(self._plan, Shape(rows, ranks, now))
             self._graph.positions.copy_(positions)
         self._graph.replay()
+        self._longest += 1
         return self._tokens[: len(self._spans)], self._logits[: len(self._spans)]
 
     def prefill(self, batch: Batch) -> Prefill:

@@ -1,7 +1,7 @@
 """What running streams notice of others, through the whole engine: prompts, loads, adapters that come and go, length.
 
     python benchmarks/beside.py [--quantization nf4] [--parts prompt,loads,long,zipf] [--streams 8] [--adapters 1000]
-        [--json FILE] [--folder DIR] [--layers 32] [--device cuda]
+        [--temperature 0] [--name beside] [--json FILE] [--folder DIR] [--layers 32] [--device cuda]
 
 The base has Mistral-7B's shape and random weights, each stream its own LoRA of rank 8 on a stack of twice its depth:
 
@@ -13,7 +13,7 @@ The base has Mistral-7B's shape and random weights, each stream its own LoRA of 
 - tokens a second where requests draw from so many adapters of that size by Zipf's law, of which 64 fit on the device
   and the others are in host memory, beside the same requests over half of those that fit.
 
-`--device cpu` does all of it with a small base.
+At a `--temperature` the streams' tokens are drawn. `--device cpu` does all of it with a small base.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.decode import add_temperature
 from benchmarks.floor import copy_bandwidth, token_bytes
 from benchmarks.goals import Figures, add_figure_options
 from benchmarks.models import DEEP, Files, add_file_options
@@ -52,6 +53,8 @@ def main() -> None:
     add_file_options(parser)
     add_figure_options(parser)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--name", default="beside", help="Of the figures in the file.")
+    add_temperature(parser)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=600)
     parser.add_argument("--adapters", type=int, default=1000)
@@ -97,10 +100,10 @@ class Run:
         self.engine.adapters.load(name, str(self.files.adapter(kind, number)), trusted=True)
 
     def put(self, name: str, **numbers: Any) -> None:
-        self.figures.put(f"{self.options.quantization}/beside/{name}", **numbers)
+        self.figures.put(f"{self.options.quantization}/{self.options.name}/{name}", **numbers)
 
     def beside(self, work: Callable[[], object]) -> Noticed:
-        return beside(self.engine, self.streams, self.options.new_tokens, work)
+        return beside(self.engine, self.streams, self.options.new_tokens, self.options.temperature, work)
 
     def prompt_seconds(self) -> float:
         return Stream(self.engine, PROMPTER, self.options.prompt, 2).wait().first_token

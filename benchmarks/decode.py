@@ -1,7 +1,8 @@
 """Steady decoding through the whole engine: milliseconds a step, beside the floor.
 
     python benchmarks/decode.py [--layers 32] [--quantization nf4] [--batches 1,8,16,32] [--cases none,lora,...]
-        [--timeline 8,32] [--distinct 1,8,32 --rows 32,256] [--name decode] [--json FILE] [--folder DIR] [--device cuda]
+        [--timeline 8,32] [--distinct 1,8,32 --rows 32,256] [--temperature 0] [--name decode] [--json FILE]
+        [--folder DIR] [--device cuda]
 
 The base has Mistral-7B's shape and random weights, is saved and loaded as any other; adapters cover all seven
 projections of a stack of twice its depth. Before rows are timed, the tokens that decoding gives some of them are
@@ -9,8 +10,8 @@ compared with the base's own layers walked in `transformers`' code. The floor is
 adapters, keys and values once costs at the bandwidth that copying reaches.
 
 `--timeline` profiles steps of those batches: how long the device has nothing to do between two, and what it does at a
-position. `--distinct` times so many rows with so many adapters among them. `--device cpu` does all but the profile with
-a small base, to see that it runs.
+position. `--distinct` times so many rows with so many adapters among them. At a `--temperature` their tokens are drawn.
+`--device cpu` does all but the profile with a small base, to see that it runs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from lorarep_runtime.adapters.pool import Lease
 from lorarep_runtime.cache import PagePool
 from lorarep_runtime.config import PAGE_TOKENS, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine import Engine
-from lorarep_runtime.request import Event, Output, Request, Stopping
+from lorarep_runtime.request import Event, Output, Request, Sampling, Stopping
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 144
@@ -62,10 +63,17 @@ def main() -> None:
     parser.add_argument("--timeline", type=numbers, default=[])
     parser.add_argument("--distinct", type=numbers, default=[])
     parser.add_argument("--rows", type=numbers, default=[], help="Of which --distinct adapters are.")
+    add_temperature(parser)
     parser.add_argument("--name", default="decode", help="Of the figures in the file.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Files(options.folder or Path(folder), options.layers, options.device), options)
+
+
+def add_temperature(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="Of what is timed; 0 takes the likeliest tokens."
+    )
 
 
 def run(files: Files, options: argparse.Namespace) -> None:
@@ -88,7 +96,7 @@ def run(files: Files, options: argparse.Namespace) -> None:
 
     def figure(name: str, names: Sequence[str]) -> str:
         check(engine, names, among=CHECKED_ROWS)
-        step, floor = timed(engine, names), floor_bytes(engine, names, MIDDLE_TOKENS) / bandwidth
+        step, floor = timed(engine, names, options.temperature), floor_bytes(engine, names, MIDDLE_TOKENS) / bandwidth
         figures.put(f"{prefix}/{name}", ms=step * 1e3, floor_ms=floor * 1e3)
         return f"{step * 1e3:9.2f}{floor * 1e3:7.2f}{step / floor:6.2f}"
 
@@ -107,14 +115,14 @@ def run(files: Files, options: argparse.Namespace) -> None:
             print(f"{count} rows, {distinct} LoRAs{figure(f'{count} rows/{distinct}', names):>22}", flush=True)
     for case in [case for case in ("none", "lora", "mixed") if case in options.cases]:
         for batch in options.timeline:
-            begun = begin(engine, rows[case][:batch])
+            begun = begin(engine, rows[case][:batch], options.temperature)
             while min(map(len, begun)) < SKIPPED:
                 engine.step()
             seen = profiled(engine.step)
             finish(engine, begun)
             seen.print(f"{CASES[case]}, batch {batch}")
             figures.put(
-                f"{options.quantization}/timeline/{case}/{batch}",
+                f"{prefix}/timeline/{case}/{batch}",
                 **{**vars(seen), "ms_unprofiled": figures.get(f"{prefix}/{case}/{batch}", "ms")},
             )
 
@@ -157,8 +165,9 @@ def prompts(count: int) -> list[tuple[int, ...]]:
     return [tuple(p) for p in torch.randint(0, 256, (count, PROMPT_TOKENS), generator=generator).tolist()]
 
 
-def request(prompt: tuple[int, ...], new_tokens: int) -> Request:
-    return Request(prompt, stopping=Stopping(max_new_tokens=new_tokens, ignore_eos=True))
+def request(prompt: tuple[int, ...], new_tokens: int, temperature: float = 0) -> Request:
+    sampling = Sampling(temperature=temperature, top_p=0.95 if temperature else 1, seed=0)
+    return Request(prompt, sampling=sampling, stopping=Stopping(max_new_tokens=new_tokens, ignore_eos=True))
 
 
 def lease(engine: Engine, name: str) -> Lease:
@@ -209,7 +218,7 @@ def largest_gap(logits: torch.Tensor, tokens: Sequence[int]) -> tuple[float, int
     return float(gap.max()), int((gap == 0).sum())
 
 
-def begin(engine: Engine, names: Sequence[str]) -> list[list[float]]:
+def begin(engine: Engine, names: Sequence[str], temperature: float) -> list[list[float]]:
     """Submits a request for each; when their tokens come is added to the lists, and at last infinity."""
     times: list[list[float]] = [[] for _ in names]
 
@@ -222,7 +231,7 @@ def begin(engine: Engine, names: Sequence[str]) -> list[list[float]]:
         return on_event
 
     for prompt, name, mine in zip(prompts(len(names)), names, times, strict=True):
-        engine.submit(request(prompt, NEW_TOKENS), lease(engine, name), listener(mine))
+        engine.submit(request(prompt, NEW_TOKENS, temperature), lease(engine, name), listener(mine))
     return times
 
 
@@ -231,9 +240,9 @@ def finish(engine: Engine, begun: Sequence[Sequence[float]]) -> None:
         engine.step()
 
 
-def timed(engine: Engine, names: Sequence[str]) -> float:
+def timed(engine: Engine, names: Sequence[str], temperature: float) -> float:
     """Seconds a step."""
-    begun = begin(engine, names)
+    begun = begin(engine, names, temperature)
     finish(engine, begun)
     spans = [mine[SKIPPED : -1 - SKIPPED] for mine in begun]
     return statistics.fmean((mine[-1] - mine[0]) / (len(mine) - 1) for mine in spans)

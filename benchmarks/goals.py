@@ -121,10 +121,20 @@ GOALS: Sequence[Goal] = [
         Goal(f"depths 32 and 48 over 48, batch {n}", _over(f"nf4/decode/half/{n}", f"nf4/decode/48/{n}"), 1.15, "times")
         for n in BATCHES[1:]
     ),
+    *(
+        Goal(f"{CASES['lora']}, tokens drawn, batch {n}", _number(f"nf4/drawn/lora/{n}", "ms"), asked, "ms")
+        for n, asked in STEPS["nf4", "lora"].items()
+    ),
     Goal("bf16 over its floor, batch 1", _floors("none/decode/none/1"), 1.25, "times"),
     *(
-        Goal(f"device idle between steps, {CASES[c]}, batch {n}", _number(f"nf4/timeline/{c}/{n}", "idle"), 5, "%")
+        Goal(
+            f"device idle between steps, {CASES[c]}, batch {n}", _number(f"nf4/decode/timeline/{c}/{n}", "idle"), 5, "%"
+        )
         for c in ("none", "lora")
+        for n in (8, 32)
+    ),
+    *(
+        Goal(f"likewise, tokens drawn, batch {n}", _number(f"nf4/drawn/timeline/lora/{n}", "idle"), 5, "%")
         for n in (8, 32)
     ),
     *(
@@ -140,6 +150,7 @@ GOALS: Sequence[Goal] = [
             Goal(f"48 positions from files to ready, {kind}", _number(f"nf4/load/{kind}", "ms"), asked, "ms"),
             Goal(f"beside streams, {kind}", _number(f"nf4/beside/{kind}", "ready_ms"), asked, "ms"),
             Goal(f"the streams' longest gap, {kind}", _number(f"nf4/beside/{kind}", "longest_gap"), 1.5, "times"),
+            Goal(f"likewise, tokens drawn, {kind}", _number(f"nf4/beside-drawn/{kind}", "longest_gap"), 1.5, "times"),
         )
     ),
     Goal("8,192 tokens, over reading what is added", _number("nf4/beside/long", "floors"), 1.3, "times"),

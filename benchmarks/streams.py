@@ -23,14 +23,17 @@ STEADY = 40
 class Stream:
     """One request and when each of its tokens came."""
 
-    def __init__(self, engine: Engine, adapter: str, prompt_tokens: int, new_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, adapter: str, prompt_tokens: int, new_tokens: int, temperature: float = 0
+    ) -> None:
         self.times: list[float] = []
         self.ended = threading.Event()
         self._failure: Event | None = None
         self.began = time.perf_counter()
         generator = random.Random(prompt_tokens)
         prompt = tuple(generator.randrange(256) for _ in range(prompt_tokens))
-        engine.submit(request(prompt, new_tokens), engine.adapters.lease([(adapter, 1.0)]), self._on_event)
+        lease = engine.adapters.lease([(adapter, 1.0)])
+        engine.submit(request(prompt, new_tokens, temperature), lease, self._on_event)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Output):
@@ -55,9 +58,9 @@ class Stream:
 
 
 @contextmanager
-def running(engine: Engine, adapters: Sequence[str], new_tokens: int) -> Iterator[list[Stream]]:
+def running(engine: Engine, adapters: Sequence[str], new_tokens: int, temperature: float = 0) -> Iterator[list[Stream]]:
     """Streams that are all decoding; afterwards they are waited for."""
-    streams = [Stream(engine, name, SHORT, new_tokens) for name in adapters]
+    streams = [Stream(engine, name, SHORT, new_tokens, temperature) for name in adapters]
     while min(len(stream.times) for stream in streams) < STEADY:
         time.sleep(0.001)
     yield streams
@@ -95,9 +98,11 @@ class Noticed:
         return self.longest / self.median
 
 
-def beside(engine: Engine, adapters: Sequence[str], new_tokens: int, work: Callable[[], object]) -> Noticed:
+def beside(
+    engine: Engine, adapters: Sequence[str], new_tokens: int, temperature: float, work: Callable[[], object]
+) -> Noticed:
     """Runs `work` beside streams; what it did to their gaps."""
-    with running(engine, adapters, new_tokens) as streams:
+    with running(engine, adapters, new_tokens, temperature) as streams:
         calm = time.perf_counter()
         time.sleep(1)
         begin = time.perf_counter()

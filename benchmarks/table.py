@@ -11,6 +11,7 @@ then on. A run may be of some parts, with the figures of earlier ones in the fil
 - peft: PEFT's steps on the same files; needs `decode` for its check.
 - footprint: memory and loading.
 - beside: what streams notice of prompts, loads, long contexts and a thousand adapters.
+- drawn, beside-drawn: steps, and loads beside streams, where tokens are drawn and not the likeliest.
 - sweep: steps of 1 to 256 rows, and of 32 and 256 rows on 1 to as many adapters, for `benchmarks/plot.py`.
 - peft-sweep: PEFT's steps of up to 256 rows.
 
@@ -38,6 +39,8 @@ PARTS: dict[str, list[str]] = {
     "peft": ["peft_steps.py"],
     "footprint": ["footprint.py"],
     "beside": ["beside.py"],
+    "drawn": ["decode.py", "--name=drawn", "--cases=lora", "--temperature=0.8", "--timeline=8,32"],
+    "beside-drawn": ["beside.py", "--name=beside-drawn", "--parts=loads", "--temperature=0.8"],
     "sweep": [
         "decode.py",
         "--name=sweep",
@@ -54,6 +57,8 @@ SMALL: dict[str, list[str]] = {
     "decode": ["--batches=1,2", "--timeline="],
     "peft": ["--batches=1,2"],
     "beside": ["--streams=2", "--adapters=80", "--requests=40", "--prompt=256", "--long=1024", "--new-tokens=400"],
+    "drawn": ["--batches=1,2", "--timeline="],
+    "beside-drawn": ["--streams=2", "--prompt=256", "--long=1024", "--new-tokens=400"],
     "sweep": ["--batches=1,2,4", "--distinct=1,2", "--rows=4"],
     "peft-sweep": ["--batches=4"],
 }

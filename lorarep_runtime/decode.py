@@ -51,6 +51,8 @@ LEAST_RANKS = 8
 """Of low. A batch with larger ranks takes eight times as many, or sixty-four times: few sizes, so few graphs."""
 LEAST_DEPTH = 16
 """Of page tables; deeper ones have a power of two."""
+SILU = {"silu", "swish"}
+"""`hidden_act`s that the kernels compute."""
 CHANGING_ROTARY = {"dynamic", "longrope"}
 """`rope_type`s whose frequencies depend on the length."""
 
@@ -61,6 +63,7 @@ def can_decode(base: Base) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     return (
         config.model_type in FAMILIES
+        and config.hidden_act in SILU
         and rope.get("rope_type", "default") not in CHANGING_ROTARY
         and set(base.modules) == {name for group in GROUPS for name in group}
     )

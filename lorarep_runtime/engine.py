@@ -135,7 +135,7 @@ class Engine:
         """`time.perf_counter` when the device has begun the last step, about: there are few things to do in between."""
         self._failures = 0
         """Of forward passes, since one has worked."""
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         """What ended the step thread, if anything did."""
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
@@ -206,11 +206,12 @@ class Engine:
                 f"over the limit of {self.max_tokens} together"
             )
         self.scheduler.check(request, len(lease.stack))
+        ends = self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids  # configs may name any number
         return Sequence(
             id=next(self._ids),
             request=request,
             lease=lease,
-            sampler=SamplerState(request, self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids),
+            sampler=SamplerState(request, frozenset(t for t in ends if 0 <= t < self.base.vocab_size)),
             text=TextStream(lease.tokenizer, request.stopping.stop, request.prompt),
             on_event=on_event,
             table=PageTable(self.pool, len(lease.stack)),
@@ -290,7 +291,7 @@ class Engine:
                         break
                 self._step_or_wait()
             self._end_all(Unavailable("the server has stopped"))
-        except Exception as error:
+        except BaseException as error:  # libraries in Rust panic with what is no Exception
             log.exception("the engine has failed")
             with self._wake:
                 self.failure = error
@@ -434,7 +435,10 @@ class Engine:
     def _emit_all(self, sampled: Seq[tuple[Sequence, Sampled]] | None) -> None:
         for sequence, token in sampled or ():
             if sequence in self.scheduler.running:  # else it ended while its next step was under way
-                self._emit(sequence, token)
+                try:
+                    self._emit(sequence, token)
+                except LorarepError as error:  # of its tokenizer, which may be its adapter's
+                    self._end(sequence, error)
 
     def _sweep(self) -> None:
         """Takes in what callers have said since the last step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 CHARACTER_TOKENS = 4
 """Most tokens of one character: UTF-8 has up to four bytes."""
 CONTEXT_TOKENS = 6
-"""Earlier tokens that new ones are decoded with, as decoders treat the first of a text differently: some drop its
-space."""
+"""Earlier tokens that new ones are decoded with, at least, as decoders treat the first of a text differently: some drop
+its space."""
 
 
 class Tokenizer:
@@ -100,8 +101,18 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without special ones."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """Text of tokens, without special ones.
+
+        Raises:
+            FailedPrecondition: the tokenizer fails at it.
+        """
+        try:
+            text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of `tokenizers` is no Exception
+            raise FailedPrecondition(f"tokenizer: it cannot decode an answer: {error}") from error
+        return str(text)
 
     def token_text(self, token: int) -> str:
         """Text of one token by itself, special or not; U+FFFD where it is part of a character."""
@@ -125,10 +136,13 @@ def _eos_ids(folder: Path, own: int | None) -> Iterable[int]:
     found: list[Any] = [own]
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            config = json.loads((folder / name).read_bytes())
-            found += [config.get("eos_token_id"), (config.get("text_config") or {}).get("eos_token_id")]
+            try:
+                config = json.loads((folder / name).read_bytes())
+                found += [config.get("eos_token_id"), (config.get("text_config") or {}).get("eos_token_id")]
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise FailedPrecondition(f"{name}: {error}") from error
     for ids in found:
-        yield from ids if isinstance(ids, list) else [] if ids is None else [ids]
+        yield from (token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int))
 
 
 class TextStream:
@@ -137,14 +151,15 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        self._tokens = list(prompt[-CONTEXT_TOKENS:])
+        self._tokens = self._context(prompt)
         """The context of the next tokens, and those that are part of a character yet."""
-        self._known = tokenizer.decode(self._tokens) if self._tokens else ""
+        self._known = tokenizer.decode(self._tokens)
         """Their text, as far as it has been taken in."""
-        if self._known.endswith(REPLACEMENT):  # the prompt ends inside a character
-            self._tokens, self._known = [], ""
+        self._groups = deque([len(self._tokens)])
+        """How many of the tokens, from the first on, make whole characters together. A context that began inside one
+        could be replacements from end to end: of a run of bytes that is no text in UTF-8 some decoders replace all."""
         self._fresh = 0
-        """How many of the tokens are newer."""
+        """How many tokens have come since one ended a character."""
         self._held = ""
         """Text that may be the beginning of a stop."""
 
@@ -169,14 +184,31 @@ class TextStream:
         """The rest of an answer that no stop ended. A character that it breaks off in is left out."""
         return self._held
 
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt, from the beginning of a character on; none if it ends inside one."""
+        tokens, text = [], ""
+        for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + CHARACTER_TOKENS):
+            tokens = list(prompt[-count:])
+            text = self._tokenizer.decode(tokens)
+            if not text.startswith(REPLACEMENT) and not text.endswith(REPLACEMENT):
+                break
+        return [] if text.endswith(REPLACEMENT) else tokens
+
     def _decode(self, token: int) -> str:
         self._tokens.append(token)
         self._fresh += 1
         text = self._tokenizer.decode(self._tokens)
         if text.endswith(REPLACEMENT) and self._fresh < CHARACTER_TOKENS:
-            return ""
+            whole = text.rstrip(REPLACEMENT)
+            if not whole.startswith(self._known) or whole == self._known:
+                return ""
+            # The token ends a character and begins another.
+            new, self._known, self._fresh = whole[len(self._known) :], whole, 1
+            return new
         new = text[len(self._known) :]
-        self._tokens = self._tokens[-max(self._fresh, CONTEXT_TOKENS) :]
+        self._groups.append(len(self._tokens) - sum(self._groups))
+        while len(self._tokens) - self._groups[0] >= CONTEXT_TOKENS:
+            del self._tokens[: self._groups.popleft()]
         self._known = self._tokenizer.decode(self._tokens)
         self._fresh = 0
         return new

@@ -28,11 +28,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(folder)
 
 
+BYTES = 5
+"""Where those begin in the vocabulary of `spaced`."""
+
+
 @pytest.fixture(scope="module")
 def spaced(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Of SentencePiece's kind: decoding drops the first token's space, so a token's text depends on what is before."""
     folder = tmp_path_factory.mktemp("spaced")
-    vocab = {"<unk>": 0, "▁one": 1, "▁two": 2, "three": 3, "</s>": 4, "<0xC3>": 5, "<0xA9>": 6}
+    vocab = {name: i for i, name in enumerate(["<unk>", "▁one", "▁two", "three", "</s>"])}
+    vocab |= {f"<0x{byte:02X}>": BYTES + byte for byte in range(256)}
     fast = Fast(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fast.decoder = decoders.Sequence(
@@ -83,7 +88,27 @@ def test_a_prompt_that_ends_inside_a_character_does_not_swallow_the_answer(token
 def test_a_space_after_the_prompt_is_kept(spaced: Tokenizer) -> None:
     """Decoded by itself the answer would lose its first space."""
     assert "".join(stream(spaced, [2, 3, 1], prompt=[1])[0]) == " twothree one"
-    assert "".join(stream(spaced, [2, 5, 6, 1] * 5, prompt=[1])[0]) == " twoé one" * 5
+    assert "".join(stream(spaced, [2, *in_bytes("é"), 1] * 5, prompt=[1])[0]) == " twoé one" * 5
+
+
+def in_bytes(text: str) -> list[int]:
+    return [BYTES + byte for byte in text.encode()]
+
+
+pieces_of_text = st.lists(st.sampled_from([" one", " two", "three", "é", "中", "🎉", "👨‍👩", "🇫🇷"]), max_size=12)
+
+
+@settings(max_examples=500)
+@given(pieces_of_text, pieces_of_text)
+def test_runs_of_characters_in_bytes_are_streamed_whole(
+    spaced: Tokenizer, prompt: list[str], answer: list[str]
+) -> None:
+    """A run of bytes that begins inside a character is replaced as a whole, the good ones too."""
+    known = {" one": [1], " two": [2], "three": [3]}
+    before, after = ([t for piece in text for t in known.get(piece) or in_bytes(piece)] for text in (prompt, answer))
+    shown, _ = stream(spaced, after, prompt=[1, *before])
+    assert "".join(shown) == "".join(answer)
+    assert all(piece.encode() for piece in shown if piece)
 
 
 @settings(max_examples=300)
@@ -154,9 +179,17 @@ def test_a_template_cannot_reach_python(tokenizer: Tokenizer) -> None:
 
 def test_end_tokens_are_of_tokenizer_and_configs(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6, "9", null]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 7, "text_config": {"eos_token_id": 8}}')
     assert Tokenizer(tmp_path).eos_ids == {5, 6, 7, 8, 258}
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_config_that_is_none_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(FailedPrecondition, match="generation_config"):
+        Tokenizer(tmp_path)
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders
 
 from lorarep_runtime.engine import Answer, Engine
 from lorarep_runtime.errors import (
@@ -20,6 +21,7 @@ from lorarep_runtime.errors import (
     DeadlineExceeded,
     EngineFailure,
     Exhausted,
+    FailedPrecondition,
     InvalidArgument,
     LorarepError,
     NotFound,
@@ -27,7 +29,7 @@ from lorarep_runtime.errors import (
 )
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Sampling, Stopping
 from tests.engines import PROMPT, assert_nothing_held, engine_for, greedy, sampled
-from tests.models import MAPS, save_adapter, save_base
+from tests.models import MAPS, save_adapter, save_base, save_tokenizer
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
@@ -197,6 +199,37 @@ def test_an_answer_that_overflows_spoils_none_beside_it_and_none_after_it(base: 
     assert any(pages.isnan().any() for pages in engine.pool.tensors)
     after = engine.generate([(request, engine.adapters.lease([])) for request in asked])
     assert [answer.tokens for answer in beside[1:]] == [answer.tokens for answer in after] == alone
+
+
+def test_an_adapters_end_token_that_the_base_does_not_have_never_comes(base: Path, tmp_path: Path) -> None:
+    folder = save_adapter(base, tmp_path, r=4, target_modules=["q_proj"])
+    save_tokenizer(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [258, 99999]}')
+    engine = engine_for(base, adapters={"own": folder})
+    request = Request(PROMPT, stopping=Stopping(max_new_tokens=4, min_new_tokens=4))
+    (answer,) = engine.generate([(request, engine.adapters.lease([("own", 1.0)]))])
+    assert len(answer.tokens) == 4
+
+
+def test_a_tokenizer_that_fails_ends_its_own_answers(base: Path, tmp_path: Path) -> None:
+    """Even where it panics, which is no Exception."""
+    folder = save_adapter(base, tmp_path, r=4, target_modules=["q_proj"])
+    save_tokenizer(folder)
+    fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    nothing = decoders.Replace(Regex(r"[\s\S]{2,}"), "")  # of two characters, and a space less than nothing panics
+    fast.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), nothing, decoders.Strip(" ", 0, 1)])
+    fast.save(str(folder / "tokenizer.json"))
+    engine = engine_for(base, adapters={"own": folder})
+    alone = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
+    stream, bad = Stream(), Stream()
+    engine.submit(greedy(), engine.adapters.lease([]), stream)
+    engine.submit(greedy(PROMPT[:1]), engine.adapters.lease([("own", 1.0)]), bad)
+    while engine.step():
+        pass
+    assert isinstance(bad.last, FailedPrecondition)
+    assert "tokenizer" in str(bad.last)
+    assert tuple(token for event in stream.events if isinstance(event, Output) for token in event.tokens) == alone
+    assert_nothing_held(engine)
 
 
 def test_a_deadline_ends_running_and_waiting_requests_before_the_next_step(

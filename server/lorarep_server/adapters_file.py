@@ -68,8 +68,8 @@ def read_adapters(file: Path) -> dict[str, DesiredAdapter]:
     at = f"adapters_file: {str(file)!r}"
     try:
         content = yaml.load(file.read_bytes(), _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InvalidArgument(" ".join(f"{at}: {error}".split())) from error
+    except Exception as error:  # whatever a file leads PyYAML to
+        raise InvalidArgument(" ".join(f"{at}: {type(error).__name__}: {error}".split())) from error
     if isinstance(content, dict):
         named = list(content.items())
     elif isinstance(content, list):

@@ -117,6 +117,9 @@ class OpenAI:
                 return _refusal(refusal)
         try:
             return await handler(request)
+        except web.RequestPayloadError as error:
+            told = f"body: {error.args[0] if error.args else error}"
+            return web.json_response(_error(told, "invalid_request_error"), status=400)
         except web.HTTPException as error:  # no such path or method, or too long a body
             told = f"{request.method} {request.path}: {error.reason}"
             return web.json_response(_error(told, "invalid_request_error"), status=error.status)

@@ -6,7 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from lorarep.v1 import generation_pb2
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 UInt32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 UInt64 = Annotated[int, Field(ge=0, lt=1 << 64)]
+T = TypeVar("T")
+Listed = Annotated[list[T], Field(fail_fast=True)]
+"""Of whose items the first wrong one is told: telling of a million takes seconds, in which nobody is served."""
 
 SAMPLING = set(generation_pb2.Sampling.DESCRIPTOR.fields_by_name)
 """Fields that both sides name alike."""
@@ -60,7 +63,7 @@ class GenerationRequest(Message, ABC):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: UInt32 | None = None
-    stop: str | list[str] = []
+    stop: str | Listed[str] = []
     temperature: float = 1.0
     top_p: float | None = None
     presence_penalty: float | None = None
@@ -68,6 +71,9 @@ class GenerationRequest(Message, ABC):
     seed: UInt64 | None = None
     n: Literal[1] = 1
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] = {}
+    store: Literal[False] = False
+    metadata: Annotated[dict[str, Any], Field(max_length=0)] = {}
+    service_tier: Literal["auto", "default"] = "auto"
     user: str = ""
     """Whom the request is for, which changes nothing in the answer."""
     # vLLM's
@@ -77,7 +83,7 @@ class GenerationRequest(Message, ABC):
     repetition_penalty: float | None = None
     min_tokens: UInt32 | None = None
     ignore_eos: bool = False
-    stop_token_ids: list[UInt32] = []
+    stop_token_ids: Listed[UInt32] = []
 
     @field_validator("top_k")
     @classmethod
@@ -128,7 +134,7 @@ class CompletionRequest(GenerationRequest):
 
     unset_tokens = 16  # OpenAI's
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Listed[int] | Listed[str] | Listed[Listed[int]]
     logprobs: UInt32 | None = None
     best_of: Literal[1] = 1
     echo: Literal[False] = False
@@ -164,7 +170,7 @@ class ChatMessage(Message):
     """One message of a conversation."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | Listed[TextPart]
 
 
 class ResponseFormat(Message):
@@ -179,13 +185,16 @@ class ChatRequest(GenerationRequest):
     unset_tokens = (1 << 32) - 1  # all that the prompt leaves
     logprobs_field = "top_logprobs"
 
-    messages: list[ChatMessage]
+    messages: Listed[ChatMessage]
     max_completion_tokens: UInt32 | None = None
     logprobs: bool = False
     top_logprobs: UInt32 | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] = []
     tool_choice: Literal["none", "auto"] = "none"
+    parallel_tool_calls: bool = True
+    """Of which there are none."""
+    modalities: Listed[Literal["text"]] = ["text"]
 
     @model_validator(mode="after")
     def _says_once(self) -> ChatRequest:

@@ -13,7 +13,8 @@ class EventStream:
     """Events of one request, in order. Made by the task that reads it.
 
     The engine never waits for a reader. What has not been read is kept here; a reader that leaves more than
-    `max_unread` events for `patience` seconds is too slow: its task is cancelled, wherever it waits.
+    `max_unread` events for `patience` seconds, or is at those that it has taken for as long, is too slow: its task is
+    cancelled, wherever it waits.
     """
 
     def __init__(self, max_unread: int, patience: float) -> None:
@@ -40,12 +41,13 @@ class EventStream:
         if not isinstance(event, Output):
             self.end = event
         if len(self._events) > self._max_unread and self._timer is None:
-            self._timer = self._loop.call_later(self._patience, self._give_up)
+            self._expect(f"more than {self._max_unread} events were")
 
-    def _give_up(self) -> None:
-        self.too_slow = Exhausted(
-            f"slow reader: more than {self._max_unread} events were unread for {self._patience:g} seconds"
-        )
+    def _expect(self, unread: str) -> None:
+        self._timer = self._loop.call_later(self._patience, self._give_up, unread)
+
+    def _give_up(self, unread: str) -> None:
+        self.too_slow = Exhausted(f"slow reader: {unread} unread for {self._patience:g} seconds")
         if self._reader is not None:
             self._reader.cancel()
 
@@ -55,6 +57,7 @@ class EventStream:
         Raises:
             LorarepError: what the request ended with, once its outputs are taken.
         """
+        self.close()
         await self._arrived.wait()
         self.close()
         outputs = [event for event in self._events if isinstance(event, Output)]
@@ -62,7 +65,9 @@ class EventStream:
             if not outputs:
                 raise self.end
             self._events = [self.end]
+            self._expect("what was sent was")
             return outputs, None
+        self._expect("what was sent was")
         self._events = []
         self._arrived.clear()
         return outputs, self.end

@@ -296,6 +296,8 @@ def test_a_file_that_is_broken_from_the_first_is_refused(world: World, tmp_path:
         ("'a,b': {repository: x/y}", "'a,b': name: 'a,b' is not 1 to 256 printable characters"),
         ("1: {repository: x/y}", "1: name: has to be text"),
         ("a: {repository: x/y, priority: 2024-13-45}", "month must be in"),
+        ("a: {repository: x/y, pinned: !!bool maybe}", "maybe"),
+        ("!!map [a]", "adapters_file"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_by_entry_and_key(tmp_path: Path, content: str, named: str) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CachedRepoInfo, CacheNotFound, scan_cache_dir
@@ -38,7 +41,20 @@ class DiskBudget:
         self._limit = limit
         self._uses = uses
         self._lock = threading.Lock()
+        self._looked_at: Counter[str] = Counter()
+        self._marks = threading.Lock()
         self._held = {repo.repo_id: repo.size_on_disk for repo in self._scan()}
+
+    @contextmanager
+    def staying(self, repository: str) -> Iterator[None]:
+        """While somebody looks for its files or reads them it does not leave."""
+        with self._marks:
+            self._looked_at[repository] += 1
+        try:
+            yield
+        finally:
+            with self._marks:
+                self._looked_at[repository] -= 1
 
     def added(self, snapshot: Snapshot) -> None:
         """Counts what has been found or downloaded, and deletes the least recently used others if it is too much."""
@@ -57,18 +73,23 @@ class DiskBudget:
             return []
 
     def _trim(self, beside: str) -> None:
+        info = scan_cache_dir(self._cache_dir)
+        repos = [repo for repo in info.repos if _is_adapter(repo)]
         uses = self._uses()
-        repos = self._scan()
         held = sum(repo.size_on_disk for repo in repos)
         going: list[CachedRepoInfo] = []
         for repo in sorted(repos, key=lambda x: (uses.get(x.repo_id) or 0, x.last_accessed)):
             if held <= self._limit * SHARE_AFTER:
                 break
             if repo.repo_id != beside and uses.get(repo.repo_id, 0) is not None:
+                with self._marks:
+                    if self._looked_at[repo.repo_id] or self._uses().get(repo.repo_id, 0) is None:
+                        continue
+                    # Alone: repositories that have been renamed, or whose case differs, have the same commits.
+                    alone = replace(info, repos=frozenset({repo}))
+                    alone.delete_revisions(*(revision.commit_hash for revision in repo.revisions)).execute()
                 going.append(repo)
                 held -= repo.size_on_disk
-        commits = [revision.commit_hash for repo in going for revision in repo.revisions]
-        scan_cache_dir(self._cache_dir).delete_revisions(*commits).execute()
         self._held = {repo.repo_id: repo.size_on_disk for repo in self._scan()}
         log.info("the hub cache holds %d bytes of adapters; %d repositories have left it", held, len(going))
         if held > self._limit:

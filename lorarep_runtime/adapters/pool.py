@@ -44,7 +44,7 @@ class AdapterInfo:
     repository: str
     commit: str
     digest: str
-    """SHA-256 of the weights file; empty while it is being computed."""
+    """SHA-256 of the weights file."""
     stack: Stack
     kind: str
     """"lora" or "dora"."""
@@ -117,6 +117,8 @@ class Lease:
         self.has_claim = False
         """Whether device memory is taken for its adapter, be it on its way."""
         self._fetch: Future[None] | None = None
+        self._given_back = 0
+        """`Tiers.given_back` when its adapter was last sent for."""
 
     @property
     def adapter(self) -> Adapter | None:
@@ -137,10 +139,16 @@ class Lease:
         tiers, item = self._held
         fetch, self._fetch = self._fetch, None
         if fetch is not None and fetch.done() and not isinstance(fetch.exception(), Cancelled):  # that was another's
-            fetch.result()
+            was_short, as_then = isinstance(fetch.exception(), Exhausted), self._given_back == tiers.given_back
+            if was_short and as_then and tiers.in_use:  # what others compute with leaves room when they end
+                self._fetch, self.has_claim = fetch, False
+                return Turn.NO_ROOM
+            if not was_short or as_then:
+                fetch.result()
         with tiers.changed:
             turn = tiers.turn(item)
             self._fetch = item.fetch
+            self._given_back = tiers.given_back
         self._has_turn = turn is Turn.HERE
         self.has_claim = turn is not Turn.NO_ROOM
         return turn
@@ -186,8 +194,9 @@ class AdapterPool:
         """As `DiskBudget` asks for it. What runs from memory does not need its files; what waits for a turn does."""
         with self._changed:
             uses: dict[str, int | None] = {}
+            mixed = {part for mix in self._mixes.values() if mix.leases for part, _ in mix.parts}
             for item in self._named.values():
-                used = None if item.pinned or item.leases else item.used
+                used = None if item.pinned or item.leases or item in mixed else item.used
                 if uses.get(item.repository, 0) is not None:
                     uses[item.repository] = used if used is None else max(used, uses.get(item.repository) or 0)
             return uses | dict.fromkeys(self._loading.values())
@@ -228,14 +237,21 @@ class AdapterPool:
         with self._alone(name, source, progress):
             item = self._checked(name, source, revision, stack, replace, progress)
             try:
-                with self._changed:
-                    item.pinned = item.pinned if pinned is None else pinned
-                    item.priority = item.priority if priority is None else priority
-                self._bring(item, progress)
-                self._give_name(item)
+                while not self._settled(item, pinned, priority):
+                    self._bring(item, progress)
             finally:
                 self.tiers.let_go(item)
-            return self._info(item, item.digest)
+            return self._info(item)
+
+    def _settled(self, item: Revision, pinned: bool | None, priority: int | None) -> bool:
+        """Names what is on the device, and only then says how long it stays there."""
+        with self._changed:
+            is_here = item.adapter is not None and not item.is_leaving
+            if is_here:
+                item.pinned = item.pinned if pinned is None else pinned
+                item.priority = item.priority if priority is None else priority
+                self._give_name(item)
+            return is_here
 
     def check_allowed(self, name: str, source: str, trusted: bool) -> None:
         """Whether `load` may be asked for that; asks nobody.
@@ -328,7 +344,7 @@ class AdapterPool:
         with self._changed:
             if name not in self._named:
                 raise NotFound(f"adapter: {name!r} is not loaded")
-            return self._info(self._named[name], self._named[name].known_digest)
+            return self._info(self._named[name])
 
     def __contains__(self, name: str) -> bool:
         """Whether an adapter has the name."""
@@ -338,8 +354,7 @@ class AdapterPool:
     def list(self) -> list[AdapterInfo]:
         """All that have a name, in its order."""
         with self._changed:
-            named = [self._named[name] for name in sorted(self._named)]
-            return [self._info(item, item.known_digest) for item in named]
+            return [self._info(self._named[name]) for name in sorted(self._named)]
 
     def held_bytes(self) -> dict[str, int]:
         """Device bytes of each adapter and mix; what requests hold of adapters without a name is under "(leaving)"."""
@@ -391,7 +406,7 @@ class AdapterPool:
                 if part.stack != walked:
                     other = "stack" if named else f"adapter {names[0]!r}"
                     raise InvalidArgument(f"adapters: {name!r} is for another stack than the {other}")
-            tokenizer, infos = parts[0].tokenizer(), tuple(self._info(part, part.digest) for part in parts)
+            tokenizer, infos = parts[0].tokenizer(), tuple(map(self._info, parts))
             key = tuple((part, weight) for part, (_, weight) in zip(parts, adapters, strict=True))
             whole = self._whole(key)
             try:
@@ -421,8 +436,11 @@ class AdapterPool:
         self.check_allowed(name, source, False)
         with self._alone(name, source, progress):
             item = self._checked(name, source, revision or None, None, False, progress)
-            self._give_name(item)
-            self.tiers.let_go(item)
+            try:
+                item.wait_for_digest()
+                self._give_name(item)
+            finally:
+                self.tiers.let_go(item)
 
     def _whole(self, key: MixKey) -> Resident:
         """What to compute with for adapters and weights, held."""
@@ -445,12 +463,12 @@ class AdapterPool:
             self.tiers.name(self._mixes.pop(mixed.parts), False)
 
     @staticmethod
-    def _info(item: Revision, digest: str) -> AdapterInfo:
+    def _info(item: Revision) -> AdapterInfo:
         return AdapterInfo(
             name=item.name,
             repository=item.repository,
             commit=item.commit,
-            digest=digest,
+            digest=item.digest,
             stack=item.stack,
             kind=item.kind,
             rank=item.rank,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.header import Header, Layout, check, read_header
-from lorarep_runtime.adapters.spec import AdapterSpec
+from lorarep_runtime.adapters.spec import MATCHING_SECONDS, AdapterSpec
 from lorarep_runtime.adapters.tiers import Resident
 from lorarep_runtime.adapters.weights import Adapter, compile_adapter, file_parameters, storage_bytes
 from lorarep_runtime.base import Base
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
+from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from lorarep_runtime.hub import LOCAL, Progress, Snapshot, fetch, file_digest
 from lorarep_runtime.interpreter import give_way
 from lorarep_runtime.stack import Stack
@@ -72,20 +74,21 @@ class AdapterFiles:
         walked = self._walked(spec, stack)
         header = read_header(weights)
         layout = check(spec, header, walked, self.base.modules, self.base.prefix)
-        return Checked(snapshot, spec, header, layout, walked, self._hashing.submit(file_digest, weights))
+        return Checked(snapshot, spec, header, layout, walked, self._hashing.submit(_digest_of, weights))
 
     def fetch(self, source: str, revision: str | None, progress: Progress | None = None) -> Snapshot:
         """As `hub.fetch`."""
-        snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
-        if self.disk is not None:
-            self.disk.added(snapshot)
+        with nullcontext() if self.disk is None else self.disk.staying(source):
+            snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
+            if self.disk is not None:
+                self.disk.added(snapshot)
         return snapshot
 
     def compile(self, checked: Checked, progress: Progress | None) -> Adapter:
         """As `compile_adapter`."""
         return compile_adapter(
             checked.snapshot.folder / WEIGHTS_FILE,
-            checked.spec,
+            replace(checked.spec, deadline=time.monotonic() + MATCHING_SECONDS),  # it may have waited for its turn
             checked.header,
             checked.layout,
             checked.stack,
@@ -143,16 +146,14 @@ class Revision(Resident):
         self._digest = checked.digest
         self._tokenizer: Tokenizer | None = files.tokenizer(checked.snapshot.folder)
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the weights file, in hexadecimal. Waits for it, if the files have just been found."""
-        return self._digest.result()
+    def wait_for_digest(self) -> None:
+        """Before it gets a name. Raises DataLoss where the file cannot be read."""
+        self._digest.result()
 
     @property
-    def known_digest(self) -> str:
-        """As `digest`, without a wait: empty where there is none yet."""
-        computed = self._digest.done() and self._digest.exception() is None
-        return self._digest.result() if computed else ""
+    def digest(self) -> str:
+        """SHA-256 of the weights file, in hexadecimal."""
+        return self._digest.result()
 
     def is_same(self, checked: Checked) -> bool:
         """Whether files are those of this revision."""
@@ -178,6 +179,8 @@ class Revision(Resident):
 
     def make(self, progress: Progress | None) -> Adapter:
         checked, self._checked = self._checked, None  # thousands of layouts would be gigabytes
+        if checked is not None and not (checked.snapshot.folder / WEIGHTS_FILE).exists():
+            checked = None  # it has left the disk meanwhile
         if checked is None:
             checked = self._files.check(*self._source, self._stack_name, progress)
         adapter = self._files.compile(checked, progress)
@@ -188,6 +191,13 @@ class Revision(Resident):
     def cool(self) -> None:
         if self._tokenizer is not self._files.base.tokenizer:
             self._tokenizer = None
+
+
+def _digest_of(file: Path) -> str:
+    try:
+        return file_digest(file)
+    except OSError as error:
+        raise DataLoss(f"{file.name}: {error}") from error
 
 
 def read_config(file: Path) -> Mapping[str, object]:

@@ -167,7 +167,9 @@ class AdapterSpec:
         names = self.target_modules
         if isinstance(names, str):
             return names.lower() == ALL_LINEAR or self._match("target_modules", names, path, whole=True) is not None
-        if not any(path == name or path.endswith(f".{name}") for name in names):
+        if path in names:  # as PEFT: layers_to_transform selects among those that end in a name
+            return True
+        if not any(path.endswith(f".{name}") for name in names):
             return False
         if not self.layers_to_transform:
             return True

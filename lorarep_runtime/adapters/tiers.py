@@ -112,6 +112,8 @@ class Tiers:
         """Called when something has come to the device, or could not."""
         self.evictions = 0
         """How many left the device for others."""
+        self.given_back = 0
+        """How often a request has ended that computed with an adapter."""
         self.version = 0
         """Another number when there may be more room than before."""
         self._device = device
@@ -153,6 +155,7 @@ class Tiers:
         """A request that had its turn has ended."""
         with self.changed:
             item.users -= 1
+            self.given_back += 1
             self.version += 1
 
     def prefetch(self, item: Resident, progress: Progress | None = None) -> Future[None] | None:
@@ -188,6 +191,12 @@ class Tiers:
         with self.changed:
             item.has_name = has_name
             self._forget_unwanted(item)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether requests compute with any."""
+        with self.changed:
+            return any(item.users for item in self._here)
 
     def here(self) -> list[Resident]:
         """What is on the device."""

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lorarep_runtime.adapters import revision
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine import Engine
+from lorarep_runtime.errors import DataLoss
 from lorarep_runtime.hub import fetch
 from tests.engines import engine_for, greedy
 from tests.hub_faults import FaultyHub
@@ -66,6 +68,53 @@ def test_the_least_recently_used_leave_the_cache_and_come_back(
     assert cached(cache) == {"base", "a", "b", "d"}
     assert engine.generate([(greedy(new_tokens=6), waiting)])[0].tokens == expected["a"]
     assert {info.name for info in engine.adapters.list()} == set("abcd")
+
+
+def test_of_two_folders_of_one_commit_the_unused_one_leaves(
+    hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As of a repository that has been renamed, or whose name is written in another case."""
+    size = published(hub, base, folders)
+    hub.repositories["Org/a"] = hub.repositories["org/a"]
+    for turn in range(4):  # of which one may do it by chance
+        cache = tmp_path / f"cache{turn}"
+        engine = engine_for(base, cache_dir=cache, limits=AdapterLimits(disk_bytes=int(2.5 * size)))
+        engine.adapters.load("old", "org/a", trusted=True)
+        engine.adapters.unload("old")
+        engine.adapters.load("new", "Org/a", trusted=True, pinned=True)
+        engine.adapters.load("c", "org/c", trusted=True)
+        assert {path.name for path in cache.glob("models--*")} == {"models--Org--a", "models--org--c"}
+
+
+def test_a_file_that_cannot_be_read_once_costs_one_request(
+    hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(hub, base, folders)
+    limits = AdapterLimits(allow_repositories=("org/*",))
+    engine = engine_for(base, cache_dir=tmp_path / "cache", limits=limits)
+
+    def fails(file: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(revision, "file_digest", fails)
+        with pytest.raises(DataLoss, match="Input/output error"):
+            engine.adapters.lease([("org/a", 1.0)])
+    assert engine.adapters.list() == []
+    assert answered(engine, "org/a") == answered(engine_for(base, adapters={"a": folders["a"]}), "a")
+
+
+def test_a_name_whose_files_have_left_before_its_turn_finds_them_again(
+    hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    size = published(hub, base, folders)
+    limits = AdapterLimits(disk_bytes=int(1.5 * size), allow_repositories=("org/*",))
+    engine = engine_for(base, cache_dir=tmp_path / "cache", limits=limits)
+    engine.adapters._register("org/a", None)  # for a request that left before its turn
+    for name in "bc":
+        engine.adapters.load(name, f"org/{name}", trusted=True)
+    assert "a" not in cached(tmp_path / "cache")
+    assert answered(engine, "org/a") == answered(engine_for(base, adapters={"a": folders["a"]}), "a")
 
 
 def test_a_cache_full_of_what_is_in_use_grows(

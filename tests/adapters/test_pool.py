@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,11 +90,9 @@ def test_steps_go_on_while_a_file_is_hashed_and_somebody_asks_what_there_is(
     with ThreadPoolExecutor(2) as threads:
         leasing = threads.submit(engine.adapters.lease, [("org/two", 1.0)])
         assert gate.reached.wait(60)
-        while "org/two" not in engine.adapters:
-            time.sleep(0.001)
         listing = threads.submit(engine.adapters.list)
         answer_beside(engine, gate)
-        assert [(info.name, len(info.digest)) for info in listing.result(60)] == [("one", 64), ("org/two", 0)]
+        assert [info.name for info in listing.result(60)] == ["one"]
         gate.open.set()
         lease = leasing.result()
     assert len(engine.adapters.get("org/two").digest) == 64

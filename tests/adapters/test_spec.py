@@ -30,6 +30,9 @@ ASKED = {
     "expression": dict(target_modules=r".*layers\.[135]\..*(q|down)_proj"),
     "all linear": dict(target_modules="all-linear"),
     "some layers": dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 4]),
+    "some layers, and a path by itself": dict(
+        target_modules=["model.layers.0.self_attn.q_proj", "v_proj"], layers_to_transform=[1, 4]
+    ),
     "one layer": dict(target_modules=["q_proj"], layers_to_transform=2),
     "layers of a pattern": dict(target_modules=["q_proj"], layers_to_transform=[0, 3], layers_pattern="layers"),
     "patterns": dict(

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from lorarep_runtime.adapters import revision
+from lorarep_runtime.adapters.revision import AdapterFiles
+from lorarep_runtime.adapters.spec import MATCHING_SECONDS
 from lorarep_runtime.adapters.tiers import Turn
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine import Engine
@@ -146,6 +148,59 @@ def test_requests_wait_for_room_and_every_turn_comes(
     assert sorted(order) == sorted("aaabc" + "a" * (20 - flood))
     assert order.index("b") < 12
     assert_nothing_held(engine)
+
+
+def test_without_a_budget_requests_wait_for_memory_that_others_compute_with(
+    base: Path, folders: dict[str, Path], alone: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_for(base, adapters={name: folders[name] for name in "ab"})
+    first, second = (engine.adapters._named[name] for name in "ab")
+    with engine.adapters.tiers.changed:
+        second.adapter = None
+        engine.adapters.tiers._here.discard(second)
+    real, refused = second.make, []
+
+    def make(progress):
+        if first.users:
+            refused.append(first.users)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(progress)
+
+    monkeypatch.setattr(second, "make", make)
+    events: list[Event] = []
+    engine.submit(greedy(new_tokens=8), engine.adapters.lease([("a", 1.0)]), events.append)
+    engine.step()
+    assert first.users
+    (answer,) = engine.generate([(greedy(new_tokens=8), engine.adapters.lease([("b", 1.0)]))])
+    assert refused
+    assert isinstance(events[-1], Finished)
+    assert answer.tokens == alone[(("b", 1.0),)]
+
+
+def test_a_load_that_fails_pins_nothing(base: Path, folders: dict[str, Path], size: int) -> None:
+    engine = engine_for(base, adapters={name: folders[name] for name in "ab"}, limits=AdapterLimits(device_bytes=size))
+    busy = engine.adapters.lease([("b", 1.0)])
+    busy.wait()
+    with pytest.raises(Exhausted):
+        engine.adapters.load("a", str(folders["a"]), trusted=True, pinned=True, priority=7)
+    info = engine.adapters.get("a")
+    assert (info.pinned, info.priority) == (False, 0)
+    busy.release()
+    assert engine.adapters.load("a", str(folders["a"]), trusted=True, pinned=True, priority=7).tier == "device"
+    assert engine.adapters.get("a").pinned
+
+
+def test_patterns_of_an_adapter_that_has_waited_have_as_long_again(
+    base: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(revision, "compile_adapter", lambda file, spec, *rest, **more: seen.append(spec.deadline))
+    files = AdapterFiles(engine_for(base).base, {}, AdapterLimits(), None)
+    checked = files.check(str(folders["a"]), None, None, None)
+    late = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: late)
+    files.compile(checked, None)
+    assert seen == [late + MATCHING_SECONDS]
 
 
 def test_what_came_for_a_request_stays_until_it_starts(base: Path, folders: dict[str, Path], size: int) -> None:

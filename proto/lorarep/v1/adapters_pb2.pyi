@@ -412,7 +412,7 @@ class Adapter(_message.Message):
     commit: _builtins.str
     """Commit of the repository, 40 hexadecimal digits; "local" for a folder."""
     digest: _builtins.str
-    """SHA-256 of the weights file, 64 hexadecimal digits; empty while it is being computed."""
+    """SHA-256 of the weights file, 64 hexadecimal digits."""
     kind: Global___AdapterKind.ValueType
     rank: _builtins.int
     """Largest rank of its modules."""

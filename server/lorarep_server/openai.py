@@ -220,8 +220,8 @@ class OpenAI:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Not that bytes are no HTTP, which would be in the log as they came."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    """Not that bytes are no HTTP, or not what their encoding says, which would be in the log as they came."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
 
 
 def _parsed(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -13,7 +14,9 @@ import openai
 import pytest
 from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import generation_pb2_grpc
+from lorarep_server.stream import EventStream
 
+from lorarep_runtime.request import Output
 from tests.server.conftest import World
 from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
 
@@ -100,6 +103,21 @@ def test_over_http_a_reader_that_does_not_read_ends_alone(small: Server) -> None
     assert got.startswith(b"HTTP/1.1 200 ")
     assert b"data: [DONE]" not in got
     small.wait_idle()
+
+
+def test_a_reader_that_takes_events_and_does_not_come_back_is_ended() -> None:
+    """However few are left for it."""
+    made: list[EventStream] = []
+
+    async def read() -> None:
+        made.append(EventStream(max_unread=100, patience=0.05))
+        made[0].put(Output((1,), "a", ()))
+        await made[0].take()
+        await asyncio.sleep(SECONDS)  # as a write to somebody who does not read
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(read())
+    assert "slow reader" in str(made[0].too_slow)
 
 
 def test_a_reader_that_does_not_read_ends_alone(small: Server) -> None:

@@ -17,6 +17,8 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2
 from lorarep.v1 import generation_pb2 as pb
+from lorarep_server.openai_messages import ChatRequest, CompletionRequest, GenerationRequest
+from pydantic import ValidationError
 
 from tests.server.conftest import World
 from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
@@ -234,8 +236,40 @@ def refused(server: Server, path: str, body: bytes, content_type: str = "applica
 def test_what_says_what_is_done_anyway_is_taken(client: openai.OpenAI) -> None:
     plain = client.completions.create(**COMPLETION, seed=1)
     neutral: dict[str, Any] = dict(n=1, best_of=1, echo=False, suffix=None, logit_bias={}, user="me", stream=False)
+    neutral["extra_body"] = dict(store=False, metadata={}, service_tier="auto")
     assert client.completions.create(**COMPLETION, seed=1, **neutral).choices == plain.choices
-    client.chat.completions.create(**CONVERSATION, tools=[], tool_choice="none", response_format={"type": "text"})
+    kept: dict[str, Any] = dict(store=False, metadata={}, parallel_tool_calls=True, modalities=["text"])
+    client.chat.completions.create(
+        **CONVERSATION, tools=[], tool_choice="none", response_format={"type": "text"}, **kept
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, COMPLETION | dict(prompt=[True] * 5000)),
+        (CompletionRequest, COMPLETION | dict(prompt=[[None]] * 5000)),
+        (CompletionRequest, COMPLETION | dict(stop=[1] * 5000)),
+        (CompletionRequest, COMPLETION | dict(stop_token_ids=[-1] * 5000)),
+        (ChatRequest, CONVERSATION | dict(messages=[1] * 5000)),
+        (ChatRequest, CONVERSATION | dict(messages=[{"role": "user", "content": [1] * 5000}])),
+    ],
+    ids=["prompt", "prompts", "stop", "stop_token_ids", "messages", "content"],
+)
+def test_of_a_million_wrong_items_few_are_looked_at(kind: type[GenerationRequest], body: dict[str, Any]) -> None:
+    """All the others wait meanwhile."""
+    with pytest.raises(ValidationError) as error:
+        kind.model_validate_json(json.dumps(body))
+    assert error.value.error_count() < 8
+
+
+def test_a_body_that_is_not_what_its_encoding_says_is_refused(server: Server) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    url = f"http://127.0.0.1:{server.openai_port}/v1/completions"
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(urllib.request.Request(url, json.dumps(COMPLETION).encode(), headers), timeout=SECONDS)
+    with error.value as response:
+        assert (response.code, json.loads(response.read())["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_other_content_and_too_much_of_it_are_refused(server: Server) -> None:

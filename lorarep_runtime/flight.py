@@ -12,7 +12,7 @@ from torch import Tensor
 from lorarep_runtime.base import Base
 from lorarep_runtime.cache import PagePool
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.sampling import Sampled, choose, is_greedy, is_plain, sample
+from lorarep_runtime.sampling import Sampled, choose, is_plain, sample
 from lorarep_runtime.scheduler import Scheduler, Sequence
 from lorarep_runtime.stopwatch import Stopwatch
 
@@ -47,8 +47,7 @@ class Flight:
         self._watch = Stopwatch(device)
         tokens, self._logits = launch()
         if self.is_plain:
-            if not all(is_greedy(s.sampler) for s in sequences):
-                tokens.copy_(choose(self._logits, [s.sampler for s in sequences], unread=unread))
+            choose(tokens, self._logits, [s.sampler for s in sequences], unread=unread)
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
             self._tokens.copy_(tokens, non_blocking=True)
         self._watch.stop()

@@ -104,21 +104,22 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         One for each row. The order of processing is that of `transformers`: penalties, end tokens that may not come
         yet, temperature, top-k, top-p, min-p. A row's result does not depend on the others.
     """
-    tokens = choose(logits, states).tolist()  # waits for the device, as log-probabilities do, where they are asked for
+    likeliest = logits.argmax(-1)
+    choose(likeliest, logits, states)
+    tokens = likeliest.tolist()  # waits for the device, as log-probabilities do, where they are asked for
     return [Sampled(token, _logprob(logits[i], token, states[i].request)) for i, token in enumerate(tokens)]
 
 
-def choose(logits: Tensor, states: Sequence[SamplerState], *, unread: int = 0) -> Tensor:
-    """As `sample`, without a wait for the device: (rows) int64.
+def choose(tokens: Tensor, logits: Tensor, states: Sequence[SamplerState], *, unread: int = 0) -> None:
+    """Puts the tokens that `sample` gives in the place of the likeliest ones, without a wait for the device.
 
     Args:
+        tokens: (rows) int64.
         unread: how many tokens of each row have been chosen of which its state does not know. Of plain rows alone.
     """
-    chosen = logits.argmax(-1)
-    if others := [i for i, state in enumerate(states) if not is_greedy(state)]:
+    if others := [i for i, state in enumerate(states) if not _is_greedy(state)]:
         rows = moved(torch.tensor(others), logits.device)
-        chosen.index_copy_(0, rows, _choose(logits.index_select(0, rows), [states[i] for i in others], unread))
-    return chosen
+        tokens.index_copy_(0, rows, _choose(logits.index_select(0, rows), [states[i] for i in others], unread))
 
 
 def is_plain(state: SamplerState) -> bool:
@@ -126,7 +127,7 @@ def is_plain(state: SamplerState) -> bool:
     return not _has_penalty(state.request.sampling) and not _must_go_on(state.request.stopping, state)
 
 
-def is_greedy(state: SamplerState) -> bool:
+def _is_greedy(state: SamplerState) -> bool:
     """Whether the likeliest token is the one."""
     return is_plain(state) and state.request.sampling.temperature == 0
 
@@ -140,7 +141,7 @@ def _must_go_on(stopping: Stopping, state: SamplerState) -> bool:
 
 
 def _choose(scores: Tensor, states: Sequence[SamplerState], unread: int) -> Tensor:
-    """As `choose`; the logits are used up."""
+    """(rows) int64, as `choose` puts them into place; the logits are used up."""
     device = scores.device
     for row, state in zip(scores, states, strict=True):
         if _has_penalty(state.request.sampling):

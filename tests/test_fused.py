@@ -43,6 +43,11 @@ def save_all(family: str, folder: Path) -> tuple[Path, dict[str, Path]]:
     return base, adapters
 
 
+def test_a_base_of_another_activation_has_its_own_layers(tmp_path: Path) -> None:
+    config = BaseConfig(str(save_base("llama", tmp_path, hidden_act="relu")), dtype="float32", device="cpu")
+    assert not can_decode(Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=1 << 20))).base)
+
+
 @pytest.mark.parametrize("family", FAMILIES if torch.cuda.is_available() else ["qwen2", "qwen3"])
 def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when a sequence has grown so long that it is split into more parts."""

@@ -64,7 +64,7 @@ class DiskBudget:
         with self._lock:
             self._held[snapshot.repository] = sum(file.stat().st_size for file in blobs.iterdir())
             if sum(self._held.values()) > self._limit:
-                self._trim(beside=snapshot.repository)
+                self._trim()
 
     def _scan(self) -> list[CachedRepoInfo]:
         try:
@@ -72,7 +72,7 @@ class DiskBudget:
         except CacheNotFound:
             return []
 
-    def _trim(self, beside: str) -> None:
+    def _trim(self) -> None:
         info = scan_cache_dir(self._cache_dir)
         repos = [repo for repo in info.repos if _is_adapter(repo)]
         uses = self._uses()
@@ -81,7 +81,7 @@ class DiskBudget:
         for repo in sorted(repos, key=lambda x: (uses.get(x.repo_id) or 0, x.last_accessed)):
             if held <= self._limit * SHARE_AFTER:
                 break
-            if repo.repo_id != beside and uses.get(repo.repo_id, 0) is not None:
+            if uses.get(repo.repo_id, 0) is not None:
                 with self._marks:
                     if self._looked_at[repo.repo_id] or self._uses().get(repo.repo_id, 0) is None:
                         continue

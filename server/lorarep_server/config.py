@@ -43,4 +43,4 @@ class ServerConfig:
     max_unread: int = 1024
     """Events of a stream that may wait for its reader..."""
     max_unread_seconds: float = 10.0
-    """...and for how long there may be more, before that stream ends."""
+    """...and for how long there may be more, or a write to it may take, before that stream ends."""

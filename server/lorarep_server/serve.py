@@ -179,7 +179,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     "--max-unread-seconds",
     type=SECONDS,
     default=ServerConfig.max_unread_seconds,
-    help="Seconds for which more may wait before the stream ends.",
+    help="Seconds for which more may wait, or a write take, before the stream ends.",
 )
 @option("--log-level", type=click.Choice(LOG_LEVELS), default="info", help="Least level of lorarep's own log.")
 def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log_level: str, **given: Any) -> None:

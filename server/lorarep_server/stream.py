@@ -61,13 +61,12 @@ class EventStream:
         await self._arrived.wait()
         self.close()
         outputs = [event for event in self._events if isinstance(event, Output)]
-        if isinstance(self.end, Exception):
-            if not outputs:
-                raise self.end
-            self._events = [self.end]
-            self._expect("what was sent was")
-            return outputs, None
+        if isinstance(self.end, Exception) and not outputs:
+            raise self.end
         self._expect("what was sent was")
+        if isinstance(self.end, Exception):
+            self._events = [self.end]
+            return outputs, None
         self._events = []
         self._arrived.clear()
         return outputs, self.end

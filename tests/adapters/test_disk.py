@@ -86,6 +86,21 @@ def test_of_two_folders_of_one_commit_the_unused_one_leaves(
         assert {path.name for path in cache.glob("models--*")} == {"models--Org--a", "models--org--c"}
 
 
+def test_what_somebody_is_looking_for_stays(
+    hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    size = published(hub, base, folders)
+    engine = engine_for(base, cache_dir=tmp_path / "cache", limits=AdapterLimits(disk_bytes=int(1.5 * size)))
+    disk = engine.adapters._files.disk
+    assert disk is not None
+    engine.adapters.load("a", "org/a", trusted=True)
+    with disk.staying("org/a"):
+        engine.adapters.load("b", "org/b", trusted=True)
+        assert cached(tmp_path / "cache") == {"a", "b"}
+    engine.adapters.load("c", "org/c", trusted=True)
+    assert cached(tmp_path / "cache") == {"c"}
+
+
 def test_a_file_that_cannot_be_read_once_costs_one_request(
     hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,22 @@ def test_what_somebody_is_looking_for_stays(
     assert cached(tmp_path / "cache") == {"c"}
 
 
+def test_files_of_a_mix_stay_while_requests_hold_it(
+    hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    size = published(hub, base, folders)
+    engine = engine_for(base, cache_dir=tmp_path / "cache", limits=AdapterLimits(disk_bytes=int(2.5 * size)))
+    for name in "ab":
+        engine.adapters.load(name, f"org/{name}", trusted=True)
+    lease = engine.adapters.lease([("a", 1.0), ("b", 0.5)])
+    engine.adapters.load("c", "org/c", trusted=True)
+    assert cached(tmp_path / "cache") == {"a", "b", "c"}
+    lease.release()
+    engine.adapters.load("d", "org/d", trusted=True)
+    assert "d" in cached(tmp_path / "cache")
+    assert len(cached(tmp_path / "cache")) == 2
+
+
 def test_a_file_that_cannot_be_read_once_costs_one_request(
     hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,8 @@ LAYERS = 8
 REQUESTS = 8
 PROMPT_TOKENS = 32
 
+Side = Callable[[list[Path]], list[list[int]]]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,7 +117,7 @@ def compare(folder: Path, hidden: int, new_tokens: int, repeats: int) -> None:
         with torch.inference_mode():
             if ours(adapters) != peft_side(adapters):
                 raise SystemExit(f"{title}: the answers differ")
-            times = {side: [] for side in (ours, peft_side)}
+            times: dict[Side, list[float]] = {side: [] for side in (ours, peft_side)}
             for _ in range(repeats):
                 for side in times:
                     times[side].append(timed(side, adapters))
@@ -127,7 +129,7 @@ def compare(folder: Path, hidden: int, new_tokens: int, repeats: int) -> None:
         print()
 
 
-def timed(side: Callable[[list[Path]], list[list[int]]], adapters: list[Path]) -> float:
+def timed(side: Side, adapters: list[Path]) -> float:
     start = time.perf_counter()
     side(adapters)
     return time.perf_counter() - start

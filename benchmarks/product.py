@@ -177,7 +177,7 @@ class Case:
                 raise SystemExit(f"{self.names[0]}, {len(self.x)} rows: the product is {error:.4f} off")
 
 
-def timed(launches: Sequence[Callable[[], None]]) -> float:
+def timed(launches: Sequence[Callable[[], object]]) -> float:
     """Seconds a launch."""
     rounds = -(-LAUNCHES // len(launches))
     graph = torch.cuda.CUDAGraph()

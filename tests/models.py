@@ -22,6 +22,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -143,7 +144,7 @@ def save_base(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Pa
     return folder
 
 
-def load_base(folder: Path, quantization: str = "none", **options: Any) -> nn.Module:
+def load_base(folder: Path, quantization: str = "none", **options: Any) -> PreTrainedModel:
     """The base in fp32 as `transformers` loads it, on the CPU: bitsandbytes would choose another device."""
     quantized = {
         "none": None,

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lorarep_runtime.request import Request, Sampling, Stopping
-from lorarep_runtime.sampling import SamplerState, _choose, sample
+from lorarep_runtime.sampling import SamplerState, choose, sample
 
 VOCAB = 50
 PROMPT = (3, 7, 7, 11)
@@ -154,10 +154,10 @@ if torch.cuda.is_available():
         ]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            chosen = _choose(logits.clone(), asked)
+            choose(tokens := logits.argmax(-1), logits, asked)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert chosen.tolist() == [one.token for one in sample(logits.cpu(), asked)]
+        assert tokens.tolist() == [one.token for one in sample(logits.cpu(), asked)]
 
 
 def test_no_end_token_before_the_least_number_of_tokens() -> None:

@@ -11,9 +11,11 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from lorarep_runtime.adapters import pool, revision
+from lorarep_runtime.adapters.weights import mix
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import PermissionDenied
+from lorarep_runtime.hub import file_digest
 from lorarep_runtime.request import Event, Finished
 from tests.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.hub_faults import FaultyHub
@@ -85,7 +87,7 @@ def test_steps_go_on_while_a_file_is_hashed_and_somebody_asks_what_there_is(
     hub.publish("org/two", adapters["two"])
     limits = AdapterLimits(allow_repositories=("org/*",))
     engine = engine_for(base, adapters={"one": adapters["one"]}, limits=limits, cache_dir=tmp_path, kv_bytes=4 << 20)
-    gate = Gate(revision.file_digest)
+    gate = Gate(file_digest)
     monkeypatch.setattr(revision, "file_digest", gate)
     with ThreadPoolExecutor(2) as threads:
         leasing = threads.submit(engine.adapters.lease, [("org/two", 1.0)])
@@ -100,7 +102,7 @@ def test_steps_go_on_while_a_file_is_hashed_and_somebody_asks_what_there_is(
 
 
 def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(pool.mix)
+    gate = Gate(mix)
     monkeypatch.setattr(pool, "mix", gate)
     with ThreadPoolExecutor(2) as threads:
         leases = [engine.adapters.lease(MIX) for _ in range(2)]
@@ -118,7 +120,7 @@ def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytes
 def test_a_mix_whose_part_is_unloaded_meanwhile_is_freed_with_its_last_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(pool.mix)
+    gate = Gate(mix)
     monkeypatch.setattr(pool, "mix", gate)
     lease = engine.adapters.lease(MIX)
     assert gate.reached.wait(60)

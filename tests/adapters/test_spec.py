@@ -70,7 +70,7 @@ def test_modules_ranks_and_scalings_are_pefts(asked: dict[str, Any], tmp_path: P
     assert theirs
     assert ours.keys() == theirs.keys()
     for path, (rank, scaling) in theirs.items():
-        assert ours[path] == (rank, pytest.approx(scaling)), path
+        assert ours[path] == pytest.approx((rank, scaling)), path
 
 
 def test_every_field_of_peft_is_known_or_refused_once_it_is_set() -> None:

@@ -16,6 +16,7 @@ from lorarep_runtime.adapters import revision
 from lorarep_runtime.adapters.revision import AdapterFiles
 from lorarep_runtime.adapters.spec import MATCHING_SECONDS
 from lorarep_runtime.adapters.tiers import Turn
+from lorarep_runtime.adapters.weights import compile_adapter
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine import Engine
 from lorarep_runtime.errors import Cancelled, Exhausted, LorarepError, NotFound
@@ -68,7 +69,7 @@ def brought(engine: Engine, name: str) -> None:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are compiled from now on."""
     seen: list[str] = []
-    real = revision.compile_adapter
+    real = compile_adapter
     monkeypatch.setattr(
         revision, "compile_adapter", lambda file, *a, **k: seen.append(file.parent.name) or real(file, *a, **k)
     )
@@ -270,10 +271,14 @@ def test_many_adapters_in_little_memory(
     limits = AdapterLimits(device_bytes=4 * size, host_bytes=host * size)
     engine = engine_for(base, limits=limits, adapters=folders, max_sequences=4)
     over: list[int] = []
-    engine.adapters.tiers.on_arrival, woken = (
-        lambda: (over.append(1) if sum(engine.adapters.held_bytes().values()) > 4 * size else None, woken()),
-        engine.adapters.tiers.on_arrival,
-    )
+    woken = engine.adapters.tiers.on_arrival
+
+    def arrived() -> None:
+        if sum(engine.adapters.held_bytes().values()) > 4 * size:
+            over.append(1)
+        woken()
+
+    engine.adapters.tiers.on_arrival = arrived
     engine.start()
     wrong: list[object] = []
 

@@ -134,7 +134,7 @@ PROMISED = {"INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED"}
 def test_any_request_is_answered_or_refused(server: Server, innocent: Innocent) -> None:
     dice = random.Random(7)
     whole = request("abc", "lora", new_tokens=3, logprobs=2, sampling=generation_pb2.Sampling(seed=1, top_p=0.9))
-    generate = server.channel.unary_unary("/lorarep.v1.GenerationService/Generate")
+    generate = server.channel.unary_unary("/lorarep.v1.GenerationService/Generate")  # type: ignore[call-arg]
     outcomes: Counter[str] = Counter()
 
     def ask(data: bytes) -> None:
@@ -161,7 +161,7 @@ def test_any_request_is_answered_or_refused(server: Server, innocent: Innocent) 
     ],
 )
 def test_bytes_that_are_no_message_are_refused_in_our_words(server: Server, innocent: Innocent, method: str) -> None:
-    call = server.channel.unary_stream(f"/{method}")
+    call = server.channel.unary_stream(f"/{method}")  # type: ignore[call-arg]
     refused(lambda: list(call(b"\xff\xff", timeout=SECONDS)), "INVALID_ARGUMENT", "not a message of its type")
 
 

@@ -12,7 +12,9 @@ from tests.kernels.rows import CAPACITY, DEVICE, DTYPES, PDL, POSITIONS, TOLERAN
 EPS = 1e-5
 
 
-def norm(batch: Batch, width: int, dtype: torch.dtype, *, parts: int, first: int, count: int) -> Tensor:
+def norm(
+    batch: Batch, width: int, dtype: torch.dtype, *, parts: int, first: int, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Runs kernel and reference, compares them, and returns h, weight and x."""
     h, weight = randn(len(batch), width, dtype=dtype, scale=3), randn(width, dtype=dtype)
     x, low = nan(len(batch), width, dtype=dtype), nan(len(batch), parts, count, CAPACITY)

@@ -201,7 +201,7 @@ def test_the_port_of_openai_wants_certificate_and_token_too(secured: Secured) ->
 
 def test_an_rpc_that_is_not_there_is_told_to_callers_with_a_token_alone(secured: Secured) -> None:
     with secured.channel() as channel:
-        absent = channel.unary_unary("/lorarep.v1.ModelService/Absent")
+        absent = channel.unary_unary("/lorarep.v1.ModelService/Absent")  # type: ignore[call-arg]
         for given, code in (({}, UNAUTHENTICATED), (bearer(USER), grpc.StatusCode.UNIMPLEMENTED)):
             with pytest.raises(grpc.RpcError) as error:
                 absent(b"", timeout=SECONDS, **given)

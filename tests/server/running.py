@@ -136,6 +136,7 @@ def serving(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> I
         server.process.wait()
         server.reads.set()
         server._reader.join()
+        server.process.stderr.close()
 
 
 class OnTerminal:

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lorarep_server.demo.hub import HubStandIn
 
 from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
-from lorarep_runtime.engine import Engine
+from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.request import Event, Finished, Output, Request, Stopping
-from tests.models import save_adapter, save_base
+from tests.support.models import save_adapter, save_base
 
 AT_ONCE = 8
 PROMPT = tuple(range(40, 60))

@@ -38,7 +38,7 @@ from benchmarks.goals import Figures, add_figure_options
 from benchmarks.models import DEEP, Files, add_file_options
 from benchmarks.streams import SHORT, STEADY, Noticed, Stream, beside
 from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
-from lorarep_runtime.engine import Engine
+from lorarep_runtime.engine.engine import Engine
 
 ON_DEVICE = 64
 """Adapters for which the device has room."""

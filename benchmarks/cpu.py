@@ -22,9 +22,9 @@ from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
-from lorarep_runtime.engine import Engine
+from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.request import Request, Stopping
-from tests.models import load_base, save_adapter, save_base, stack_of, stacked, without_replication
+from tests.support.models import load_base, save_adapter, save_base, stack_of, stacked, without_replication
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANGES = [[0, 6], [2, 8]]

@@ -32,10 +32,10 @@ from benchmarks.floor import copy_bandwidth, floor_bytes, weight_bytes
 from benchmarks.goals import BATCHES, CASES, Figures, add_figure_options
 from benchmarks.models import DEEP, Files, add_file_options
 from benchmarks.timeline import profiled
-from lorarep_runtime.adapters.pool import Lease
-from lorarep_runtime.cache import PagePool
+from lorarep_runtime.adapters.registry import Lease
 from lorarep_runtime.config import PAGE_TOKENS, BaseConfig, EngineConfig, SchedulerConfig
-from lorarep_runtime.engine import Engine
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.request import Event, Output, Request, Sampling, Stopping
 
 PROMPT_TOKENS = 128

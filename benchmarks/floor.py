@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from lorarep_runtime.cache import PagePool
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.engine import Engine
-from lorarep_runtime.stack import merge
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.model.kv_cache import PagePool
+from lorarep_runtime.model.stack import merge
 
 
 def floor_bytes(engine: Engine, names: Sequence[str], tokens: int) -> int:

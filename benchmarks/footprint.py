@@ -30,7 +30,7 @@ from benchmarks.decode import lease, prompts, request
 from benchmarks.goals import Figures, add_figure_options
 from benchmarks.models import DEEP, Files, add_file_options, load_with_transformers
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
-from lorarep_runtime.engine import Engine
+from lorarep_runtime.engine.engine import Engine
 
 BATCH = 32
 PROMPT = 2048

@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.product import LARGEST_ERROR, shared, timed
-from lorarep_runtime.kernels.spread import HOPPER
-from lorarep_runtime.linear import GROUPS, group_of
-from tests.models import MISTRAL_7B, projections
+from lorarep_runtime.kernels.hopper.launch_config import HOPPER
+from lorarep_runtime.model.linear import GROUPS, group_of
+from tests.support.models import MISTRAL_7B, projections
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.models import MISTRAL_7B, projections, save_tokenizer
+from tests.support.models import MISTRAL_7B, projections, save_tokenizer
 
 SMALL = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 RANKS = (4, 8, 16, 64)

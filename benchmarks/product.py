@@ -26,14 +26,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floor import copy_bandwidth
-from lorarep_runtime.decode import LEAST_RANKS
-from lorarep_runtime.fused import parts_for
-from lorarep_runtime.kernels.product import SharedGroup, product_reference
-from lorarep_runtime.kernels.rows import Entries, Entry, PlainRows, Rows, entry_table
-from lorarep_runtime.kernels.spread import HOPPER
-from lorarep_runtime.linear import BITS, GROUPS, DenseWeight, Int8Weight, NF4Weight, Weight, group_of
-from tests.kernels.rows import one_by_one
-from tests.models import MISTRAL_7B, projections
+from lorarep_runtime.gpu.decoder import LEAST_RANKS
+from lorarep_runtime.gpu.fused_layer import parts_for
+from lorarep_runtime.kernels.entry_table import Entries, Entry, PlainRows, Rows, entry_table
+from lorarep_runtime.kernels.hopper.decode_gemm import SharedGroup, product_reference
+from lorarep_runtime.kernels.hopper.launch_config import HOPPER
+from lorarep_runtime.model.linear import BITS, GROUPS, DenseWeight, Int8Weight, NF4Weight, Weight, group_of
+from tests.support.decode_rows import one_by_one
+from tests.support.models import MISTRAL_7B, projections
 
 POSITIONS = 64
 """Of the stack whose step the sums are for."""

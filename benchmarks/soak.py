@@ -37,10 +37,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.faults.conftest import Failpoints, held
-from tests.hub_faults import FaultyHub
-from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World, published
-from tests.server.running import Server, load, request, serving, stream, unload, wait_for
+from tests.support.hub_faults import FaultyHub
+from tests.support.models import save_adapter
+from tests.support.servers import Server, load, request, serving, stream, unload, wait_for
 
 KINDS = 80
 """Distinct requests."""

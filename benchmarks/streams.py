@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.decode import request
-from lorarep_runtime.engine import Engine
+from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.request import Event, Output
 
 SHORT = 128

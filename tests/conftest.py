@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.hub_faults import FaultyHub
+from tests.support.hub_faults import FaultyHub
 
 # Before torch is imported: the workers share the cores, and so do the servers they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,7 +72,7 @@ def interpreter() -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyHub]:
-    """A Hub on loopback that `lorarep_runtime.hub` is pointed at."""
+    """A Hub on loopback that `lorarep_runtime.hub.snapshot` is pointed at."""
     with FaultyHub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield hub

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import CachedRepoInfo, CacheNotFound, scan_cache_dir
 
-from lorarep_runtime.hub import CONFIG, LOCAL, Snapshot
+from lorarep_runtime.hub.snapshot import CONFIG, LOCAL, Snapshot
 
 log = logging.getLogger(__name__)
 

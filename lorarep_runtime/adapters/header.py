@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorarep_runtime.adapters.spec import AdapterSpec
+from lorarep_runtime.adapters.peft_config import AdapterSpec
+from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
-from lorarep_runtime.interpreter import give_way, giving_way
-from lorarep_runtime.stack import Stack
+from lorarep_runtime.model.stack import Stack
 
 FILE_PREFIX = "base_model.model."
 """What PEFT puts before a module's path."""

@@ -11,18 +11,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lorarep_runtime.adapters.compile import Adapter, compile_adapter, file_parameters, storage_bytes
 from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.header import Header, Layout, check, read_header
-from lorarep_runtime.adapters.spec import MATCHING_SECONDS, AdapterSpec
-from lorarep_runtime.adapters.tiers import Resident
-from lorarep_runtime.adapters.weights import Adapter, compile_adapter, file_parameters, storage_bytes
-from lorarep_runtime.base import Base
+from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterSpec
+from lorarep_runtime.adapters.residency import Resident
 from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from lorarep_runtime.hub import LOCAL, Progress, Snapshot, fetch, file_digest
-from lorarep_runtime.interpreter import give_way
-from lorarep_runtime.stack import Stack
-from lorarep_runtime.text import Tokenizer, fits
+from lorarep_runtime.hub.snapshot import LOCAL, Progress, Snapshot, fetch, file_digest
+from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.text.tokenizer import Tokenizer, fits
 
 log = logging.getLogger(__name__)
 

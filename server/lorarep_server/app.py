@@ -30,26 +30,26 @@ from lorarep.v1 import (
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, start_http_server
 
 from lorarep_runtime.errors import InvalidArgument, Unavailable
-from lorarep_server.access import Access, check_exposure, check_roles
-from lorarep_server.answers import Answers
-from lorarep_server.calls import Calls
+from lorarep_server.api.grpc_adapters import AdapterService
+from lorarep_server.api.grpc_fmaas import FmaasService
+from lorarep_server.api.grpc_generation import GenerationService
+from lorarep_server.api.grpc_model import ModelService
+from lorarep_server.api.openai import OpenAI
+from lorarep_server.api.status_page import Page
+from lorarep_server.auth import Access, check_exposure, check_roles
 from lorarep_server.config import ServerConfig
-from lorarep_server.desired import DesiredAdapters
-from lorarep_server.hang_up import hang_up
-from lorarep_server.loads import AdapterLoad, Loads
-from lorarep_server.metrics import EngineCollector, Metrics
-from lorarep_server.openai import OpenAI
-from lorarep_server.page import Page
-from lorarep_server.service_adapters import AdapterService
-from lorarep_server.service_fmaas import FmaasService
-from lorarep_server.service_generation import GenerationService
-from lorarep_server.service_model import ModelService
+from lorarep_server.connections import hang_up
+from lorarep_server.loading.load_queue import AdapterLoad, Loads
+from lorarep_server.loading.reconciler import DesiredAdapters
+from lorarep_server.requests.admission import Calls
+from lorarep_server.requests.frontend import Answers
+from lorarep_server.telemetry.metrics import EngineCollector, Metrics
+from lorarep_server.telemetry.tracing import Traces
 from lorarep_server.tls import TlsFiles
-from lorarep_server.tracing import Traces
 
 if TYPE_CHECKING:
-    from lorarep_runtime.engine import Engine
-    from lorarep_runtime.hub import Progress
+    from lorarep_runtime.engine.engine import Engine
+    from lorarep_runtime.hub.snapshot import Progress
 
 log = logging.getLogger(__name__)
 

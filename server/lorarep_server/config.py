@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorarep_server.options import AdapterSource
+from lorarep_server.sources import AdapterSource
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from lorarep_runtime.errors import InvalidArgument
-from lorarep_server.watched import Watched
+from lorarep_server.watched_files import Watched
 
 
 @dataclass(frozen=True)

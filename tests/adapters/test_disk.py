@@ -8,12 +8,12 @@ import pytest
 
 from lorarep_runtime.adapters import revision
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.engine import Engine
+from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss
-from lorarep_runtime.hub import fetch
-from tests.engines import engine_for, greedy
-from tests.hub_faults import FaultyHub
-from tests.models import save_adapter, save_base
+from lorarep_runtime.hub.snapshot import fetch
+from tests.support.engines import engine_for, greedy
+from tests.support.hub_faults import FaultyHub
+from tests.support.models import save_adapter, save_base
 
 
 @pytest.fixture(scope="module")

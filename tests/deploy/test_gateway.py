@@ -10,9 +10,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tests.deploy import crds
+from tests.deploy.test_manifests import DEPLOY, Objects, render
 from tests.server.test_endpoint_picker import KV_USAGE, LORA_INFO, QUEUED
-from tests.test_deploy import DEPLOY, Objects, render
+from tests.support import crds
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import subprocess
 import tomllib
 
 import pytest
-from lorarep_server.access import check_exposure
+from lorarep_server.auth import check_exposure
+from lorarep_server.cli.serve import serve
 from lorarep_server.config import ServerConfig
-from lorarep_server.serve import serve
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.deploy.image import ROOT, Image, built
+from tests.support.image import ROOT, Image, built
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.image import built
-from tests.models import save_adapter, save_base
+from tests.support.image import built
+from tests.support.models import save_adapter, save_base
 
 ROOT = Path(__file__).parents[2]
 OWN = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")

@@ -15,7 +15,7 @@ import pytest
 from lorarep.v1 import adapters_pb2
 
 from tests.server.conftest import ADAPTERS, World, world
-from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
+from tests.support.servers import SECONDS, Server, request, serving, stream, wait_for
 
 __all__ = ["ADAPTERS", "world"]
 

@@ -9,9 +9,9 @@ import pytest
 from lorarep.v1 import adapters_pb2 as pb
 
 from tests.faults.conftest import Failpoints, Innocent, refused
-from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import OnTerminal, Server, adapters, load, loading, request, stream, unload, wait_for
+from tests.support.models import save_adapter
+from tests.support.servers import OnTerminal, Server, adapters, load, loading, request, stream, unload, wait_for
 
 WEIGHTS = "adapter_model.safetensors"
 AT_A_TIME, MOST = 8, 72

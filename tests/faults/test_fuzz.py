@@ -16,16 +16,16 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lorarep.v1 import generation_pb2 as pb
-from lorarep_server.answers import admit
+from lorarep_server.requests.frontend import admit
 
-from lorarep_runtime.adapters.spec import CONSUMED, EXPECTED, NO_EFFECT, AdapterSpec
+from lorarep_runtime.adapters.peft_config import CONSUMED, EXPECTED, NO_EFFECT, AdapterSpec
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.engine import Engine
+from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
-from tests.engines import assert_nothing_held, engine_for
 from tests.faults.test_port import ROUNDS, mutated
-from tests.models import save_adapter, save_base
-from tests.server.running import request
+from tests.support.engines import assert_nothing_held, engine_for
+from tests.support.models import save_adapter, save_base
+from tests.support.servers import request
 
 PROMISED = (InvalidArgument, FailedPrecondition)
 FIELDS = sorted(CONSUMED | NO_EFFECT | EXPECTED.keys())

@@ -13,10 +13,10 @@ import pytest
 from lorarep.v1 import generation_pb2_grpc
 
 from tests.faults.conftest import Failpoints, assert_nothing_left_at_the_end, refused
-from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import SECONDS, Server, adapters, loading, request, serving, stream, wait_for
 from tests.server.test_life import NOT_SERVING, SERVING, health
+from tests.support.models import save_adapter
+from tests.support.servers import SECONDS, Server, adapters, loading, request, serving, stream, wait_for
 
 WEIGHTS = "adapter_model.safetensors"
 WANTED = request("x", "dora", new_tokens=40)

@@ -12,10 +12,10 @@ import pytest
 from lorarep.v1 import adapters_pb2
 
 from tests.faults.conftest import HUB_SECONDS, Failpoints, Innocent, nothing_left, refused
-from tests.hub_faults import FaultyHub
-from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, adapters, load, request, serving, stream, unload
+from tests.support.hub_faults import FaultyHub
+from tests.support.models import save_adapter
+from tests.support.servers import Server, adapters, load, request, serving, stream, unload
 
 WEIGHTS = "adapter_model.safetensors"
 ON_DEVICE = adapters_pb2.ADAPTER_TIER_DEVICE

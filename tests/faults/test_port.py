@@ -15,7 +15,7 @@ import pytest
 from lorarep.v1 import generation_pb2
 
 from tests.faults.conftest import Innocent, refused
-from tests.server.running import SECONDS, Server, load, request, wait_for
+from tests.support.servers import SECONDS, Server, load, request, wait_for
 
 ROUNDS = int(os.environ.get("LORAREP_FUZZ", "1"))
 """How many times as much is tried as CI has time for."""

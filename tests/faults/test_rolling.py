@@ -12,7 +12,7 @@ from lorarep.v1 import generation_pb2_grpc
 
 from tests.faults.conftest import assert_nothing_left_at_the_end
 from tests.server.conftest import World
-from tests.server.running import Server, request, serving, stream, wait_for
+from tests.support.servers import Server, request, serving, stream, wait_for
 
 STREAMS = 200
 AT_ONCE = 12

@@ -11,11 +11,11 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2
 
-from lorarep_runtime.engine import MAX_FAILURES
+from lorarep_runtime.engine.engine import MAX_FAILURES
 from tests.faults.conftest import Failpoints, Innocent, assert_nothing_left_at_the_end, refused
 from tests.server.conftest import World
-from tests.server.running import LORAREP, SECONDS, Server, request, serving, stream, wait_for
 from tests.server.test_life import NOT_SERVING, health
+from tests.support.servers import LORAREP, SECONDS, Server, request, serving, stream, wait_for
 
 LONG = request("x", "lora", new_tokens=500)
 

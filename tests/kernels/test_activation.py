@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 from transformers.activations import ACT2FN
 
-from lorarep_runtime.kernels.activation import gate_low, gate_low_reference, gate_rows
-from tests.kernels.rows import CAPACITY, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
+from lorarep_runtime.kernels.decode.activation import gate_low, gate_low_reference, gate_rows
+from tests.support.decode_rows import CAPACITY, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

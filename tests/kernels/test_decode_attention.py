@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lorarep_runtime.kernels.combine import Partials, combine_low, combine_low_reference
-from lorarep_runtime.kernels.decode_attention import Attention, Cache, attend, attend_reference, attend_whole
-from tests.kernels.rows import (
+from lorarep_runtime.kernels.decode.attention import Attention, Cache, attend, attend_reference, attend_whole
+from lorarep_runtime.kernels.decode.combine import Partials, combine_low, combine_low_reference
+from tests.support.decode_rows import (
     CAPACITY,
     DEPTH,
     DEVICE,

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lorarep_runtime.kernels.norm import norm_low, norm_low_reference
-from tests.kernels.rows import CAPACITY, DEVICE, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
+from lorarep_runtime.kernels.decode.norm import norm_low, norm_low_reference
+from tests.support.decode_rows import CAPACITY, DEVICE, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
 
 EPS = 1e-5
 

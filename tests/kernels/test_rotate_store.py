@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lorarep_runtime.kernels.decode_attention import Attention
-from lorarep_runtime.kernels.rotate_store import rotate_store, rotate_store_reference
-from tests.kernels.rows import DEVICE, DTYPES, TOLERANCE, nan, randn
+from lorarep_runtime.kernels.decode.attention import Attention
+from lorarep_runtime.kernels.prefill.rotate_store import rotate_store, rotate_store_reference
+from tests.support.decode_rows import DEVICE, DTYPES, TOLERANCE, nan, randn
 
 ROWS, PAGES, PAGE = 5, 4, 16
 

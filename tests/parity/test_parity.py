@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines import PROMPT, assert_nothing_held, engine_for, greedy
-from tests.models import FAMILIES, MAPS, reference, reference_logits, save_adapter, save_base, stack_of
+from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
+from tests.support.models import FAMILIES, MAPS, reference, reference_logits, save_adapter, save_base, stack_of
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from lorarep_server.cli.reference import Reference
 from torch import nn
 
+from lorarep_runtime.adapters.peft_config import AdapterSpec
 from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
-from lorarep_runtime.adapters.spec import AdapterSpec
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.reference import Reference
-from tests.engines import PROMPT, engine_for, greedy
-from tests.models import (
+from tests.support.engines import PROMPT, engine_for, greedy
+from tests.support.models import (
     MAPS,
     load_base,
     reference,
@@ -82,7 +82,7 @@ def test_the_reference_without_peft_is_the_one_with_it(
     spec = AdapterSpec.parse(read_config(adapters[name] / CONFIG_FILE), AdapterLimits())
     given = engine.base, stack_of(MAPS["overlap"]), adapters[name], spec
     under_peft = Reference(*given)
-    monkeypatch.setattr("lorarep_runtime.reference.find_spec", lambda module: None)
+    monkeypatch.setattr("lorarep_server.cli.reference.find_spec", lambda module: None)
     merged = Reference(*given)
     assert [one.name.rpartition(", ")[2] for one in (under_peft, merged)] == ["under PEFT", "adapter merged"]
     torch.testing.assert_close(merged.logits(PROMPT), under_peft.logits(PROMPT), atol=1e-5, rtol=0)
@@ -128,7 +128,7 @@ def test_double_quantization(base: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
-    from lorarep_runtime.engine import Engine
+    from lorarep_runtime.engine.engine import Engine
 
     config = BaseConfig(str(base), quantization="nf4", double_quantization=True, dtype="float32", device="cpu")
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=1 << 20)))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub_faults import FaultyHub
-from tests.models import save_adapter, save_base, save_tokenizer
-from tests.server.running import Server, serving
+from tests.support.hub_faults import FaultyHub
+from tests.support.models import save_adapter, save_base, save_tokenizer
+from tests.support.servers import Server, serving
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 ADAPTERS = {

@@ -9,9 +9,9 @@ import grpc
 import pytest
 from lorarep.v1 import adapters_pb2 as pb
 
-from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import SECONDS, Server, adapters, load, loading, request, stream, unload, wait_for
+from tests.support.models import save_adapter
+from tests.support.servers import SECONDS, Server, adapters, load, loading, request, stream, unload, wait_for
 
 LORA = ADAPTERS["lora"]
 

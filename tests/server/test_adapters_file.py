@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from lorarep.v1 import adapters_pb2 as pb
-from lorarep_server.adapters_file import DesiredAdapter, read_adapters
+from lorarep_server.loading.adapters_file import DesiredAdapter, read_adapters
 
 from lorarep_runtime.errors import InvalidArgument
 from tests.faults.conftest import Failpoints, refused
-from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, adapters, load, lorarep, request, serving, stream, unload, wait_for
 from tests.server.test_life import NOT_SERVING, health
+from tests.support.models import save_adapter
+from tests.support.servers import Server, adapters, load, lorarep, request, serving, stream, unload, wait_for
 
 LOADING, LOADED, FAILED = pb.ADAPTER_STATE_LOADING, pb.ADAPTER_STATE_LOADED, pb.ADAPTER_STATE_FAILED
 NAME = "adapters.yaml"

@@ -10,7 +10,7 @@ from typing import Any
 
 import fmaas
 
-from tests.server.running import SECONDS, Server, request
+from tests.support.servers import SECONDS, Server, request
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 NODE = Path(sys.executable).with_name("node")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import save_adapter
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import OnTerminal, Server, lorarep, request
+from tests.support.models import save_adapter
+from tests.support.servers import OnTerminal, Server, lorarep, request
 
 
 def test_generate_streams_to_the_terminal(server: Server) -> None:

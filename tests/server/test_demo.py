@@ -11,8 +11,8 @@ from lorarep_server.demo.train import load
 from lorarep_server.demo.voices import BASE, MODELS, VOICES, answer
 from peft import PeftModel
 
-from lorarep_runtime.text import Tokenizer
-from tests.server.running import lorarep
+from lorarep_runtime.text.tokenizer import Tokenizer
+from tests.support.servers import lorarep
 
 
 def test_the_demo_runs_to_its_end() -> None:

@@ -16,7 +16,7 @@ from lorarep.v1 import adapters_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import World
-from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
+from tests.support.servers import SECONDS, Server, request, serving, stream, wait_for
 
 QUEUED, KV_USAGE, LORA_INFO = "lorarep_requests_waiting", "lorarep_kv_usage_ratio", "lorarep_lora_requests_info"
 

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2
 from lorarep.v1 import generation_pb2
 
 from tests.server.conftest import World
-from tests.server.running import SECONDS, Server, request, wait_for
 from tests.server.test_life import health
+from tests.support.servers import SECONDS, Server, request, wait_for
 
 PROMPT = "The capital of France"
 SAMPLED = pb.SamplingParameters(temperature=0.9, top_k=40, top_p=0.95, seed=7)

@@ -10,9 +10,9 @@ import grpc
 import pytest
 from lorarep.v1 import generation_pb2 as pb
 
-from tests.models import reference, reference_logits, stack_of
 from tests.server.conftest import ADAPTERS, World
-from tests.server.running import Server, request, stream
+from tests.support.models import reference, reference_logits, stack_of
+from tests.support.servers import Server, request, stream
 
 PROMPT = "The capital of France"
 SETS = [(), ("lora",), ("dora",)]

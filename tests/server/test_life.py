@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lorarep.v1 import model_pb2
 
 from tests.server.conftest import World
-from tests.server.running import SECONDS, Server, lorarep, request, serving, stream, wait_for
+from tests.support.servers import SECONDS, Server, lorarep, request, serving, stream, wait_for
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

@@ -14,11 +14,11 @@ import openai
 import pytest
 from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import generation_pb2_grpc
-from lorarep_server.stream import EventStream
+from lorarep_server.requests.event_stream import EventStream
 
 from lorarep_runtime.request import Output
 from tests.server.conftest import World
-from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
+from tests.support.servers import SECONDS, Server, request, serving, stream, wait_for
 
 LONG = request("x", "lora", new_tokens=500)
 

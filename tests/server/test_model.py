@@ -6,7 +6,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lorarep.v1 import model_pb2 as pb
 
-from tests.server.running import Server, request
+from tests.support.servers import Server, request
 
 SERVICES = {"lorarep.v1.GenerationService", "lorarep.v1.AdapterService", "lorarep.v1.ModelService"}
 METRICS = {

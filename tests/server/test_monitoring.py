@@ -16,7 +16,7 @@ from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 
 from lorarep_runtime.request import FinishReason
-from tests.server.running import Server, request
+from tests.support.servers import Server, request
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 TARGET = {"job", "instance"}

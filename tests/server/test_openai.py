@@ -17,12 +17,12 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2
 from lorarep.v1 import generation_pb2 as pb
-from lorarep_server.openai_messages import ChatRequest, CompletionRequest, GenerationRequest
+from lorarep_server.api.openai_messages import ChatRequest, CompletionRequest, GenerationRequest
 from pydantic import ValidationError
 
 from tests.server.conftest import World
-from tests.server.running import SECONDS, Server, request, serving, stream, wait_for
 from tests.server.test_life import health
+from tests.support.servers import SECONDS, Server, request, serving, stream, wait_for
 
 PROMPT = "The capital of France"
 SAMPLED: dict[str, Any] = dict(temperature=0.9, top_p=0.95, seed=7, presence_penalty=0.5, frequency_penalty=0.25)

@@ -16,19 +16,19 @@ from typing import Any
 
 import pytest
 from lorarep.v1 import adapters_pb2, model_pb2
-from lorarep_server.adapters_file import DesiredAdapter
-from lorarep_server.metrics import Metrics
-from lorarep_server.page import Page
+from lorarep_server.api.status_page import Page
+from lorarep_server.loading.adapters_file import DesiredAdapter
+from lorarep_server.telemetry.metrics import Metrics
 from playwright.sync_api import Browser, expect
 from playwright.sync_api import Page as Tab
 from prometheus_client import CollectorRegistry
 
-from lorarep_runtime.adapters.pool import AdapterInfo
-from lorarep_runtime.engine import Stats
-from lorarep_runtime.ledger import Ledger
-from tests.server.browser import chromium
-from tests.server.running import Server, adapters, load, request, serving, stream, unload
+from lorarep_runtime.adapters.registry import AdapterInfo
+from lorarep_runtime.engine.engine import Stats
+from lorarep_runtime.engine.ledger import Ledger
 from tests.server.test_security import BASE_FLAGS, USER
+from tests.support.browser import chromium
+from tests.support.servers import Server, adapters, load, request, serving, stream, unload
 
 WALL, PHONE = {"width": 1920, "height": 1080}, {"width": 390, "height": 844}
 SECONDS = 60

@@ -21,11 +21,11 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lorarep.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
-from lorarep_server.access import ROLES, Access, Role, check_roles, is_loopback, read_tokens
+from lorarep_server.auth import ROLES, Access, Role, check_roles, is_loopback, read_tokens
 from lorarep_server.demo.voices import BASE, MODELS
 
 from lorarep_runtime.errors import InvalidArgument
-from tests.server.running import SECONDS, Server, lorarep, request, serving
+from tests.support.servers import SECONDS, Server, lorarep, request, serving
 
 BASE_FLAGS = (f"--base={MODELS / BASE}", "--dtype=float32", "--kv-bytes=16MiB")
 USER, ADMIN = "user-1234567890", "admin-1234567890"

@@ -13,13 +13,13 @@ from typing import Any
 import grpc
 import pytest
 from fmaas import generation_pb2 as fmaas
-from lorarep_server.tracing import Traces
+from lorarep_server.telemetry.tracing import Traces
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from lorarep_runtime.errors import FailedPrecondition
 from tests.server.conftest import World
-from tests.server.running import SECONDS, Server, lorarep, request, serving, stream, wait_for
+from tests.support.servers import SECONDS, Server, lorarep, request, serving, stream, wait_for
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"

@@ -72,7 +72,7 @@ def _server(hub: str, cache: Path) -> Iterator[Server]:
     arguments = ["serve", f"--base={_repository(BASE)}", *flags]
     click.echo(f"$ HF_ENDPOINT={hub} lorarep {' '.join(arguments)}")
     process = subprocess.Popen(
-        [sys.executable, "-c", "from lorarep_server.cli import main; main()", *arguments],
+        [sys.executable, "-c", "from lorarep_server.cli.commands import main; main()", *arguments],
         env={
             **{key: value for key, value in os.environ.items() if not key.startswith("LORAREP_")},
             "HF_ENDPOINT": hub,

@@ -1,0 +1,392 @@
+"""An adapter's file, compiled into the one form that kernels know:
+
+    y = c ⊙ (W x) + B (A x) + b
+
+LoRA (Hu et al., 2021) has no c; DoRA (Liu et al., 2024) has c = m / ‖W + s·B·A‖ by row, taken once, here.
+
+A module's entries at many positions are mostly alike and at equal distances in the file. So each such run is read,
+computed and written as one tensor: loads go on beside streams, which wait for the interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import accumulate, pairwise, repeat
+from operator import sub
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Form, Header, Key, Layout, tensor_name
+from lorarep_runtime.adapters.peft_config import AdapterSpec
+from lorarep_runtime.device.gil import give_way, giving_way
+from lorarep_runtime.errors import DataLoss, FailedPrecondition
+from lorarep_runtime.hub.snapshot import Progress
+from lorarep_runtime.kernels.entry_table import Entry, entry_table
+from lorarep_runtime.model.stack import Stack
+
+ALIGNMENT = 64
+"""Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
+MOST_ELEMENTS = 5 << 17
+"""Of a tensor of a run, so that computing with it takes little memory."""
+
+
+class Block(NamedTuple):
+    """Entries of one module that are alike, side by side in memory: the A of all of them, then each Bᵀ, c and bias."""
+
+    module: str
+    positions: Sequence[int]
+    form: Form
+    start: int
+    """Element of the storage."""
+
+    def entries(self, storage: Tensor) -> Entry:
+        """All of them as one, along a first dimension."""
+        views, at = [], self.start
+        for shape in self.form.pieces:
+            size = len(self.positions) * _padded(shape)
+            rows = storage[at : at + size].view(len(self.positions), -1)
+            views.append(rows[:, : math.prod(shape)].unflatten(1, shape))
+            at += size
+        a, b, *rest = views
+        c = rest.pop(0) if self.form.has_c else None
+        return Entry(a, b.mT, c, rest.pop(0) if self.form.has_bias else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A compiled adapter on the device, or a mix of several: one entry for each targeted module at each position."""
+
+    stack: Stack
+    modules: tuple[str, ...]
+    """All linear modules of a layer, in the order of their numbers in entry tables."""
+    storage: Tensor
+    """(elements), the memory of all entries."""
+    blocks: Sequence[Block]
+    """How they lie there."""
+    table: Tensor | None
+    """The entry table of `kernels.rows`, on an accelerator."""
+    kind: str
+    """"dora" where an entry has a c, else "lora"."""
+    rank: int
+    """Largest of its entries."""
+    parameters: int
+    """Numbers in its file."""
+
+    @cached_property
+    def entries(self) -> Mapping[Key, Entry]:
+        """Views of the storage. Made for who asks: the garbage collector has to look at a thousand objects then."""
+        return _entries(self.storage, self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        return self.storage.nbytes + (0 if self.table is None else self.table.nbytes)
+
+
+def _padded(shape: Sequence[int]) -> int:
+    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+
+
+def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
+    """Bytes that a compiled adapter takes on the device."""
+    return dtype.itemsize * _total(layout, _padded)
+
+
+def file_parameters(layout: Layout) -> int:
+    """Numbers in the file."""
+    return _total(layout, math.prod)
+
+
+def _total(layout: Layout, size: Callable[[tuple[int, ...]], int]) -> int:
+    """Of all pieces. Few forms differ."""
+    return sum(n * sum(map(size, form.pieces)) for form, n in Counter(layout.values()).items())
+
+
+def _blocks(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
+    """A layout's entries in memory; alike ones in the order of their keys."""
+    alike: dict[tuple[str, Form], list[int]] = defaultdict(list)
+    for position, module in giving_way(keys):
+        alike[module, layout[position, module]].append(position)
+    sizes = [len(p) * sum(map(_padded, form.pieces)) for (_, form), p in alike.items()]
+    starts = accumulate(sizes, initial=0)
+    return [Block(module, p, form, start) for ((module, form), p), start in zip(alike.items(), starts, strict=False)]
+
+
+def _zeros(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = sum(len(block.positions) * sum(map(_padded, block.form.pieces)) for block in blocks)
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+def _entries(storage: Tensor, blocks: Sequence[Block]) -> dict[Key, Entry]:
+    entries: dict[Key, Entry] = {}
+    for block in blocks:
+        views = map(Entry, *(repeat(None) if t is None else t.unbind() for t in block.entries(storage)))
+        entries.update(zip(((position, block.module) for position in block.positions), views, strict=True))
+    return entries
+
+
+class _Place(NamedTuple):
+    """Where a file has an entry's tensors, each as `Form.tensors` lists them."""
+
+    scale: float
+    dtypes: tuple[torch.dtype, ...]
+    starts: tuple[int, ...]
+    """Bytes."""
+
+
+def _runs(places: Sequence[_Place], most: int) -> Iterator[range]:
+    """Parts of a block that are alike and at equal distances in the file, of so many entries at most."""
+    steps = [tuple(map(sub, b.starts, a.starts)) for a, b in pairwise(places)]
+    begin = 0
+    for end, step in enumerate(steps, 1):
+        alike = places[end][:2] == places[begin][:2] and step == steps[begin] and min(step) > 0
+        if not alike or end - begin == most:
+            yield range(begin, end)
+            begin = end
+    yield range(begin, len(places))
+
+
+def _read(data: Tensor, places: Sequence[_Place], kind: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """fp32 (entries, *shape), one kind of a run's tensors. data: the file's bytes."""
+    dtype, start = places[0].dtypes[kind], places[0].starts[kind]
+    size = math.prod(shape) * dtype.itemsize
+    step = places[1].starts[kind] - start if len(places) > 1 else size
+    there = torch.empty(len(places), size, dtype=torch.uint8, device=device)
+    there.copy_(data.as_strided(there.shape, (step, 1), start))
+    give_way()
+    return there.view(dtype).view(-1, *shape).float()
+
+
+def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
+    """The bytes of a checked file, and where each tensor begins."""
+    sizes = [math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in header.values()]
+    try:
+        with file.open("rb") as opened:
+            body = 8 + int.from_bytes(opened.read(8), "little")
+        if file.stat().st_size != body + sum(sizes):
+            raise DataLoss(f"{file.name}: is not what it was when it was checked")
+        data = torch.from_file(str(file), shared=False, size=body + sum(sizes), dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise DataLoss(f"{file.name}: {error}") from error
+    return data, dict(zip(header, accumulate(sizes, initial=body), strict=False))
+
+
+NormTerms = Callable[[Sequence[int], str, Tensor], tuple[Tensor, Tensor]]
+"""`Base.norm_terms`."""
+
+
+def load_kernels(
+    norm_terms: NormTerms, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Has the kernels that compile adapters loaded, for which the device stands still: before others stream.
+
+    A library's are those for a rank of 8, of runs of one entry, of two that share a layer and of the most; others may
+    take others.
+
+    Args:
+        shapes: (out, in) of each linear module of a layer.
+        dtype: of the activations.
+    """
+    for module, shape in shapes.items():
+        form = Form(8, shape, has_c=True, has_bias=False)
+        sizes = [math.prod(shape) * torch.bfloat16.itemsize for _, shape in form.tensors]
+        *starts, entry_bytes = accumulate(sizes, initial=0)
+        for entries in (1, 2, _most_entries(form)):
+            blocks = [Block(module, range(entries), form, 0)]
+            at = [tuple(start + entry_bytes * i for start in starts) for i in range(entries)]
+            places = [_Place(1.0, (torch.bfloat16,) * len(sizes), starts) for starts in at]
+            data = torch.zeros(entries * entry_bytes, dtype=torch.uint8)
+            storage = _zeros(blocks, dtype, device)
+            _compile_run(data, places, form, blocks[0].entries(storage), partial(norm_terms, [0] * entries, module))
+            _is_finite(storage)
+
+
+def _most_entries(form: Form) -> int:
+    """Of a run."""
+    return max(1, MOST_ELEMENTS // max(math.prod(shape) for _, shape in form.tensors))
+
+
+def _is_finite(storage: Tensor) -> bool:
+    return all(extreme.isfinite() for extreme in storage.aminmax())  # NaN is both
+
+
+def _compile_run(
+    data: Tensor,
+    places: Sequence[_Place],
+    form: Form,
+    to: Entry,
+    norm_terms: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    """Reads the entries of a run, computes them in fp32 and writes them, cast.
+
+    Args:
+        data: the file's bytes.
+        to: all of them, along a first dimension.
+        norm_terms: of the layers that they are at, from their A.
+    """
+    give_way()
+    a, b, *rest = (_read(data, places, i, shape, to.A.device) for i, (_, shape) in enumerate(form.tensors))
+    scale = places[0].scale
+    if to.c is not None:
+        give_way()
+        squares, products = norm_terms(a)
+        give_way()
+        b *= scale
+        # (n, out, ranks), by rows of B: dora.py
+        change = products.mT.mul_(2).add_(b @ (a @ a.mT)).mul_(b)
+        c = rest.pop().div_(squares.add_(change.sum(2)).sqrt_())
+        give_way()
+        to.c.copy_(c)
+        to.B.copy_(b * c.unsqueeze(2))
+    else:
+        to.B.copy_(b.mul_(scale))
+    to.A.copy_(a)
+    if to.bias is not None:
+        to.bias.copy_(rest[0].mul_(scale))
+
+
+def compile_adapter(
+    file: Path,
+    spec: AdapterSpec,
+    header: Header,
+    layout: Layout,
+    stack: Stack,
+    *,
+    prefix: str,
+    modules: Sequence[str],
+    norm_terms: NormTerms,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Adapter:
+    """Reads a checked file and computes each entry in fp32, then casts it.
+
+    Args:
+        header, layout: as `read_header` and `check` gave them for this file.
+        prefix: as for `check`.
+        modules: all linear modules of a layer, in the order of their numbers in entry tables.
+        norm_terms: for DoRA's norms.
+        dtype, device: of the activations.
+        progress: told of entries, as stage "compile".
+
+    Raises:
+        FailedPrecondition: a tensor holds NaN or infinity, or does in `dtype`.
+        DataLoss: the file cannot be read.
+    """
+    give_way()
+    data, starts = _mapped(file, header)
+
+    def path(key: Key) -> str:
+        return f"{prefix}.{key[0]}.{key[1]}"
+
+    def place(key: Key) -> _Place:
+        names = [tensor_name(path(key), kind) for kind, _ in layout[key].tensors]
+        dtypes = tuple(DTYPES[header[name].dtype] for name in names)
+        return _Place(spec.scaling(path(key)), dtypes, tuple(starts[name] for name in names))
+
+    places = {key: place(key) for key in giving_way(layout)}
+    blocks = _blocks(layout, sorted(layout, key=lambda key: places[key].starts))
+    storage = _zeros(blocks, dtype, device)
+    done = 0
+
+    def tell(entries: int) -> None:
+        nonlocal done
+        done += entries
+        if progress is not None:
+            progress("compile", done, len(layout))
+
+    for block in blocks:
+        whole = block.entries(storage)
+        found = [places[position, block.module] for position in block.positions]
+        for run in _runs(found, _most_entries(block.form)):
+            here = slice(run.start, run.stop)
+            layers = [stack[position] for position in block.positions[here]]
+            to = Entry._make(None if views is None else views[here] for views in whole)
+            _compile_run(data, found[here], block.form, to, partial(norm_terms, layers, block.module))
+            tell(len(run))
+    give_way()
+    if not _is_finite(storage):
+        entries = _entries(storage, blocks)
+        bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
+        raise FailedPrecondition(f"{FILE_PREFIX}{path(bad)}: holds NaN or infinity, or does in {dtype}")
+    give_way()
+    return _adapter(stack, storage, blocks, modules, file_parameters(layout))
+
+
+def _adapter(
+    stack: Stack,
+    storage: Tensor,
+    blocks: Sequence[Block],
+    modules: Sequence[str],
+    parameters: int,
+) -> Adapter:
+    kind = "dora" if any(block.form.has_c for block in blocks) else "lora"
+    table = table_of(storage, blocks, stack, modules) if storage.is_cuda else None
+    rank = max(block.form.rank for block in blocks)
+    return Adapter(stack, tuple(modules), storage, blocks, table, kind, rank, parameters)
+
+
+def table_of(storage: Tensor, blocks: Sequence[Block], stack: Stack, modules: Sequence[str]) -> Tensor:
+    """The entry table of `kernels.rows`, where the storage is."""
+    entries = ((block.module, block.positions, block.entries(storage)) for block in blocks)
+    return entry_table(entries, len(stack), modules).to(storage.device)
+
+
+def moved(adapter: Adapter, device: torch.device) -> Adapter:
+    """A copy of an adapter in another memory; the host's is pinned where the copy comes from an accelerator."""
+    source = adapter.storage
+    pinned = device.type == "cpu" and source.is_cuda
+    storage = torch.empty(source.shape, dtype=source.dtype, device=device, pin_memory=pinned)
+    storage.copy_(source, non_blocking=True)
+    table = table_of(storage, adapter.blocks, adapter.stack, adapter.modules) if storage.is_cuda else None
+    return replace(adapter, storage=storage, table=table)
+
+
+def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:
+    """Several adapters of one stack as one, each adapter's change to the output times its weight.
+
+    With weights of 1 this is what PEFT computes with several active adapters, and what it merges them to: they act one
+    after the other, so that DoRA's c scales the output as the adapters before it leave it.
+    """
+    sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
+    for adapter, share in parts:
+        for key, entry in _entries(adapter.storage, adapter.blocks).items():
+            sources[key].append((entry, share))
+    layout = {
+        key: Form(
+            sum(entry.A.shape[0] for entry, _ in found),
+            (found[0][0].B.shape[0], found[0][0].A.shape[1]),
+            any(entry.c is not None for entry, _ in found),
+            any(entry.bias is not None for entry, _ in found),
+        )
+        for key, found in sources.items()
+    }
+    first, blocks = parts[0][0], _blocks(layout, layout)
+    storage = _zeros(blocks, first.storage.dtype, first.storage.device)
+    entries = _entries(storage, blocks)
+    for key, found in sources.items():
+        give_way()
+        entry = entries[key]
+        torch.cat([part.A for part, _ in found], out=entry.A)
+        # In fp32, and cast once: c, and what each part adds, scaled by the c of all parts after it.
+        after, columns = torch.ones(entry.B.shape[0], device=storage.device), entry.B.shape[1]
+        bias = torch.zeros_like(after)
+        for part, share in reversed(found):
+            entry.B[:, columns - part.B.shape[1] : columns] = part.B.float() * (share * after).unsqueeze(1)
+            columns -= part.B.shape[1]
+            if part.bias is not None:
+                bias += share * after * part.bias.float()
+            if part.c is not None:
+                after = after * (1 + share * (part.c.float() - 1))
+        if entry.c is not None:
+            entry.c.copy_(after)
+        if entry.bias is not None:
+            entry.bias.copy_(bias)
+    parameters = sum(adapter.parameters for adapter, _ in parts)
+    return _adapter(first.stack, storage, blocks, modules, parameters)

@@ -1,0 +1,293 @@
+"""`adapter_config.json`, checked: every field is consumed, known to have no effect at inference, or refused by name.
+
+The fields and their meaning are those of PEFT's LoraConfig: https://huggingface.co/docs/peft/package_reference/lora.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.model.stack import Stack, stack_from_ranges
+
+MAX_NAME = 256
+
+NO_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",  # of modules_to_save, which are refused
+    "eva_config",
+    "fan_in_fan_out",  # of Conv1D; PEFT resets it over linear layers
+    "inference_mode",
+    "lora_dropout",
+    "lora_ga_config",
+    "loftq_config",
+    "megatron_core",
+    "monteclora_config",  # PEFT itself ignores it unless it trains
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+}
+"""Fields of training, and details of features that other fields turn on."""
+EXPECTED: Mapping[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base's own weights
+}
+"""Fields that have to have one of some values."""
+CONSUMED = {
+    "alpha_pattern",
+    "layer_replication",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+}
+ALL_LINEAR = "all-linear"
+_PLAIN = re.compile(r"[\w.]*")
+_BRACES = re.compile(r"\{[^{}]*\}")
+MAX_PATTERNS = 8192
+"""Names and patterns in one field."""
+MAX_REPEATED = 100_000
+"""Characters that the repeats of one field's patterns add when they are written out, as `regex` does to compile them: a
+few nested ones would take all memory there is."""
+MATCHING_SECONDS = 10.0
+"""For all matches of one adapter's patterns."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What an adapter's config says, as far as it matters at inference."""
+
+    r: int
+    lora_alpha: float
+    target_modules: str | tuple[str, ...]
+    """A regular expression for whole paths, or names that paths end in."""
+    layers_to_transform: tuple[int, ...]
+    """Positions; empty is all."""
+    layers_pattern: tuple[str, ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    layer_replication: tuple[tuple[int, int], ...] | None
+    max_positions: int
+    deadline: float
+    """`time.monotonic()` seconds until which patterns may be matched."""
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], limits: AdapterLimits) -> AdapterSpec:
+        """Checks a config.
+
+        Args:
+            raw: the JSON object of `adapter_config.json`.
+
+        Raises:
+            InvalidArgument: a value is malformed or over a limit.
+            FailedPrecondition: a field asks for what cannot be served exactly.
+        """
+        for field, value in raw.items():
+            if field in EXPECTED:
+                # True equals 1: the types have to be the same as well.
+                if not any(value == known and type(value) is type(known) for known in EXPECTED[field]):
+                    raise FailedPrecondition(f"{field}: {_short(value)} is not supported; {EXPECTED[field]} are")
+            elif field not in CONSUMED | NO_EFFECT and value not in (None, False, [], {}):
+                raise FailedPrecondition(f"{field}: is not supported, and is {_short(value)}")
+        if "peft_type" not in raw:
+            raise InvalidArgument("peft_type: is missing")
+        targets = raw.get("target_modules")
+        layers = raw.get("layers_to_transform")
+        if isinstance(targets, str) and layers is not None:
+            raise InvalidArgument("layers_to_transform: goes with a list of target_modules, not with an expression")
+        spec = cls(
+            r=_integer("r", raw.get("r", 8), 1, limits.max_rank),
+            lora_alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
+            target_modules=targets if isinstance(targets, str) else _strings("target_modules", targets),
+            layers_to_transform=tuple(
+                _integer("layers_to_transform", layer, 0, limits.max_positions) for layer in _items(layers)
+            ),
+            layers_pattern=_strings("layers_pattern", _items(raw.get("layers_pattern"))),
+            rank_pattern={
+                key: _integer(f"rank_pattern[{_short(key)}]", rank, 1, limits.max_rank)
+                for key, rank in _mapping("rank_pattern", raw.get("rank_pattern")).items()
+            },
+            alpha_pattern={
+                key: _number(f"alpha_pattern[{_short(key)}]", alpha)
+                for key, alpha in _mapping("alpha_pattern", raw.get("alpha_pattern")).items()
+            },
+            use_rslora=_boolean("use_rslora", raw.get("use_rslora", False)),
+            use_dora=_boolean("use_dora", raw.get("use_dora", False)),
+            lora_bias=_boolean("lora_bias", raw.get("lora_bias", False)),
+            layer_replication=_ranges(raw.get("layer_replication"), limits.max_positions),
+            max_positions=limits.max_positions,
+            deadline=time.monotonic() + MATCHING_SECONDS,
+        )
+        _check_expressions("target_modules", [targets] if isinstance(targets, str) else [])
+        for field in ("layers_pattern", "rank_pattern", "alpha_pattern"):
+            _check_expressions(field, getattr(spec, field))
+        if not spec.target_modules:
+            raise InvalidArgument("target_modules: names no module")
+        if spec.use_dora and spec.lora_bias:
+            raise InvalidArgument("lora_bias: does not go with use_dora")
+        return spec
+
+    def stack(self, layers: int) -> Stack:
+        """The stack that the adapter was trained on, over a base that has so many layers.
+
+        Raises:
+            InvalidArgument: its ranges leave the base or are over the limit of positions.
+        """
+        if self.layer_replication is None:
+            return tuple(range(layers))
+        return stack_from_ranges(self.layer_replication, layers, max_positions=self.max_positions)
+
+    def targets(self, path: str) -> bool:
+        """Whether the linear module at a path, such as "model.layers.3.self_attn.q_proj", is adapted.
+
+        Raises:
+            InvalidArgument: an expression is malformed or takes too long to match.
+        """
+        names = self.target_modules
+        if isinstance(names, str):
+            return names.lower() == ALL_LINEAR or self._match("target_modules", names, path, whole=True) is not None
+        if path in names:  # as PEFT: layers_to_transform selects among those that end in a name
+            return True
+        if not any(path.endswith(f".{name}") for name in names):
+            return False
+        if not self.layers_to_transform:
+            return True
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            before = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+            found = self._match("layers_pattern", rf"{before}{pattern}\.(?P<position>\d+)\.", path)
+            if found is not None:
+                return int(found["position"]) in self.layers_to_transform
+        return False
+
+    def rank(self, path: str) -> int:
+        """r of the module at a path."""
+        key = self._first("rank_pattern", self.rank_pattern, path)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def scaling(self, path: str) -> float:
+        """What B A x is multiplied with: alpha/r (Hu et al., 2021), or alpha/√r (Kalajdzievski, 2023)."""
+        key = self._first("alpha_pattern", self.alpha_pattern, path)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
+        rank = self.rank(path)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _first(self, field: str, patterns: Mapping[str, Any], path: str) -> str | None:
+        """The first pattern that a path ends in, as in PEFT's `get_pattern_key`."""
+        return next((p for p in patterns if self._match(field, rf"(.*\.)?({p})$", path) is not None), None)
+
+    def _match(self, field: str, pattern: str, path: str, *, whole: bool = False) -> regex.Match[str] | None:
+        match = regex.fullmatch if whole else regex.match
+        try:
+            # Concurrent: lets other threads run meanwhile.
+            return match(pattern, path, timeout=max(self.deadline - time.monotonic(), 1e-3), concurrent=True)
+        except TimeoutError as error:
+            raise InvalidArgument(f"{field}: its patterns take over {MATCHING_SECONDS} s to match") from error
+        except (regex.error, RecursionError, OverflowError, ValueError) as error:
+            raise InvalidArgument(f"{field}: {_short(pattern)} is not a regular expression: {error}") from error
+
+
+def _ranges(value: Any, max_positions: int) -> tuple[tuple[int, int], ...] | None:
+    if not value and not isinstance(value, bool | int):
+        return None
+    # Over a base without end: what is wrong on any base is found before one is looked at.
+    stack_from_ranges(value, 2**31, max_positions=max_positions)
+    return tuple((start, end) for start, end in value)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _strings(field: str, value: Any) -> tuple[str, ...]:
+    if value is not None and not isinstance(value, list):
+        raise InvalidArgument(f"{field}: {_short(value)} is not a list of names")
+    items = value or []
+    for item in items:
+        if not isinstance(item, str) or not item:
+            raise InvalidArgument(f"{field}: {_short(item)} is not a name")
+    _few(field, items)
+    return tuple(items)
+
+
+def _mapping(field: str, value: Any) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise InvalidArgument(f"{field}: {_short(value)} is not an object")
+    _few(field, value or {})
+    return value or {}
+
+
+def _few(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:
+    if len(items) > MAX_PATTERNS:
+        raise InvalidArgument(f"{field}: {len(items)} entries are over the limit of {MAX_PATTERNS}")
+
+
+def _check_expressions(field: str, patterns: Iterable[str]) -> None:
+    """Refuses what would take all memory there is: repeats within repeats; and recursion, which PEFT's own `re` does
+    not know, as it knows none of `regex`'s extensions."""
+    added = 0
+    for pattern in patterns:
+        # As if each repeat were within the one before. Braces that are none cost nothing but a limit that is lower.
+        times = 1
+        for brace in _BRACES.findall(pattern):
+            count = max(map(int, re.findall(r"[0-9]{1,9}", brace)), default=1)
+            times = min(times * max(count, 1), MAX_REPEATED + 1)
+        added += len(pattern) * (times - 1)
+        if added > MAX_REPEATED:
+            raise InvalidArgument(f"{field}: its repeats written out are over the limit of {MAX_REPEATED} characters")
+        if not _PLAIN.fullmatch(pattern):
+            try:
+                re.compile(f"({pattern})")
+            except (re.error, RecursionError, OverflowError, ValueError) as error:
+                raise InvalidArgument(f"{field}: {_short(pattern)} is not a regular expression: {error}") from error
+
+
+def _integer(field: str, value: Any, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidArgument(f"{field}: {_short(value)} is not a whole number from {low} to {high}")
+    return value
+
+
+def _number(field: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
+        raise InvalidArgument(f"{field}: {_short(value)} is not a finite number")
+    return float(value)
+
+
+def _boolean(field: str, value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise InvalidArgument(f"{field}: {_short(value)} is not true or false")
+    return bool(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidArgument for what cannot be an adapter's name."""
+    if not name or len(name) > MAX_NAME or name != name.strip() or "," in name or not name.isprintable():
+        raise InvalidArgument(
+            f"name: {name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces"
+        )

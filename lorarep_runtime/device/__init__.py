@@ -1,0 +1,1 @@
+"""What is particular to devices and to Python's threads beside them."""

@@ -1,0 +1,1 @@
+"""Who computes when: requests, the scheduler and the step loop."""

@@ -1,0 +1,90 @@
+"""The ledger: where every byte of device memory is, taken from the tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorarep_runtime.adapters.registry import AdapterPool
+from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.kv_cache import PagePool
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes by what they are for."""
+
+    categories: Mapping[str, int]
+    """base_weights, quantization_constants, embeddings_and_head, adapters, kv_cache, workspace."""
+    adapters: Mapping[str, int]
+    """Each loaded adapter's part of "adapters", and of each mix of several."""
+    peft_bytes: int
+    """What PEFT would hold for the same stacks and adapters: one model for each stack, its replicas' own copies of what
+    quantization adds (NF4) or of the weights themselves (int8), adapters in fp32. No KV cache."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.categories.values())
+
+
+def take_stock(base: Base, pool: PagePool, adapters: AdapterPool, steps: Iterable[Tensor] = ()) -> Ledger:
+    """Counts what is held now.
+
+    Args:
+        steps: what is kept from one step to the next, beside keys and values.
+    """
+    seen: set[int] = set()
+    weights = [w for layer in base.weights for w in layer.values()]
+    constants = _bytes((t for w in weights for t in w.constants), seen)
+    head = base.model.get_output_embeddings()
+    vocabulary = [*base.model.get_input_embeddings().parameters(), *head.parameters()]
+    embeddings = _bytes(vocabulary, seen)
+    matrices = _bytes((t for w in weights for t in w.data), seen)
+    # Norms and biases. The layers hang in the walk, not in the model.
+    modules = [base.model, *base.walk.layers]
+    rest = _bytes((p for m in modules for p in m.parameters()), seen)
+    besides = [*(b for m in modules for b in m.buffers()), *base.squares.values(), *steps]
+    workspace = _bytes(besides, seen)
+    held = adapters.held_bytes()
+    fixed = matrices + rest + constants + embeddings
+    return Ledger(
+        categories={
+            "base_weights": matrices + rest,
+            "quantization_constants": constants,
+            "embeddings_and_head": embeddings,
+            "adapters": sum(held.values()),
+            "kv_cache": _bytes(pool.tensors, seen),
+            "workspace": workspace,
+        },
+        adapters=held,
+        peft_bytes=_peft_bytes(base, adapters, fixed),
+    )
+
+
+def _peft_bytes(base: Base, adapters: AdapterPool, base_bytes: int) -> int:
+    infos = adapters.list()
+    total = sum(4 * info.parameters for info in infos)
+    for stack in {info.stack for info in infos} or {tuple(range(base.layers))}:
+        copied = 0
+        replicas = list(stack)
+        for layer in set(stack):
+            replicas.remove(layer)
+        for layer in replicas:
+            for weight in base.weights[layer].values():
+                copied += sum(t.nbytes for t in weight.constants)
+                copied += sum(t.nbytes for t in weight.data) if base.quantization == "int8" else 0
+        total += base_bytes + copied
+    return total
+
+
+def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total

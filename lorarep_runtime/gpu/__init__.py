@@ -1,0 +1,1 @@
+"""Captured decode steps and sliced prompts on a GPU."""

@@ -1,0 +1,1 @@
+"""Triton kernels of a decode step: rows of one new token each."""

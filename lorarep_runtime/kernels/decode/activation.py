@@ -1,0 +1,108 @@
+"""The SiLU-gated activation of each row (Shazeer, 2020), and low = A x of the module that reads it."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorarep_runtime.kernels.decode.shrink import (
+    await_previous,
+    group_of_row,
+    idle,
+    load_ranks,
+    low_grid,
+    low_options,
+    part_columns,
+    write_low,
+)
+from lorarep_runtime.kernels.entry_table import PlainRows, Rows, write_low_reference
+
+BLOCK: tl.constexpr = tl.constexpr(1024)
+
+
+def gate_low(gate_up: Tensor, x: Tensor, low: Tensor, rows: Rows, first: int, *, pdl: bool = False) -> None:
+    """x = silu(gate) · up, rounded after each of the two as in `transformers`' LlamaMLP.
+
+    All tensors are contiguous; gate_up and x have the dtype of the activations.
+
+    Args:
+        gate_up: (rows, 2 · intermediate size), the gate first.
+        x: (rows, intermediate size), written.
+        low: fp32 (rows, parts, 1, ranks), written.
+        first: number of the module that reads x.
+        pdl: begin while the kernel before ends (`low`).
+    """
+    _gate_low[low_grid(low)](
+        gate_up,
+        x,
+        low,
+        rows.positions,
+        rows.adapters,
+        PDL=pdl,
+        launch_pdl=pdl,
+        **low_options(low, x.shape[1], rows, first),
+    )
+
+
+def gate_rows(gate_up: Tensor) -> Tensor:
+    """The same for rows of prompts, in place: (rows, intermediate size), where the gate was."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    _gate_rows[(rows, triton.cdiv(width, BLOCK.value))](gate_up, width, num_warps=4)
+    return gate_up[:, :width]
+
+
+def gate_low_reference(gate_up: Tensor, x: Tensor, low: Tensor, rows: PlainRows, first: int) -> None:
+    for row, _ in rows.walking():
+        gate, up = gate_up[row].chunk(2)
+        x[row] = F.silu(gate) * up
+    write_low_reference(x, low, rows, first)
+
+
+@triton.jit
+def _gated(gate, width, inside):
+    """Of gates, and what lies `width` behind them."""
+    dtype = gate.dtype.element_ty
+    up = tl.load(gate + width, mask=inside, other=0).to(tl.float32)
+    value = tl.load(gate, mask=inside, other=0).to(tl.float32)
+    activated = value * tl.sigmoid(value)
+    return (activated.to(dtype).to(tl.float32) * up).to(dtype)
+
+
+@triton.jit
+def _gate_rows(gate_up, width):
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = gate_up + tl.program_id(0).to(tl.int64) * 2 * width + column
+    tl.store(gate, _gated(gate, width, column < width), mask=column < width)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _gate_low(
+    gate_up,
+    x,
+    low,
+    positions,
+    adapters,
+    PDL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MODULES: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dtype = x.dtype.element_ty
+    position = tl.load(positions + row)
+    columns, inside = part_columns(part, WIDTH, PART, BLOCK)
+    addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+    a, there = load_ranks(addresses, ranks, tl.program_id(2), columns, inside, dtype, WIDTH, COUNT, RANKS, LANES)
+    await_previous(PDL)
+    if idle(position, ranks, LANES):
+        return
+    own_x = _gated(gate_up + row * 2 * WIDTH + columns, WIDTH, inside)
+    tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
+    write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

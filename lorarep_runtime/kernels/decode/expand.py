@@ -1,0 +1,166 @@
+"""The adapters' part of a group of linear layers, y = c ⊙ (W x) + B (A x) + b, each row with its own.
+
+For bases whose product W x is a library's. low = A x comes from the kernel that made x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorarep_runtime.kernels.decode.shrink import ENTRY_FIELDS, await_previous
+from lorarep_runtime.kernels.entry_table import PlainRows, Rows
+
+BLOCK = 512
+RANK_BLOCK: tl.constexpr = tl.constexpr(8)
+
+
+def adapt_rows(
+    y: Tensor,
+    low: Tensor,
+    sizes: Sequence[int],
+    rows: Rows,
+    first: int,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    pdl: bool = False,
+) -> None:
+    """Adapts W x in place, in fp32 and rounded once; or adds the adapted W x to a residual in place.
+
+    All tensors are contiguous; y, bias and residual have the dtype of the activations.
+
+    Args:
+        y: (rows, outputs of the group's modules one after the other), W x on entry. Written where there is no residual.
+        low: fp32 (rows, parts, modules in the group, ranks).
+        sizes: outputs of each module.
+        first: number of the group's first module.
+        bias: (outputs of the group), the base's own; None is 0.
+        residual: (rows, outputs of the group). Written; rows without a position keep theirs.
+        pdl: begin while the kernel before ends (`low`).
+    """
+    _, parts, _, ranks = low.shape
+    _adapt_rows[(len(y), len(sizes), triton.cdiv(max(sizes), BLOCK))](
+        y,
+        low,
+        bias,
+        residual,
+        rows.positions,
+        rows.adapters,
+        SIZES=tuple(sizes),
+        COUNT=len(sizes),
+        MODULES=rows.modules,
+        FIRST=first,
+        PARTS=parts,
+        BLOCK_PARTS=triton.next_power_of_2(parts),
+        RANKS=ranks,
+        BLOCK=BLOCK,
+        PDL=pdl,
+        num_warps=2,  # eight outputs a thread, so that ranks are added up without leaving it
+        launch_pdl=pdl,
+    )
+
+
+def adapt_rows_reference(
+    y: Tensor,
+    low: Tensor,
+    sizes: Sequence[int],
+    rows: PlainRows,
+    first: int,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    for row, _ in rows.walking():
+        adapted = y[row].to(torch.float32, copy=True)
+        for module, part in enumerate(adapted.split(list(sizes))):
+            entry = rows.entry(row, first + module)
+            if entry is None:
+                continue
+            if entry.c is not None:
+                part *= entry.c
+            part += entry.B.float() @ low[row, :, module, : len(entry.A)].sum(0)
+            if entry.bias is not None:
+                part += entry.bias
+        if bias is not None:
+            adapted += bias
+        if residual is None:
+            y[row] = adapted
+        else:
+            residual[row] = residual[row] + adapted
+
+
+@triton.jit
+def _load_ranks(B, rank, start, size, o):
+    """(RANK_BLOCK, BLOCK): a block of ranks of Bᵀ; 0 beyond the rank."""
+    j = start + tl.arange(0, RANK_BLOCK)
+    return tl.load(B + j[:, None] * size + o[None, :], mask=(j < rank)[:, None] & (o < size)[None, :], other=0)
+
+
+@triton.jit
+def _load_vector(entry, field: tl.constexpr, present, size, o, other: tl.constexpr, dtype: tl.constexpr):
+    """c or bias of an entry in fp32; `other` where its address is 0."""
+    address = tl.load(entry + field, mask=present, other=0)
+    vector = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+    return tl.load(vector + o, mask=o < tl.where(address != 0, size, 0), other=other).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _adapt_rows(
+    y,
+    low,
+    bias,
+    residual,
+    positions,
+    adapters,
+    SIZES: tl.constexpr,
+    COUNT: tl.constexpr,
+    MODULES: tl.constexpr,
+    FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row, module = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dtype = y.dtype.element_ty
+    size, offset, total = 0, 0, 0
+    for i in tl.static_range(COUNT):
+        size = tl.where(module == i, SIZES[i], size)
+        offset += tl.where(module > i, SIZES[i], 0)
+        total += SIZES[i]
+    o = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(positions + row)
+    table = tl.load(adapters + row)
+    present = (table != 0) & (position >= 0)
+    entry = table.to(tl.pointer_type(tl.int64)) + (position * MODULES + FIRST + module) * ENTRY_FIELDS
+    B = tl.multiple_of(tl.load(entry + 1, mask=present, other=0).to(tl.pointer_type(dtype)), 16)
+    rank = tl.load(entry + 4, mask=present, other=0).to(tl.int32)
+    B_block = _load_ranks(B, rank, 0, size, o)
+    c = _load_vector(entry, 2, present, size, o, 1.0, dtype)
+    b = _load_vector(entry, 3, present, size, o, 0.0, dtype)
+    if bias is not None:
+        b += tl.load(bias + offset + o, mask=o < size, other=0).to(tl.float32)
+    await_previous(PDL)
+    # A row that passes through is neither read nor written.
+    inside = o < tl.where(position >= 0, size, 0)
+    at = row * total + offset + o
+    adapted = c * tl.load(y + at, mask=inside, other=0).to(tl.float32) + b
+    part = tl.arange(0, BLOCK_PARTS)
+    low += ((row * PARTS + part) * COUNT + module)[:, None] * RANKS
+    for start in range(0, rank, RANK_BLOCK):
+        current = B_block
+        B_block = _load_ranks(B, rank, start + RANK_BLOCK, size, o)
+        j = start + tl.arange(0, RANK_BLOCK)
+        partial = tl.load(low + j[None, :], mask=(part < PARTS)[:, None] & (j < rank)[None, :], other=0)
+        adapted += tl.sum(current.to(tl.float32) * tl.sum(partial, 0)[:, None], 0)
+    if residual is not None:
+        adapted += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
+        tl.store(residual + at, adapted.to(dtype), mask=inside)
+    else:
+        tl.store(y + at, adapted.to(dtype), mask=inside)

@@ -1,0 +1,120 @@
+"""RMSNorm (Zhang and Sennrich, 2019) of each row, and low = A x of the modules that read it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorarep_runtime.kernels.decode.shrink import (
+    await_previous,
+    group_of_row,
+    idle,
+    load_ranks,
+    low_grid,
+    low_options,
+    part_columns,
+    write_low,
+)
+from lorarep_runtime.kernels.entry_table import PlainRows, Rows, write_low_reference
+
+
+def norm_low(
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    x: Tensor,
+    low: Tensor,
+    rows: Rows,
+    first: int,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Normalises rows as `transformers`' LlamaRMSNorm does.
+
+    All tensors are contiguous; h, weight and x have the dtype of the activations.
+
+    Args:
+        h: (rows, hidden size).
+        weight: (hidden size).
+        x: (rows, hidden size), written.
+        low: fp32 (rows, parts, modules in the group, ranks), written.
+        first: number of the group's first module.
+        pdl: begin while the kernel before ends (`low`).
+    """
+    width = h.shape[1]
+    _norm_low[low_grid(low)](
+        h,
+        weight,
+        x,
+        low,
+        rows.positions,
+        rows.adapters,
+        eps,
+        ROW_BLOCK=triton.next_power_of_2(width),
+        PDL=pdl,
+        launch_pdl=pdl,
+        **low_options(low, width, rows, first),
+    )
+
+
+def norm_low_reference(
+    h: Tensor, weight: Tensor, eps: float, x: Tensor, low: Tensor, rows: PlainRows, first: int
+) -> None:
+    for row, _ in rows.walking():
+        x[row] = rms_norm_reference(h[row], weight, eps)
+    write_low_reference(x, low, rows, first)
+
+
+def rms_norm_reference(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension."""
+    normed = h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(h.dtype)
+
+
+@triton.jit
+def scale_by_weight(normed, weight):
+    """The end of RMSNorm: `normed` in fp32 times the weight, rounded as in `transformers` to the weight's dtype."""
+    return (normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _norm_low(
+    h,
+    weight,
+    x,
+    low,
+    positions,
+    adapters,
+    eps,
+    ROW_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MODULES: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position = tl.load(positions + row)
+    columns, inside = part_columns(part, WIDTH, PART, BLOCK)
+    addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+    a, there = load_ranks(
+        addresses, ranks, tl.program_id(2), columns, inside, h.dtype.element_ty, WIDTH, COUNT, RANKS, LANES
+    )
+    w = tl.load(weight + columns, mask=inside, other=0)
+    await_previous(PDL)
+    if idle(position, ranks, LANES):
+        return
+    # Each part takes the mean of the whole row anew: reading it again costs less than another kernel.
+    every = tl.arange(0, ROW_BLOCK)
+    whole = tl.load(h + row * WIDTH + every, mask=every < WIDTH, other=0).to(tl.float32)
+    own = tl.load(h + row * WIDTH + columns, mask=inside, other=0).to(tl.float32)
+    normed = own * tl.rsqrt(tl.sum(whole * whole, 0) / WIDTH + eps)
+    own_x = scale_by_weight(normed, w)
+    tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
+    write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

@@ -1,0 +1,1 @@
+"""The same arithmetic by torch's own operators, on any device."""

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for Hopper GPUs (sm_90a), compiled by NVRTC."""

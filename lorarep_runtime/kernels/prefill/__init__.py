@@ -1,0 +1,1 @@
+"""Triton kernels of a prefill pass: many rows of each sequence."""

@@ -1,0 +1,216 @@
+"""The adapters' part of a group of linear layers, y = c ⊙ (W x) + B (A x) + b, for many rows that lie side by side with
+those of the same adapter: what Punica (Chen et al., 2023) calls shrinking and expanding, whatever the ranks.
+
+Two launches for a group, of any number of adapters: what a prompt's many layers wait for is launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorarep_runtime.kernels.decode.shrink import ENTRY_FIELDS
+from lorarep_runtime.kernels.entry_table import PART_ALIGNMENT, part_width
+from lorarep_runtime.kernels.hopper.decode_gemm import MAX_MODULES
+
+TILE_ROWS = 64
+PROGRAMS = 128
+"""That keep the device busy. More would leave more sums to add up."""
+MOST_PARTS = 16
+LANES: tl.constexpr = tl.constexpr(32)
+"""Ranks, of all modules one after the other, that a program takes."""
+OUTPUTS: tl.constexpr = tl.constexpr(128)
+RANK_BLOCK: tl.constexpr = tl.constexpr(16)
+ANY = ["bounds", "adapters", "positions", "first_row", "rows", "modules", "first"]
+"""Arguments whose alignment and values make no other kernel: compiling one has everybody wait."""
+SHRINK = dict(ROWS=TILE_ROWS, COLUMNS=64, num_warps=4)
+EXPAND = dict(ROWS=TILE_ROWS, num_warps=4)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows that compute with an adapter, at one step of their plan, TILE_ROWS at most to a tile."""
+
+    bounds: Tensor
+    """(tiles, 2) int32, first row and end."""
+    adapters: Tensor
+    """(tiles) int64, the address of the adapter's entry table (`rows`)."""
+    positions: Tensor
+    """(tiles) int32, in the adapter's stack."""
+    ranks: int
+    """The most that an adapter has."""
+    modules: int
+    """Modules in an entry table."""
+
+
+def adapt_tiles(x: Tensor, y: Tensor, sizes: Sequence[int], tiles: Tiles, first: int, first_row: int = 0) -> None:
+    """Adapts W x in place, summed in fp32 and rounded once. A x is rounded as x is.
+
+    Rows that are in no tile, and outputs that an adapter leaves alone, stay as they are.
+
+    Args:
+        x: (rows, in), rows at any distance.
+        y: (rows, outputs of the group's modules one after the other), contiguous, W x on entry.
+        sizes: outputs of each module.
+        first: number of the group's first module.
+        first_row: number, in the tiles, of x's first row.
+    """
+    count, width = len(tiles.bounds), x.shape[1]
+    lanes = -(-len(sizes) * tiles.ranks // LANES.value)
+    parts = max(1, min(MOST_PARTS, PROGRAMS // (count * lanes), width // (4 * PART_ALIGNMENT)))
+    low = torch.empty(len(x), parts, len(sizes), tiles.ranks, device=x.device)
+    given = tiles.bounds, tiles.adapters, tiles.positions, first_row, len(x), tiles.modules, first
+    _shrink[(count, lanes, parts)](
+        x,
+        low,
+        *given,
+        x.stride(0),
+        width,
+        part_width(width, parts),
+        len(sizes),
+        tiles.ranks,
+        **SHRINK,
+    )
+    _expand[(count, sum(triton.cdiv(size, OUTPUTS.value) for size in sizes))](
+        y,
+        low,
+        *given,
+        *(sizes[i] if i < len(sizes) else 0 for i in range(MAX_MODULES)),
+        parts,
+        len(sizes),
+        tiles.ranks,
+        ALIGNED=all(size % 8 == 0 for size in sizes),
+        **EXPAND,
+    )
+
+
+def compile_tiles(dtype: torch.dtype) -> None:
+    """Compiles both for activations of a dtype, and sizes that are multiples of 16: that takes seconds."""
+    given = torch.int32, torch.int64, torch.int32, 0, TILE_ROWS, 7, 0
+    _shrink.warmup(dtype, torch.float32, *given, 1024, 1024, 1024, 1, 8, grid=(1, 1, 1), **SHRINK)
+    _expand.warmup(dtype, torch.float32, *given, 1024, 0, 0, 1, 1, 8, grid=(1, 1, 1), ALIGNED=True, **EXPAND)
+
+
+@triton.jit
+def _rows_of_tile(bounds, tile, first_row, rows, ROWS: tl.constexpr):
+    """The rows of x and y in a tile, int64, and which of them there are."""
+    start = tl.maximum(tl.load(bounds + 2 * tile) - first_row, 0)
+    stop = tl.minimum(tl.load(bounds + 2 * tile + 1) - first_row, rows)
+    row = start + tl.arange(0, ROWS)
+    return row.to(tl.int64), row < stop, start < stop
+
+
+@triton.jit
+def _entry(adapters, positions, tile, modules, module):
+    """Addresses of entries of a tile's adapter."""
+    table = tl.load(adapters + tile).to(tl.pointer_type(tl.int64))
+    return table + (tl.load(positions + tile) * modules + module) * ENTRY_FIELDS
+
+
+@triton.jit(do_not_specialize=[*ANY, "count", "ranks"])
+def _shrink(
+    x,
+    low,
+    bounds,
+    adapters,
+    positions,
+    first_row,
+    rows,
+    modules,
+    first,
+    stride,
+    width,
+    part,
+    count,
+    ranks,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """low (rows, parts, count, ranks), parts of sums; undefined where an entry has no such rank."""
+    tile = tl.program_id(0)
+    row, inside, some = _rows_of_tile(bounds, tile, first_row, rows, ROWS)
+    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    module, rank = lane // ranks, lane % ranks
+    entry = _entry(adapters, positions, tile, modules, first + module)
+    A = tl.load(entry, mask=module < count, other=0).to(tl.pointer_type(x.dtype.element_ty))
+    there = rank < tl.load(entry + 4, mask=module < count, other=0)
+    if some & (tl.max(there.to(tl.int32), 0) > 0):
+        begin = tl.program_id(2) * part
+        end = tl.minimum(begin + part, width)
+        sums = tl.zeros((ROWS, LANES), tl.float32)
+        for start in range(begin, end, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            known = (column < end)[None, :]
+            x_block = tl.load(x + row[:, None] * stride + column[None, :], mask=inside[:, None] & known, other=0)
+            at = tl.multiple_of(A, 16)[:, None] + rank[:, None] * width + column[None, :]
+            a_block = tl.load(at, mask=there[:, None] & known, other=0)
+            sums = tl.dot(x_block, tl.trans(a_block), sums, input_precision="ieee")
+        to = low + ((row * tl.num_programs(2) + tl.program_id(2)) * count * ranks)[:, None] + lane[None, :]
+        tl.store(to, sums, mask=inside[:, None] & there[None, :])
+
+
+@triton.jit
+def _vector(entry, field: tl.constexpr, o, size, other: tl.constexpr, dtype: tl.constexpr):
+    """c or bias of an entry in fp32; `other` where its address is 0."""
+    address = tl.load(entry + field)
+    vector = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+    return tl.load(vector + o, mask=o < tl.where(address != 0, size, 0), other=other).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=[*ANY, "size_2", "size_3", "parts", "count", "ranks"])
+def _expand(
+    y,
+    low,
+    bounds,
+    adapters,
+    positions,
+    first_row,
+    rows,
+    modules,
+    first,
+    size_1,
+    size_2,
+    size_3,
+    parts,
+    count,
+    ranks,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    tile, block = tl.program_id(0), tl.program_id(1)
+    dtype = y.dtype.element_ty
+    row, inside, some = _rows_of_tile(bounds, tile, first_row, rows, ROWS)
+    blocks_1, blocks_2 = tl.cdiv(size_1, OUTPUTS), tl.cdiv(size_2, OUTPUTS)
+    module = (block >= blocks_1).to(tl.int32) + (block >= blocks_1 + blocks_2).to(tl.int32)
+    size = tl.where(module == 0, size_1, tl.where(module == 1, size_2, size_3))
+    block -= tl.where(module == 0, 0, tl.where(module == 1, blocks_1, blocks_1 + blocks_2))
+    offset = tl.where(module == 0, 0, tl.where(module == 1, size_1, size_1 + size_2))
+    total = size_1 + size_2 + size_3
+    if ALIGNED:  # 16 bytes are loaded at once
+        size, offset, total = tl.multiple_of(size, 8), tl.multiple_of(offset, 8), tl.multiple_of(total, 8)
+    o = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    entry = _entry(adapters, positions, tile, modules, first + module)
+    rank = tl.load(entry + 4).to(tl.int32)
+    if some & (rank > 0):
+        B = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16)
+        own_low = low + ((row * parts) * count + module)[:, None] * ranks
+        sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
+        for start in range(0, rank, RANK_BLOCK):
+            j = start + tl.arange(0, RANK_BLOCK)
+            known = j < rank
+            own = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
+            for p in range(parts):
+                at = own_low + (p * count) * ranks + j[None, :]
+                own += tl.load(at, mask=inside[:, None] & known[None, :], other=0)
+            B_block = tl.load(B + j[:, None] * size + o[None, :], mask=known[:, None] & (o < size)[None, :], other=0)
+            sums = tl.dot(own.to(dtype), B_block, sums, input_precision="ieee")
+        to = y + row[:, None] * total + (offset + o)[None, :]
+        both = inside[:, None] & (o < size)[None, :]
+        adapted = tl.load(to, mask=both, other=0).to(tl.float32) * _vector(entry, 2, o, size, 1.0, dtype)[None, :]
+        adapted += sums + _vector(entry, 3, o, size, 0.0, dtype)[None, :]
+        tl.store(to, adapted.to(dtype), mask=both)

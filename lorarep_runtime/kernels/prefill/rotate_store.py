@@ -1,0 +1,97 @@
+"""Prompts' queries and keys, rotated, and their keys and values stored in pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorarep_runtime.kernels.decode.attention import Attention
+from lorarep_runtime.kernels.eager.attention import write_pages
+from lorarep_runtime.kernels.rotary import rotated, rotated_reference
+
+
+def rotate_store(
+    layer: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
+) -> Tensor:
+    """Rotates each row's query and key (Su et al., 2021), and stores its key and value.
+
+    Rounds as `transformers` does. All tensors are contiguous and, but for the slots, of the activations' dtype.
+
+    Args:
+        qkv: (rows, (heads + 2 · kv_heads) · head_dim): queries, keys, values.
+        cos, sin: (rows, head_dim).
+        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim), written.
+        slots: (rows) int64, page · page_tokens + offset.
+
+    Returns:
+        (rows, heads, head_dim), the rotated queries.
+    """
+    q = torch.empty(len(qkv), layer.heads, layer.head_dim, dtype=qkv.dtype, device=qkv.device)
+    _rotate_store[(len(qkv),)](
+        qkv,
+        layer.q_norm,
+        layer.k_norm,
+        cos,
+        sin,
+        q,
+        key_pages,
+        value_pages,
+        slots,
+        layer.eps,
+        HEADS=layer.heads,
+        BLOCK_HEADS=triton.next_power_of_2(layer.heads),
+        KV_HEADS=layer.kv_heads,
+        BLOCK_KV_HEADS=triton.next_power_of_2(layer.kv_heads),
+        DIM=layer.head_dim,
+        BLOCK_DIM=triton.next_power_of_2(layer.head_dim),
+    )
+    return q
+
+
+def rotate_store_reference(
+    layer: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
+) -> Tensor:
+    q, k, v = qkv.view(len(qkv), -1, layer.head_dim).split([layer.heads, layer.kv_heads, layer.kv_heads], 1)
+    cos, sin = cos[:, None], sin[:, None]
+    k = rotated_reference(k, layer.k_norm, cos, sin, layer.eps)
+    write_pages(k, v, key_pages, value_pages, slots)
+    return rotated_reference(q, layer.q_norm, cos, sin, layer.eps)
+
+
+@triton.jit(do_not_specialize=["slots"])  # a step's are aligned or not: no reason to compile twice
+def _rotate_store(
+    qkv,
+    q_norm,
+    k_norm,
+    cos,
+    sin,
+    q,
+    key_pages,
+    value_pages,
+    slots,
+    eps,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    qkv += row * (HEADS + 2 * KV_HEADS) * DIM
+    cos += row * DIM
+    sin += row * DIM
+    d = tl.arange(0, BLOCK_DIM)[None, :]
+    head = tl.arange(0, BLOCK_HEADS)
+    turned = rotated(qkv + head * DIM, q_norm, cos, sin, eps, head < HEADS, DIM, BLOCK_DIM)
+    at = head[:, None] * DIM + d
+    tl.store(q + row * HEADS * DIM + at, turned, mask=(head < HEADS)[:, None] & (d < DIM))
+    head = tl.arange(0, BLOCK_KV_HEADS)
+    turned = rotated(qkv + (HEADS + head) * DIM, k_norm, cos, sin, eps, head < KV_HEADS, DIM, BLOCK_DIM)
+    at = head[:, None] * DIM + d
+    inside = (head < KV_HEADS)[:, None] & (d < DIM)
+    stored = tl.load(slots + row) * KV_HEADS * DIM + at
+    tl.store(key_pages + stored, turned, mask=inside)
+    tl.store(value_pages + stored, tl.load(qkv + (HEADS + KV_HEADS) * DIM + at, mask=inside), mask=inside)

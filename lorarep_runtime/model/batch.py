@@ -1,0 +1,174 @@
+"""The tokens of one forward pass, and what each step of the plan needs to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorarep_runtime.adapters.compile import Adapter
+from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.device.staging import moved
+from lorarep_runtime.kernels.eager.adapt import Slice
+from lorarep_runtime.model.kv_cache import PageTable, pages_of
+from lorarep_runtime.model.stack import Plan, Stack, Step, merge
+
+
+@dataclass(frozen=True)
+class Span:
+    """The next tokens of one sequence."""
+
+    tokens: Sequence[int]
+    context: int
+    """Tokens of the sequence that are in the cache already."""
+    stack: Stack
+    adapter: Adapter | None
+    table: PageTable
+    """Has room for context and tokens."""
+
+    @property
+    def length(self) -> int:
+        return self.context + len(self.tokens)
+
+
+class Batch:
+    """Spans packed into rows. Rows of one adapter lie side by side."""
+
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        adapters = {id(s.adapter): i for i, s in reversed(list(enumerate(spans)))}
+        self.order = sorted(range(len(spans)), key=lambda i: adapters[id(spans[i].adapter)])
+        """Index among the given spans of each span here."""
+        self.spans = [spans[i] for i in self.order]
+        self.plan: Plan = merge(tuple(sorted({s.stack for s in spans})))
+        self.device = device
+        self.starts = np.cumsum([0] + [len(s.tokens) for s in self.spans])
+        """First row of each span, and the number of rows."""
+        tokens = np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in self.spans])
+        places = np.concatenate([np.arange(s.context, s.length) for s in self.spans])
+        self.token_ids = moved(torch.from_numpy(tokens), device)
+        """(rows) int64."""
+        self.token_places = moved(torch.from_numpy(places), device)
+        """(rows) int64, each token's index in its sequence."""
+        self.slots, self.tables = self._addresses()
+        self._views: dict[tuple[bool, ...], View] = {}
+
+    def _addresses(self) -> tuple[Tensor, Tensor]:
+        """Where each plan step finds keys and values: slots (steps, rows) and page tables (steps, spans, pages)."""
+        steps = len(self.plan.steps)
+        slots = np.zeros((steps, self.starts[-1]), dtype=np.int64)
+        tables = np.zeros((steps, len(self.spans), max(pages_of(s.length) for s in self.spans)), dtype=np.int64)
+        walked = [[i for i, s in enumerate(self.plan.steps) if s.positions[k] is not None] for k in self._stack_range]
+        for i, (span, stack) in enumerate(zip(self.spans, self._stacks, strict=True)):
+            at = walked[stack]
+            pages = span.table.pages[:, : pages_of(span.length)]
+            tables[at, i, : pages.shape[1]] = pages
+            tables[at, i, pages.shape[1] :] = pages[:, -1:]  # no other's, which may have NaN
+            place = np.arange(span.context, span.length)
+            slots[at, self.starts[i] : self.starts[i + 1]] = (
+                pages[:, place // PAGE_TOKENS] * PAGE_TOKENS + place % PAGE_TOKENS
+            )
+        return moved(torch.from_numpy(slots), self.device), moved(torch.from_numpy(tables), self.device)
+
+    @property
+    def _stack_range(self) -> range:
+        return range(len(self.plan.stacks))
+
+    @cached_property
+    def _stacks(self) -> list[int]:
+        index = {stack: i for i, stack in enumerate(self.plan.stacks)}
+        return [index[s.stack] for s in self.spans]
+
+    def view(self, walking: tuple[bool, ...]) -> View:
+        """The rows whose stacks have a position at a step.
+
+        Args:
+            walking: for each stack of the plan, whether it has one.
+        """
+        if walking not in self._views:
+            chosen = [i for i, stack in enumerate(self._stacks) if walking[stack]]
+            self._views[walking] = View(self, chosen, [self._stacks[i] for i in chosen])
+        return self._views[walking]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Several tokens of one span in a view."""
+
+    span: int
+    """Index among the view's spans."""
+    start: int
+    stop: int
+    """Rows of the view, [start, stop)."""
+    length: int
+    """Tokens of the sequence, those of this pass included."""
+    bounds: Tensor
+    """(2, 2) int32: 0 and its rows, 0 and its length."""
+
+
+class Lane(NamedTuple):
+    """Rows of a view that compute with the same adapter."""
+
+    start: int
+    stop: int
+    """Rows, [start, stop)."""
+    adapter: Adapter
+    stack: int
+    """Index among the plan's."""
+
+
+class View:
+    """Some of a batch's spans, packed anew."""
+
+    def __init__(self, batch: Batch, chosen: Sequence[int], stacks: Sequence[int]) -> None:
+        device = batch.device
+
+        def on_device(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+            return moved(torch.as_tensor(values, dtype=dtype), device)
+
+        counts = [len(batch.spans[i].tokens) for i in chosen]
+        starts = np.cumsum([0, *counts])
+        self.rows: Tensor | None = None
+        """(rows of the view) int64, their rows in the batch; None where that is all of them."""
+        self.spans: Tensor | None = None
+        """(spans of the view) int64, likewise."""
+        if len(chosen) < len(batch.spans):
+            self.rows = on_device(np.concatenate([np.arange(batch.starts[i], batch.starts[i + 1]) for i in chosen]))
+            self.spans = on_device(chosen)
+        self.lengths = on_device([batch.spans[i].length for i in chosen])
+        """(spans of the view) int64, tokens of each sequence, those of this pass included."""
+        self.prompts: list[Prompt] = []
+        """The spans of several tokens."""
+        for k, i in enumerate(chosen):
+            if counts[k] > 1:
+                length = batch.spans[i].length
+                bounds = on_device([[0, counts[k]], [0, length]], torch.int32)
+                self.prompts.append(Prompt(k, int(starts[k]), int(starts[k + 1]), length, bounds))
+        decodes = [k for k, count in enumerate(counts) if count == 1]
+        self.decode_pages = max((pages_of(batch.spans[chosen[k]].length) for k in decodes), default=0)
+        self.decodes = on_device(decodes)
+        """(spans of one token) int64, their indices."""
+        self.decode_rows = on_device(starts[decodes])
+        """(spans of one token) int64, their rows."""
+        self.lanes: list[Lane] = []
+        for k, i in enumerate(chosen):
+            adapter = batch.spans[i].adapter
+            if adapter is None:
+                continue
+            start, stop = int(starts[k]), int(starts[k + 1])
+            if self.lanes and self.lanes[-1].adapter is adapter:
+                start = self.lanes.pop().start
+            self.lanes.append(Lane(start, stop, adapter, stacks[k]))
+
+    def slices(self, step: Step, module: str) -> list[Slice]:
+        """What the adapters of the rows have for a module at a step."""
+        return [
+            Slice(start, stop, entry.A, entry.B, entry.c, entry.bias)
+            for start, stop, adapter, stack in self.lanes
+            if (position := step.positions[stack]) is not None
+            if (entry := adapter.entries.get((position, module))) is not None
+        ]

@@ -1,0 +1,126 @@
+"""What a base, its stacks and its adapters take, from configurations and file headers alone. No weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+
+from lorarep_runtime.config import Quantization
+from lorarep_runtime.model.base import find_layers, kv_shape, linear_shapes
+from lorarep_runtime.model.kv_cache import PagePool, pages_of
+
+NF4_BLOCK = 64
+"""Weights that share a scale."""
+NF4_CODES = 16
+NESTED_BLOCK = 256
+"""Scales that share a scale under double quantization."""
+NESTED_CODES = 256
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A base before it is loaded."""
+
+    parameters: int
+    stored_elements: int
+    """Numbers that are held for them: two 4-bit parameters are one byte."""
+    categories: Mapping[str, int]
+    """Bytes: base_weights, quantization_constants, embeddings_and_head, workspace, as in the ledger."""
+    layers: int
+    modules: Mapping[str, tuple[int, int]]
+    """(out, in) of each linear module of a layer."""
+    prefix: str
+    """Path of the list of layers."""
+    dtype: torch.dtype
+    page_bytes: int
+    """Of the keys and values of 16 tokens at one position."""
+
+    @property
+    def total(self) -> int:
+        """Bytes, without adapters and keys and values."""
+        return sum(self.categories.values())
+
+    def kv_bytes(self, positions: int, tokens: int) -> int:
+        """Bytes of keys and values of a sequence, in whole pages."""
+        return positions * pages_of(tokens) * self.page_bytes
+
+    def sequences(self, memory: int, adapters: int, positions: int, tokens: int) -> int:
+        """How many sequences fit.
+
+        Args:
+            memory: bytes of the device.
+            adapters: bytes of the adapters.
+            positions: of the stack.
+            tokens: of each sequence.
+        """
+        return max(0, (memory - self.total - adapters) // self.kv_bytes(positions, tokens))
+
+
+def footprint(
+    config: PretrainedConfig, quantization: BitsAndBytesConfig | None, dtype: torch.dtype | None = None
+) -> Footprint:
+    """Counts what `Base` will hold.
+
+    Args:
+        quantization: the checkpoint's own, or what it will be quantized with.
+        dtype: of what is not quantized; None is the config's, or fp32 where it names none.
+    """
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    layers, prefix = find_layers(model)
+    head = model.get_output_embeddings()
+    vocabulary = {id(p): p for p in (*model.get_input_embeddings().parameters(), *head.parameters())}
+    quantized = {
+        id(m.weight): m.weight
+        for m in model.modules()
+        if quantization is not None and isinstance(m, nn.Linear) and m is not head
+    }
+    parameters = {id(p): p for p in model.parameters()}
+    rest = [p for key, p in parameters.items() if key not in vocabulary and key not in quantized]
+    kind = quantization_kind(quantization)
+    double = quantization is not None and quantization.bnb_4bit_use_double_quant
+    packed = {key: -(-p.numel() // 2) if kind == "nf4" else p.numel() for key, p in quantized.items()}
+    return Footprint(
+        parameters=sum(p.numel() for p in parameters.values()),
+        stored_elements=sum(packed.get(key, p.numel()) for key, p in parameters.items()),
+        categories={
+            "base_weights": sum(packed.values()) + _bytes(rest),
+            "quantization_constants": sum(_constants(p, kind, double) for p in quantized.values()),
+            "embeddings_and_head": _bytes(vocabulary.values()),
+            "workspace": _bytes({id(b): b for b in model.buffers()}.values()),
+        },
+        layers=len(layers),
+        modules=linear_shapes(layers[0]),
+        prefix=prefix,
+        dtype=dtype,
+        page_bytes=PagePool.page_bytes(*kv_shape(config), dtype),
+    )
+
+
+def quantization_kind(quantization: BitsAndBytesConfig | None) -> Quantization:
+    """The name of a way to quantize."""
+    if quantization is None:
+        return "none"
+    return "nf4" if quantization.load_in_4bit else "int8"
+
+
+def _constants(weight: Tensor, kind: Quantization, double: bool) -> int:
+    """Bytes that bitsandbytes holds beside a quantized weight (out, in)."""
+    if kind == "int8":
+        return FP32 * weight.shape[0]
+    blocks = -(-weight.numel() // NF4_BLOCK)
+    if not double:
+        return FP32 * (blocks + NF4_CODES)
+    # A byte for each scale; their mean, their own scales, and two tables of codes.
+    return blocks + FP32 * (1 + -(-blocks // NESTED_BLOCK) + NESTED_CODES + NF4_CODES)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,112 @@
+"""The KV cache: one pool of pages for all stacks. A page holds 16 tokens at one position of one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.device.staging import moved
+
+WIPED = 4096
+"""Pages that are wiped at a time: not all between two steps, and not a few for each sequence."""
+
+
+class PagePool:
+    """Pages and which of them are free. Not thread-safe: the engine's thread alone touches it."""
+
+    def __init__(self, pages: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        # One more than are given out, for what nobody wants any more.
+        shape = (pages + 1, PAGE_TOKENS, kv_heads, head_dim)
+        self.key_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.value_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self._wiped = list(range(pages - 1, -1, -1))
+        """Free, and zeros."""
+        self._stale: list[int] = []
+        """Free, with what was left there."""
+        self.total = pages
+        self.spare_slot = pages * PAGE_TOKENS
+        """Where keys and values go that nobody will read, as page · page_tokens + offset."""
+
+    @staticmethod
+    def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one page, keys and values."""
+        return 2 * PAGE_TOKENS * kv_heads * head_dim * dtype.itemsize
+
+    @property
+    def free(self) -> int:
+        return len(self._wiped) + len(self._stale)
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.key_pages, self.value_pages
+
+    def grow(self, wanted: Sequence[tuple[PageTable, int]]) -> bool:
+        """Makes room for so many tokens in each table; False, with nothing taken, where there are too few pages."""
+        missing = [table.missing(tokens) for table, tokens in wanted]
+        if sum(missing) > self.free:
+            return False
+        if any(missing):
+            taken = np.split(self.take(sum(missing)), np.cumsum(missing[:-1]))
+            for (table, _), pages in zip(wanted, taken, strict=True):
+                table.pages = np.concatenate([table.pages, pages.reshape(table.depth, -1)], axis=1)
+        return True
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        """Takes `count` free pages; the caller has checked that there are as many."""
+        if count > len(self._wiped):
+            self._wipe(max(count - len(self._wiped), WIPED))
+        pages = np.array(self._wiped[len(self._wiped) - count :], dtype=np.int64)
+        del self._wiped[len(self._wiped) - count :]
+        return pages
+
+    def give(self, pages: NDArray[np.int64]) -> None:
+        self._stale.extend(pages.ravel().tolist())
+
+    def _wipe(self, count: int) -> None:
+        """Fills stale pages with zeros. What no token has been written to is read all the same, under a mask, and a
+        mask leaves NaN: in a score, and in a value with the weight 0."""
+        wiped = self._stale[-count:]
+        pages = moved(torch.from_numpy(np.array(wiped)), self.key_pages.device)
+        for tensor in self.tensors:
+            tensor.index_fill_(0, pages, 0)
+        self._wiped += wiped
+        del self._stale[-count:]
+
+
+class PageTable:
+    """The pages of one sequence at every position of its stack."""
+
+    def __init__(self, pool: PagePool, depth: int) -> None:
+        self._pool = pool
+        self.pages: NDArray[np.int64] = np.empty((depth, 0), dtype=np.int64)
+        """(depth, pages per position)."""
+
+    @property
+    def depth(self) -> int:
+        return len(self.pages)
+
+    def missing(self, tokens: int) -> int:
+        """Pages that holding `tokens` tokens takes beyond those here."""
+        return self.depth * max(0, pages_of(tokens) - self.pages.shape[1])
+
+    def grow(self, tokens: int) -> bool:
+        """Makes room for `tokens` tokens; False, with nothing taken, where the pool has too few pages."""
+        return self._pool.grow([(self, tokens)])
+
+    def release(self) -> None:
+        self._pool.give(self.pages)
+        self.pages = self.pages[:, :0]
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that hold `tokens` tokens at one position."""
+    return -(-tokens // PAGE_TOKENS)

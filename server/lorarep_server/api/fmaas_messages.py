@@ -1,0 +1,182 @@
+"""Between fmaas' messages and lorarep's own types. Defaults and meanings are those of vllm-tgis-adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fmaas import generation_pb2 as pb
+from lorarep.v1 import generation_pb2
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.request import Finished, FinishReason, Output, TokenLogprob
+
+if TYPE_CHECKING:
+    from lorarep_runtime.text.tokenizer import Tokenizer
+
+MAX_TOP_N = 10
+
+FIELDS: Mapping[str, str] = {
+    "adapter": "adapter_id",
+    "adapters": "adapter_id",
+    "repository": "adapter_id",
+    "stack": "adapter_id",
+    "prompt": "text",
+    "prompt and max_new_tokens": "text",
+    "longest": "truncate_input_tokens",
+    "offsets": "return_offsets",
+    "stop": "stop_sequences",
+}
+"""What fmaas calls the fields that messages of errors begin with."""
+
+STOP_REASONS: Mapping[FinishReason, pb.StopReason.ValueType] = {
+    FinishReason.LENGTH: pb.MAX_TOKENS,
+    FinishReason.END_TOKEN: pb.EOS_TOKEN,
+    FinishReason.STOP_STRING: pb.STOP_SEQUENCE,
+}
+
+
+def check(params: pb.Parameters, max_tokens: int) -> None:
+    """Refuses what requests to the engine cannot say.
+
+    Args:
+        max_tokens: that an answer can have at most.
+
+    Raises:
+        InvalidArgument: names the field.
+    """
+    sampling, stopping, response, decoding = params.sampling, params.stopping, params.response, params.decoding
+    if params.method not in pb.DecodingMethod.values():
+        raise InvalidArgument(f"method: {params.method} is neither GREEDY nor SAMPLE")
+    # 0 is unset, and 1 keeps all.
+    if params.method == pb.SAMPLE and sampling.typical_p not in (0, 1):
+        raise InvalidArgument("typical_p: is not supported")
+    if decoding.HasField("length_penalty") and decoding.length_penalty.decay_factor != 1:
+        raise InvalidArgument("length_penalty: is not supported")
+    guided = decoding.WhichOneof("guided")
+    if guided is not None and (guided != "format" or decoding.format != pb.DecodingParameters.TEXT):
+        raise InvalidArgument(f"{guided}: guided decoding is not supported")
+    if stopping.max_new_tokens > max_tokens:
+        raise InvalidArgument(f"max_new_tokens: {stopping.max_new_tokens} is over the limit of {max_tokens}")
+    if response.top_n_tokens > MAX_TOP_N:
+        raise InvalidArgument(f"top_n_tokens: {response.top_n_tokens} is over the limit of {MAX_TOP_N}")
+    for detail in ("token_logprobs", "token_ranks", "top_n_tokens"):
+        if not getattr(response, detail):
+            continue
+        if response.input_tokens:
+            raise InvalidArgument(f"{detail}: is not supported for input_tokens")
+        if not response.generated_tokens:
+            raise InvalidArgument(f"{detail}: is for generated_tokens")
+
+
+def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_pb2.GenerateRequest:
+    """The request for the engine's server, but for the answer's length; `target` is its adapters or stack."""
+    given, response = params.sampling, params.response
+    sampling = generation_pb2.Sampling(repetition_penalty=params.decoding.repetition_penalty or None)
+    temperature = given.temperature if given.HasField("temperature") else 1
+    if params.method == pb.SAMPLE and temperature != 0:
+        sampling.temperature = temperature
+        sampling.top_k = given.top_k
+        sampling.top_p = given.top_p or 1
+        if given.HasField("seed"):
+            sampling.seed = given.seed
+    has_details = response.token_logprobs or response.token_ranks or response.top_n_tokens
+    return generation_pb2.GenerateRequest(
+        prompt=generation_pb2.Prompt(text=text),
+        sampling=sampling,
+        stopping=generation_pb2.Stopping(
+            min_new_tokens=params.stopping.min_new_tokens, stop=params.stopping.stop_sequences
+        ),
+        logprobs=response.top_n_tokens if has_details else None,
+        **target,
+    )
+
+
+class Answer:
+    """One request's answer as messages, which have the tokens so far counted."""
+
+    def __init__(self, params: pb.Parameters, tokenizer: Tokenizer) -> None:
+        self._params = params
+        self._tokenizer = tokenizer
+        self._count = 0
+        self._last = 0
+        """The last token."""
+
+    def begin(self, request: generation_pb2.GenerateRequest, prompt: Sequence[int]) -> pb.GenerationResponse:
+        """The first message, of the prompt."""
+        response = self._params.response
+        return pb.GenerationResponse(
+            input_token_count=len(prompt),
+            text=request.prompt.text if response.input_text else "",
+            seed=request.sampling.seed,
+            input_tokens=self._infos(prompt) if response.input_tokens else (),
+        )
+
+    def part(self, outputs: Sequence[Output], finished: Finished | None) -> pb.GenerationResponse:
+        """What several steps added, and the end if it is there."""
+        message = pb.GenerationResponse(text="".join(output.text for output in outputs))
+        if outputs:
+            tokens = [token for output in outputs for token in output.tokens]
+            self._count += len(tokens)
+            self._last = tokens[-1]
+            if self._params.response.generated_tokens:
+                places = [place for output in outputs for place in output.logprobs]
+                message.tokens.extend(self._infos(tokens, places))
+        message.generated_token_count = self._count
+        if finished is not None:
+            self._end(message, finished)
+        return message
+
+    def time_is_up(self) -> pb.GenerationResponse:
+        """The last message of an answer that its time limit ended."""
+        return pb.GenerationResponse(generated_token_count=self._count, stop_reason=pb.TIME_LIMIT)
+
+    def _end(self, message: pb.GenerationResponse, finished: Finished) -> None:
+        stopping = self._params.stopping
+        message.stop_reason = STOP_REASONS[finished.reason]
+        match finished.reason:
+            case FinishReason.LENGTH if finished.completion_tokens != stopping.max_new_tokens:
+                message.stop_reason = pb.TOKEN_LIMIT  # what the prompt left
+            case FinishReason.END_TOKEN:
+                (message.stop_sequence,) = self._tokenizer.pieces([self._last])
+            case FinishReason.STOP_STRING:
+                message.stop_sequence = finished.stop
+                if not stopping.HasField("include_stop_sequence") or stopping.include_stop_sequence:
+                    message.text += finished.stop
+
+    def _infos(self, tokens: Sequence[int], places: Sequence[TokenLogprob] = ()) -> list[pb.TokenInfo]:
+        infos = [pb.TokenInfo(text=piece) for piece in self._tokenizer.pieces(tokens)]
+        wanted = self._params.response
+        for info, place in zip(infos, places, strict=False):  # none, if no details are wanted
+            if wanted.token_logprobs:
+                info.logprob = place.logprob
+            if wanted.token_ranks:
+                info.rank = place.rank
+            pieces = self._tokenizer.pieces([token for token, _ in place.top])
+            for piece, (_, logprob) in zip(pieces, place.top, strict=True):
+                info.top_tokens.add(text=piece, logprob=logprob if wanted.token_logprobs else None)
+        return infos
+
+
+def whole(parts: Sequence[pb.GenerationResponse]) -> pb.GenerationResponse:
+    """An answer's messages as one."""
+    merged = pb.GenerationResponse()
+    for part in parts:
+        merged.MergeFrom(part)  # lists grow; of the rest, what is set later counts
+    merged.text = "".join(part.text for part in parts)
+    return merged
+
+
+def tokenized(request: pb.BatchedTokenizeRequest, tokenizer: Tokenizer) -> pb.BatchedTokenizeResponse:
+    """Tokens of each text, special ones included; the last ones, if there are to be fewer."""
+    answer = pb.BatchedTokenizeResponse()
+    for text in (each.text for each in request.requests):
+        tokens = tokenizer.encode(text)
+        spans = tokenizer.spans(text) if request.return_offsets else []
+        kept = slice(-request.truncate_input_tokens or None, None)
+        answer.responses.add(
+            token_count=len(tokens[kept]),
+            tokens=tokenizer.pieces(tokens[kept]) if request.return_tokens else (),
+            offsets=[pb.TokenizeResponse.Offset(start=start, end=end) for start, end in spans[kept]],
+        )
+    return answer

@@ -1,0 +1,64 @@
+"""lorarep.v1.GenerationService."""
+
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from lorarep.v1 import generation_pb2, generation_pb2_grpc
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.request import Output
+from lorarep_server.requests import messages
+from lorarep_server.requests.frontend import Answers, of_call
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """Answers as gRPC's messages."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+
+    async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> generation_pb2.GenerateResponse:
+        outputs: list[Output] = []
+        async with self._answers.answer(request, *of_call(context)) as (admitted, events):
+            finished = None
+            while finished is None:
+                more, finished = await events.take()
+                outputs += more
+        # In a thread: each log-probability has its token decoded.
+        whole = await asyncio.to_thread(messages.chunk, outputs, admitted.tokenizer)
+        end = messages.generation_finished(finished)
+        return generation_pb2.GenerateResponse(
+            text=whole.text,
+            token_ids=whole.token_ids,
+            logprobs=whole.logprobs,
+            finish_reason=end.finish_reason,
+            usage=end.usage,
+            timings=end.timings,
+            adapters=[messages.adapter_revision(info) for info in admitted.adapters],
+        )
+
+    async def GenerateStream(self, request: generation_pb2.GenerateStreamRequest, context: Any) -> None:
+        if not request.HasField("request"):  # a client's JSON for Generate lands here empty
+            raise InvalidArgument("request: has to be set")
+        # Written with `write`, not yielded: a cancellation then ends this very coroutine, and with it the request.
+        async with self._answers.answer(request.request, *of_call(context)) as (admitted, events):
+            revisions = [messages.adapter_revision(info) for info in admitted.adapters]
+            started = generation_pb2.GenerationStarted(adapters=revisions, prompt_tokens=len(admitted.prompt))
+            await context.write(generation_pb2.GenerateStreamResponse(started=started))
+            finished = None
+            while finished is None:
+                outputs, finished = await events.take()
+                if outputs:
+                    chunk = messages.chunk(outputs, admitted.tokenizer)
+                    await context.write(generation_pb2.GenerateStreamResponse(chunk=chunk))
+            end = messages.generation_finished(finished)
+            await context.write(generation_pb2.GenerateStreamResponse(finished=end))
+
+    async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
+        tokens = partial(messages.prompt_tokens, request.prompt)
+        return generation_pb2.TokenizeResponse(token_ids=await self._answers.with_tokenizer(request.adapters, tokens))

@@ -1,0 +1,179 @@
+"""Who may call what: roles of bearer tokens, the role that each call needs, and where neither is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_server.config import ServerConfig
+from lorarep_server.errors import Status
+from lorarep_server.watched_files import Watched
+
+log = logging.getLogger(__name__)
+
+
+class Role(IntEnum):
+    """What a token is good for. Each includes those before it."""
+
+    ANYONE = 0
+    GENERATE = 1
+    ADMINISTER = 2
+
+
+ROLES: Mapping[str, Role] = {
+    "/lorarep.v1.GenerationService/Generate": Role.GENERATE,
+    "/lorarep.v1.GenerationService/GenerateStream": Role.GENERATE,
+    "/lorarep.v1.GenerationService/Tokenize": Role.GENERATE,
+    "/lorarep.v1.AdapterService/LoadAdapter": Role.ADMINISTER,
+    "/lorarep.v1.AdapterService/UnloadAdapter": Role.ADMINISTER,
+    "/lorarep.v1.AdapterService/GetAdapter": Role.GENERATE,
+    "/lorarep.v1.AdapterService/ListAdapters": Role.GENERATE,
+    "/lorarep.v1.ModelService/GetModel": Role.GENERATE,
+    "/lorarep.v1.ModelService/ListStacks": Role.GENERATE,
+    "/lorarep.v1.ModelService/GetLedger": Role.GENERATE,
+    "/fmaas.GenerationService/Generate": Role.GENERATE,
+    "/fmaas.GenerationService/GenerateStream": Role.GENERATE,
+    "/fmaas.GenerationService/Tokenize": Role.GENERATE,
+    "/fmaas.GenerationService/ModelInfo": Role.GENERATE,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.GENERATE,
+    # Kubernetes' probes have no token.
+    "/grpc.health.v1.Health/Check": Role.ANYONE,
+    "/grpc.health.v1.Health/List": Role.ANYONE,
+    "/grpc.health.v1.Health/Watch": Role.ANYONE,
+}
+"""The role that each RPC needs. One that is not here is refused to all."""
+
+TOKEN_LINE = re.compile(rb"(generate|administer)[ \t]+([!-~]+)")
+
+
+def check_roles(services: Iterable[ServiceDescriptor]) -> None:
+    """Raises NotImplementedError unless each RPC of the services has its role."""
+    served = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
+    if forgotten := served - ROLES.keys():
+        raise NotImplementedError(f"no role is set for {', '.join(sorted(forgotten))}")
+
+
+def check_exposure(config: ServerConfig) -> None:
+    """Raises InvalidArgument if anyone beyond this machine could call, and nobody has said that this is meant."""
+    if config.token_file or config.tls_client_ca or config.insecure:
+        return
+    for field in ("listen", "metrics_listen", "openai_listen"):
+        address: str | None = getattr(config, field)
+        if address is not None and not is_loopback(address):
+            raise InvalidArgument(
+                f"{field}: {address!r} is open to other machines: set token_file or tls_client_ca, or insecure"
+            )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address to listen at is certainly this machine's alone."""
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or address.startswith("unix:")
+
+
+class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses calls without a token of the role that they need."""
+
+    def __init__(self, token_file: Path) -> None:
+        """Raises InvalidArgument if the file cannot be used."""
+        self._file = Watched([token_file], lambda: read_tokens(token_file))
+        self._tokens = self._file.first
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        method = handler_call_details.method
+        needed = ROLES.get(method)
+        given = [str(value) for key, value in handler_call_details.invocation_metadata if key == "authorization"]
+        # One that is not known may be none at all, which those with a token are told.
+        if refusal := self.refusal(given, Role.GENERATE if needed is None else needed):
+            return _refuse(method, refusal)
+        handler = await continuation(handler_call_details)
+        if handler is not None and needed is None:
+            return _refuse(method, Status(grpc.StatusCode.PERMISSION_DENIED, "no role is known to be enough"))
+        return handler
+
+    def refusal(self, authorization: Sequence[str], needed: Role) -> Status | None:
+        """What the caller is told if it may not, by all its values of `authorization`."""
+        if needed is Role.ANYONE:
+            return None
+        role = self._role(authorization)
+        if role is None:
+            return Status(grpc.StatusCode.UNAUTHENTICATED, "authorization: has to be 'Bearer' and a token")
+        if role is Role.ANYONE:
+            return Status(grpc.StatusCode.UNAUTHENTICATED, "authorization: the token is not known")
+        if role < needed:
+            return Status(grpc.StatusCode.PERMISSION_DENIED, f"needs a token to {needed.name.lower()}")
+        return None
+
+    def _role(self, authorization: Sequence[str]) -> Role | None:
+        """Of the call's token; None if it has none."""
+        scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
+        if scheme.lower() != "bearer" or not token:
+            return None
+        if (tokens := self._file.changed()) is not None:
+            self._tokens = tokens
+        digest, role = _digest(token.encode("utf-8", "surrogateescape")), Role.ANYONE
+        # All of them, each to its end: the time that this takes tells nothing.
+        for known, its_role in self._tokens.items():
+            if hmac.compare_digest(known, digest):
+                role = its_role
+        return role
+
+
+def read_tokens(file: Path) -> dict[bytes, Role]:
+    """Roles by the digest of their token, from lines `generate TOKEN` or `administer TOKEN`; # begins a comment line.
+
+    Raises:
+        InvalidArgument: the file cannot be read, has another line, or no token. Tells no token.
+    """
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise InvalidArgument(f"token_file: cannot read {str(file)!r}: {error.strerror}") from error
+    tokens: dict[bytes, Role] = {}
+    for number, line in enumerate(map(bytes.strip, lines), 1):
+        if not line or line.startswith(b"#"):
+            continue
+        found = TOKEN_LINE.fullmatch(line)
+        if found is None:
+            raise InvalidArgument(
+                f"token_file: line {number} of {str(file)!r} is not 'generate TOKEN' or 'administer TOKEN'"
+            )
+        digest = _digest(found[2])
+        if digest in tokens:
+            raise InvalidArgument(f"token_file: line {number} of {str(file)!r} has the token of a line before it")
+        tokens[digest] = Role[found[1].decode().upper()]
+    if not tokens:
+        raise InvalidArgument(f"token_file: {str(file)!r} has no token")
+    return tokens
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
+
+
+def _refuse(method: str, refusal: Status) -> Any:
+    """A handler that refuses a call of any kind, without reading what it sends."""
+
+    async def refuse(requests: Any, context: Any) -> None:
+        log.info("%r %s", method, refusal.code.name)
+        await context.abort(refusal.code, refusal.message)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

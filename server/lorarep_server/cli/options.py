@@ -1,0 +1,113 @@
+"""What the flags of several commands are made of: sizes in bytes, adapters, stacks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorarep_server.sources import AdapterSource, split_revision
+
+if TYPE_CHECKING:
+    from lorarep_runtime.model.stack import Stack
+
+option = partial(click.option, show_default=True, show_envvar=True)
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{infix}B": factor ** (power + 1)
+    for infix, factor in (("", 1000), ("I", 1024))
+    for power, prefix in enumerate("KMGT")
+}
+
+
+class ByteSize(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes: "1073741824", "40GiB", "1.5 GB"."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(value).strip().upper())
+        if match is None or match[2] not in _UNITS:
+            self.fail(f"{value!r} is not a number of bytes such as 512MiB or 40GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+class AdapterSourceType(click.ParamType):  # type: ignore[type-arg]
+    """NAME=SOURCE[@REVISION]."""
+
+    name = "NAME=SOURCE[@REVISION]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AdapterSource:
+        if isinstance(value, AdapterSource):
+            return value
+        name, equals, source = value.partition("=")
+        if not (name and equals and source):
+            self.fail(f"{value!r} is not NAME=SOURCE[@REVISION]", param, ctx)
+        return AdapterSource(name, *split_revision(source))
+
+
+@dataclass(frozen=True)
+class NamedStack:
+    """A stack as NAME=RANGES or NAME=FILE, for a base that is not known yet."""
+
+    name: str
+    source: Sequence[tuple[int, int]] | Mapping[str, Any]
+    """Ranges of layers, or a mergekit recipe."""
+
+    def resolve(self, layers: int, max_positions: int, base: str) -> Stack:
+        """The sequence of layers on a base that has so many. A recipe has to be for `base`, if that is a repository.
+
+        Raises:
+            InvalidArgument, FailedPrecondition: as `lorarep_runtime.model.stack`.
+        """
+        from lorarep_runtime.model.stack import stack_from_mergekit, stack_from_ranges
+
+        if isinstance(self.source, Mapping):
+            return stack_from_mergekit(
+                self.source, layers, max_positions=max_positions, base=None if Path(base).is_dir() else base
+            )
+        return stack_from_ranges(self.source, layers, max_positions=max_positions, field=f"stack {self.name!r}")
+
+
+class StackType(click.ParamType):  # type: ignore[type-arg]
+    """NAME=RANGES, such as "deep=0-24,8-32" or "deep=[[0,24],[8,32]]"; or NAME=FILE, a mergekit passthrough recipe."""
+
+    name = "NAME=RANGES|FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> NamedStack:
+        from lorarep_runtime.errors import LorarepError
+        from lorarep_runtime.model.stack import parse_ranges
+
+        if isinstance(value, NamedStack):
+            return value
+        name, equals, source = value.partition("=")
+        if not (name and equals and source):
+            self.fail(f"{value!r} is not NAME=RANGES or NAME=FILE.yaml", param, ctx)
+        if source.endswith((".yaml", ".yml")):
+            return NamedStack(name, read_yaml(Path(source), param, ctx))
+        try:
+            return NamedStack(name, parse_ranges(source))
+        except LorarepError as error:
+            self.fail(f"{name}: {error}", param, ctx)
+
+
+def read_yaml(file: Path, param: click.Parameter | None = None, ctx: click.Context | None = None) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping.
+
+    Raises:
+        click.BadParameter: it is not, or cannot be read.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise click.BadParameter(" ".join(f"{file}: {error}".split()), ctx, param) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise click.BadParameter(f"{file}: not a mapping of names to values", ctx, param)
+    return content

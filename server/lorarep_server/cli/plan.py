@@ -1,0 +1,186 @@
+"""`lorarep plan`: what stacks and adapters take and share, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from lorarep_runtime.config import AdapterLimits, BaseConfig, DType, Quantization
+from lorarep_server.cli.options import ByteSize, NamedStack, StackType, option
+from lorarep_server.sources import AdapterSource, is_folder, split_revision
+
+if TYPE_CHECKING:
+    from lorarep_runtime.model.footprint import Footprint
+    from lorarep_runtime.model.stack import Plan, Stack
+
+
+class OptionalNameType(click.ParamType):  # type: ignore[type-arg]
+    """[NAME=]SOURCE[@REVISION]; without a name the source is one."""
+
+    name = "[NAME=]SOURCE[@REVISION]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AdapterSource:
+        name, equals, source = value.partition("=")
+        repository, revision = split_revision(source if equals else value)
+        if not repository or not name:
+            self.fail(f"{value!r} is not [NAME=]SOURCE[@REVISION]", param, ctx)
+        default = Path(repository).name if is_folder(repository) else repository
+        return AdapterSource(name if equals else default, repository, revision)
+
+
+@click.command()
+@option("--base", required=True, help="Hub repository or folder of the base.")
+@option("--revision", help="Branch, tag or commit of the base.")
+@option("--adapter", type=OptionalNameType(), multiple=True, help="Adapter to count.")
+@option("--stack", type=StackType(), multiple=True, help="Named stack, such as deep=0-24,8-32, or a mergekit recipe.")
+@option("--quantization", type=click.Choice(get_args(Quantization)), default=BaseConfig.quantization)
+@option("--double-quantization", is_flag=True, help="Quantize the scales of nf4 once more.")
+@option("--dtype", type=click.Choice(get_args(DType)), default=BaseConfig.dtype, help="Type of activations.")
+@option("--memory", type=ByteSize(), default="80GiB", help="Device memory that sequences have to fit in.")
+@option("--tokens", type=click.IntRange(min=1), default=4096, help="Tokens of each such sequence.")
+@option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Hub cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(
+    adapter: tuple[AdapterSource, ...],
+    stack: tuple[NamedStack, ...],
+    memory: int,
+    tokens: int,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Show what a base, its stacks and adapters take, from configurations and file headers alone."""
+    counted = count(BaseConfig(**given), adapter, stack, memory, tokens)
+    click.echo(json.dumps(counted, indent=2) if as_json else render(counted))
+
+
+def count(
+    base: BaseConfig, adapters: tuple[AdapterSource, ...], stacks: tuple[NamedStack, ...], memory: int, tokens: int
+) -> dict[str, Any]:
+    """Everything the command prints.
+
+    Raises:
+        LorarepError: as `hub.fetch`, `adapters.spec`, `adapters.header` and `stack`.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from lorarep_runtime.adapters.compile import file_parameters, storage_bytes
+    from lorarep_runtime.adapters.header import check, read_header
+    from lorarep_runtime.adapters.peft_config import AdapterSpec
+    from lorarep_runtime.adapters.revision import CONFIG_FILE, WEIGHTS_FILE, read_config
+    from lorarep_runtime.hub.snapshot import fetch
+    from lorarep_runtime.model.base import quantization_of, read_model_config
+    from lorarep_runtime.model.footprint import footprint, quantization_kind
+    from lorarep_server.cli.progress_bars import ProgressBars
+
+    limits, progress = AdapterLimits(), ProgressBars()
+    snapshot = fetch(base.base, base.revision, kind="config", cache_dir=base.cache_dir, progress=progress)
+    config = read_model_config(snapshot.folder)
+    _, quantization = quantization_of(config, base)
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        quantization = BitsAndBytesConfig.from_dict(own if isinstance(own, dict) else own.to_dict())
+    held = footprint(config, quantization, None if base.dtype == "auto" else getattr(torch, base.dtype))
+    walked: dict[str, Stack] = {"base": tuple(range(held.layers))}
+    for named in stacks:
+        walked[named.name] = named.resolve(held.layers, limits.max_positions, base.base)
+    rows: list[dict[str, Any]] = []
+    for source in adapters:
+        at = fetch(source.source, source.revision, kind="adapter", cache_dir=base.cache_dir, progress=progress)
+        spec = AdapterSpec.parse(read_config(at.folder / CONFIG_FILE), limits)
+        walked[source.name] = spec.stack(held.layers)
+        layout = check(spec, read_header(at.folder / WEIGHTS_FILE), walked[source.name], held.modules, held.prefix)
+        rows.append(
+            {
+                "name": source.name,
+                "commit": at.commit,
+                "positions": len(walked[source.name]),
+                "adapter_parameters": file_parameters(layout),
+                "total_parameters": held.parameters + file_parameters(layout),
+                "bytes": storage_bytes(layout, held.dtype),
+            }
+        )
+    adapter_bytes = sum(row["bytes"] for row in rows)
+    return {
+        "base": snapshot.repository,
+        "commit": snapshot.commit,
+        "quantization": quantization_kind(quantization),
+        "dtype": str(held.dtype).removeprefix("torch."),
+        "base_parameters": held.parameters,
+        "quantized_elements": held.stored_elements,
+        "bytes": {**held.categories, "adapters": adapter_bytes},
+        "adapters": rows,
+        "memory": memory,
+        "tokens": tokens,
+        "stacks": [_stack(name, stack, held, memory, adapter_bytes, tokens) for name, stack in walked.items()],
+        "plan": _merged(walked),
+    }
+
+
+def _stack(name: str, stack: Stack, held: Footprint, memory: int, adapters: int, tokens: int) -> dict[str, Any]:
+    from lorarep_runtime.model.stack import ranges_of
+
+    return {
+        "name": name,
+        "positions": len(stack),
+        "ranges": ranges_of(stack),
+        "kv_bytes_per_token": held.kv_bytes(len(stack), 1) // 16,
+        "sequences": held.sequences(memory, adapters, len(stack), tokens),
+    }
+
+
+def _merged(walked: dict[str, Stack]) -> dict[str, Any]:
+    from lorarep_runtime.model.stack import merge
+
+    merged: Plan = merge(tuple(sorted(set(walked.values()))))
+    depths = sum(len(stack) for stack in merged.stacks)
+    index = {stack: i for i, stack in enumerate(merged.stacks)}
+    return {
+        "weight_passes": len(merged.steps),
+        "weight_passes_saved": depths - len(merged.steps),
+        "layers": [step.layer for step in merged.steps],
+        "positions": {name: [step.positions[index[stack]] for step in merged.steps] for name, stack in walked.items()},
+    }
+
+
+def render(counted: dict[str, Any]) -> str:
+    """The same for people."""
+    gib, merged = 1 << 30, counted["plan"]
+    lines = [
+        f"{counted['base']} at {counted['commit']}, {counted['quantization']}, {counted['dtype']}",
+        f"  parameters {counted['base_parameters']:>24,}",
+        f"  stored elements {counted['quantized_elements']:>19,}",
+        "",
+        *(f"  {name.replace('_', ' '):24}{size / gib:10.3f} GiB" for name, size in counted["bytes"].items()),
+        f"  {'total':24}{sum(counted['bytes'].values()) / gib:10.3f} GiB, without keys and values",
+        "",
+    ]
+    for row in counted["adapters"]:
+        lines += [
+            f"adapter {row['name']} at {row['commit']}",
+            f"  {row['positions']} positions, {row['adapter_parameters']:,} parameters, {row['bytes'] / gib:.3f} GiB",
+            f"  {row['total_parameters']:,} parameters with the base",
+            "",
+        ]
+    fits = f"sequences of {counted['tokens']} tokens in {counted['memory'] / gib:g} GiB"
+    width = max(16, *(len(stack["name"]) + 2 for stack in counted["stacks"]))
+    lines.append(f"{'stack':{width}}{'positions':>10}{'KV bytes/token':>16}   {fits:>36}   ranges")
+    for stack in counted["stacks"]:
+        ranges = ",".join(f"{start}-{end}" for start, end in stack["ranges"])
+        lines.append(
+            f"{stack['name']:{width}}{stack['positions']:>10}{stack['kv_bytes_per_token']:>16,}"
+            f"   {stack['sequences']:>36,}   {ranges}"
+        )
+    lines += [
+        "",
+        f"merged walk: {merged['weight_passes']} weight passes a step for all of them, "
+        f"{merged['weight_passes_saved']} fewer than one after the other",
+        "",
+        f"{'layer':{width}}" + "".join(f"{layer:4}" for layer in merged["layers"]),
+    ]
+    for name, positions in merged["positions"].items():
+        lines.append(f"{name:{width}}" + "".join(f"{'·' if p is None else p:>4}" for p in positions))
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""What lorarep is compared with: `transformers`' own model, its layers physically copied in stack order, with dense
+weights as bitsandbytes gives them back, under PEFT's own adapter or, without PEFT, with the adapter merged.
+
+Takes the memory of the dequantized base. PEFT's own layer_replication is not used: it is silently wrong for some bases.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lorarep_runtime.adapters.header import FILE_PREFIX
+from lorarep_runtime.adapters.peft_config import AdapterSpec
+from lorarep_runtime.model.base import Base
+
+
+class Reference:
+    """The model that a stack and an adapter stand for, in `transformers` alone."""
+
+    def __init__(self, base: Base, stack: Sequence[int], adapter: Path | None, spec: AdapterSpec | None) -> None:
+        """Args:
+        base: whose folder, dtype, device and quantization are used; none of its tensors are.
+        adapter, spec: folder of an adapter for the stack, and its config.
+        """
+        model = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            dtype=base.dtype,
+            device_map={"": base.device},
+            attn_implementation="eager",
+            quantization_config=base.quantization_config,
+            local_files_only=True,
+        ).eval()
+        use_dense_weights(model, base.dtype)
+        stacked(model, stack)
+        self.name = "transformers, physically stacked"
+        self.model: Any = model
+        if adapter is not None and spec is not None:
+            if find_spec("peft"):
+                self.model = _under_peft(model, adapter)
+                self.name += ", under PEFT"
+            else:
+                _merge(model, adapter, spec)
+                self.name += ", adapter merged"
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """The fp32 logits (tokens, vocab) of a text."""
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        return logits
+
+
+def use_dense_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts plain linear layers with bitsandbytes' own dequantization where its quantized ones are.
+
+    So the weights are compared and not two ways of rounding activations: LLM.int8() rounds them to 8 bits.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+        else:
+            continue
+        plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        plain.bias = module.bias
+        model.set_submodule(name, plain)
+
+
+def stacked(model: Any, stack: Sequence[int]) -> Any:
+    """Puts copies of a model's layers in stack order in their place; the copies share their weights."""
+    config = model.config.get_text_config()
+    decoder = model.get_decoder()
+    name, layers = next((n, m) for n, m in decoder.named_children() if isinstance(m, nn.ModuleList))
+    copies = []
+    for position, layer in enumerate(stack):
+        shared = {id(tensor): tensor for tensor in (*layers[layer].parameters(), *layers[layer].buffers())}
+        copied = copy.deepcopy(layers[layer], shared)
+        for module in copied.modules():
+            if hasattr(module, "layer_idx"):
+                object.__setattr__(module, "layer_idx", position)
+        copies.append(copied)
+    setattr(decoder, name, nn.ModuleList(copies))
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in stack]
+    config.num_hidden_layers = len(stack)
+    return model
+
+
+def _under_peft(model: Any, adapter: Path) -> Any:
+    """The adapter over a model that is stacked already, so without its layer_replication."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = json.loads((adapter / "adapter_config.json").read_bytes())
+        Path(folder, "adapter_config.json").write_text(json.dumps({**config, "layer_replication": None}))
+        shutil.copy(adapter / "adapter_model.safetensors", folder)
+        return PeftModel.from_pretrained(model, folder).eval()
+
+
+def _merge(model: nn.Module, adapter: Path, spec: AdapterSpec) -> None:
+    """Computes the adapter into the weights, each module's own copy of them, in fp32."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    suffix = ".lora_A.weight"
+    for name in [name for name in tensors if name.endswith(suffix)]:
+        path = name.removeprefix(FILE_PREFIX).removesuffix(suffix)
+        module = model.get_submodule(path)
+        assert isinstance(module, nn.Linear)
+
+        def read(kind: str, path: str = path, like: Tensor = module.weight) -> Tensor | None:
+            tensor = tensors.get(f"{FILE_PREFIX}{path}.{kind}")
+            return None if tensor is None else tensor.to(like.device, torch.float32)
+
+        a, b = read("lora_A.weight"), read("lora_B.weight")
+        assert a is not None
+        assert b is not None
+        weight = module.weight.float() + spec.scaling(path) * b @ a
+        if (magnitude := read("lora_magnitude_vector")) is not None:
+            weight *= (magnitude / weight.norm(dim=1)).unsqueeze(1)
+        module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+        if (bias := read("lora_B.bias")) is not None:
+            whole = spec.scaling(path) * bias + (0 if module.bias is None else module.bias.float())
+            module.bias = nn.Parameter(whole.to(module.weight.dtype), requires_grad=False)

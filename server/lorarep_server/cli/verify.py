@@ -1,0 +1,117 @@
+"""`lorarep verify`: an adapter in lorarep and in a reference, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from lorarep_runtime.config import AdapterLimits, BaseConfig, DType, EngineConfig, Quantization, SchedulerConfig
+from lorarep_server.cli.options import option
+from lorarep_server.sources import split_revision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a village by the sea, there lived",
+    "1, 2, 3, 4,",
+)
+TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 2e-2, "torch.bfloat16": 1e-1}
+"""Largest difference of logits that rounding explains, as a part of the largest logit; a wrong layer gives about 1."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt with its greedy answer, in both."""
+
+    difference: float
+    """Largest difference of any logit."""
+    largest: float
+    """Largest logit of the reference."""
+    same: int
+    """Tokens of the answer that the reference chooses as well, after the same tokens."""
+    tokens: int
+    gap: float
+    """Where it chooses another, how much less likely ours is to it: the largest difference of the two logits."""
+
+
+@click.command()
+@option("--base", required=True, help="Hub repository or folder of the base.")
+@option("--revision", help="Branch, tag or commit of the base.")
+@option("--adapter", required=True, metavar="SOURCE[@REVISION]", help="Hub repository or folder of the adapter.")
+@option("--quantization", type=click.Choice(get_args(Quantization)), default=BaseConfig.quantization)
+@option("--double-quantization", is_flag=True, help="Quantize the scales of nf4 once more.")
+@option("--dtype", type=click.Choice(get_args(DType)), default=BaseConfig.dtype, help="Type of activations.")
+@option("--device", default=BaseConfig.device, help="Torch device.")
+@option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Hub cache.")
+@option("--prompt", multiple=True, help="Prompt to compare on, in place of the built-in ones.")
+@option("--max-new-tokens", type=click.IntRange(1, 4096), default=32, help="Tokens of each greedy answer.")
+def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: Any) -> None:
+    """Compare an adapter in lorarep with a trustworthy reference: logits and greedy tokens.
+
+    The reference is `transformers` with physically stacked layers, under PEFT where that is installed. Ends with status
+    1 if the two differ by more than rounding explains.
+    """
+    from lorarep_runtime.adapters.peft_config import AdapterSpec
+    from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
+    from lorarep_runtime.engine.engine import Engine
+    from lorarep_runtime.hub.snapshot import fetch
+    from lorarep_runtime.request import Request, Stopping
+    from lorarep_server.cli.progress_bars import ProgressBars
+    from lorarep_server.cli.reference import Reference
+
+    progress = ProgressBars()
+    engine = Engine(EngineConfig(BaseConfig(**given), scheduler=SchedulerConfig(kv_bytes=1 << 30)), progress)
+    source, revision = split_revision(adapter)
+    info = engine.adapters.load("adapter", source, revision, trusted=True, progress=progress)
+    lease = engine.adapters.lease([("adapter", 1.0)])
+    stopping = Stopping(max_new_tokens=max_new_tokens, ignore_eos=True)
+    texts: list[list[int]] = []
+    prompts = [tuple(lease.tokenizer.encode(text)) for text in prompt or PROMPTS]
+    # One batch: what is compared is computed beside others.
+    leases = [engine.adapters.lease([("adapter", 1.0)]) for _ in prompts]
+    answers = engine.generate((Request(p, stopping=stopping), held) for p, held in zip(prompts, leases, strict=True))
+    for start, answer in zip(prompts, answers, strict=True):
+        texts.append([*start, *answer.tokens])
+    ours = [engine.logits(text, lease).cpu() for text in texts]
+    lease.release()
+    folder = fetch(source, info.commit if revision else None, kind="adapter", cache_dir=given["cache_dir"]).folder
+    reference = Reference(
+        engine.base, info.stack, folder, AdapterSpec.parse(read_config(folder / CONFIG_FILE), AdapterLimits())
+    )
+    click.echo(f"base       {engine.base.repository} at {engine.base.commit}, {engine.base.quantization}")
+    click.echo(f"adapter    {info.repository} at {info.commit}, {info.kind}, {len(info.stack)} positions")
+    click.echo(f"reference  {reference.name}, {engine.base.dtype}\n")
+    click.echo(f"{'prompt':32}{'largest difference':>20}{'largest logit':>15}{'equal tokens':>15}")
+    compared = []
+    for title, start, text, logits in zip(prompt or PROMPTS, prompts, texts, ours, strict=True):
+        one = compare(logits, reference.logits(text).cpu(), text, len(start))
+        compared.append(one)
+        equal = f"{one.same} of {one.tokens}"
+        click.echo(f"{title[:28]!r:32}{one.difference:20.3g}{one.largest:15.3g}{equal:>15}")
+    limit = TOLERANCE[str(engine.base.dtype)] * max(one.largest for one in compared)
+    worst = max(one.difference for one in compared)
+    good = worst <= limit and all(one.gap <= 2 * limit for one in compared)
+    verdict = "the same but for rounding" if good else "DIFFERENT"
+    click.echo(f"\nlargest difference {worst:.3g}, of which rounding explains {limit:.3g}: {verdict}")
+    if not good:
+        raise click.exceptions.Exit(1)
+
+
+def compare(ours: Tensor, theirs: Tensor, text: Sequence[int], prompt_tokens: int) -> Comparison:
+    """Compares logits (tokens, vocab) of a text that ends in our greedy answer."""
+    import torch
+
+    answer = torch.tensor(text[prompt_tokens:])
+    scores = theirs[prompt_tokens - 1 : -1]
+    gaps = scores.max(-1).values - scores.gather(-1, answer.unsqueeze(-1)).squeeze(-1)
+    same = int((scores.argmax(-1) == answer).sum())
+    return Comparison(
+        float((ours - theirs).abs().max()), float(theirs.abs().max()), same, len(answer), float(gaps.max())
+    )

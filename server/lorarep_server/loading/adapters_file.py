@@ -1,0 +1,129 @@
+"""The file that says which adapters a server has to have: YAML, a mapping by name or a list.
+
+metamath:
+  repository: abacusai/Fewshot-Metamath-OrcaVicuna-Mistral-10B
+  revision: main     # branch, tag or commit; default: the repository's default branch
+  stack: deep        # named stack that its layer numbers count; default: its own `layer_replication`
+  pinned: true       # never leaves the device for others; default: false
+  priority: 10       # of those that may leave, the lowest goes first; default: 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorarep_runtime.adapters.peft_config import check_name
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_server.loading.load_queue import AdapterLoad
+from lorarep_server.sources import is_folder
+
+
+@dataclass(frozen=True)
+class DesiredAdapter:
+    """An entry."""
+
+    name: str
+    repository: str
+    """Hub repository id; or a folder, absolute or beginning with "." or "~"."""
+    revision: str | None = None
+    stack: str | None = None
+    pinned: bool = False
+    priority: int = 0
+
+    @property
+    def load(self) -> AdapterLoad:
+        """What it takes to have it, if there is nothing of its name."""
+        return AdapterLoad(
+            self.name,
+            self.repository,
+            self.revision,
+            self.stack,
+            trusted=True,
+            pinned=self.pinned,
+            priority=self.priority,
+        )
+
+
+TYPES: Mapping[str, tuple[type, str]] = {
+    "repository": (str, "text"),
+    "revision": (str, "text; numbers need quotes"),
+    "stack": (str, "text; numbers need quotes"),
+    "pinned": (bool, "true or false"),
+    "priority": (int, "a whole number"),
+}
+PRIORITIES = range(-(1 << 31), 1 << 31)
+
+
+def read_adapters(file: Path) -> dict[str, DesiredAdapter]:
+    """The entries by their names.
+
+    Raises:
+        InvalidArgument: the file cannot be read, or is not such a file; names the entry and its key.
+    """
+    at = f"adapters_file: {str(file)!r}"
+    try:
+        content = yaml.load(file.read_bytes(), _Loader)
+    except Exception as error:  # whatever a file leads PyYAML to
+        raise InvalidArgument(" ".join(f"{at}: {type(error).__name__}: {error}".split())) from error
+    if isinstance(content, dict):
+        named = list(content.items())
+    elif isinstance(content, list):
+        named = [(_name_of(entry, f"{at}: entry {number}"), entry) for number, entry in enumerate(content, 1)]
+    else:
+        # Not even if it is empty: a file that was cut short must not unload everything.
+        raise InvalidArgument(f"{at}: neither a mapping of names nor a list; {{}} stands for no adapters")
+    adapters: dict[str, DesiredAdapter] = {}
+    for name, entry in named:
+        try:
+            adapter = _adapter(name, entry)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{at}: {name!r}: {error}") from error
+        if name in adapters:
+            raise InvalidArgument(f"{at}: {name!r} is named twice")
+        adapters[name] = adapter
+    return adapters
+
+
+def _name_of(entry: object, at: str) -> object:
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise InvalidArgument(f"{at}: not a mapping with a name")
+    return entry.pop("name")
+
+
+def _adapter(name: object, entry: object) -> DesiredAdapter:
+    from lorarep_runtime.hub.snapshot import check_allowed  # takes a while to import
+
+    if not isinstance(name, str):
+        raise InvalidArgument("name: has to be text; numbers need quotes")
+    check_name(name)
+    if not isinstance(entry, dict):
+        raise InvalidArgument("not a mapping with a repository")
+    for key, value in entry.items():
+        if key not in TYPES:
+            raise InvalidArgument(f"{key}: is none of {', '.join(TYPES)}")
+        wanted, description = TYPES[key]
+        if type(value) is not wanted:
+            raise InvalidArgument(f"{key}: {value!r} has to be {description}")
+    if "repository" not in entry:
+        raise InvalidArgument("repository: is missing")
+    adapter = DesiredAdapter(name, **entry)
+    if not is_folder(adapter.repository):
+        check_allowed(adapter.repository, ("*",))
+    if adapter.priority not in PRIORITIES:
+        raise InvalidArgument(f"priority: {adapter.priority} is not within 32 bits")
+    return adapter
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML forbids and PyYAML does not notice: a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"{min(twice)!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)

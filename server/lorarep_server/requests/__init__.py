@@ -1,0 +1,1 @@
+"""A request's way from any protocol to the engine and back."""

@@ -1,0 +1,191 @@
+"""Between the messages of the wire and the runtime's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from lorarep.v1 import adapters_pb2, generation_pb2
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.request import Finished, FinishReason, Output, Request, Sampling, Stopping
+
+if TYPE_CHECKING:
+    from lorarep_runtime.adapters.registry import AdapterInfo
+    from lorarep_runtime.text.tokenizer import Tokenizer
+    from lorarep_server.loading.adapters_file import DesiredAdapter
+    from lorarep_server.loading.load_queue import State
+
+FINISH_REASONS: Mapping[FinishReason, generation_pb2.FinishReason.ValueType] = {
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.END_TOKEN: generation_pb2.FINISH_REASON_END_TOKEN,
+    FinishReason.STOP_TOKEN: generation_pb2.FINISH_REASON_STOP_TOKEN,
+    FinishReason.STOP_STRING: generation_pb2.FINISH_REASON_STOP_STRING,
+}
+
+KINDS: Mapping[str, adapters_pb2.AdapterKind.ValueType] = {
+    "lora": adapters_pb2.ADAPTER_KIND_LORA,
+    "dora": adapters_pb2.ADAPTER_KIND_DORA,
+}
+
+
+TIERS: Mapping[str, adapters_pb2.AdapterTier.ValueType] = {
+    "device": adapters_pb2.ADAPTER_TIER_DEVICE,
+    "host": adapters_pb2.ADAPTER_TIER_HOST,
+    "disk": adapters_pb2.ADAPTER_TIER_DISK,
+}
+
+STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
+    "waiting": adapters_pb2.LOAD_STAGE_WAITING,
+    "download": adapters_pb2.LOAD_STAGE_DOWNLOADING,
+    "check": adapters_pb2.LOAD_STAGE_CHECKING,
+    "compile": adapters_pb2.LOAD_STAGE_COMPILING,
+}
+
+
+def prompt_tokens(prompt: generation_pb2.Prompt, tokenizer: Tokenizer, longest: int | None = None) -> tuple[int, ...]:
+    """A prompt's tokens; those of a text are at most `longest`, as `Tokenizer.encode` cuts it.
+
+    Raises:
+        InvalidArgument: the prompt is unset, or the tokenizer cannot make tokens of it.
+    """
+    match prompt.WhichOneof("content"):
+        case "text":
+            return tuple(tokenizer.encode(prompt.text, longest))
+        case "token_ids":
+            return tuple(prompt.token_ids.ids)
+        case "chat":
+            if not prompt.chat.messages:
+                raise InvalidArgument("prompt.chat: has no messages")
+            return tuple(tokenizer.chat([{"role": m.role, "content": m.content} for m in prompt.chat.messages]))
+        case _:
+            raise InvalidArgument("prompt: one of text, token_ids and chat has to be set")
+
+
+def adapter_weights(adapters: Iterable[generation_pb2.AdapterRef]) -> list[tuple[str, float]]:
+    """Names and weights."""
+    return [(ref.name, ref.weight if ref.HasField("weight") else 1.0) for ref in adapters]
+
+
+def stack_name(request: generation_pb2.GenerateRequest) -> str | None:
+    return request.stack if request.HasField("stack") else None
+
+
+def runtime_request(
+    request: generation_pb2.GenerateRequest,
+    prompt: tuple[int, ...],
+    deadline: float | None,
+    max_tokens: int,
+    new_tokens: int = Stopping.max_new_tokens,
+) -> Request:
+    """The request for the engine; what is unset has the runtime's defaults.
+
+    Args:
+        max_tokens: of prompt and answer together...
+        new_tokens: ...and of an answer whose length is unset, which is no longer than that leaves.
+    """
+    stopping = Stopping(**_given(request.stopping))
+    if not request.stopping.HasField("max_new_tokens"):
+        left = max(1, max_tokens - len(prompt))
+        stopping = replace(stopping, max_new_tokens=min(new_tokens, left))
+    return Request(
+        prompt=prompt,
+        sampling=Sampling(**_given(request.sampling)),
+        stopping=stopping,
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        deadline=deadline,
+    )
+
+
+def _given(message: Message) -> dict[str, Any]:
+    """The fields that are set; messages and dataclasses name them alike."""
+    return {
+        field.name: tuple(value) if field.is_repeated else value  # type: ignore[attr-defined]
+        for field, value in message.ListFields()
+    }
+
+
+def chunk(outputs: Sequence[Output], tokenizer: Tokenizer) -> generation_pb2.GenerationChunk:
+    """What several steps added to an answer, as one part of it."""
+    return generation_pb2.GenerationChunk(
+        text="".join(output.text for output in outputs),
+        token_ids=[token for output in outputs for token in output.tokens],
+        logprobs=[
+            generation_pb2.TokenLogprob(
+                token_id=place.token,
+                logprob=place.logprob,
+                text=tokenizer.token_text(place.token),
+                top=[
+                    generation_pb2.TopLogprob(token_id=token, logprob=logprob, text=tokenizer.token_text(token))
+                    for token, logprob in place.top
+                ],
+            )
+            for output in outputs
+            for place in output.logprobs
+        ],
+    )
+
+
+def generation_finished(finished: Finished) -> generation_pb2.GenerationFinished:
+    times = finished.timings
+    return generation_pb2.GenerationFinished(
+        finish_reason=FINISH_REASONS[finished.reason],
+        usage=generation_pb2.Usage(prompt_tokens=finished.prompt_tokens, completion_tokens=finished.completion_tokens),
+        timings=generation_pb2.Timings(
+            queued=_duration(times.queued), prefill=_duration(times.prefill), decode=_duration(times.decode)
+        ),
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(1e9 * seconds))
+    return duration
+
+
+def adapter_revision(info: AdapterInfo) -> generation_pb2.AdapterRevision:
+    return generation_pb2.AdapterRevision(
+        name=info.name, repository=info.repository, commit=info.commit, digest=info.digest
+    )
+
+
+def adapter(info: AdapterInfo, *, error: str = "", desired: bool = False) -> adapters_pb2.Adapter:
+    """Of an adapter that is loaded."""
+    return adapters_pb2.Adapter(
+        name=info.name,
+        repository=info.repository,
+        commit=info.commit,
+        digest=info.digest,
+        kind=KINDS[info.kind],
+        layers=info.stack,
+        rank=info.rank,
+        parameters=info.parameters,
+        bytes=info.bytes,
+        references=info.references,
+        tier=TIERS[info.tier],
+        pinned=info.pinned,
+        priority=info.priority,
+        state=adapters_pb2.ADAPTER_STATE_LOADED,
+        error=error,
+        desired=desired,
+    )
+
+
+def absent_adapter(entry: DesiredAdapter, error: str) -> adapters_pb2.Adapter:
+    """Of an adapter that is loading, or failed with an error."""
+    return adapters_pb2.Adapter(
+        name=entry.name,
+        repository=entry.repository,
+        pinned=entry.pinned,
+        priority=entry.priority,
+        state=adapters_pb2.ADAPTER_STATE_FAILED if error else adapters_pb2.ADAPTER_STATE_LOADING,
+        error=error,
+        desired=True,
+    )
+
+
+def load_progress(state: State) -> adapters_pb2.LoadProgress:
+    return adapters_pb2.LoadProgress(stage=STAGES[state.stage], done=state.done, total=state.total)

@@ -1,0 +1,169 @@
+"""Prometheus metrics: histograms of what has ended, and the engine's own counts, read when they are scraped.
+
+Names have the prefix `lorarep_`. Queue, KV use and adapters follow the Gateway API Inference Extension's model server
+protocol (its proposal 003), so that its scheduler can choose among servers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Counts
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from lorarep_runtime.errors import LorarepError
+from lorarep_runtime.request import Finished
+from lorarep_server.errors import code_of
+
+if TYPE_CHECKING:
+    from lorarep_runtime.engine.engine import Engine
+
+T = TypeVar("T")
+
+REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+PHASE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+LOAD_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+
+
+class Metrics:
+    """What the server counts itself. Thread-safe."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, text: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:
+            return Histogram(f"lorarep_{name}", text, labels, buckets=tuple(buckets), registry=registry)
+
+        self._request = histogram("request_seconds", "Submission to last token.", REQUEST_SECONDS)
+        self._first = histogram("time_to_first_token_seconds", "Submission to first token.", PHASE_SECONDS)
+        self._token = histogram("time_per_output_token_seconds", "One token to the next, on average.", TOKEN_SECONDS)
+        self._queue = histogram("queue_seconds", "Submission to first step.", PHASE_SECONDS)
+        self._prefill = histogram("prefill_seconds", "First step to first token.", PHASE_SECONDS)
+        self._decode = histogram("decode_seconds", "First token to last.", REQUEST_SECONDS)
+        self._load = histogram(
+            "adapter_load_seconds", "Loads of adapters, checks included.", LOAD_SECONDS, ("source", "outcome")
+        )
+        self._ended = Counter(
+            "lorarep_requests_finished", "Requests by what ended them.", ("reason",), registry=registry
+        )
+
+    def finished(self, finished: Finished) -> None:
+        """Counts an answer."""
+        times = finished.timings
+        self._ended.labels(finished.reason.value).inc()
+        self._request.observe(times.total)
+        self._first.observe(times.first_token)
+        self._queue.observe(times.queued)
+        self._prefill.observe(times.prefill)
+        self._decode.observe(times.decode)
+        if finished.completion_tokens > 1:
+            self._token.observe(times.decode / (finished.completion_tokens - 1))
+
+    def failed(self, code: StatusCode) -> None:
+        """Counts a request that ended with an error."""
+        self._ended.labels(code.name.lower()).inc()
+
+    def latencies(self) -> dict[str, dict[str, float]]:
+        """How many answers took at most so many seconds: to their first token, and from one to the next on average."""
+        return {
+            name: {
+                sample.labels["le"]: sample.value
+                for family in histogram.collect()
+                for sample in family.samples
+                if sample.name.endswith("_bucket")
+            }
+            for name, histogram in (("first_token", self._first), ("output_token", self._token))
+        }
+
+    def timed_load(self, source: str, load: Callable[[], T]) -> Callable[[], T]:
+        """`load`, with its duration and outcome counted; `source` is "hub" or "folder"."""
+
+        def timed() -> T:
+            started, outcome = time.monotonic(), "ok"
+            try:
+                return load()
+            except Exception as error:
+                outcome = code_of(error).name.lower()
+                raise
+            finally:
+                self._load.labels(source, outcome).observe(time.monotonic() - started)
+
+        return timed
+
+
+class EngineCollector(Collector):
+    """The engine's snapshot as metrics; nothing until there is an engine.
+
+    `desired` gives how many entries of the adapters file are in which state.
+    """
+
+    def __init__(self, engine: Callable[[], Engine], desired: Callable[[], Mapping[str, int]]) -> None:
+        self._engine = engine
+        self._desired = desired
+
+    def collect(self) -> Iterable[Metric]:
+        try:
+            engine = self._engine()
+        except LorarepError:
+            return
+        stats, ledger = engine.stats(), engine.ledger()
+        yield _gauge("requests_running", "Requests in steps.", stats.running)
+        yield _gauge("requests_waiting", "Requests in the queue.", stats.waiting)
+        yield _counter("preemptions", "Requests that gave their pages back for older ones.", stats.preemptions)
+        yield _counter("prompt_tokens", "Tokens of prompts that were computed.", stats.tokens_in)
+        yield _counter("completion_tokens", "Tokens that were generated.", stats.tokens_out)
+        most = engine.config.scheduler.max_sequences
+        yield _counts("step_rows", "Requests in a step.", stats.step_rows, most)
+        yield _counts("step_adapters", "Distinct adapters in a step.", stats.step_adapters, most)
+        yield _gauge("kv_pages", "Pages of KV memory.", stats.pages_total)
+        yield _gauge("kv_pages_used", "Pages of KV memory in use.", stats.pages_used)
+        yield _gauge("kv_usage_ratio", "Part of the pages in use, 0 to 1.", stats.pages_used / stats.pages_total)
+        yield _by("memory_bytes", "Device memory.", "category", ledger.categories)
+        yield _by("adapter_memory_bytes", "Device memory of each adapter and mix.", "adapter", ledger.adapters)
+        tiers = Counts(info.tier for info in engine.adapters.list())
+        by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
+        yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)
+        yield _by("adapters_desired", "Entries of the adapters file.", "state", self._desired())
+        evictions = engine.adapters.tiers.evictions
+        yield _counter("adapter_evictions", "Adapters that left device memory for others.", evictions)
+        host_bytes = engine.adapters.tiers.host_bytes
+        yield _gauge("adapter_host_bytes", "Host memory of copies of adapters.", host_bytes)
+        info = GaugeMetricFamily(
+            "lorarep_lora_requests_info",
+            "Adapters of running and waiting requests; the value is the time of this snapshot.",
+            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+        )
+        names = ",".join(stats.running_adapters), ",".join(stats.waiting_adapters)
+        info.add_metric((str(most), *names), time.time())
+        yield info
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"lorarep_{name}", text, value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"lorarep_{name}", text, value)
+
+
+def _by(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(f"lorarep_{name}", text, labels=(label,))
+    for key, value in values.items():
+        family.add_metric((key,), value)
+    return family
+
+
+def _counts(name: str, text: str, steps: Mapping[int, int], most: int) -> Metric:
+    """How many steps had so many, as a histogram with a bucket for each power of two up to `most`."""
+    bounds = [0, *(1 << power for power in range((most - 1).bit_length() + 1))]
+    buckets = [
+        (floatToGoString(bound), float(sum(n for size, n in steps.items() if size <= bound))) for bound in bounds
+    ]
+    buckets.append(("+Inf", float(sum(steps.values()))))
+    total = float(sum(size * n for size, n in steps.items()))
+    return HistogramMetricFamily(f"lorarep_{name}", text, buckets=buckets, sum_value=total)

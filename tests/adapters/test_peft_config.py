@@ -1,0 +1,183 @@
+"""Every field of PEFT's config: consumed as PEFT does, without effect at inference, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
+
+from lorarep_runtime.adapters.peft_config import CONSUMED, EXPECTED, NO_EFFECT, AdapterSpec
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, LorarepError
+from tests.support.models import FAMILIES, LAYERS
+
+LIMITS = AdapterLimits()
+LINEAR = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+PLAIN: dict[str, Any] = {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]}
+
+ASKED = {
+    "names": dict(target_modules=["q_proj", "up_proj"]),
+    "whole paths": dict(target_modules=["model.layers.1.mlp.up_proj", "layers.2.self_attn.q_proj"]),
+    "expression": dict(target_modules=r".*layers\.[135]\..*(q|down)_proj"),
+    "all linear": dict(target_modules="all-linear"),
+    "some layers": dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 4]),
+    "some layers, and a path by itself": dict(
+        target_modules=["model.layers.0.self_attn.q_proj", "v_proj"], layers_to_transform=[1, 4]
+    ),
+    "one layer": dict(target_modules=["q_proj"], layers_to_transform=2),
+    "layers of a pattern": dict(target_modules=["q_proj"], layers_to_transform=[0, 3], layers_pattern="layers"),
+    "patterns": dict(
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        r=6,
+        lora_alpha=5,
+        rank_pattern={r"layers\.[02]\.self_attn\.q_proj": 3, "v_proj": 9, "self_attn.v_proj": 2},
+        alpha_pattern={"down_proj": 11, r"model.layers.3.*": 7},
+    ),
+    "rank-stabilised": dict(target_modules=["q_proj"], r=9, lora_alpha=4, use_rslora=True, rank_pattern={"1.*": 4}),
+    "replicated": dict(
+        target_modules=["q_proj", "up_proj"],
+        layer_replication=[[0, 4], [2, 5]],
+        layers_to_transform=[1, 6],
+        rank_pattern={r"layers\.6\..*": 3},
+        alpha_pattern={"up_proj": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_modules_ranks_and_scalings_are_pefts(asked: dict[str, Any], tmp_path: Path) -> None:
+    LoraConfig(task_type="CAUSAL_LM", **asked).save_pretrained(tmp_path)
+    # Read back: the file has its keys sorted, and patterns are tried in order.
+    config = LoraConfig.from_pretrained(tmp_path)
+    model = get_peft_model(AutoModelForCausalLM.from_config(FAMILIES["llama"]()), config)
+    theirs = {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and "lm_head" not in name
+    }
+    spec = AdapterSpec.parse(json.loads((tmp_path / "adapter_config.json").read_text()), LIMITS)
+    paths = [f"model.layers.{i}.{module}" for i in range(len(spec.stack(LAYERS))) for module in LINEAR]
+    ours = {path: (spec.rank(path), spec.scaling(path)) for path in paths if spec.targets(path)}
+    assert theirs
+    assert ours.keys() == theirs.keys()
+    for path, (rank, scaling) in theirs.items():
+        assert ours[path] == pytest.approx((rank, scaling)), path
+
+
+def test_every_field_of_peft_is_known_or_refused_once_it_is_set() -> None:
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = fields - CONSUMED - NO_EFFECT - EXPECTED.keys()
+    assert "modules_to_save" in unknown
+    for field in unknown:
+        with pytest.raises(FailedPrecondition, match=rf"^{field}: is not supported"):
+            AdapterSpec.parse({**PLAIN, field: "something"}, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "IA3"),
+        ("task_type", "SEQ_CLS"),
+        ("bias", "all"),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", 1),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1]),
+        ("target_parameters", ["experts"]),
+        ("exclude_modules", ["q_proj"]),
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 3}),
+        ("from_the_future", "on"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(FailedPrecondition, match=f"^{field}: "):
+        AdapterSpec.parse({**PLAIN, field: value}, LIMITS)
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}])
+def test_what_is_off_is_no_reason_to_refuse(value: object) -> None:
+    AdapterSpec.parse({**PLAIN, "modules_to_save": value, "from_the_future": value}, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 0),
+        ("r", -1),
+        ("r", True),
+        ("r", 8.0),
+        ("r", "8"),
+        ("r", 10**9),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", 1e300),
+        ("lora_alpha", "16"),
+        ("lora_alpha", True),
+        ("target_modules", None),
+        ("target_modules", []),
+        ("target_modules", [3]),
+        ("target_modules", {"q_proj": 1}),
+        ("layers_to_transform", [-1]),
+        ("layers_to_transform", [True]),
+        ("layers_to_transform", ["1"]),
+        ("layers_pattern", 3),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"q_proj": 10**6}),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", {"q_proj": float("nan")}),
+        ("alpha_pattern", {f"m{i}": 1 for i in range(10_000)}),
+        ("use_dora", 1),
+        ("use_rslora", "true"),
+        ("lora_bias", "none"),
+        ("layer_replication", [[0, 4], [4]]),
+        ("layer_replication", [[-1, 4]]),
+        ("layer_replication", [[0, 4]] * 1_000_000),
+        ("layer_replication", [[0, 2**40]]),
+        ("layer_replication", "[[0,4]]"),
+        ("layer_replication", True),
+    ],
+)
+def test_hostile_values_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{field}"):
+        AdapterSpec.parse({**PLAIN, field: value}, LIMITS)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "rank_pattern"])
+def test_hostile_expressions_end(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorarep_runtime.adapters.peft_config.MATCHING_SECONDS", 0.2)
+    endless = r"(([a-z_.0-9]|[a-z_.0-9]{2})*)*[!?]"
+    value = endless if field == "target_modules" else {endless: 4}
+    spec = AdapterSpec.parse({**PLAIN, field: value}, LIMITS)
+    path = "model.layers.0.self_attn.q_proj" * 4
+    with pytest.raises(InvalidArgument, match=rf"^{field}: its patterns take"):
+        spec.targets(path) if field == "target_modules" else spec.rank(path)
+
+
+def test_an_expression_that_is_none_is_refused_by_name() -> None:
+    with pytest.raises(InvalidArgument, match=r"^target_modules: "):
+        AdapterSpec.parse({**PLAIN, "target_modules": "("}, LIMITS)
+
+
+def test_contradictions_are_refused() -> None:
+    for changed in ({"target_modules": "q_proj", "layers_to_transform": [1]}, {"use_dora": True, "lora_bias": True}):
+        with pytest.raises(LorarepError):
+            AdapterSpec.parse({**PLAIN, **changed}, LIMITS)
+    with pytest.raises(InvalidArgument, match=r"^peft_type"):
+        AdapterSpec.parse({"target_modules": ["q_proj"]}, LIMITS)
+
+
+def test_a_map_past_the_bases_layers_is_refused() -> None:
+    spec = AdapterSpec.parse({**PLAIN, "layer_replication": [[0, 4], [2, 7]]}, LIMITS)
+    with pytest.raises(InvalidArgument, match="layer_replication"):
+        spec.stack(LAYERS)

@@ -1,0 +1,170 @@
+"""Names, leases and mixes: what callers do with adapters never holds up a step."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from lorarep_runtime.adapters import registry, revision
+from lorarep_runtime.adapters.compile import mix
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.errors import PermissionDenied
+from lorarep_runtime.hub.snapshot import file_digest
+from lorarep_runtime.request import Event, Finished
+from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
+from tests.support.hub_faults import FaultyHub
+from tests.support.models import VOCAB, save_adapter, save_base
+
+MAP = [[0, 4], [2, 5]]
+MIX = [("one", 1.0), ("two", 0.5)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("llama", tmp_path_factory.mktemp("pool") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, Path]:
+    asked = dict(r=4, target_modules=["q_proj", "o_proj"], layer_replication=MAP)
+    return {
+        name: save_adapter(base, base.parent / name, seed=i, use_dora=name == "two", **asked)
+        for i, name in enumerate(("one", "two"))
+    }
+
+
+@pytest.fixture
+def engine(base: Path, adapters: dict[str, Path]) -> Engine:
+    return engine_for(base, adapters=adapters, kv_bytes=4 << 20)
+
+
+class Gate:
+    """A function that waits until it may go on."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+        self.reached, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, *given):
+        self.reached.set()
+        assert self.open.wait(60)
+        return self.function(*given)
+
+
+def answer_beside(engine: Engine, gate: Gate) -> None:
+    """Answers a request from admission to its end while somebody stands at the gate."""
+    events: list[Event] = []
+    assert gate.reached.wait(60)
+    engine.submit(greedy(new_tokens=4), engine.adapters.lease([("one", 1.0)]), events.append)
+    while engine.step():
+        pass
+    assert isinstance(events[-1], Finished)
+    assert not gate.open.is_set()
+
+
+def test_steps_go_on_while_an_adapter_is_compiled(
+    engine: Engine, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(engine.base.norm_terms)
+    monkeypatch.setattr(engine.base, "norm_terms", gate)
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(engine.adapters.load, "late", str(adapters["two"]), trusted=True)
+        answer_beside(engine, gate)
+        assert "late" not in {info.name for info in engine.adapters.list()}
+        gate.open.set()
+        assert loading.result().tier == "device"
+
+
+def test_steps_go_on_while_a_file_is_hashed_and_somebody_asks_what_there_is(
+    base: Path, adapters: dict[str, Path], hub: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("org/two", adapters["two"])
+    limits = AdapterLimits(allow_repositories=("org/*",))
+    engine = engine_for(base, adapters={"one": adapters["one"]}, limits=limits, cache_dir=tmp_path, kv_bytes=4 << 20)
+    gate = Gate(file_digest)
+    monkeypatch.setattr(revision, "file_digest", gate)
+    with ThreadPoolExecutor(2) as threads:
+        leasing = threads.submit(engine.adapters.lease, [("org/two", 1.0)])
+        assert gate.reached.wait(60)
+        listing = threads.submit(engine.adapters.list)
+        answer_beside(engine, gate)
+        assert [info.name for info in listing.result(60)] == ["one"]
+        gate.open.set()
+        lease = leasing.result()
+    assert len(engine.adapters.get("org/two").digest) == 64
+    lease.release()
+
+
+def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(mix)
+    monkeypatch.setattr(registry, "mix", gate)
+    with ThreadPoolExecutor(2) as threads:
+        leases = [engine.adapters.lease(MIX) for _ in range(2)]
+        mixing = [threads.submit(lease.wait) for lease in leases]
+        answer_beside(engine, gate)
+        gate.open.set()
+        for one in mixing:
+            one.result()
+    assert leases[0].adapter is leases[1].adapter
+    for lease in leases:
+        lease.release()
+    assert_nothing_held(engine)
+
+
+def test_a_mix_whose_part_is_unloaded_meanwhile_is_freed_with_its_last_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(mix)
+    monkeypatch.setattr(registry, "mix", gate)
+    lease = engine.adapters.lease(MIX)
+    assert gate.reached.wait(60)
+    engine.adapters.unload("two")
+    gate.open.set()
+    lease.wait()
+    assert set(engine.adapters.held_bytes()) == {"one", "(leaving)"}
+    lease.release()
+    assert set(engine.adapters.held_bytes()) == {"one"}
+
+
+def test_a_server_without_an_allow_list_permits_no_repository(engine: Engine, hub: FaultyHub) -> None:
+    with pytest.raises(PermissionDenied, match="org/name"):
+        engine.adapters.lease([("org/name", 1.0)])
+    assert hub.asked == []
+
+
+def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:
+    for i in range(registry.MAX_IDLE_MIXES + 5):
+        lease = engine.adapters.lease([("one", 1.0), ("two", 1.0 + i)])
+        lease.wait()
+        lease.release()
+    mixes = engine.adapters.held_bytes().keys() - {"one", "two"}
+    assert len(mixes) == registry.MAX_IDLE_MIXES + 1
+    assert "1·one + 1·two" not in mixes
+
+
+def save_foreign_tokenizer(folder: Path, tokens: int) -> None:
+    """Its tokens are numbers in angle brackets."""
+    vocab = {f"<{i}>": i for i in range(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<0>").save_pretrained(folder)
+
+
+@pytest.mark.parametrize("tokens", [VOCAB, VOCAB + 1])
+def test_an_adapters_own_tokenizer_is_used_if_it_fits(base: Path, tmp_path: Path, tokens: int) -> None:
+    folder = save_adapter(base, tmp_path / "own", r=2, target_modules=["q_proj"])
+    save_foreign_tokenizer(folder, tokens)
+    engine = engine_for(base, adapters={"own": folder}, kv_bytes=1 << 20)
+    lease = engine.adapters.lease([("own", 1.0)])
+    fits = tokens == VOCAB
+    assert (lease.tokenizer.encode("<7>") == [7]) == fits
+    (answer,) = engine.generate([(greedy(PROMPT, 5), lease)])
+    decoded = "".join(f"<{token}>" for token in answer.tokens)
+    assert (answer.text == decoded) == fits
+    assert len(engine.base.tokenizer.encode("<7>")) == 3  # the base's own stays what it was

@@ -1,0 +1,209 @@
+"""Steps launched before the last one has been read give the tokens of steps one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.errors import Cancelled, EngineFailure
+from lorarep_runtime.model.kv_cache import pages_of
+from lorarep_runtime.request import Event, Output, Request, Sampling, Stopping
+from tests.support.decoders import with_decoder
+from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy, sampled
+from tests.support.models import save_adapter, save_base
+
+PAGE = 2 * 16 * 2 * 16 * 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("qwen2", tmp_path_factory.mktemp("flight") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    maps = [[0, 4], [2, 5]]
+    return save_adapter(base, base.parent / "adapter", r=4, target_modules=["q_proj"], layer_replication=maps)
+
+
+def ends_at(token: int) -> Request:
+    return Request(PROMPT, stopping=Stopping(max_new_tokens=64, ignore_eos=True, stop_token_ids=(token,)))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [dict(), dict(max_sequences=3), dict(max_step_tokens=16, max_sequences=5), dict(kv_bytes=50 * PAGE)],
+    ids=str,
+)
+def test_tokens_are_those_of_steps_one_after_the_other(base: Path, adapter: Path, scheduler: dict[str, Any]) -> None:
+    one_by_one, ahead = (engine_for(base, adapters={"deep": adapter}, **scheduler) for _ in range(2))
+    decoder = with_decoder(ahead)
+    twelfth = one_by_one.generate([(greedy(new_tokens=12), one_by_one.adapters.lease([]))])[0].tokens[-1]
+    asked = [
+        (greedy(new_tokens=70), "deep"),
+        (greedy(PROMPT[:7], new_tokens=50), None),
+        (ends_at(twelfth), None),
+        (sampled(1), "deep"),
+        (replace(greedy(PROMPT[:5], new_tokens=9), logprobs=2), None),
+        (Request(PROMPT[:9], stopping=Stopping(max_new_tokens=40, min_new_tokens=20)), "deep"),
+    ]
+    answers = [
+        engine.generate((r, engine.adapters.lease([(name, 1.0)] if name else [])) for r, name in asked)
+        for engine in (one_by_one, ahead)
+    ]
+    assert [a.tokens for a in answers[1]] == [a.tokens for a in answers[0]]
+    assert [a.finished.reason for a in answers[1]] == [a.finished.reason for a in answers[0]]
+    assert [p.token for p in answers[1][4].logprobs] == list(answers[0][4].tokens)
+    assert decoder.steps > decoder.told + 10
+    assert (ahead.stats().preemptions > 0) == ("kv_bytes" in scheduler)
+    assert_nothing_held(ahead)
+
+
+def submit(engine: Engine, request: Request, on_event: Callable[[Event], None]) -> int:
+    return engine.submit(request, engine.adapters.lease([]), on_event)
+
+
+def test_a_step_is_launched_before_the_last_is_read_and_none_past_the_end(base: Path) -> None:
+    engine = engine_for(base)
+    decoder = with_decoder(engine)
+    launched: list[int] = []
+    submit(engine, greedy(new_tokens=6), lambda event: launched.append(decoder.steps))
+    while engine.step():
+        pass
+    # The first token is the prompt's; the last event is the end.
+    assert launched == [0, 2, 3, 4, 5, 5, 5]
+    assert decoder.told == 1
+
+
+def test_rows_that_sample_are_in_flight_too(base: Path) -> None:
+    hot = Sampling(temperature=1.5, top_k=50, top_p=0.97, min_p=0.01)
+    asked = [replace(greedy(PROMPT[: 5 + seed]), sampling=replace(hot, seed=seed)) for seed in range(3)] + [greedy()]
+    one_by_one, ahead = (engine_for(base) for _ in range(2))
+    decoder = with_decoder(ahead)
+    answers = [engine.generate((r, engine.adapters.lease([])) for r in asked) for engine in (one_by_one, ahead)]
+    assert [a.tokens for a in answers[1]] == [a.tokens for a in answers[0]]
+    assert len(set(answers[0][0].tokens)) > 10
+    assert decoder.told == 1
+
+
+def test_rows_that_are_not_plain_are_read_before_their_next_step(base: Path) -> None:
+    engine = engine_for(base)
+    decoder = with_decoder(engine)
+    launched: list[int] = []
+    for request in (replace(greedy(new_tokens=4), logprobs=1), greedy(new_tokens=4)):
+        submit(engine, request, lambda event: launched.append(decoder.steps))
+    while engine.step():
+        pass
+    assert [launched.count(steps) for steps in range(4)] == [2, 2, 2, 4]
+
+
+@pytest.mark.parametrize(("began", "early"), [(-math.inf, []), (math.inf, [26, 27, 28, 29, 30, 31, 32])])
+def test_where_there_is_time_pages_are_taken_before_they_are_wanted(base: Path, began: float, early: list[int]) -> None:
+    engine = engine_for(base)
+    with_decoder(engine)
+    submit(engine, greedy(PROMPT, new_tokens=29), lambda event: None)  # of which 48 are computed: three pages
+    more: list[int] = []
+    while engine.step():
+        engine._began = began
+        for sequence in engine.scheduler.running:
+            if sequence.table.pages.shape[1] > pages_of(sequence.computed):
+                more.append(sequence.computed)
+    assert more == early
+
+
+def test_where_few_pages_are_left_none_is_taken_before_it_is_wanted(base: Path) -> None:
+    engine = engine_for(base)
+    decoder = with_decoder(engine)
+    for prompt in (PROMPT, PROMPT[:15]):
+        submit(engine, greedy(prompt), lambda event: None)
+    engine.step()
+    first, second = engine.scheduler.running
+    while first.computed < 32:
+        engine._began = -math.inf
+        engine.step()
+    engine.pool.take(engine.pool.free - first.table.depth)
+    engine._began = math.inf
+    engine.step()
+    assert (first.computed, first.table.pages.shape[1], second.table.pages.shape[1]) == (33, 3, 2)
+    assert decoder.told == 1
+
+
+def test_who_arrives_during_a_flight_is_admitted_after_it(base: Path) -> None:
+    engine = engine_for(base)
+    decoder = with_decoder(engine)
+    submit(engine, greedy(), lambda event: None)
+    for _ in range(3):
+        engine.step()
+    submit(engine, greedy(), lambda event: None)
+    launched = decoder.steps
+    engine.step()
+    assert (decoder.steps, len(engine.scheduler.running)) == (launched, 1)
+    engine.step()
+    assert len(engine.scheduler.running) == 2
+
+
+def test_who_is_cancelled_in_flight_ends_there_and_the_others_go_on(base: Path) -> None:
+    engine = engine_for(base)
+    expected = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
+    with_decoder(engine)
+    cancelled: list[Event] = []
+    others: list[Event] = []
+    number = submit(engine, greedy(), cancelled.append)
+    submit(engine, greedy(), others.append)
+    for _ in range(5):
+        engine.step()
+    assert engine._flights.under_way is not None
+    engine.cancel(number)
+    while engine.step():
+        pass
+    assert [type(event) for event in cancelled[:-1]] == [Output] * 4
+    assert isinstance(cancelled[-1], Cancelled)
+    assert tuple(t for event in others if isinstance(event, Output) for t in event.tokens) == expected
+    assert_nothing_held(engine)
+
+
+def test_an_adapter_is_held_until_no_step_reads_it(base: Path, adapter: Path) -> None:
+    """The one row ends by a stop token that nobody foresaw: its next step is under way."""
+    engine = engine_for(base, adapters={"a": adapter})
+    first = engine.generate([(greedy(new_tokens=4), engine.adapters.lease([("a", 1.0)]))])[0].tokens
+    with_decoder(engine)
+    held: list[int] = []
+    engine.submit(
+        ends_at(first[3]),
+        engine.adapters.lease([("a", 1.0)]),
+        lambda event: held.append(engine.adapters.get("a").references),
+    )
+    while engine.scheduler.running or engine.scheduler.waiting or engine._submitted:
+        engine.step()
+    assert engine._flights.under_way is not None
+    assert held[-1] == engine.adapters.get("a").references == 1
+    engine._step_or_wait()
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("broken", ["step", "set_pages"])
+def test_a_step_that_cannot_be_launched_ends_its_requests_alone(
+    base: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Whether it fails itself or where its pages are taken note of."""
+    engine = engine_for(base)
+    expected = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
+    decoder = with_decoder(engine)
+    events: list[Event] = []
+    # Its third step in flight is the first token on a second page.
+    submit(engine, greedy(PROMPT[:14]), events.append)
+    for _ in range(3):
+        engine.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder, broken, lambda *_: 1 / 0)
+        engine.step()
+    assert [type(event) for event in events] == [Output, Output, EngineFailure]
+    assert not engine.step()
+    assert_nothing_held(engine)
+    assert engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens == expected

@@ -1,0 +1,243 @@
+"""Prompts whose forward pass is taken in slices, beside streams that decode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.engine.prefill_pass import SHARE, Pace
+from lorarep_runtime.errors import Cancelled, EngineFailure
+from lorarep_runtime.request import Event, Output, Request
+from tests.support.decoders import LateForward, with_decoder
+from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
+from tests.support.models import save_adapter, save_base
+
+LAYERS = 6
+PAGE = 2 * 16 * 2 * 16 * 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("qwen2", tmp_path_factory.mktemp("prompts") / "base")
+
+
+@pytest.fixture
+def slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one step each."""
+    monkeypatch.setattr(Pace, "steps", lambda self: 1)
+
+
+class Caller:
+    def __init__(self, engine: Engine, request: Request, adapter: str | None = None) -> None:
+        self.events: list[Event] = []
+        lease = engine.adapters.lease([(adapter, 1.0)] if adapter else [])
+        self.id = engine.submit(request, lease, self.events.append)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(t for event in self.events if isinstance(event, Output) for t in event.tokens)
+
+
+def alone(base: Path, request: Request) -> tuple[int, ...]:
+    engine = engine_for(base)
+    return engine.generate([(request, engine.adapters.lease([]))])[0].tokens
+
+
+def begun(engine: Engine, request: Request) -> tuple[Caller, Caller]:
+    """A stream that decodes, and a prompt two slices into its pass."""
+    with_decoder(engine)
+    stream = Caller(engine, request)
+    for _ in range(3):
+        engine.step()
+    prompt = Caller(engine, request)
+    engine.step()  # the step in flight ends
+    for _ in range(2):
+        engine.step()
+    assert engine._pass is not None
+    return stream, prompt
+
+
+def to_the_end(engine: Engine) -> None:
+    while engine._busy:
+        engine.step()
+    assert_nothing_held(engine)
+
+
+@pytest.mark.usefixtures("slices")
+def test_a_stream_has_a_token_between_any_two_slices(base: Path) -> None:
+    engine = engine_for(base)
+    stream, prompt = begun(engine, greedy(new_tokens=40))
+    had = len(stream.tokens)
+    steps = 0
+    while not prompt.tokens:
+        engine.step()
+        steps += 1
+    assert (steps, len(stream.tokens) - had) == (LAYERS - 2, LAYERS - 2)
+    to_the_end(engine)
+    assert stream.tokens == prompt.tokens == alone(base, greedy(new_tokens=40))
+
+
+def test_a_prompt_that_is_alone_is_not_sliced(base: Path) -> None:
+    engine = engine_for(base)
+    with_decoder(engine)
+    prompt = Caller(engine, greedy())
+    engine.step()
+    assert len(prompt.tokens) == 1
+
+
+@pytest.mark.usefixtures("slices")
+def test_streams_that_end_leave_a_prompt_the_whole_step(base: Path) -> None:
+    engine = engine_for(base)
+    stream, prompt = begun(engine, greedy(new_tokens=40))
+    engine.cancel(stream.id)
+    engine.step()
+    engine.step()
+    assert len(prompt.tokens) == 1
+    to_the_end(engine)
+
+
+@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize("length", range(8, 14))
+def test_a_cancelled_prompts_pages_are_back_within_a_step_and_are_not_written_to(base: Path, length: int) -> None:
+    """Streams of some length take the pages while the pass that would write to them goes on for another prompt."""
+    request = greedy(PROMPT[:length], new_tokens=3 * PAGE_TOKENS)
+    engine = engine_for(base, kv_bytes=LAYERS * 10 * PAGE)
+    with_decoder(engine)
+    streams = [Caller(engine, request) for _ in range(2)]
+    for _ in range(2):
+        engine.step()
+    gone, stays = (Caller(engine, replace(request, prompt=PROMPT)) for _ in range(2))
+    engine.step()
+    engine.step()
+    assert engine._pass is not None
+    used = engine.pool.used
+    engine.cancel(gone.id)
+    engine.step()
+    assert isinstance(gone.events[-1], Cancelled)
+    # The prompt had two pages at each position; each stream may have begun its second.
+    assert engine.pool.used in (used - 2 * LAYERS, used)
+    to_the_end(engine)
+    assert streams[0].tokens == streams[1].tokens == alone(base, request)
+    assert stays.tokens == alone(base, replace(request, prompt=PROMPT))
+
+
+@pytest.mark.usefixtures("slices")
+def test_one_of_a_pass_is_cancelled_and_the_other_has_its_tokens(base: Path) -> None:
+    request = greedy(new_tokens=3 * PAGE_TOKENS)
+    engine = engine_for(base, kv_bytes=LAYERS * 9 * PAGE)
+    with_decoder(engine)
+    stream = Caller(engine, request)
+    for _ in range(3):
+        engine.step()
+    first, second = (Caller(engine, request) for _ in range(2))
+    for _ in range(3):
+        engine.step()
+    engine.cancel(first.id)
+    to_the_end(engine)
+    assert isinstance(first.events[-1], Cancelled)
+    assert stream.tokens == second.tokens == alone(base, request)
+
+
+@pytest.mark.usefixtures("slices")
+def test_streams_do_not_take_pages_from_a_pass(base: Path) -> None:
+    """Pages run short while the youngest computes: the next youngest gives its own back."""
+    request = greedy(new_tokens=60)
+    engine = engine_for(base, kv_bytes=LAYERS * 6 * PAGE)
+    with_decoder(engine)
+    older, younger = Caller(engine, request), Caller(engine, request)
+    for _ in range(11):
+        engine.step()
+    last = Caller(engine, replace(request, prompt=PROMPT[:17]))
+    to_the_end(engine)
+    assert engine.stats().preemptions
+    assert older.tokens == younger.tokens == alone(base, request)
+    assert last.tokens == alone(base, replace(request, prompt=PROMPT[:17]))
+
+
+@pytest.mark.usefixtures("slices")
+def test_a_stream_that_gave_its_pages_back_reads_the_new_ones(base: Path) -> None:
+    """To a decoder it looks like one that goes on: it is as long again as it was, and nobody else has decoded since."""
+    request = greedy(new_tokens=40)
+    engine = engine_for(base, kv_bytes=4 * LAYERS * PAGE, max_step_tokens=32)
+    with_decoder(engine)
+    stream = Caller(engine, request)
+    engine.step()
+    (sequence,) = engine.scheduler.running
+    while sequence.computed < 31:
+        engine._began = -math.inf  # no page is taken before it is wanted
+        engine.step()
+    Caller(engine, replace(greedy(new_tokens=1), prompt=tuple(range(30))))
+    while engine._busy:
+        engine._began = -math.inf
+        engine.step()
+    assert engine.stats().preemptions == 1
+    assert stream.tokens == alone(base, request)
+
+
+@pytest.mark.usefixtures("slices")
+def test_a_slice_that_fails_ends_the_prompt_alone(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_for(base)
+    stream, prompt = begun(engine, greedy(new_tokens=40))
+
+    def fails(self: LateForward, steps: int) -> None:
+        raise RuntimeError("a kernel failed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LateForward, "advance", fails)
+        engine.step()
+    assert isinstance(prompt.events[-1], EngineFailure)
+    again = Caller(engine, greedy(new_tokens=40))
+    to_the_end(engine)
+    assert stream.tokens == again.tokens == alone(base, greedy(new_tokens=40))
+
+
+@pytest.mark.usefixtures("slices")
+def test_an_adapter_is_held_until_no_slice_reads_it(base: Path, tmp_path: Path) -> None:
+    maps = [[0, 4], [2, 5]]
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"], layer_replication=maps)
+    engine = engine_for(base, adapters={"a": adapter})
+    with_decoder(engine)
+    Caller(engine, greedy())
+    for _ in range(3):
+        engine.step()
+    gone, stays = (Caller(engine, greedy(), "a") for _ in range(2))
+    for _ in range(3):
+        engine.step()
+    assert engine._pass is not None
+
+    def references() -> int:
+        return engine.adapters.get("a").references
+
+    engine.cancel(gone.id)
+    engine.step()
+    assert references() == 2
+    while not stays.tokens:
+        engine.step()
+    assert references() == 1
+    to_the_end(engine)
+
+
+def test_pace_follows_what_was_measured() -> None:
+    class Watch:
+        def __init__(self, milliseconds: float | None) -> None:
+            self.milliseconds = milliseconds
+
+    def after(decoding: float | None, slices: Sequence[tuple[int, float | None]]) -> int:
+        pace = Pace()
+        pace.decoding = decoding
+        for steps, milliseconds in slices:
+            pace.slice(steps, Watch(milliseconds))  # type: ignore[arg-type]
+        return pace.steps()
+
+    assert after(None, [(1, 2.0)]) == 1
+    assert after(6.0, []) == 1
+    assert after(6.0, [(1, None)]) == 1
+    assert after(8.0, [(1, 2.0)]) == int(8 * SHARE / 2) == 2
+    assert after(8.0, [(1, 2.0), (2, 1.0), (2, None)]) == int(8 * SHARE / 0.5) == 8
+    assert after(6.0, [(1, 100.0)]) == 1

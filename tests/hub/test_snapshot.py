@@ -1,0 +1,451 @@
+"""Snapshots over real HTTP: the real client against a Hub stand-in that can misbehave."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi, constants, file_download, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import _http
+
+from lorarep_runtime.errors import (
+    DataLoss,
+    Exhausted,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
+from lorarep_runtime.hub import snapshot as runtime_hub
+from lorarep_runtime.hub.snapshot import LOCAL, Snapshot, check_allowed, file_digest
+from tests.support.hub_faults import FaultyHub
+
+ADAPTER = {
+    "adapter_config.json": b'{"peft_type": "LORA"}',
+    "adapter_model.safetensors": b"weights of the adapter",
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+}
+BASE = {
+    "config.json": b"{}",
+    "generation_config.json": b'{"eos_token_id": 2}',
+    "tokenizer.model": b"pieces",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    ),
+    "model-1.safetensors": b"first shard",
+    "model-2.safetensors": b"second shard",
+}
+REPOSITORY = "org/name"
+GONE = "0" * 40
+
+
+def write(folder: Path, files: dict[str, Any]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def contents(snapshot: Snapshot) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in snapshot.folder.iterdir()}
+
+
+@pytest.fixture
+def publish(hub: FaultyHub, tmp_path: Path) -> Callable[..., str]:
+    def publish(files: dict[str, Any], branch: str = "main") -> str:
+        folder = tmp_path / f"published-{len(list(tmp_path.glob('published-*')))}"
+        return hub.publish(REPOSITORY, write(folder, files), branch=branch)
+
+    return publish
+
+
+@pytest.fixture
+def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Snapshot]:
+    """With a cache of the test's own, and a client that does not rest between tries."""
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+    def fetch(source: str = REPOSITORY, revision: str | None = None, kind: Any = "adapter", **how: Any) -> Snapshot:
+        return runtime_hub.fetch(source, revision, kind=kind, cache_dir=tmp_path / "cache", **how)
+
+    return fetch
+
+
+# The stand-in itself, as seen by the client.
+
+
+def test_stand_in_answers_the_client_as_the_hub_does(hub: FaultyHub, publish, tmp_path: Path) -> None:
+    first = publish(ADAPTER)
+    api = HfApi(endpoint=hub.url)
+    info = api.model_info(REPOSITORY, files_metadata=True)
+    assert info.sha == first
+    assert {s.rfilename: s.size for s in info.siblings} == {name: len(data) for name, data in ADAPTER.items()}
+    weights = next(s for s in info.siblings if s.rfilename == "adapter_model.safetensors")
+    assert weights.lfs.sha256 == hashlib.sha256(ADAPTER["adapter_model.safetensors"]).hexdigest()
+    assert {f.path for f in api.list_repo_tree(REPOSITORY, recursive=True)} == set(ADAPTER)
+    second = publish({"adapter_config.json": b"changed", "deep/er file.txt": b"x"})
+    assert api.model_info(REPOSITORY).sha == second != first
+    path = hf_hub_download(REPOSITORY, "deep/er file.txt", cache_dir=tmp_path, endpoint=hub.url)
+    assert Path(path).read_bytes() == b"x"
+    with pytest.raises(RepositoryNotFoundError):
+        api.model_info("org/none")
+    with pytest.raises(RevisionNotFoundError):
+        api.model_info(REPOSITORY, revision="none")
+    with pytest.raises(RemoteEntryNotFoundError):
+        hf_hub_download(REPOSITORY, "none", cache_dir=tmp_path, endpoint=hub.url)
+
+
+# Revisions.
+
+
+def test_old_commit_is_fetched_after_main_moved(publish, fetch) -> None:
+    old = publish(ADAPTER)
+    new = publish({**ADAPTER, "adapter_model.safetensors": b"other weights"})
+    at_old, at_main = fetch(revision=old), fetch()
+    assert (at_old.commit, at_main.commit) == (old, new)
+    assert contents(at_old) == ADAPTER
+    assert contents(at_main)["adapter_model.safetensors"] == b"other weights"
+    assert contents(fetch(revision=old)) == ADAPTER
+
+
+def test_branch_and_tag_resolve_to_their_commit(hub: FaultyHub, publish, fetch) -> None:
+    main = publish(ADAPTER)
+    dev = publish({**ADAPTER, "tokenizer.json": b"[]"}, branch="feature/x")
+    hub.tag(REPOSITORY, "v1.0", main)
+    publish({**ADAPTER, "adapter_config.json": b"later"})
+    assert [fetch(revision=name).commit for name in ("feature/x", "v1.0")] == [dev, main]
+    assert fetch(revision="v1.0") == Snapshot(fetch(revision=main).folder, REPOSITORY, main)
+
+
+def test_commit_in_the_cache_needs_no_request(hub: FaultyHub, publish, fetch) -> None:
+    commit = publish(ADAPTER)
+    fetch()
+    hub.asked.clear()
+    assert fetch(revision=commit).commit == commit
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("revision", ["", "../main", "a..b", "/x", "a b", "a\nb", "x" * 256, "a:b", "~1"])
+def test_malformed_revision_is_refused_without_a_request(hub: FaultyHub, fetch, revision: str) -> None:
+    with pytest.raises(InvalidArgument, match="revision"):
+        fetch(revision=revision)
+    assert hub.asked == []
+
+
+def test_missing_repository_or_revision_is_not_found(publish, fetch) -> None:
+    publish(ADAPTER)
+    with pytest.raises(NotFound, match="org/none"):
+        fetch("org/none")
+    with pytest.raises(NotFound, match="no-such-branch"):
+        fetch(revision="no-such-branch")
+    with pytest.raises(NotFound):
+        fetch(revision=GONE)
+
+
+# What is downloaded.
+
+
+def test_base_is_fetched_with_all_shards_and_nothing_else(hub: FaultyHub, publish, fetch) -> None:
+    surplus = [
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "original/model.safetensors",
+        "modeling.py",
+        "README.md",
+    ]
+    publish({**BASE, **dict.fromkeys(surplus, b"surplus")})
+    fetched = fetch(kind="base")
+    assert set(contents(fetched)) == set(BASE) == set(hub.downloads())
+
+
+def test_progress_reaches_all_bytes_of_all_files(publish, fetch) -> None:
+    publish(ADAPTER)
+    told: list[tuple[str, int, int]] = []
+    fetch(progress=lambda *report: told.append(report))
+    size = sum(len(data) for data in ADAPTER.values())
+    assert told[-1] == ("download", size, size)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "base"])
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "weights.pt", "weights.pth", "weights.pkl"])
+def test_pickle_is_refused_by_name_and_never_asked_for(hub, publish, fetch, tmp_path: Path, kind, name) -> None:
+    files = {"adapter_config.json": b"{}", "config.json": b"{}", name: b"pickle"}
+    publish(files)
+    for source in (REPOSITORY, str(write(tmp_path / "folder", files))):
+        with pytest.raises(FailedPrecondition, match=name):
+            fetch(source, kind=kind)
+    assert not any(asked.file == name for asked in hub.asked)
+
+
+def test_pickle_beside_safetensors_is_left_alone(hub: FaultyHub, publish, fetch) -> None:
+    publish({**ADAPTER, "training_args.bin": b"pickle", "optimizer.pt": b"pickle"})
+    assert contents(fetch()) == ADAPTER
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_repository_that_is_no_adapter_is_not_found(publish, fetch, missing: str) -> None:
+    publish({name: data for name, data in ADAPTER.items() if name != missing})
+    with pytest.raises(NotFound, match=missing):
+        fetch()
+
+
+def test_shard_that_the_index_names_is_missed(publish, fetch, tmp_path: Path) -> None:
+    files = {name: data for name, data in BASE.items() if name != "model-2.safetensors"}
+    publish(files)
+    for source in (REPOSITORY, str(write(tmp_path / "folder", files))):
+        with pytest.raises(DataLoss, match=r"model-2\.safetensors"):
+            fetch(source, kind="base")
+
+
+# A Hub that fails.
+
+
+def test_cached_adapter_is_served_with_the_hub_gone(hub: FaultyHub, publish, fetch) -> None:
+    commit = publish(ADAPTER)
+    hub.tag(REPOSITORY, "v1", commit)
+    fetched = fetch()
+    fetch(revision="v1")
+    hub.close()
+    assert fetch() == fetch(revision="v1") == fetch(revision=commit) == fetched
+    assert contents(fetched) == ADAPTER
+
+
+def test_cached_adapter_is_served_after_its_repository_went(hub: FaultyHub, publish, fetch) -> None:
+    publish(ADAPTER)
+    fetched = fetch()
+    del hub.repositories[REPOSITORY]
+    assert fetch() == fetched
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_failing_hub_is_unavailable_unless_cached(hub: FaultyHub, publish, fetch, status: int) -> None:
+    publish(ADAPTER)
+    fetched = fetch()
+    hub.status = status
+    assert fetch() == fetched
+    with pytest.raises(Unavailable, match=r"org/other|rate"):
+        fetch("org/other")
+
+
+@pytest.mark.parametrize("stage", ["/revision/", "/tree/", "adapter_config.json"])
+def test_stalled_hub_is_unavailable_unless_cached(
+    hub: FaultyHub, publish, fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    publish(ADAPTER, branch="dev")
+    hub.publish("org/other", tmp_path / "published-0", branch="dev")
+    fetch(revision="dev")
+    hub.faulty, hub.stalled = stage, True
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    assert contents(fetch(revision="dev")) == ADAPTER
+    with pytest.raises(Unavailable, match="org/other at dev"):
+        fetch("org/other", revision="dev")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("stage", ["/tree/", "/resolve/"])
+def test_pause_that_an_answer_names_is_not_waited_out(
+    hub: FaultyHub, publish, fetch, monkeypatch: pytest.MonkeyPatch, stage: str, status: int
+) -> None:
+    publish(ADAPTER)
+    _http.close_session()  # as the client itself does after a connection that failed
+    rests: list[float] = []
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=rests.append))
+    hub.faulty, hub.status = stage, status
+    with pytest.raises(Unavailable, match="3600 s"):
+        fetch()
+    assert rests == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_access_is_permission_denied(hub: FaultyHub, publish, fetch, status: int) -> None:
+    publish(ADAPTER)
+    hub.status = status
+    with pytest.raises(PermissionDenied, match=REPOSITORY):
+        fetch()
+
+
+def test_broken_connection_continues_where_it_broke(hub: FaultyHub, publish, fetch) -> None:
+    kept = constants.DOWNLOAD_CHUNK_SIZE
+    weights = os.urandom(kept + 4096)
+    publish({**ADAPTER, "adapter_model.safetensors": weights})
+    hub.cuts["adapter_model.safetensors"] = [kept + 1024]
+    assert contents(fetch())["adapter_model.safetensors"] == weights
+    ranges = [asked.range for asked in hub.asked if asked.method == "GET" and asked.file == "adapter_model.safetensors"]
+    assert ranges == [None, f"bytes={kept}-"]
+    assert hub.served["adapter_model.safetensors"] == len(weights) + 1024
+
+
+@pytest.mark.parametrize("lost", list(ADAPTER))
+def test_partial_download_is_never_taken_for_whole(hub: FaultyHub, publish, fetch, lost: str) -> None:
+    commit = publish(ADAPTER)
+    hub.cuts[lost] = [1] * 6
+    with pytest.raises(Unavailable):
+        fetch()
+    hub.status = 500
+    for revision in (None, commit):
+        with pytest.raises(Unavailable):
+            fetch(revision=revision)
+    hub.status = None
+    hub.asked.clear()
+    assert contents(fetch()) == ADAPTER
+    assert hub.downloads() == [lost]
+
+
+def test_files_of_unknown_number_are_never_taken_for_whole(hub: FaultyHub, publish, fetch, tmp_path: Path) -> None:
+    """Another program fetched some of them, one by one."""
+    publish(ADAPTER)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        hf_hub_download(REPOSITORY, name, cache_dir=tmp_path / "cache", endpoint=hub.url)
+    hub.status = 500
+    with pytest.raises(Unavailable, match="part of it"):
+        fetch()
+
+
+def test_killed_download_leaves_nothing_whole_and_a_restart_continues(
+    hub: FaultyHub, publish, fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(ADAPTER)
+    hub.hangs["adapter_model.safetensors"] = 5
+    program = (
+        "import sys; from pathlib import Path; from lorarep_runtime.hub.snapshot import fetch\n"
+        "fetch(sys.argv[1], None, kind='adapter', cache_dir=Path(sys.argv[2]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, REPOSITORY, str(tmp_path / "cache")]) as process:
+        assert hub.hanging.wait(600)
+        process.kill()
+    hub.close()
+    with pytest.raises(Unavailable):
+        fetch()
+    kept = {path.name for path in tmp_path.glob("cache/*/snapshots/*/*")}
+    with FaultyHub() as restarted:
+        monkeypatch.setenv("HF_ENDPOINT", restarted.url)
+        restarted.publish(REPOSITORY, tmp_path / "published-0")
+        assert contents(fetch()) == ADAPTER
+        assert "adapter_model.safetensors" not in kept
+        assert "adapter_model.safetensors" in restarted.downloads()
+        assert not kept & set(restarted.downloads())
+
+
+def test_full_disk_is_exhausted_and_the_next_try_succeeds(publish, fetch, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(ADAPTER)
+    opened = Path.open
+
+    def open_on_full_disk(path: Path, *how: Any, **options: Any) -> Any:
+        return opened(Path("/dev/full") if path.suffix == ".incomplete" else path, *how, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_on_full_disk)
+        with pytest.raises(Exhausted, match="disk"):
+            fetch()
+    assert contents(fetch()) == ADAPTER
+
+
+# Names and folders.
+
+
+@pytest.mark.parametrize(
+    "source", ["", "a/b/c", "a//b", "org/..", "org/a..b", "org/-name", "org/na me", "a" * 97, "x\n"]
+)
+def test_malformed_repository_is_refused_without_a_request(hub: FaultyHub, fetch, source: str) -> None:
+    with pytest.raises(InvalidArgument, match="repository"):
+        fetch(source)
+    assert hub.asked == []
+
+
+def test_allow_list_decides_by_pattern_and_asks_nobody(hub: FaultyHub) -> None:
+    check_allowed("org/name", ["other/*", "org/*"])
+    check_allowed("org/name", ["org/name"])
+    for repository, patterns in [("org/name", []), ("org/name", ["other/*"]), ("org2/name", ["org/*"])]:
+        with pytest.raises(PermissionDenied, match=repository):
+            check_allowed(repository, patterns)
+    for repository in ("/etc", "../name", "./name", "~/name", "org/../name", "name/"):
+        with pytest.raises(InvalidArgument, match="repository"):
+            check_allowed(repository, ["*"])
+    assert hub.asked == []
+
+
+def test_folder_is_local_and_has_no_revision(hub: FaultyHub, fetch, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", ADAPTER)
+    assert fetch(str(folder)) == Snapshot(folder, str(folder), LOCAL)
+    with pytest.raises(InvalidArgument, match="revision"):
+        fetch(str(folder), revision="main")
+    with pytest.raises(NotFound, match="no such folder"):
+        fetch(str(tmp_path / "none"))
+    assert hub.asked == []
+
+
+def test_existing_folder_goes_before_a_repository_for_a_base_alone(
+    publish, fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = publish({**ADAPTER, **BASE})
+    folder = write(tmp_path / REPOSITORY, {**ADAPTER, **BASE})
+    monkeypatch.chdir(tmp_path)
+    assert fetch(kind="base") == Snapshot(folder, str(folder), LOCAL)
+    assert fetch(kind="adapter").commit == commit
+    assert fetch(f"./{REPOSITORY}") == Snapshot(folder, str(folder), LOCAL)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json", "other/file", "other"])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_link_out_of_an_adapter_folder_is_refused(fetch, tmp_path: Path, name: str, absolute: bool) -> None:
+    secret = write(tmp_path, {"secret": b"secret"}) / "secret"
+    link = write(tmp_path / "adapter", ADAPTER) / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret if absolute else os.path.relpath(secret, link.parent))
+    with pytest.raises(InvalidArgument, match=name):
+        fetch(str(tmp_path / "adapter"))
+
+
+def test_link_within_an_adapter_folder_is_followed(fetch, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", {**ADAPTER, "kept/weights": b"kept"})
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to("kept/weights")
+    (folder / "loop").symlink_to("loop")
+    assert (fetch(str(folder)).folder / "adapter_model.safetensors").read_bytes() == b"kept"
+
+
+def test_folder_of_the_hub_cache_may_link_to_its_blobs(publish, fetch) -> None:
+    publish(ADAPTER)
+    folder = fetch().folder
+    assert (folder / "adapter_config.json").is_symlink()
+    assert fetch(str(folder)).commit == LOCAL
+
+
+@pytest.mark.parametrize("size", [0, 29_999, 30_000, 100_000])
+def test_digest_is_sha256_of_the_file(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_hub, "DIGEST_BYTES", 30_000)
+    data = os.urandom(size)
+    assert file_digest(write(tmp_path, {"file": data}) / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_parts_that_killed_processes_left_go_in_time(publish, fetch) -> None:
+    publish(ADAPTER)
+    blobs = fetch().folder.parents[1] / "blobs"
+    for name, age in (("old.incomplete", 2 * runtime_hub.ABANDONED), ("new.incomplete", 0)):
+        (blobs / name).write_bytes(b"part")
+        os.utime(blobs / name, (time.time() - age,) * 2)
+    fetch()
+    assert [path.name for path in blobs.glob("*.incomplete")] == ["new.incomplete"]
+
+
+@pytest.mark.parametrize("names", [["adapter_model.safetensors"], ["adapter_config.json", "adapter_model.safetensors"]])
+def test_what_a_claim_cuts_is_data_loss_and_comes_anew(hub: FaultyHub, publish, fetch, names: list[str]) -> None:
+    publish(ADAPTER)
+    hub.claims = dict.fromkeys(names, 5)
+    with pytest.raises(DataLoss, match=names[0]):
+        fetch()
+    hub.claims.clear()
+    assert contents(fetch()) == ADAPTER

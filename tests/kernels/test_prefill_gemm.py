@@ -1,0 +1,65 @@
+"""The product of many rows with an NF4 weight: how it is spread, and on a GPU what it gives."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from lorarep_runtime.kernels.hopper import prefill_gemm
+from lorarep_runtime.kernels.hopper.launch_config import CTA_BYTES, SHARED_BYTES
+from lorarep_runtime.kernels.hopper.nf4 import CHUNK, arrange
+from lorarep_runtime.kernels.hopper.prefill_gemm import BLOCKS, SPLITS, TILES, matmul
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def test_memory_of_a_cta_holds_what_its_cluster_sums() -> None:
+    for block, split in product(BLOCKS, SPLITS):
+        assert prefill_gemm._shared(block) <= SHARED_BYTES - CTA_BYTES
+        stages = prefill_gemm._shared(block) - (63 << 10)
+        assert stages >= 3 * block * CHUNK * 2
+        assert stages >= block * TILES * 16 * 4
+        assert block % (split * 16) == 0, "eights of rows are stored by twos"
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "into", "spread"),
+    [
+        (48, 28672, 4096, (64, 1)),  # as measured on an H100: the fastest of all
+        (64, 4096, 14336, (64, 2)),
+        (128, 6144, 4096, (128, 2)),
+        (256, 4096, 4096, (128, 2)),
+        (512, 4096, 14336, (256, 2)),
+        (2048, 28672, 4096, (256, 1)),
+    ],
+)
+def test_how_it_is_spread(rows: int, out: int, into: int, spread: tuple[int, int]) -> None:
+    assert prefill_gemm._spread(rows, out // 16, into // CHUNK) == spread
+
+
+if HOPPER:
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("rows", [1, 64, 130, 300, 513])
+    @pytest.mark.parametrize(("out", "into"), [(48, 192), (256, 128), (368, 64), (1024, 1408), (1024, 14336)])
+    def test_matmul(out: int, into: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        generator = torch.Generator("cuda").manual_seed(out)
+        weight, wide = (
+            torch.randn(shape, generator=generator, device="cuda").bfloat16()
+            for shape in ((out, into), (rows, into + 64))
+        )
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+        dense: Tensor = bnb.functional.dequantize_4bit(packed, state)
+        x = wide[:, 64:]
+        expected = x.float() @ dense.float().T
+        for spread in product(BLOCKS, SPLITS):
+            monkeypatch.setattr(prefill_gemm, "_spread", lambda *_, spread=spread: spread)
+            y = torch.full((rows, out + 16), torch.nan, dtype=dtype, device="cuda")
+            matmul(*arrange(packed, state.absmax, (out, into)), x, y[:, :out])
+            assert y[:, out:].isnan().all()
+            errors = (y[:, :out].float() - expected).norm(dim=1) / expected.norm(dim=1)
+            assert errors.max() < 6e-3, spread

@@ -1,0 +1,62 @@
+"""Loads and their callers, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+from lorarep_server.loading.load_queue import REPORT_SECONDS, Loads, State
+from lorarep_server.telemetry.metrics import Metrics
+from prometheus_client import CollectorRegistry
+
+from lorarep_runtime.hub.snapshot import Progress
+
+STEPS = 200_000
+
+
+def loads() -> Loads:
+    return Loads(Metrics(CollectorRegistry()), threads=1)
+
+
+def test_a_load_waits_for_no_reader() -> None:
+    ended = threading.Event()
+
+    def load(progress: Progress) -> None:
+        progress("download", 1, 1)
+        ended.set()
+
+    async def run() -> None:
+        read = asyncio.Event()
+
+        async def report(state: State) -> object:
+            return await read.wait()
+
+        call = asyncio.create_task(loads().run("key", load, report))
+        await asyncio.to_thread(ended.wait, 600)
+        assert not call.done()
+        read.set()
+        await call
+
+    asyncio.run(run())
+    assert ended.is_set()
+
+
+def test_only_the_latest_state_is_told_now_and_then() -> None:
+    def load(progress: Progress) -> None:
+        for done in range(1, STEPS + 1):
+            progress("compile", done, STEPS)
+
+    async def run() -> tuple[list[State], float]:
+        told: list[State] = []
+
+        async def report(state: State) -> None:
+            told.append(state)
+
+        began = time.monotonic()
+        await loads().run("key", load, report)
+        return told, time.monotonic() - began
+
+    told, took = asyncio.run(run())
+    assert len(told) <= 2 + took / REPORT_SECONDS
+    assert [state.done for state in told] == sorted({state.done for state in told})

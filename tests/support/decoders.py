@@ -1,0 +1,76 @@
+"""Stand-ins for what decodes on a GPU, over the base's own layers, for engines on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.engine.overlap import Flights
+from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.kv_cache import PageTable
+
+
+class LayerDecoder:
+    """`decode.Decoder`'s contract over the base's own layers: it knows what it was told, takes note of new pages
+    alone where sequences go on, feeds its own tokens to the next step, and overwrites its results there."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._tokens = torch.zeros(16, dtype=torch.int64)
+        self._logits = torch.zeros(16, engine.base.vocab_size)
+        self._spans: list[Span] = []
+        self._said: list[Span] = []
+        self._tables: list[PageTable] = []
+        self.steps = self.told = 0
+
+    def set_rows(self, spans: Sequence[Span]) -> None:
+        self.told += 1
+        if [(span.table, span.context) for span in spans] != [(span.table, span.length) for span in self._said]:
+            self._tables = [PageTable(self._engine.pool, len(span.stack)) for span in spans]
+        self._spans = self._said = list(spans)
+        self._tokens[: len(spans)] = torch.tensor([token for span in spans for token in span.tokens])
+        self.set_pages()
+
+    def set_pages(self) -> None:
+        for table, span in zip(self._tables, self._spans, strict=True):
+            new = span.table.pages[:, table.pages.shape[1] :]
+            table.pages = np.concatenate([table.pages, new], axis=1)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        self.steps += 1
+        rows, base = len(self._spans), self._engine.base
+        told = zip(self._spans, self._tokens.tolist(), self._tables, strict=False)
+        batch = Batch([replace(span, tokens=[token], table=table) for span, token, table in told], base.device)
+        self._logits[batch.order] = base.forward(batch, self._engine.pool, torch.arange(rows))
+        self._tokens[:rows] = self._logits[:rows].argmax(-1)
+        self._spans = [replace(span, context=span.context + 1) for span in self._spans]
+        return self._tokens[:rows], self._logits[:rows]
+
+    def prefill(self, batch: Batch) -> LateForward:
+        return LateForward(self._engine, batch)
+
+
+class LateForward:
+    """`prefill.Prefill`'s contract; all that it writes it writes in the last of its steps."""
+
+    def __init__(self, engine: Engine, batch: Batch) -> None:
+        self._engine, self._batch = engine, batch
+        self.left = len(batch.plan.steps)
+
+    def advance(self, steps: int) -> None:
+        self.left -= min(steps, self.left)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        assert not self.left
+        return self._engine.base.forward(self._batch, self._engine.pool, rows)
+
+
+def with_decoder(engine: Engine) -> LayerDecoder:
+    decoder = LayerDecoder(engine)
+    engine._flights = Flights(decoder, engine.scheduler)  # type: ignore[arg-type]
+    return decoder

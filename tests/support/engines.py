@@ -1,0 +1,56 @@
+"""Engines on small bases, and requests for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.request import Request, Sampling, Stopping
+
+PROMPT = tuple((37 * i * i + 11) % 256 for i in range(20))
+
+
+def engine_for(
+    base: Path,
+    quantization: str = "none",
+    *,
+    stacks: Mapping[str, tuple[int, ...]] | None = None,
+    adapters: Mapping[str, Path] | None = None,
+    limits: AdapterLimits | None = None,
+    cache_dir: Path | None = None,
+    **scheduler: Any,
+) -> Engine:
+    """An fp32 engine on the CPU with adapters loaded under their names."""
+    engine = Engine(
+        EngineConfig(
+            base=BaseConfig(str(base), quantization=quantization, dtype="float32", device="cpu", cache_dir=cache_dir),
+            stacks=stacks or {},
+            adapters=limits or AdapterLimits(),
+            scheduler=SchedulerConfig(**{"kv_bytes": 64 << 20, **scheduler}),
+        )
+    )
+    for name, folder in (adapters or {}).items():
+        engine.adapters.load(name, str(folder), trusted=True)
+    return engine
+
+
+def greedy(prompt: tuple[int, ...] = PROMPT, new_tokens: int = 64) -> Request:
+    return Request(prompt, stopping=Stopping(max_new_tokens=new_tokens, ignore_eos=True))
+
+
+def sampled(seed: int, prompt: tuple[int, ...] = PROMPT, new_tokens: int = 16) -> Request:
+    return Request(
+        prompt,
+        sampling=Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, seed=seed),
+        stopping=Stopping(max_new_tokens=new_tokens),
+    )
+
+
+def assert_nothing_held(engine: Engine) -> None:
+    """Every page and reference is back."""
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+    assert [info.name for info in engine.adapters.list() if info.references] == []

@@ -1,0 +1,221 @@
+"""`lorarep serve` as its users start it: a process, on ports that are free, that clients talk to."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import grpc
+import openai
+from fmaas import generation_pb2_grpc as fmaas_pb2_grpc
+from lorarep.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2_grpc,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+LORAREP = (sys.executable, "-c", "from lorarep_server.cli.commands import main; main()")
+SECONDS = 600
+"""Until what never comes is given up: a server takes minutes to start where many run on few cores."""
+PORTS = re.compile(r"listening on port (\d+), metrics on port (\d+)")
+OPENAI_PORT = re.compile(r"OpenAI's API on port (\d+)")
+
+
+class Server:
+    """A process and stubs of its services."""
+
+    def __init__(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+        ports = ("--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0")
+        self.process = subprocess.Popen(
+            [*LORAREP, "serve", *ports, *arguments],
+            env={**os.environ, **env},
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+        )
+        self.log: list[str] = []
+        self.reads = threading.Event()
+        """Whether the server's standard error is read."""
+        self.reads.set()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        found = self.wait_logged(PORTS.search, "the port to open")
+        self.address, self.metrics_url = f"127.0.0.1:{found[1]}", f"http://127.0.0.1:{found[2]}/metrics"
+        self.channel = grpc.insecure_channel(self.address)
+        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self.channel)
+        self.fmaas: Any = fmaas_pb2_grpc.GenerationServiceStub(self.channel)
+        self.model: Any = model_pb2_grpc.ModelServiceStub(self.channel)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            self.reads.wait()
+
+    @property
+    def openai_port(self) -> int:
+        return int(self.wait_logged(OPENAI_PORT.search, "the port of OpenAI's API")[1])
+
+    def openai(self, **client: Any) -> openai.OpenAI:
+        """A client that does not try twice; in plain text, if `base_url` is not given."""
+        given = dict(base_url=f"http://127.0.0.1:{self.openai_port}/v1", api_key="none", max_retries=0, timeout=SECONDS)
+        return openai.OpenAI(**{**given, **client})
+
+    def wait_ready(self) -> Server:
+        self.wait_logged(lambda line: ": ready: " in line, "readiness")
+        return self
+
+    def wait_logged(self, wanted: Callable[[str], Any], what: str) -> Any:
+        """What `wanted` gives for the first line that it is true of."""
+
+        def found() -> Any:
+            is_over = not self._reader.is_alive()
+            if value := next(filter(None, map(wanted, self.log)), None):
+                return value
+            assert not is_over, f"the server ended before {what}: {''.join(self.log)}"
+            return None
+
+        return wait_for(found, what)
+
+    def metrics(self) -> dict[str, float]:
+        """Samples as "name" or "name{label=value}"."""
+        with urllib.request.urlopen(self.metrics_url, timeout=SECONDS) as response:
+            families = text_string_to_metric_families(response.read().decode())
+            return {
+                sample.name
+                + "".join(f"{{{key}={value}}}" for key, value in sorted(sample.labels.items())): sample.value
+                for family in families
+                for sample in family.samples
+            }
+
+    def wait_idle(self) -> None:
+        """Until no request runs, waits or holds pages."""
+        busy = ("lorarep_requests_running", "lorarep_requests_waiting", "lorarep_kv_pages_used")
+        wait_for(lambda: not any(map(self.metrics().__getitem__, busy)), "the server to be idle")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """The exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(SECONDS)
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    """What the condition gives once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+@contextmanager
+def serving(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A server that listens; killed in the end."""
+    server = Server(arguments, env or {})
+    try:
+        yield server
+    finally:
+        server.channel.close()
+        server.process.kill()
+        server.process.wait()
+        server.reads.set()
+        server._reader.join()
+        server.process.stderr.close()
+
+
+class OnTerminal:
+    """A command that is shown on a terminal of its own; what it says on standard output is not."""
+
+    def __init__(self, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 100))
+        self._process = subprocess.Popen(
+            [*LORAREP, *arguments], env={**os.environ, **(env or {})}, stdout=subprocess.DEVNULL, stderr=theirs
+        )
+        os.close(theirs)
+        self.shown = ""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+            while piece := os.read(self._ours, 4096):
+                self.shown += piece.decode(errors="replace")
+
+    def wait(self) -> int:
+        """The exit status, once everything is shown."""
+        status = self._process.wait(SECONDS)
+        self._reader.join()
+        os.close(self._ours)
+        return status
+
+
+def lorarep(*arguments: str, env: Mapping[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """A command, to its end."""
+    return subprocess.run(
+        [*LORAREP, *arguments],
+        env={**os.environ, **(env or {})},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+
+
+def request(
+    prompt: str | Sequence[int], /, *adapters: str, new_tokens: int = 12, **fields: Any
+) -> generation_pb2.GenerateRequest:
+    """Greedy, of exactly so many tokens."""
+    stopping = dict(max_new_tokens=new_tokens, ignore_eos=True)
+    given = dict(text=prompt) if isinstance(prompt, str) else dict(token_ids=generation_pb2.TokenIds(ids=prompt))
+    return generation_pb2.GenerateRequest(
+        **{
+            "prompt": generation_pb2.Prompt(**given),
+            "adapters": [generation_pb2.AdapterRef(name=name) for name in adapters],
+            "stopping": generation_pb2.Stopping(**stopping),
+            **fields,
+        }
+    )
+
+
+def stream(server: Server, wanted: generation_pb2.GenerateRequest, *, stub: Any = None, **call: Any) -> Any:
+    """The call of a stream, over the server's own channel or another's stub."""
+    stub = stub or server.generation
+    return stub.GenerateStream(generation_pb2.GenerateStreamRequest(request=wanted), **call)
+
+
+def loading(server: Server, name: str, repository: str, *, timeout: float = SECONDS, **more: Any) -> Any:
+    """The call of a load: its messages."""
+    wanted = adapters_pb2.LoadAdapterRequest(name=name, repository=repository, **more)
+    return server.adapters.LoadAdapter(wanted, timeout=timeout)
+
+
+def load(server: Server, name: str, repository: str, **more: Any) -> adapters_pb2.Adapter:
+    *_, last = loading(server, name, repository, **more)
+    assert last.HasField("adapter")
+    return last.adapter
+
+
+def unload(server: Server, name: str) -> None:
+    server.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name=name))
+
+
+def adapters(server: Server) -> dict[str, adapters_pb2.Adapter]:
+    listed = server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters
+    return {adapter.name: adapter for adapter in listed}

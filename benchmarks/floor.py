@@ -11,7 +11,7 @@ import torch
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.model.kv_cache import PagePool
-from lorarep_runtime.model.stack import merge
+from lorarep_runtime.model.plan import merge
 
 
 def floor_bytes(engine: Engine, names: Sequence[str], tokens: int) -> int:
@@ -25,7 +25,7 @@ def floor_bytes(engine: Engine, names: Sequence[str], tokens: int) -> int:
     plan = merge(tuple(sorted(set(stacks))))
     adapters = sum(engine.adapters.get(name).bytes for name in set(names) if name not in engine.stacks)
     keys = sum(len(stack) for stack in stacks) * tokens * token_bytes(engine)
-    return weight_bytes(engine, [step.layer for step in plan.steps]) + adapters + keys
+    return weight_bytes(engine, [step.layer for step in plan.visits]) + adapters + keys
 
 
 def token_bytes(engine: Engine) -> int:

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.product import LARGEST_ERROR, shared, timed
 from lorarep_runtime.kernels.hopper.launch_config import HOPPER
-from lorarep_runtime.model.linear import GROUPS, group_of
+from lorarep_runtime.model.packed import PACKED_MODULES, pack
 from tests.support.models import MISTRAL_7B, projections
 
 
@@ -37,9 +37,9 @@ def run(counts: list[int]) -> None:
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == HOPPER
     device = "cuda" if hopper else "cpu"
     print(f"{'µs, TFLOP/s, library, dequantizing':36}" + "".join(f"{f'{rows} rows':>30}" for rows in counts))
-    for names in GROUPS:
+    for names in PACKED_MODULES:
         weights = [shared(torch.randn(modules[name], device=device).bfloat16(), "nf4") for name in names]
-        group, dense = group_of(weights), torch.cat([weight.dequantize(torch.bfloat16) for weight in weights])
+        group, dense = pack(weights), torch.cat([weight.dequantize(torch.bfloat16) for weight in weights])
         line = f"{', '.join(name.partition('.')[2].removesuffix('_proj') for name in names):36}"
         for rows in counts if hopper else []:
             x = torch.randn(rows, dense.shape[1], device=device).bfloat16()

@@ -28,10 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floor import copy_bandwidth
 from lorarep_runtime.gpu.decoder import LEAST_RANKS
 from lorarep_runtime.gpu.fused_layer import parts_for
-from lorarep_runtime.kernels.entry_table import Entries, Entry, PlainRows, Rows, entry_table
-from lorarep_runtime.kernels.hopper.decode_gemm import SharedGroup, product_reference
+from lorarep_runtime.kernels.entry_table import DecodeRows, Entries, Entry, ReferenceRows, entry_table
+from lorarep_runtime.kernels.hopper.decode_gemm import PackedWeight, product_reference
 from lorarep_runtime.kernels.hopper.launch_config import HOPPER
-from lorarep_runtime.model.linear import BITS, GROUPS, DenseWeight, Int8Weight, NF4Weight, Weight, group_of
+from lorarep_runtime.model.packed import BITS, PACKED_MODULES, pack
+from lorarep_runtime.model.weights import DenseWeight, Int8Weight, NF4Weight, Weight
 from tests.support.decode_rows import one_by_one
 from tests.support.models import MISTRAL_7B, projections
 
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copying moves {bandwidth / 1e12:.2f} TB/s")
     print(f"{f'rank {options.rank}':9}" + "".join(f"{f'{rows} rows: µs, GB/s, x floor':>34}" for rows in options.rows))
     sums = dict.fromkeys(options.rows, 0.0)
-    for names in GROUPS:
+    for names in PACKED_MODULES:
         line = f"{', '.join(name.partition('.')[2].removesuffix('_proj') for name in names):9}"
         for rows in options.rows:
             case = Case.of([modules[name] for name in names], names, rows, options.rank, device, options.quantization)
@@ -99,11 +100,11 @@ def shared(weight: Tensor, kind: str) -> Weight:
 class Case:
     """A group's product with some rows, on several copies of everything that a step would not find in the cache."""
 
-    groups: Sequence[SharedGroup]
+    groups: Sequence[PackedWeight]
     dense: Tensor
     """(out, in), the weight as bitsandbytes dequantizes it."""
     x: Tensor
-    low: Tensor
+    shrunk: Tensor
     names: Sequence[str]
     adapters: Sequence[Entries | None]
     """Of the rows; a copy's entries are those at its position."""
@@ -121,7 +122,7 @@ class Case:
 
         into, sizes = shapes[0][1], tuple(out for out, _ in shapes)
         weights = [shared(noise(*shape).bfloat16(), kind) for shape in shapes]
-        first = group_of(weights)
+        first = pack(weights)
         cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 1
         copies = 1 + CACHES * cache // (first.nbytes)
         A = noise(max(rank, 1), into).bfloat16()  # only its length is read here
@@ -132,10 +133,10 @@ class Case:
 
         adapters = [adapter() if rank else None for _ in range(rows)]
         return cls(
-            groups=[group_of(weights) for _ in range(copies)],
+            groups=[pack(weights) for _ in range(copies)],
             dense=torch.cat([weight.dequantize(torch.bfloat16) for weight in weights]),
             x=noise(rows, into).bfloat16(),
-            low=noise(rows, parts_for(rows, into), len(names), max(rank, LEAST_RANKS)),
+            shrunk=noise(rows, parts_for(rows, into), len(names), max(rank, LEAST_RANKS)),
             names=names,
             adapters=adapters,
             tables=[entry_table(one_by_one(a), copies, names).to(device) for a in adapters if a is not None],
@@ -158,13 +159,13 @@ class Case:
         device, count = self.x.device, len(self.x)
         addresses = [table.data_ptr() for table in self.tables] or [0] * count
         positions = torch.full((count,), copy, dtype=torch.int32, device=device)
-        rows = Rows(positions, torch.tensor(addresses, device=device), len(self.names))
-        return lambda: self.groups[copy].product(self.x, y, self.low, rows, 0)
+        rows = DecodeRows(positions, torch.tensor(addresses, device=device), len(self.names))
+        return lambda: self.groups[copy].product(self.x, y, self.shrunk, rows, 0)
 
     def reference(self, copy: int = 0) -> Tensor:
         y = torch.zeros(len(self.x), len(self.dense), dtype=self.x.dtype, device=self.x.device)
-        rows = PlainRows([copy] * len(self.x), self.adapters, self.names)
-        product_reference(self.dense, self.x, y, self.low, rows, 0, self.groups[0].sizes)
+        rows = ReferenceRows([copy] * len(self.x), self.adapters, self.names)
+        product_reference(self.dense, self.x, y, self.shrunk, rows, 0, self.groups[0].sizes)
         return y
 
     def check(self) -> None:

@@ -26,7 +26,7 @@ AT_ONCE = 144
 
 def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # All products by BLAS: oneDNN keeps a kernel for every shape it meets, which for a while looks like growth.
-    monkeypatch.setattr("lorarep_runtime.model.linear.FEW_ROWS", range(1, 1 << 20))
+    monkeypatch.setattr("lorarep_runtime.model.weights.FEW_ROWS", range(1, 1 << 20))
     base = save_base("llama", tmp_path / "base", num_hidden_layers=3)
     maps = {"short": [[0, 2]], "plain": None, "long": [[0, 2], [1, 3]]}
     adapters = {

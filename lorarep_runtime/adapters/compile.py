@@ -11,11 +11,10 @@ computed and written as one tensor: loads go on beside streams, which wait for t
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import accumulate, pairwise, repeat
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from operator import sub
 from pathlib import Path
 from typing import NamedTuple
@@ -23,112 +22,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Form, Header, Key, Layout, tensor_name
-from lorarep_runtime.adapters.peft_config import AdapterSpec
+from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Header, tensor_name
+from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
-from lorarep_runtime.hub.snapshot import Progress
-from lorarep_runtime.kernels.entry_table import Entry, entry_table
+from lorarep_runtime.kernels.entry_table import Entry
+from lorarep_runtime.model.compiled_adapter import (
+    Adapter,
+    Block,
+    Form,
+    Key,
+    Layout,
+    adapter_of,
+    allocate,
+    blocks_of,
+    entries_of,
+    file_parameters,
+)
 from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.progress import Progress
 
-ALIGNMENT = 64
-"""Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
 MOST_ELEMENTS = 5 << 17
 """Of a tensor of a run, so that computing with it takes little memory."""
-
-
-class Block(NamedTuple):
-    """Entries of one module that are alike, side by side in memory: the A of all of them, then each Bᵀ, c and bias."""
-
-    module: str
-    positions: Sequence[int]
-    form: Form
-    start: int
-    """Element of the storage."""
-
-    def entries(self, storage: Tensor) -> Entry:
-        """All of them as one, along a first dimension."""
-        views, at = [], self.start
-        for shape in self.form.pieces:
-            size = len(self.positions) * _padded(shape)
-            rows = storage[at : at + size].view(len(self.positions), -1)
-            views.append(rows[:, : math.prod(shape)].unflatten(1, shape))
-            at += size
-        a, b, *rest = views
-        c = rest.pop(0) if self.form.has_c else None
-        return Entry(a, b.mT, c, rest.pop(0) if self.form.has_bias else None)
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """A compiled adapter on the device, or a mix of several: one entry for each targeted module at each position."""
-
-    stack: Stack
-    modules: tuple[str, ...]
-    """All linear modules of a layer, in the order of their numbers in entry tables."""
-    storage: Tensor
-    """(elements), the memory of all entries."""
-    blocks: Sequence[Block]
-    """How they lie there."""
-    table: Tensor | None
-    """The entry table of `kernels.rows`, on an accelerator."""
-    kind: str
-    """"dora" where an entry has a c, else "lora"."""
-    rank: int
-    """Largest of its entries."""
-    parameters: int
-    """Numbers in its file."""
-
-    @cached_property
-    def entries(self) -> Mapping[Key, Entry]:
-        """Views of the storage. Made for who asks: the garbage collector has to look at a thousand objects then."""
-        return _entries(self.storage, self.blocks)
-
-    @property
-    def nbytes(self) -> int:
-        return self.storage.nbytes + (0 if self.table is None else self.table.nbytes)
-
-
-def _padded(shape: Sequence[int]) -> int:
-    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
-
-
-def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
-    """Bytes that a compiled adapter takes on the device."""
-    return dtype.itemsize * _total(layout, _padded)
-
-
-def file_parameters(layout: Layout) -> int:
-    """Numbers in the file."""
-    return _total(layout, math.prod)
-
-
-def _total(layout: Layout, size: Callable[[tuple[int, ...]], int]) -> int:
-    """Of all pieces. Few forms differ."""
-    return sum(n * sum(map(size, form.pieces)) for form, n in Counter(layout.values()).items())
-
-
-def _blocks(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
-    """A layout's entries in memory; alike ones in the order of their keys."""
-    alike: dict[tuple[str, Form], list[int]] = defaultdict(list)
-    for position, module in giving_way(keys):
-        alike[module, layout[position, module]].append(position)
-    sizes = [len(p) * sum(map(_padded, form.pieces)) for (_, form), p in alike.items()]
-    starts = accumulate(sizes, initial=0)
-    return [Block(module, p, form, start) for ((module, form), p), start in zip(alike.items(), starts, strict=False)]
-
-
-def _zeros(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> Tensor:
-    size = sum(len(block.positions) * sum(map(_padded, block.form.pieces)) for block in blocks)
-    return torch.zeros(size, dtype=dtype, device=device)
-
-
-def _entries(storage: Tensor, blocks: Sequence[Block]) -> dict[Key, Entry]:
-    entries: dict[Key, Entry] = {}
-    for block in blocks:
-        views = map(Entry, *(repeat(None) if t is None else t.unbind() for t in block.entries(storage)))
-        entries.update(zip(((position, block.module) for position in block.positions), views, strict=True))
-    return entries
 
 
 class _Place(NamedTuple):
@@ -202,7 +117,7 @@ def load_kernels(
             at = [tuple(start + entry_bytes * i for start in starts) for i in range(entries)]
             places = [_Place(1.0, (torch.bfloat16,) * len(sizes), starts) for starts in at]
             data = torch.zeros(entries * entry_bytes, dtype=torch.uint8)
-            storage = _zeros(blocks, dtype, device)
+            storage = allocate(blocks, dtype, device)
             _compile_run(data, places, form, blocks[0].entries(storage), partial(norm_terms, [0] * entries, module))
             _is_finite(storage)
 
@@ -253,7 +168,7 @@ def _compile_run(
 
 def compile_adapter(
     file: Path,
-    spec: AdapterSpec,
+    spec: AdapterConfig,
     header: Header,
     layout: Layout,
     stack: Stack,
@@ -291,8 +206,8 @@ def compile_adapter(
         return _Place(spec.scaling(path(key)), dtypes, tuple(starts[name] for name in names))
 
     places = {key: place(key) for key in giving_way(layout)}
-    blocks = _blocks(layout, sorted(layout, key=lambda key: places[key].starts))
-    storage = _zeros(blocks, dtype, device)
+    blocks = blocks_of(layout, sorted(layout, key=lambda key: places[key].starts))
+    storage = allocate(blocks, dtype, device)
     done = 0
 
     def tell(entries: int) -> None:
@@ -312,40 +227,11 @@ def compile_adapter(
             tell(len(run))
     give_way()
     if not _is_finite(storage):
-        entries = _entries(storage, blocks)
+        entries = entries_of(storage, blocks)
         bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
         raise FailedPrecondition(f"{FILE_PREFIX}{path(bad)}: holds NaN or infinity, or does in {dtype}")
     give_way()
-    return _adapter(stack, storage, blocks, modules, file_parameters(layout))
-
-
-def _adapter(
-    stack: Stack,
-    storage: Tensor,
-    blocks: Sequence[Block],
-    modules: Sequence[str],
-    parameters: int,
-) -> Adapter:
-    kind = "dora" if any(block.form.has_c for block in blocks) else "lora"
-    table = table_of(storage, blocks, stack, modules) if storage.is_cuda else None
-    rank = max(block.form.rank for block in blocks)
-    return Adapter(stack, tuple(modules), storage, blocks, table, kind, rank, parameters)
-
-
-def table_of(storage: Tensor, blocks: Sequence[Block], stack: Stack, modules: Sequence[str]) -> Tensor:
-    """The entry table of `kernels.rows`, where the storage is."""
-    entries = ((block.module, block.positions, block.entries(storage)) for block in blocks)
-    return entry_table(entries, len(stack), modules).to(storage.device)
-
-
-def moved(adapter: Adapter, device: torch.device) -> Adapter:
-    """A copy of an adapter in another memory; the host's is pinned where the copy comes from an accelerator."""
-    source = adapter.storage
-    pinned = device.type == "cpu" and source.is_cuda
-    storage = torch.empty(source.shape, dtype=source.dtype, device=device, pin_memory=pinned)
-    storage.copy_(source, non_blocking=True)
-    table = table_of(storage, adapter.blocks, adapter.stack, adapter.modules) if storage.is_cuda else None
-    return replace(adapter, storage=storage, table=table)
+    return adapter_of(stack, storage, blocks, modules, file_parameters(layout))
 
 
 def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:
@@ -356,7 +242,7 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
     """
     sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
     for adapter, share in parts:
-        for key, entry in _entries(adapter.storage, adapter.blocks).items():
+        for key, entry in entries_of(adapter.storage, adapter.blocks).items():
             sources[key].append((entry, share))
     layout = {
         key: Form(
@@ -367,9 +253,9 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
         )
         for key, found in sources.items()
     }
-    first, blocks = parts[0][0], _blocks(layout, layout)
-    storage = _zeros(blocks, first.storage.dtype, first.storage.device)
-    entries = _entries(storage, blocks)
+    first, blocks = parts[0][0], blocks_of(layout, layout)
+    storage = allocate(blocks, first.storage.dtype, first.storage.device)
+    entries = entries_of(storage, blocks)
     for key, found in sources.items():
         give_way()
         entry = entries[key]
@@ -389,4 +275,4 @@ def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapt
         if entry.bias is not None:
             entry.bias.copy_(bias)
     parameters = sum(adapter.parameters for adapter, _ in parts)
-    return _adapter(first.stack, storage, blocks, modules, parameters)
+    return adapter_of(first.stack, storage, blocks, modules, parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorarep_runtime.adapters.peft_config import AdapterSpec
+from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
+from lorarep_runtime.model.compiled_adapter import Form, Key, Layout
 from lorarep_runtime.model.stack import Stack
 
 FILE_PREFIX = "base_model.model."
@@ -28,9 +29,6 @@ OPENING = 0.003
 KNOWN, KNOWN_BYTES = 16, 1 << 20
 """Headers that are remembered, since adapters of one recipe have the same; and how many bytes each has at most."""
 
-Key = tuple[int, str]
-"""Position, and path of a linear module inside its layer, such as "self_attn.q_proj"."""
-
 
 class TensorInfo(NamedTuple):
     """What a safetensors header says of a tensor."""
@@ -41,37 +39,6 @@ class TensorInfo(NamedTuple):
 
 Header = Mapping[str, TensorInfo]
 """All tensors of a file by name, in the order in which they lie there without gaps."""
-
-
-class Form(NamedTuple):
-    """What there is of one module at one position."""
-
-    rank: int
-    shape: tuple[int, int]
-    """(out, in)"""
-    has_c: bool
-    has_bias: bool
-
-    @property
-    def pieces(self) -> Sequence[tuple[int, ...]]:
-        """Shapes of what an entry holds in memory: A, Bᵀ, c, bias."""
-        out, into = self.shape
-        return (self.rank, into), (self.rank, out), *[(out,)] * (self.has_c + self.has_bias)
-
-    @property
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Kinds and shapes of what a file holds of it."""
-        out, into = self.shape
-        yield "lora_A.weight", (self.rank, into)
-        yield "lora_B.weight", (out, self.rank)
-        if self.has_bias:
-            yield "lora_B.bias", (out,)
-        if self.has_c:
-            yield "lora_magnitude_vector", (out,)
-
-
-Layout = Mapping[Key, Form]
-"""All that an adapter consists of."""
 
 
 def read_header(file: Path) -> Header:
@@ -125,7 +92,7 @@ def _header(start: _Start) -> Header:
 
 
 def check(
-    spec: AdapterSpec,
+    spec: AdapterConfig,
     header: Header,
     stack: Stack,
     modules: Mapping[str, tuple[int, int]],

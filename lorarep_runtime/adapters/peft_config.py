@@ -72,7 +72,7 @@ MATCHING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class AdapterSpec:
+class AdapterConfig:
     """What an adapter's config says, as far as it matters at inference."""
 
     r: int
@@ -93,7 +93,7 @@ class AdapterSpec:
     """`time.monotonic()` seconds until which patterns may be matched."""
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any], limits: AdapterLimits) -> AdapterSpec:
+    def parse(cls, raw: Mapping[str, Any], limits: AdapterLimits) -> AdapterConfig:
         """Checks a config.
 
         Args:

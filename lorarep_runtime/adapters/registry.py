@@ -16,16 +16,18 @@ from typing import Literal
 
 import torch
 
-from lorarep_runtime.adapters.compile import Adapter, mix, moved
+from lorarep_runtime.adapters.compile import mix
 from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.peft_config import check_name
-from lorarep_runtime.adapters.residency import Resident, Tiers, Turn
+from lorarep_runtime.adapters.residency import Residency, Resident, Turn
 from lorarep_runtime.adapters.revision import AdapterFiles, Revision
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import AlreadyExists, Cancelled, Exhausted, InvalidArgument, NotFound
-from lorarep_runtime.hub.snapshot import Progress, check_allowed
+from lorarep_runtime.hub.snapshot import check_allowed
 from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.compiled_adapter import Adapter, moved
 from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
 
 MAX_ADAPTERS_OF_A_REQUEST = 16
@@ -103,7 +105,7 @@ class Lease:
         tokenizer: Tokenizer,
         names: tuple[str, ...] = (),
         adapters: tuple[AdapterInfo, ...] = (),
-        held: tuple[Tiers, Resident] | None = None,
+        held: tuple[Residency, Resident] | None = None,
     ) -> None:
         """Takes over a hold on `held`; None is the bare stack."""
         self.stack = stack
@@ -118,7 +120,7 @@ class Lease:
         """Whether device memory is taken for its adapter, be it on its way."""
         self._fetch: Future[None] | None = None
         self._given_back = 0
-        """`Tiers.given_back` when its adapter was last sent for."""
+        """`Residency.given_back` when its adapter was last sent for."""
 
     @property
     def adapter(self) -> Adapter | None:
@@ -174,14 +176,14 @@ class Lease:
             tiers.let_go(item)
 
 
-class AdapterPool:
+class AdapterRegistry:
     """Thread-safe."""
 
     def __init__(self, base: Base, stacks: Mapping[str, Stack], limits: AdapterLimits, cache_dir: Path | None) -> None:
         self._base = base
         self._limits = limits
         self._files = AdapterFiles(base, stacks, limits, cache_dir)
-        self.tiers = Tiers(base.device, limits)
+        self.tiers = Residency(base.device, limits)
         self._changed = self.tiers.changed
         self._named: dict[str, Revision] = {}
         self._mixes: dict[MixKey, Mix] = {}

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from threadpoolctl import threadpool_limits
 
-from lorarep_runtime.adapters.compile import Adapter, moved
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import EngineFailure, Exhausted, LorarepError
 from lorarep_runtime.failpoints import failpoint
-from lorarep_runtime.hub.snapshot import Progress
+from lorarep_runtime.model.compiled_adapter import Adapter, moved
+from lorarep_runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def work_alone() -> None:
     threadpool_limits(1, user_api="openmp")
 
 
-class Tiers:
+class Residency:
     """Thread-safe. `changed` guards everything here and in the pool."""
 
     def __init__(self, device: torch.device, limits: AdapterLimits) -> None:

@@ -11,17 +11,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorarep_runtime.adapters.compile import Adapter, compile_adapter, file_parameters, storage_bytes
+from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.adapters.disk import DiskBudget
-from lorarep_runtime.adapters.header import Header, Layout, check, read_header
-from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterSpec
+from lorarep_runtime.adapters.header import Header, check, read_header
+from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterConfig
 from lorarep_runtime.adapters.residency import Resident
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from lorarep_runtime.hub.snapshot import LOCAL, Progress, Snapshot, fetch, file_digest
+from lorarep_runtime.hub.files import LOCAL, file_digest
+from lorarep_runtime.hub.snapshot import Snapshot, fetch
 from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.compiled_adapter import Adapter, Layout, file_parameters, storage_bytes
 from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer, fits
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ class Checked:
     """An adapter's files that fit the base, and what they say."""
 
     snapshot: Snapshot
-    spec: AdapterSpec
+    spec: AdapterConfig
     header: Header
     layout: Layout
     stack: Stack
@@ -60,7 +63,7 @@ class AdapterFiles:
         """Downloads an adapter where it has to be, and reads its config and its file's header.
 
         Args:
-            stack: as for `AdapterPool.load`.
+            stack: as for `AdapterRegistry.load`.
 
         Raises:
             LorarepError: as `hub.fetch`, `adapters.spec` and `adapters.header`.
@@ -70,7 +73,7 @@ class AdapterFiles:
         if progress is not None:
             progress("check", 0, 0)
         weights = snapshot.folder / WEIGHTS_FILE
-        spec = AdapterSpec.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
+        spec = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(spec, stack)
         header = read_header(weights)
         layout = check(spec, header, walked, self.base.modules, self.base.prefix)
@@ -119,7 +122,7 @@ class AdapterFiles:
             raise NotFound(f"stack: {name!r} is none of {sorted(self.stacks)}")
         return self.stacks[name]
 
-    def _walked(self, spec: AdapterSpec, name: str | None) -> Stack:
+    def _walked(self, spec: AdapterConfig, name: str | None) -> Stack:
         own = spec.stack(self.base.layers)
         if name is None:
             return own

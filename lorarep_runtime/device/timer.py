@@ -7,7 +7,7 @@ import time
 import torch
 
 
-class Stopwatch:
+class DeviceTimer:
     """Runs from its making until `stop`, in the order of the device's stream."""
 
     def __init__(self, device: torch.device) -> None:

@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.adapters.compile import load_kernels
-from lorarep_runtime.adapters.registry import AdapterPool, Lease
+from lorarep_runtime.adapters.registry import AdapterRegistry, Lease
 from lorarep_runtime.config import PAGE_TOKENS, EngineConfig
 from lorarep_runtime.device import gil
 from lorarep_runtime.engine.ledger import Ledger, take_stock
-from lorarep_runtime.engine.overlap import Flight, Flights, decoder_for
-from lorarep_runtime.engine.prefill_pass import Forward, Pace, Pass, WholeForward
+from lorarep_runtime.engine.overlap import LaunchedStep, StepOverlap, decoder_for
+from lorarep_runtime.engine.prefill_pass import Forward, PrefillPass, SlicePacer, WholeForward
 from lorarep_runtime.engine.sampler import Sampled, SamplerState, validate
-from lorarep_runtime.engine.scheduler import Scheduler, Sequence
+from lorarep_runtime.engine.scheduler import Scheduler
+from lorarep_runtime.engine.sequence import Sequence
+from lorarep_runtime.engine.stats import Stats
 from lorarep_runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -40,13 +42,13 @@ from lorarep_runtime.errors import (
     Unavailable,
 )
 from lorarep_runtime.failpoints import failpoint
-from lorarep_runtime.hub.snapshot import Progress
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.progress import Progress
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Timings, TokenLogprob
-from lorarep_runtime.text.tokenizer import TextStream
+from lorarep_runtime.text.detokenizer import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -67,28 +69,7 @@ ACCELERATOR_KV_SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class Stats:
-    """A snapshot of what the engine does and has done."""
-
-    running: int
-    waiting: int
-    running_adapters: tuple[str, ...]
-    waiting_adapters: tuple[str, ...]
-    pages_used: int
-    pages_total: int
-    steps: int
-    step_rows: Mapping[int, int]
-    """How many steps had so many sequences."""
-    step_adapters: Mapping[int, int]
-    """How many steps had so many distinct adapters."""
-    preemptions: int
-    tokens_in: int
-    """Prompt tokens of finished requests and of those under way."""
-    tokens_out: int
-
-
-@dataclass(frozen=True)
-class Answer:
+class Completion:
     """A whole answer, for callers without a stream."""
 
     tokens: tuple[int, ...]
@@ -109,7 +90,7 @@ class Engine:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
         self.base = Base(config.base, progress)
         self.stacks: Mapping[str, Stack] = self._named_stacks()
-        self.adapters = AdapterPool(self.base, self.stacks, config.adapters, config.base.cache_dir)
+        self.adapters = AdapterRegistry(self.base, self.stacks, config.adapters, config.base.cache_dir)
         self.max_tokens = config.scheduler.max_sequence_tokens or self.base.max_tokens
         if self.max_tokens > self.base.max_tokens:
             raise InvalidArgument(
@@ -127,10 +108,10 @@ class Engine:
         decoder = decoder_for(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
         if decoder is not None:
             decoder.warm_up(dict.fromkeys(self.stacks.values()), progress)
-        self._flights = Flights(decoder, self.scheduler)
-        self._pass: Pass | None = None
+        self._flights = StepOverlap(decoder, self.scheduler)
+        self._pass: PrefillPass | None = None
         """Over prompts, under way."""
-        self._pace = Pace()
+        self._pace = SlicePacer()
         self._began = 0.0
         """`time.perf_counter` when the device has begun the last step, about: there are few things to do in between."""
         self._failures = 0
@@ -358,7 +339,7 @@ class Engine:
 
         def advance() -> bool:
             if self._pass is None:
-                self._pass = Pass(chosen, self.pool, self._forward)
+                self._pass = PrefillPass(chosen, self.pool, self._forward)
                 self.scheduler.computing = sequences
             if not self._pass.is_deserted:
                 alone = all(s in sequences for s in self.scheduler.running)
@@ -378,7 +359,7 @@ class Engine:
         decoder = self._flights.decoder
         return WholeForward(self.base, self.pool, batch) if decoder is None else decoder.prefill(batch)
 
-    def _land(self, flight: Flight) -> None:
+    def _land(self, flight: LaunchedStep) -> None:
         """Emits the tokens of a step that was launched; if the same rows go on, their next step is launched before."""
         flights, sequences = self._flights, flight.sequences
         flights.under_way = None
@@ -396,7 +377,7 @@ class Engine:
         """What a decoding step takes; infinity before there was one."""
         return (self._pace.decoding or math.inf) / 1e3
 
-    def _take(self, flight: Flight) -> None:
+    def _take(self, flight: LaunchedStep) -> None:
         """Waits for the tokens of a step and emits them. Meanwhile others have the interpreter, and then not before
         the next wait, unless nobody is left."""
         gil.release(self._began + self._step_seconds)
@@ -509,7 +490,7 @@ class Engine:
 
     # Without a thread: tests, verify, benchmarks.
 
-    def generate(self, requests: Iterable[tuple[Request, Lease]]) -> list[Answer]:
+    def generate(self, requests: Iterable[tuple[Request, Lease]]) -> list[Completion]:
         """Answers requests together, stepping here unless the step thread does.
 
         Raises:
@@ -532,7 +513,7 @@ class Engine:
                 self._step_or_wait()
         for _ in streams:
             ended.acquire()
-        return [_answer(events) for events in streams]
+        return [_completion(events) for events in streams]
 
     def logits(self, tokens: Seq[int], lease: Lease) -> Tensor:
         """The fp32 logits (tokens, vocab) of every token of a text, computed in one pass; keeps the lease.
@@ -555,13 +536,13 @@ def _names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
     return tuple(sorted({name for sequence in sequences for name in sequence.lease.names}))
 
 
-def _answer(events: Seq[Event]) -> Answer:
+def _completion(events: Seq[Event]) -> Completion:
     *outputs, last = events
     if isinstance(last, Exception):
         raise last
     assert isinstance(last, Finished)
     parts = [event for event in outputs if isinstance(event, Output)]
-    return Answer(
+    return Completion(
         tokens=tuple(t for part in parts for t in part.tokens),
         text="".join(part.text for part in parts),
         logprobs=tuple(p for part in parts for p in part.logprobs),

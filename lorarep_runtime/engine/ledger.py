@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorarep_runtime.adapters.registry import AdapterPool
+from lorarep_runtime.adapters.registry import AdapterRegistry
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.kv_cache import PagePool
 
@@ -29,7 +29,7 @@ class Ledger:
         return sum(self.categories.values())
 
 
-def take_stock(base: Base, pool: PagePool, adapters: AdapterPool, steps: Iterable[Tensor] = ()) -> Ledger:
+def take_stock(base: Base, pool: PagePool, adapters: AdapterRegistry, steps: Iterable[Tensor] = ()) -> Ledger:
     """Counts what is held now.
 
     Args:
@@ -63,7 +63,7 @@ def take_stock(base: Base, pool: PagePool, adapters: AdapterPool, steps: Iterabl
     )
 
 
-def _peft_bytes(base: Base, adapters: AdapterPool, base_bytes: int) -> int:
+def _peft_bytes(base: Base, adapters: AdapterRegistry, base_bytes: int) -> int:
     infos = adapters.list()
     total = sum(4 * info.parameters for info in infos)
     for stack in {info.stack for info in infos} or {tuple(range(base.layers))}:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.device.timer import Stopwatch
+from lorarep_runtime.device.timer import DeviceTimer
 from lorarep_runtime.engine.sampler import Sampled, choose, is_plain, sample
-from lorarep_runtime.engine.scheduler import Scheduler, Sequence
+from lorarep_runtime.engine.scheduler import Scheduler
+from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.kv_cache import PagePool
 
@@ -24,7 +25,7 @@ AHEAD = PAGE_TOKENS // 2
 """Tokens for which pages are taken where there is time."""
 
 
-class Flight:
+class LaunchedStep:
     """A decoding step that has been launched and not been read."""
 
     def __init__(
@@ -44,7 +45,7 @@ class Flight:
         self._ended: list[Sequence] = []
         self.is_plain = all(is_plain(s.sampler) and s.request.logprobs is None for s in sequences)
         """Whether its tokens are chosen without a look at those before, and are all that is wanted."""
-        self._watch = Stopwatch(device)
+        self._watch = DeviceTimer(device)
         tokens, self._logits = launch()
         if self.is_plain:
             choose(tokens, self._logits, [s.sampler for s in sequences], unread=unread)
@@ -74,14 +75,14 @@ class Flight:
             self._ended.pop().lease.release()
 
 
-class Flights:
+class StepOverlap:
     """The decoder and its step in flight. The engine's thread alone touches it."""
 
     def __init__(self, decoder: Decoder | None, scheduler: Scheduler) -> None:
         self.decoder = decoder
         """None where all sequences go through the base's own layers."""
         self._scheduler = scheduler
-        self.under_way: Flight | None = None
+        self.under_way: LaunchedStep | None = None
         """A plain one, whose sequences are all that were scheduled."""
 
     def release(self, sequence: Sequence) -> None:
@@ -96,13 +97,13 @@ class Flights:
         decoding = [s for s, _ in chosen if self.decoder is not None and s.computed and s.remaining == 1]
         return decoding, [(s, count) for s, count in chosen if s not in decoding]
 
-    def launch(self, sequences: Seq[Sequence]) -> Flight:
+    def launch(self, sequences: Seq[Sequence]) -> LaunchedStep:
         """Launches a step for sequences that decode."""
         assert self.decoder is not None
         self.decoder.set_rows([sequence.span(1) for sequence in sequences])
         return self._launch(sequences, unread=0)
 
-    def go_on(self, flight: Flight, *, at_leisure: bool = False) -> Flight | None:
+    def go_on(self, flight: LaunchedStep, *, at_leisure: bool = False) -> LaunchedStep | None:
         """Launches the next step of the same rows before the tokens of this one are read, if it can be.
 
         Args:
@@ -124,9 +125,9 @@ class Flights:
         self.decoder.set_pages()
         return True
 
-    def _launch(self, sequences: Seq[Sequence], *, unread: int) -> Flight:
+    def _launch(self, sequences: Seq[Sequence], *, unread: int) -> LaunchedStep:
         assert self.decoder is not None
-        flight = Flight(sequences, self.decoder.step, self._scheduler.pool.key_pages.device, unread=unread)
+        flight = LaunchedStep(sequences, self.decoder.step, self._scheduler.pool.key_pages.device, unread=unread)
         for sequence in sequences:
             sequence.computed += 1
         return flight

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lorarep_runtime.device.timer import Stopwatch
+from lorarep_runtime.device.timer import DeviceTimer
 from lorarep_runtime.engine.sampler import Sampled, sample
-from lorarep_runtime.engine.scheduler import Sequence
+from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.kv_cache import PagePool
@@ -49,14 +49,14 @@ class WholeForward:
         return self._base.forward(self._batch, self._pool, rows)
 
 
-class Pace:
+class SlicePacer:
     """How many steps of a pass go beside a decoding step."""
 
     def __init__(self) -> None:
         self.decoding: float | None = None
         """Milliseconds of the last decoding step."""
         self._step: float | None = None
-        self._slices: deque[tuple[int, Stopwatch]] = deque()
+        self._slices: deque[tuple[int, DeviceTimer]] = deque()
 
     def steps(self) -> int:
         """As many as take SHARE of the decoding step's time; one until both have been measured."""
@@ -66,12 +66,12 @@ class Pace:
             return 1
         return max(1, int(self.decoding * SHARE / self._step))
 
-    def slice(self, steps: int, watch: Stopwatch) -> None:
+    def slice(self, steps: int, watch: DeviceTimer) -> None:
         """Takes note of a slice of so many steps."""
         self._slices.append((steps, watch))
 
 
-class Pass:
+class PrefillPass:
     """Some sequences' next tokens on their way through the layers. Their adapters are theirs until it is over."""
 
     def __init__(self, chosen: Seq[tuple[Sequence, int]], pool: PagePool, forward: Callable[[Batch], Forward]):
@@ -88,12 +88,12 @@ class Pass:
         self._batch = Batch([sequence.span(count) for sequence, count in chosen], pool.key_pages.device)
         self._forward = forward(self._batch)
 
-    def advance(self, steps: int | None, pace: Pace) -> None:
+    def advance(self, steps: int | None, pace: SlicePacer) -> None:
         """Launches the next steps, None for all that are left; after the last one, samples."""
         left = self._forward.left
         if steps is not None and left:
             count = min(steps, left)
-            watch = Stopwatch(self._batch.device)
+            watch = DeviceTimer(self._batch.device)
             self._forward.advance(count)
             watch.stop()
             pace.slice(count, watch)

@@ -12,70 +12,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection
 
-from lorarep_runtime.adapters.registry import Lease
-from lorarep_runtime.adapters.residency import Tiers, Turn
+from lorarep_runtime.adapters.residency import Residency, Turn
 from lorarep_runtime.config import SchedulerConfig
-from lorarep_runtime.engine.sampler import SamplerState
+from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.errors import InvalidArgument, LorarepError
-from lorarep_runtime.model.batch import Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable, pages_of
-from lorarep_runtime.request import Event, Request
-from lorarep_runtime.text.tokenizer import TextStream
+from lorarep_runtime.request import Request
 
 STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request under way."""
-
-    id: int
-    request: Request
-    lease: Lease
-    sampler: SamplerState
-    text: TextStream
-    on_event: Callable[[Event], None]
-    table: PageTable
-    tokens: list[int]
-    """Prompt and answer."""
-    computed: int = 0
-    """Tokens whose keys and values are in the cache."""
-    submitted: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    first_token: float | None = None
-
-    @property
-    def remaining(self) -> int:
-        """Tokens still to be computed before the next one can be sampled."""
-        return len(self.tokens) - self.computed
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
-
-    @property
-    def most_computed(self) -> int:
-        """Tokens of the longest answer, but for its last one, after which there is no other."""
-        return len(self.request.prompt) + self.request.stopping.max_new_tokens - 1
-
-    def span(self, count: int) -> Span:
-        """The next `count` tokens."""
-        return Span(
-            self.tokens[self.computed : self.computed + count],
-            self.computed,
-            self.lease.stack,
-            self.lease.adapter,
-            self.table,
-        )
 
 
 class Scheduler:
     """The sequences that wait and those that hold pages. The engine's thread alone touches it."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, tiers: Tiers) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, tiers: Residency) -> None:
         self.config = config
         self.pool = pool
         self._tiers = tiers

@@ -24,23 +24,24 @@ from lorarep_runtime.gpu.fused_layer import (
     Buffers,
     FusedLayer,
     GroupProduct,
-    attention_makes_low,
+    attention_shrinks,
     fuse,
     parts_for,
     splits_for,
 )
 from lorarep_runtime.gpu.prefill import Prefill
-from lorarep_runtime.hub.snapshot import Progress
 from lorarep_runtime.kernels.decode.attention import Cache
 from lorarep_runtime.kernels.decode.combine import Partials
-from lorarep_runtime.kernels.entry_table import FIELDS, Rows
+from lorarep_runtime.kernels.entry_table import FIELDS, DecodeRows
 from lorarep_runtime.kernels.hopper import prefill_gemm
 from lorarep_runtime.kernels.hopper.decode_gemm import compile_products
-from lorarep_runtime.kernels.prefill.adapt_segments import Tiles, adapt_tiles
+from lorarep_runtime.kernels.prefill.adapt_segments import SegmentTiles, adapt_segments
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable, pages_of
-from lorarep_runtime.model.linear import GROUPS
-from lorarep_runtime.model.stack import Plan, Stack, merge
+from lorarep_runtime.model.packed import PACKED_MODULES
+from lorarep_runtime.model.plan import Plan, merge
+from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.progress import Progress
 
 if TYPE_CHECKING:
     from lorarep_runtime.model.base import Base
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 MOST_GRAPHS = 64
 """Captured at a time; the least recently used goes first."""
 LEAST_RANKS = 8
-"""Of low. A batch with larger ranks takes eight times as many, or sixty-four times: few sizes, so few graphs."""
+"""Of shrunk. A batch with larger ranks takes eight times as many, or sixty-four times: few sizes, so few graphs."""
 LEAST_DEPTH = 16
 """Of page tables; deeper ones have a power of two."""
 SILU = {"silu", "swish"}
@@ -65,7 +66,7 @@ def can_decode(base: Base) -> bool:
         config.model_type in FAMILIES
         and config.hidden_act in SILU
         and rope.get("rope_type", "default") not in CHANGING_ROTARY
-        and set(base.modules) == {name for group in GROUPS for name in group}
+        and set(base.modules) == {name for group in PACKED_MODULES for name in group}
     )
 
 
@@ -117,12 +118,12 @@ class Decoder:
         # One step runs at a time and leaves nothing there, so all graphs share what they need besides.
         self._besides = None if self._capturing is None else torch.cuda.graph_pool_handle()
         # Captured graphs hold addresses: what is here stays, and what they want besides is made beside it.
-        self._lows: dict[int, Sequence[Tensor]] = {}
+        self._shrunk_buffers: dict[int, Sequence[Tensor]] = {}
         """By ranks, of each of GROUPS."""
         self._tables: dict[int, Tensor] = {}
         """By depth."""
         rows, config, attention, widths = self._max_rows, self._config, self._layers[0].attention, base.modules
-        outputs = [sum(widths[name][0] for name in group) for group in GROUPS]
+        outputs = [sum(widths[name][0] for name in group) for group in PACKED_MODULES]
         splits = max(shape.rows * shape.splits for shape in self._shapes(LEAST_RANKS))
         self._buffers = Buffers(
             h=self._zeros(rows, config.hidden_size),
@@ -130,8 +131,8 @@ class Decoder:
             qkv=self._zeros(rows, outputs[0]),
             out=self._zeros(rows, attention.heads * attention.head_dim),
             gate_up=self._zeros(rows, outputs[2]),
-            gated=self._zeros(rows, widths[GROUPS[3][0]][1]),
-            low=(),
+            gated=self._zeros(rows, widths[PACKED_MODULES[3][0]][1]),
+            shrunk=(),
             partials=Partials.empty(1, attention.heads, splits, attention.head_dim, base.device),
         )
         self._tokens = self._zeros(rows, dtype=torch.int64)
@@ -142,20 +143,20 @@ class Decoder:
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self._base.dtype, device=self._base.device)
 
-    def _low(self, ranks: int) -> Sequence[Tensor]:
-        if ranks not in self._lows:
+    def _shrunk(self, ranks: int) -> Sequence[Tensor]:
+        if ranks not in self._shrunk_buffers:
             parts = [[shape.rows * count for count in self._parts(shape)] for shape in self._shapes(ranks)]
-            self._lows[ranks] = [
+            self._shrunk_buffers[ranks] = [
                 self._zeros(1, max(counts), len(group), ranks, dtype=torch.float32)
-                for counts, group in zip(zip(*parts, strict=True), GROUPS, strict=True)
+                for counts, group in zip(zip(*parts, strict=True), PACKED_MODULES, strict=True)
             ]
-        return self._lows[ranks]
+        return self._shrunk_buffers[ranks]
 
     def _parts(self, shape: Shape) -> list[int]:
-        """Of low, of each of GROUPS."""
-        parts = [parts_for(shape.rows, self._base.modules[group[0]][1]) for group in GROUPS]
+        """Of shrunk, of each of GROUPS."""
+        parts = [parts_for(shape.rows, self._base.modules[group[0]][1]) for group in PACKED_MODULES]
         kv_heads = self._layers[0].attention.kv_heads
-        if attention_makes_low(shape.splits, kv_heads, shape.ranks):
+        if attention_shrinks(shape.splits, kv_heads, shape.ranks):
             parts[1] = kv_heads
         return parts
 
@@ -183,9 +184,9 @@ class Decoder:
         """All memory that is held for steps."""
         b = self._buffers
         held = [b.h, b.x, b.qkv, b.out, b.gate_up, b.gated, *b.partials, *list(self._tables.values())]
-        low = [tensor for group in list(self._lows.values()) for tensor in group]
+        shrunk = [tensor for group in list(self._shrunk_buffers.values()) for tensor in group]
         graphs = [graph.positions for graph in list(self._graphs.values())]
-        return [*held, *low, self._tokens, self._lengths, self._adapters, self._logits, *graphs]
+        return [*held, *shrunk, self._tokens, self._lengths, self._adapters, self._logits, *graphs]
 
     def warm_up(self, stacks: Collection[Stack], progress: Progress | None = None) -> None:
         """Compiles the kernels and captures stacks for every number of rows, so that no request waits for it: the first
@@ -217,9 +218,11 @@ class Decoder:
         table.release()
         entries = torch.zeros(self._modules * FIELDS, dtype=torch.int64, device=device)
         none = torch.zeros(1, 2, dtype=torch.int32, device=device)
-        tiles = Tiles(none, torch.tensor([entries.data_ptr()], device=device), none[0, :1], LEAST_RANKS, self._modules)
+        tiles = SegmentTiles(
+            none, torch.tensor([entries.data_ptr()], device=device), none[0, :1], LEAST_RANKS, self._modules
+        )
         b = self._buffers
-        adapt_tiles(b.x, b.out, [b.out.shape[1]], tiles, 0)
+        adapt_segments(b.x, b.out, [b.out.shape[1]], tiles, 0)
         torch.cuda.synchronize(device)  # before the entries go
 
     def set_rows(self, spans: Sequence[Span]) -> None:
@@ -239,8 +242,8 @@ class Decoder:
         self._plan = plan = merge(tuple(sorted({span.stack for span in spans})))
         self._graph = self._graph_for(plan, Shape(rows, ranks, self._splits(rows, self._longest)))
         index = {stack: i for i, stack in enumerate(plan.stacks)}
-        walked = np.array([[-1 if p is None else p for p in step.positions] for step in plan.steps], dtype=np.int32)
-        positions = np.full((len(plan.steps), rows), -1, dtype=np.int32)
+        walked = np.array([[-1 if p is None else p for p in step.positions] for step in plan.visits], dtype=np.int32)
+        positions = np.full((len(plan.visits), rows), -1, dtype=np.int32)
         positions[:, : len(spans)] = walked[:, [index[span.stack] for span in spans]]
         self._put(self._graph.positions, positions)
         tokens, lengths, adapters = (np.zeros(rows, dtype=t) for t in (np.int64, np.int32, np.int64))
@@ -331,12 +334,12 @@ class Decoder:
         self._compiled.add(shape)
 
     def _no_positions(self, plan: Plan, shape: Shape) -> Tensor:
-        return torch.full((len(plan.steps), shape.rows), -1, dtype=torch.int32, device=self._base.device)
+        return torch.full((len(plan.visits), shape.rows), -1, dtype=torch.int32, device=self._base.device)
 
     def _forward(self, plan: Plan, shape: Shape, positions: Tensor, tables: Tensor) -> Callable[[], None]:
         n, model = shape.rows, self._base.model
         decoder: Any = model.get_decoder()
-        buffers = self._buffers.narrowed(n, shape.splits, self._low(shape.ranks), self._parts(shape))
+        buffers = self._buffers.narrowed(n, shape.splits, self._shrunk(shape.ranks), self._parts(shape))
         tokens, lengths, logits = self._tokens[:n], self._lengths[:n], self._logits[:n]
         cache = Cache(*self._pool.tensors, tables[:n], lengths)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -346,8 +349,8 @@ class Decoder:
             buffers.h.copy_(embedding(tokens))
             cos, sin = decoder.rotary_emb(buffers.h, lengths.unsqueeze(0))
             lengths.add_(1)
-            for step, row_positions in zip(plan.steps, positions, strict=True):
-                rows = Rows(row_positions, self._adapters[:n], self._modules)
+            for step, row_positions in zip(plan.visits, positions, strict=True):
+                rows = DecodeRows(row_positions, self._adapters[:n], self._modules)
                 self._layers[step.layer].forward(buffers, cos[0], sin[0], cache, rows)
             logits.copy_(head(decoder.norm(buffers.h)))
             torch.argmax(logits, 1, out=tokens)

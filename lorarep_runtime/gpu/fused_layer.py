@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorarep_runtime.kernels.decode.activation import gate_low, gate_rows
-from lorarep_runtime.kernels.decode.attention import Attention, Cache, attend, attend_whole
-from lorarep_runtime.kernels.decode.combine import Partials, combine_low
-from lorarep_runtime.kernels.decode.expand import adapt_rows
-from lorarep_runtime.kernels.decode.norm import norm_low
-from lorarep_runtime.kernels.entry_table import Rows
-from lorarep_runtime.kernels.hopper.decode_gemm import SharedGroup
-from lorarep_runtime.kernels.prefill.adapt_segments import Tiles, adapt_tiles
+from lorarep_runtime.kernels.attention_config import Attention
+from lorarep_runtime.kernels.decode.activation import gate_rows, gate_shrink
+from lorarep_runtime.kernels.decode.attention import Cache, attend, attend_whole
+from lorarep_runtime.kernels.decode.combine import Partials, combine_shrink
+from lorarep_runtime.kernels.decode.expand import expand
+from lorarep_runtime.kernels.decode.norm import norm_shrink
+from lorarep_runtime.kernels.entry_table import DecodeRows
+from lorarep_runtime.kernels.hopper.decode_gemm import PackedWeight
+from lorarep_runtime.kernels.prefill.adapt_segments import SegmentTiles, adapt_segments
 from lorarep_runtime.kernels.prefill.rotate_store import rotate_store
-from lorarep_runtime.model.linear import GROUPS, GroupedWeight, Weight
+from lorarep_runtime.model.packed import PACKED_MODULES, PackedPart
+from lorarep_runtime.model.weights import Weight
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 """`model_type` of the bases whose layers are of this kind."""
@@ -46,7 +48,7 @@ class Product(Protocol):
     """y = c ⊙ (W x) + B (A x) + b for the modules of a group, or that added to y; as `kernels.product`."""
 
     def product(
-        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
+        self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
     ) -> None: ...
 
     def matmul(self, x: Tensor, y: Tensor) -> None:
@@ -61,9 +63,9 @@ class LibraryProduct:
         self._sizes = [weight.shape[0] for weight in weights]
 
     def product(
-        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
+        self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
-        _adapted(self.matmul, x, y, low, self._sizes, rows, first, bias=bias, add=add)
+        _adapted(self.matmul, x, y, shrunk, self._sizes, rows, first, bias=bias, add=add)
 
     def matmul(self, x: Tensor, y: Tensor) -> None:
         for weight, to in zip(self._weights, y.split(self._sizes, 1), strict=True):
@@ -73,26 +75,26 @@ class LibraryProduct:
 class GroupProduct:
     """For weights that have one, which reads them once for every 32 rows: many rows have another."""
 
-    def __init__(self, group: SharedGroup) -> None:
+    def __init__(self, group: PackedWeight) -> None:
         self.group = group
         self.matmul = group.matmul
 
     def product(
-        self, x: Tensor, y: Tensor, low: Tensor, rows: Rows, first: int, *, bias: Tensor | None, add: bool
+        self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
         if len(x) <= MOST_KERNEL_ROWS:
-            self.group.product(x, y, low, rows, first, bias=bias, add=add)
+            self.group.product(x, y, shrunk, rows, first, bias=bias, add=add)
         else:
-            _adapted(self.matmul, x, y, low, self.group.sizes, rows, first, bias=bias, add=add)
+            _adapted(self.matmul, x, y, shrunk, self.group.sizes, rows, first, bias=bias, add=add)
 
 
 def _adapted(
     matmul: Callable[[Tensor, Tensor], None],
     x: Tensor,
     y: Tensor,
-    low: Tensor,
+    shrunk: Tensor,
     sizes: Sequence[int],
-    rows: Rows,
+    rows: DecodeRows,
     first: int,
     *,
     bias: Tensor | None,
@@ -100,7 +102,7 @@ def _adapted(
 ) -> None:
     plain = torch.empty_like(y) if add else y
     matmul(x, plain)
-    adapt_rows(plain, low, sizes, rows, first, bias=bias, residual=y if add else None)
+    expand(plain, shrunk, sizes, rows, first, bias=bias, residual=y if add else None)
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,12 @@ class Buffers:
     out: Tensor
     gate_up: Tensor
     gated: Tensor
-    low: Sequence[Tensor]
+    shrunk: Sequence[Tensor]
     """Of each of GROUPS: fp32 (rows, parts, modules, ranks)."""
     partials: Partials
 
-    def narrowed(self, rows: int, splits: int, low: Sequence[Tensor], parts: Sequence[int]) -> Buffers:
-        """The same memory for fewer rows, with other memory for `low`, in so many parts."""
+    def narrowed(self, rows: int, splits: int, shrunk: Sequence[Tensor], parts: Sequence[int]) -> Buffers:
+        """The same memory for fewer rows, with other memory for `shrunk`, in so many parts."""
 
         def shaped(whole: Tensor, *shape: int) -> Tensor:
             return whole.flatten()[: torch.Size(shape).numel()].view(shape)
@@ -131,13 +133,13 @@ class Buffers:
             self.out[:rows],
             self.gate_up[:rows],
             self.gated[:rows],
-            [shaped(whole, rows, count, *whole.shape[2:]) for whole, count in zip(low, parts, strict=True)],
+            [shaped(whole, rows, count, *whole.shape[2:]) for whole, count in zip(shrunk, parts, strict=True)],
             Partials(*(shaped(p, rows, p.shape[1], splits, *p.shape[3:]) for p in self.partials)),
         )
 
 
 def parts_for(rows: int, width: int) -> int:
-    """Parts of low, of an x of `width`."""
+    """Parts of shrunk, of an x of `width`."""
     return min(MOST_PARTS, -(-width // (256 if rows <= 8 else 1024)))
 
 
@@ -147,7 +149,7 @@ def splits_for(rows: int, kv_heads: int, tokens: int) -> int:
     return max(1, min(more * MOST_SPLITS, more * PROGRAMS // (rows * kv_heads)))
 
 
-def attention_makes_low(splits: int, kv_heads: int, ranks: int) -> bool:
+def attention_shrinks(splits: int, kv_heads: int, ranks: int) -> bool:
     """Whether attention also makes A x of o, one part for each head of keys and values: where no sequence is split."""
     return splits == 1 and kv_heads <= MOST_PARTS and ranks <= MOST_ATTENDED_RANKS
 
@@ -168,26 +170,26 @@ class FusedLayer:
     sizes: Sequence[Sequence[int]]
     """Of GROUPS, the outputs of each module."""
 
-    def forward(self, b: Buffers, cos: Tensor, sin: Tensor, cache: Cache, rows: Rows) -> None:
+    def forward(self, b: Buffers, cos: Tensor, sin: Tensor, cache: Cache, rows: DecodeRows) -> None:
         """h += what the layer adds to it, for the rows that have a position. cos, sin: (rows, head_dim)."""
         pdl = b.h.is_cuda and torch.cuda.get_device_capability(b.h.device) >= (9, 0)
-        qkv, o, gate_up, down = zip(self.products, b.low, self.firsts, self.biases, strict=True)
+        qkv, o, gate_up, down = zip(self.products, b.shrunk, self.firsts, self.biases, strict=True)
 
         def product(group: tuple[Product, Tensor, int, Tensor | None], x: Tensor, y: Tensor, *, add: bool) -> None:
-            product, low, first, bias = group
-            product.product(x, y, low, rows, first, bias=bias, add=add)
+            product, shrunk, first, bias = group
+            product.product(x, y, shrunk, rows, first, bias=bias, add=add)
 
-        norm_low(b.h, self.norms[0], self.eps, b.x, qkv[1], rows, qkv[2], pdl=pdl)
+        norm_shrink(b.h, self.norms[0], self.eps, b.x, qkv[1], rows, qkv[2], pdl=pdl)
         product(qkv, b.x, b.qkv, add=False)
-        if attention_makes_low(b.partials.maxima.shape[2], self.attention.kv_heads, o[1].shape[3]):
+        if attention_shrinks(b.partials.maxima.shape[2], self.attention.kv_heads, o[1].shape[3]):
             attend_whole(self.attention, b.qkv, cos, sin, cache, b.out, o[1], rows, o[2], pdl=pdl)
         else:
             attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=pdl)
-            combine_low(b.partials, b.out, o[1], rows, o[2], pdl=pdl)
+            combine_shrink(b.partials, b.out, o[1], rows, o[2], pdl=pdl)
         product(o, b.out, b.h, add=True)
-        norm_low(b.h, self.norms[1], self.eps, b.x, gate_up[1], rows, gate_up[2], pdl=pdl)
+        norm_shrink(b.h, self.norms[1], self.eps, b.x, gate_up[1], rows, gate_up[2], pdl=pdl)
         product(gate_up, b.x, b.gate_up, add=False)
-        gate_low(b.gate_up, b.gated, down[1], rows, down[2], pdl=pdl)
+        gate_shrink(b.gate_up, b.gated, down[1], rows, down[2], pdl=pdl)
         product(down, b.gated, b.h, add=True)
 
     def prefill(
@@ -199,7 +201,7 @@ class FusedLayer:
         value_pages: Tensor,
         slots: Tensor,
         attend: Callable[[Tensor], Tensor],
-        tiles: Tiles | None,
+        tiles: SegmentTiles | None,
     ) -> None:
         """h += what the layer adds to it, for many rows of prompts.
 
@@ -214,7 +216,7 @@ class FusedLayer:
             y = x.new_empty(len(x), sum(self.sizes[group]))
             self.products[group].matmul(x, y)
             if tiles is not None:
-                adapt_tiles(x, y, self.sizes[group], tiles, self.firsts[group], first)
+                adapt_segments(x, y, self.sizes[group], tiles, self.firsts[group], first)
             bias = self.biases[group]
             return y if bias is None else y.add_(bias)
 
@@ -261,16 +263,16 @@ def fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str]
         ),
         norms=(layer.input_layernorm.weight, layer.post_attention_layernorm.weight),  # type: ignore[arg-type, union-attr]
         eps=config.rms_norm_eps,
-        products=[_product([weights[name] for name in group]) for group in GROUPS],
-        biases=[_bias([layer.get_submodule(name).bias for name in group]) for group in GROUPS],  # type: ignore[misc]
-        firsts=[modules.index(group[0]) for group in GROUPS],
-        sizes=[[weights[name].shape[0] for name in group] for group in GROUPS],
+        products=[_product([weights[name] for name in group]) for group in PACKED_MODULES],
+        biases=[_bias([layer.get_submodule(name).bias for name in group]) for group in PACKED_MODULES],  # type: ignore[misc]
+        firsts=[modules.index(group[0]) for group in PACKED_MODULES],
+        sizes=[[weights[name].shape[0] for name in group] for group in PACKED_MODULES],
     )
 
 
 def _product(weights: Sequence[Weight]) -> Product:
     first = weights[0]
-    return GroupProduct(first.group) if isinstance(first, GroupedWeight) else LibraryProduct(weights)
+    return GroupProduct(first.group) if isinstance(first, PackedPart) else LibraryProduct(weights)
 
 
 def _bias(biases: Sequence[Tensor | None]) -> Tensor | None:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lorarep_runtime.device.staging import moved
 from lorarep_runtime.gpu.fused_layer import FusedLayer
-from lorarep_runtime.kernels.prefill.adapt_segments import TILE_ROWS, Tiles
+from lorarep_runtime.kernels.prefill.adapt_segments import TILE_ROWS, SegmentTiles
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.batch import Batch, View
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import attend_pages
-from lorarep_runtime.model.stack import Step
+from lorarep_runtime.model.plan import Visit
 
 
 class Prefill:
@@ -28,7 +28,7 @@ class Prefill:
         self._base, self._pool, self._layers, self._batch = base, pool, layers, batch
         self._done = 0
         self._narrowed: dict[View, tuple[Tensor, Tensor]] = {}
-        self._lanes: dict[View, _Lanes] = {}
+        self._segment_tiles_of: dict[View, _SegmentTiles] = {}
         decoder: Any = base.model.get_decoder()
         with torch.inference_mode():
             self._h: Tensor = base.model.get_input_embeddings()(batch.token_ids)
@@ -38,7 +38,7 @@ class Prefill:
     @property
     def left(self) -> int:
         """Steps that have not been launched."""
-        return len(self._batch.plan.steps) - self._done
+        return len(self._batch.plan.visits) - self._done
 
     @torch.inference_mode()
     def advance(self, steps: int) -> None:
@@ -55,17 +55,17 @@ class Prefill:
         logits: Tensor = model.get_output_embeddings()(decoder.norm(self._h[rows]))
         return logits.float()
 
-    def _tiles(self, view: View, index: int) -> Tiles | None:
+    def _tiles(self, view: View, index: int) -> SegmentTiles | None:
         """The rows of a view that have adapters, at a step."""
-        if not view.lanes:
+        if not view.segments:
             return None
-        if view not in self._lanes:
-            self._lanes[view] = _Lanes(view, self._batch.plan.steps, self._batch.device)
-        return self._lanes[view].tiles(index, len(self._base.modules))
+        if view not in self._segment_tiles_of:
+            self._segment_tiles_of[view] = _SegmentTiles(view, self._batch.plan.visits, self._batch.device)
+        return self._segment_tiles_of[view].tiles(index, len(self._base.modules))
 
     def _step(self, index: int) -> None:
         batch = self._batch
-        step = batch.plan.steps[index]
+        step = batch.plan.visits[index]
         view = batch.view(tuple(position is not None for position in step.positions))
         slots, tables = batch.slots[index], batch.tables[index]
         h, rotary = self._h, self._rotary
@@ -86,22 +86,22 @@ class Prefill:
             self._h.index_copy_(0, view.rows, h)
 
 
-class _Lanes:
+class _SegmentTiles:
     """What tiles of a view's rows there are at any step of a plan, on the device."""
 
-    def __init__(self, view: View, steps: Sequence[Step], device: torch.device) -> None:
+    def __init__(self, view: View, steps: Sequence[Visit], device: torch.device) -> None:
         tiles = [
-            (start, min(start + TILE_ROWS, lane.stop), lane)
-            for lane in view.lanes
-            for start in range(lane.start, lane.stop, TILE_ROWS)
+            (start, min(start + TILE_ROWS, segment.stop), segment)
+            for segment in view.segments
+            for start in range(segment.start, segment.stop, TILE_ROWS)
         ]
-        at = [[step.positions[lane.stack] for *_, lane in tiles] for step in steps]
+        at = [[step.positions[segment.stack] for *_, segment in tiles] for step in steps]
         positions = np.array([[-1 if p is None else p for p in row] for row in at], dtype=np.int32)
-        tables = [0 if lane.adapter.table is None else lane.adapter.table.data_ptr() for *_, lane in tiles]
+        tables = [0 if segment.adapter.table is None else segment.adapter.table.data_ptr() for *_, segment in tiles]
         self._bounds = moved(torch.tensor([tile[:2] for tile in tiles], dtype=torch.int32), device)
         self._adapters = moved(torch.tensor(tables, dtype=torch.int64), device)
         self._positions = moved(torch.from_numpy(positions), device)
-        self._ranks = max(lane.adapter.rank for lane in view.lanes)
+        self._ranks = max(segment.adapter.rank for segment in view.segments)
 
-    def tiles(self, index: int, modules: int) -> Tiles:
-        return Tiles(self._bounds, self._adapters, self._positions[index], self._ranks, modules)
+    def tiles(self, index: int, modules: int) -> SegmentTiles:
+        return SegmentTiles(self._bounds, self._adapters, self._positions[index], self._ranks, modules)

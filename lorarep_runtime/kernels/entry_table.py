@@ -8,9 +8,9 @@ its stack the addresses of A, Bᵀ, c and bias and the rank. A rank of 0 is a mo
 address of 0 is a c of 1 or a bias of 0. Modules have fixed numbers; those of one group, such as q, k and v, follow one
 another and share their input x.
 
-Every product needs low = A x of its group. The kernel that makes x makes low too, as partial sums over parts of x:
+Every GEMM needs shrunk = A x of its modules. The kernel that makes x makes shrunk too, as partial sums over parts of x:
 fp32 (rows, parts, modules in the group, ranks), where `ranks` is a capacity and numbers at or beyond an entry's own
-rank are undefined. Whoever uses low adds up the parts.
+rank are undefined. Whoever uses shrunk adds up the parts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Entries = Mapping[tuple[int, str], Entry]
 
 
 @dataclass(frozen=True)
-class Rows:
+class DecodeRows:
     """Who the rows of a batch are at one step of its plan."""
 
     positions: Tensor
@@ -59,7 +59,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class PlainRows:
+class ReferenceRows:
     """The same for the torch references."""
 
     positions: Sequence[int]
@@ -97,20 +97,20 @@ def part_width(width: int, parts: int) -> int:
     return -(-width // (parts * PART_ALIGNMENT)) * PART_ALIGNMENT
 
 
-def write_low_reference(x: Tensor, low: Tensor, rows: PlainRows, first: int) -> None:
+def shrink_reference(x: Tensor, shrunk: Tensor, rows: ReferenceRows, first: int) -> None:
     """The partial sums of A x for the modules of a group.
 
     Args:
         x: (rows, in).
-        low: fp32 (rows, parts, modules in the group, ranks), written.
+        shrunk: fp32 (rows, parts, modules in the group, ranks), written.
         first: number of the group's first module.
     """
-    width = part_width(x.shape[1], low.shape[1])
+    width = part_width(x.shape[1], shrunk.shape[1])
     for row, _ in rows.walking():
-        for module in range(low.shape[2]):
+        for module in range(shrunk.shape[2]):
             entry = rows.entry(row, first + module)
             if entry is None:
                 continue
-            for part in range(low.shape[1]):
+            for part in range(shrunk.shape[1]):
                 columns = slice(part * width, (part + 1) * width)
-                low[row, part, module, : len(entry.A)] = entry.A[:, columns].float() @ x[row, columns].float()
+                shrunk[row, part, module, : len(entry.A)] = entry.A[:, columns].float() @ x[row, columns].float()

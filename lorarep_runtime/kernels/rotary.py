@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.decode.norm import rms_norm_reference, scale_by_weight
+from lorarep_runtime.kernels.rms_norm import rms_norm_reference, scale_by_weight
 
 
 def rotated_reference(x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:

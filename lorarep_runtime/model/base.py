@@ -20,19 +20,14 @@ from lorarep_runtime.device.arena import Arena
 from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.failpoints import failpoint
-from lorarep_runtime.hub.snapshot import Progress, fetch
+from lorarep_runtime.hub.snapshot import fetch
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import ATTENTION, Walk, register_attention
-from lorarep_runtime.model.linear import (
-    SharedLinear,
-    Weight,
-    grouped,
-    kernels_compiled,
-    norm_products,
-    row_squares,
-    shared_weight,
-)
+from lorarep_runtime.model.linear import SharedLinear
+from lorarep_runtime.model.packed import kernels_compiled, norm_products, pack_layers, row_squares
+from lorarep_runtime.model.weights import Weight, shared_weight
+from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -294,7 +289,7 @@ def _share_linears(
 ) -> list[dict[str, Weight]]:
     linears = [{n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)} for layer in layers]
     weights = [{name: shared_weight(module) for name, module in own.items()} for own in linears]
-    grouped(weights, dtype, pool)
+    pack_layers(weights, dtype, pool)
     for layer, modules, own in zip(layers, linears, weights, strict=True):
         for name, module in modules.items():
             layer.set_submodule(name, SharedLinear(own[name], module.bias, name, walk.adapt))

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorarep_runtime.adapters.compile import Adapter
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.device.staging import moved
 from lorarep_runtime.kernels.eager.adapt import Slice
+from lorarep_runtime.model.compiled_adapter import Adapter
 from lorarep_runtime.model.kv_cache import PageTable, pages_of
-from lorarep_runtime.model.stack import Plan, Stack, Step, merge
+from lorarep_runtime.model.plan import Plan, Visit, merge
+from lorarep_runtime.model.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Batch:
 
     def _addresses(self) -> tuple[Tensor, Tensor]:
         """Where each plan step finds keys and values: slots (steps, rows) and page tables (steps, spans, pages)."""
-        steps = len(self.plan.steps)
+        steps = len(self.plan.visits)
         slots = np.zeros((steps, self.starts[-1]), dtype=np.int64)
         tables = np.zeros((steps, len(self.spans), max(pages_of(s.length) for s in self.spans)), dtype=np.int64)
-        walked = [[i for i, s in enumerate(self.plan.steps) if s.positions[k] is not None] for k in self._stack_range]
+        walked = [[i for i, s in enumerate(self.plan.visits) if s.positions[k] is not None] for k in self._stack_range]
         for i, (span, stack) in enumerate(zip(self.spans, self._stacks, strict=True)):
             at = walked[stack]
             pages = span.table.pages[:, : pages_of(span.length)]
@@ -110,7 +111,7 @@ class Prompt:
     """(2, 2) int32: 0 and its rows, 0 and its length."""
 
 
-class Lane(NamedTuple):
+class Segment(NamedTuple):
     """Rows of a view that compute with the same adapter."""
 
     start: int
@@ -154,21 +155,21 @@ class View:
         """(spans of one token) int64, their indices."""
         self.decode_rows = on_device(starts[decodes])
         """(spans of one token) int64, their rows."""
-        self.lanes: list[Lane] = []
+        self.segments: list[Segment] = []
         for k, i in enumerate(chosen):
             adapter = batch.spans[i].adapter
             if adapter is None:
                 continue
             start, stop = int(starts[k]), int(starts[k + 1])
-            if self.lanes and self.lanes[-1].adapter is adapter:
-                start = self.lanes.pop().start
-            self.lanes.append(Lane(start, stop, adapter, stacks[k]))
+            if self.segments and self.segments[-1].adapter is adapter:
+                start = self.segments.pop().start
+            self.segments.append(Segment(start, stop, adapter, stacks[k]))
 
-    def slices(self, step: Step, module: str) -> list[Slice]:
+    def slices(self, step: Visit, module: str) -> list[Slice]:
         """What the adapters of the rows have for a module at a step."""
         return [
             Slice(start, stop, entry.A, entry.B, entry.c, entry.bias)
-            for start, stop, adapter, stack in self.lanes
+            for start, stop, adapter, stack in self.segments
             if (position := step.positions[stack]) is not None
             if (entry := adapter.entries.get((position, module))) is not None
         ]

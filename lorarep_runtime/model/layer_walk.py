@@ -19,7 +19,7 @@ from lorarep_runtime.kernels.eager import adapt as adapter_kernel
 from lorarep_runtime.kernels.eager.attention import paged_attention, prompt_attention, varlen_attention, write_pages
 from lorarep_runtime.model.batch import Batch, Prompt, View
 from lorarep_runtime.model.kv_cache import PagePool, pages_of
-from lorarep_runtime.model.stack import Step
+from lorarep_runtime.model.plan import Visit
 
 ATTENTION = "lorarep"
 """Name under which `transformers` finds the attention below. It has no mask function: windows are applied here."""
@@ -35,7 +35,7 @@ class Walk:
         self.batch: Batch
         self.pool: PagePool
         self._index: int
-        self._step: Step
+        self._step: Visit
         self._view: View
 
     @contextmanager
@@ -57,7 +57,7 @@ class Walk:
 
     def _run(self, hidden: Tensor) -> Tensor:
         arguments: dict[View, list[dict[str, Any]]] = {}
-        for index, step in enumerate(self.batch.plan.steps):
+        for index, step in enumerate(self.batch.plan.visits):
             self._index, self._step = index, step
             self._view = view = self.batch.view(tuple(p is not None for p in self._step.positions))
             if view not in arguments:

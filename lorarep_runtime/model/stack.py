@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,23 +17,6 @@ from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 Stack = tuple[int, ...]
 
 _SHORT_RANGE = re.compile(r"\s*(\d{1,9})\s*-\s*(\d{1,9})\s*")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One layer of a plan."""
-
-    layer: int
-    positions: tuple[int | None, ...]
-    """For each stack of the plan its position here; None where it passes through."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A walk that holds every one of its stacks in order."""
-
-    stacks: tuple[Stack, ...]
-    steps: tuple[Step, ...]
 
 
 def stack_from_ranges(
@@ -137,59 +118,6 @@ def _only(mapping: object, at: str, known: set[str]) -> None:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-@lru_cache(maxsize=4096)
-def merge(stacks: tuple[Stack, ...]) -> Plan:
-    """A short plan for stacks; the shortest for up to two.
-
-    The shortest common supersequence of many sequences is NP-hard (Maier, 1978), so stacks are added to the plan one by
-    one, each in the shortest way. The same stacks in the same order always give the same plan.
-    """
-    walk = _supersequence(stacks)
-    embeddings = [_leftmost(stack, walk) for stack in stacks]
-    steps = [Step(layer, tuple(e[i] for e in embeddings)) for i, layer in enumerate(walk)]
-    return Plan(stacks, tuple(step for step in steps if any(p is not None for p in step.positions)))
-
-
-@lru_cache(maxsize=4096)
-def _supersequence(stacks: tuple[Stack, ...]) -> Stack:
-    return _shortest(_supersequence(stacks[:-1]), stacks[-1]) if stacks else ()
-
-
-def _shortest(a: Stack, b: Stack) -> Stack:
-    """The shortest common supersequence of two, by dynamic programming over their suffixes."""
-    lengths = [list(range(len(b), -1, -1))]
-    for i in range(len(a) - 1, -1, -1):
-        below, row = lengths[-1], [0] * len(b) + [len(a) - i]
-        for j in range(len(b) - 1, -1, -1):
-            row[j] = 1 + (below[j + 1] if a[i] == b[j] else min(below[j], row[j + 1]))
-        lengths.append(row)
-    lengths.reverse()
-    merged: list[int] = []
-    i = j = 0
-    while i < len(a) and j < len(b):
-        if a[i] == b[j]:
-            merged.append(a[i])
-            i, j = i + 1, j + 1
-        elif lengths[i + 1][j] <= lengths[i][j + 1]:
-            merged.append(a[i])
-            i += 1
-        else:
-            merged.append(b[j])
-            j += 1
-    return (*merged, *a[i:], *b[j:])
-
-
-def _leftmost(stack: Stack, walk: Stack) -> list[int | None]:
-    """The position of the stack at each step of a walk that holds it."""
-    positions: list[int | None] = []
-    position = 0
-    for layer in walk:
-        here = position < len(stack) and stack[position] == layer
-        positions.append(position if here else None)
-        position += here
-    return positions
 
 
 def ranges_of(stack: Sequence[int]) -> list[tuple[int, int]]:

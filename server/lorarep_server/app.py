@@ -35,21 +35,21 @@ from lorarep_server.api.grpc_fmaas import FmaasService
 from lorarep_server.api.grpc_generation import GenerationService
 from lorarep_server.api.grpc_model import ModelService
 from lorarep_server.api.openai import OpenAI
-from lorarep_server.api.status_page import Page
-from lorarep_server.auth import Access, check_exposure, check_roles
+from lorarep_server.api.status_page import StatusPage
+from lorarep_server.auth import TokenAuth, check_exposure, check_roles
 from lorarep_server.config import ServerConfig
-from lorarep_server.connections import hang_up
-from lorarep_server.loading.load_queue import AdapterLoad, Loads
-from lorarep_server.loading.reconciler import DesiredAdapters
-from lorarep_server.requests.admission import Calls
-from lorarep_server.requests.frontend import Answers
+from lorarep_server.connections import close_connections
+from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
+from lorarep_server.loading.reconciler import Reconciler
+from lorarep_server.requests.admission import Admission
+from lorarep_server.requests.frontend import Frontend
 from lorarep_server.telemetry.metrics import EngineCollector, Metrics
 from lorarep_server.telemetry.tracing import Traces
 from lorarep_server.tls import TlsFiles
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine.engine import Engine
-    from lorarep_runtime.hub.snapshot import Progress
+    from lorarep_runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +96,10 @@ class App:
         PlatformCollector(registry=self._registry)
         self._metrics = Metrics(self._registry)
         self._traces = Traces(config.traces_endpoint)
-        self._loads = Loads(self._metrics)
-        self._desired = DesiredAdapters(config.adapters_file, self._loads)
-        self._calls = Calls(config.max_calls)
-        self._answers = Answers(
+        self._loads = LoadQueue(self._metrics)
+        self._desired = Reconciler(config.adapters_file, self._loads)
+        self._calls = Admission(config.max_calls)
+        self._answers = Frontend(
             self.engine,
             self._loads,
             self._desired,
@@ -135,7 +135,7 @@ class App:
             await self._health.set(service, NOT_SERVING)
         await self._health.set("liveness", SERVING)
         check_exposure(self._config)
-        access = None if self._config.token_file is None else Access(self._config.token_file)
+        access = None if self._config.token_file is None else TokenAuth(self._config.token_file)
         servers = [self._build(access), *self._build_health()]
         http = self._serve_metrics()
         openai = await self._serve_openai(access)
@@ -153,7 +153,7 @@ class App:
             await self._end(failed)
             return 1 if failed else 0
         finally:
-            hang_up({self.port, self.health_port} - {0})
+            close_connections({self.port, self.health_port} - {0})
             for server in servers:
                 await server.stop(LAST_WRITES)
             if openai is not None:
@@ -179,7 +179,7 @@ class App:
         loop = asyncio.get_running_loop()
         engine = await loop.run_in_executor(thread, self._load_engine)
         for adapter in self._config.adapters:
-            wanted = AdapterLoad(adapter.name, adapter.source, adapter.revision, trusted=True)
+            wanted = LoadRequest(adapter.name, adapter.source, adapter.revision, trusted=True)
             load = partial(wanted.run, engine.adapters, self._progress)
             await loop.run_in_executor(thread, self._metrics.timed_load("folder" if adapter.is_folder else "hub", load))
         engine.start()
@@ -218,7 +218,7 @@ class App:
             await asyncio.to_thread(self._loaded.stop, LAST_WRITES)
             log.info("ended with %d pages in use", self._loaded.stats().pages_used)
 
-    def _build(self, access: Access | None) -> grpc.aio.Server:
+    def _build(self, access: TokenAuth | None) -> grpc.aio.Server:
         # Tokens come first: a call without one is none of those under way.
         interceptors = (self._calls,) if access is None else (access, self._calls)
         server = grpc.aio.server(interceptors=interceptors, options=GRPC_OPTIONS)
@@ -245,12 +245,12 @@ class App:
             self.health_port = _bind(server, "health_listen", address, None)
             yield server
 
-    async def _serve_openai(self, access: Access | None) -> AppRunner | None:
+    async def _serve_openai(self, access: TokenAuth | None) -> AppRunner | None:
         """What has to be cleaned up in the end, if it is served."""
         if (address := self._config.openai_listen) is None:
             return None
         tls = self._tls_files()
-        page = Page(self.engine, self._desired, self._metrics)
+        page = StatusPage(self.engine, self._desired, self._metrics)
         openai = OpenAI(self._answers, self._desired, self._calls, access, page)
         context = None if tls is None else tls.context()
         runner, self.openai_port = await openai.serve(address, context, LAST_WRITES)

@@ -18,7 +18,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.config import ServerConfig
 from lorarep_server.errors import Status
-from lorarep_server.watched_files import Watched
+from lorarep_server.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +85,12 @@ def is_loopback(address: str) -> bool:
         return host == "localhost" or address.startswith("unix:")
 
 
-class Access(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses calls without a token of the role that they need."""
 
     def __init__(self, token_file: Path) -> None:
         """Raises InvalidArgument if the file cannot be used."""
-        self._file = Watched([token_file], lambda: read_tokens(token_file))
+        self._file = WatchedFiles([token_file], lambda: read_tokens(token_file))
         self._tokens = self._file.first
 
     async def intercept_service(

@@ -10,7 +10,7 @@ from contextlib import suppress
 import psutil
 
 
-def hang_up(ports: Collection[int]) -> None:
+def close_connections(ports: Collection[int]) -> None:
     """Ends what this process has on its own ports, first those who listen; what has been written still arrives.
 
     Callers find the connection closed, which is Unavailable to them. A gRPC server that stops by itself ends calls that

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from lorarep_runtime.errors import InvalidArgument
-from lorarep_server.watched_files import Watched
+from lorarep_server.watched_files import WatchedFiles
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class TlsFiles:
             roots = None if self.client_ca is None else self.client_ca.read_bytes()
             return grpc.ssl_server_certificate_configuration([pair], roots)
 
-        files = Watched(self._paths(), read)
+        files = WatchedFiles(self._paths(), read)
         # None stands for "as before", which the stubs do not know.
         changed: Any = files.changed
         return grpc.dynamic_ssl_server_credentials(files.first, changed, self.client_ca is not None)
 
     def context(self) -> ssl.SSLContext:
         """For servers of Python's own TLS. Raises InvalidArgument if the files cannot be used."""
-        files = Watched(self._paths(), self._context)
+        files = WatchedFiles(self._paths(), self._context)
         newest = files.first
 
         def renew(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Watched(Generic[T]):
+class WatchedFiles(Generic[T]):
     """What `read` makes of some files. It raises InvalidArgument where it cannot use them."""
 
     def __init__(self, files: Sequence[Path], read: Callable[[], T]) -> None:

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorarep_runtime.adapters import revision
-from lorarep_runtime.adapters.compile import Adapter, load_kernels, table_of
+from lorarep_runtime.adapters.compile import load_kernels
 from lorarep_runtime.adapters.header import read_header
 from lorarep_runtime.adapters.revision import AdapterFiles
 from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lorarep_runtime.kernels.entry_table import Entry, entry_table
+from lorarep_runtime.model.compiled_adapter import Adapter, table_of
 from tests.support.decode_rows import one_by_one
 from tests.support.engines import PROMPT, engine_for
 from tests.support.models import load_base, reference_logits, save_adapter, save_base, stack_of, without_replication

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
-from lorarep_runtime.adapters.peft_config import CONSUMED, EXPECTED, NO_EFFECT, AdapterSpec
+from lorarep_runtime.adapters.peft_config import CONSUMED, EXPECTED, NO_EFFECT, AdapterConfig
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, LorarepError
 from tests.support.models import FAMILIES, LAYERS
@@ -64,7 +64,7 @@ def test_modules_ranks_and_scalings_are_pefts(asked: dict[str, Any], tmp_path: P
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and "lm_head" not in name
     }
-    spec = AdapterSpec.parse(json.loads((tmp_path / "adapter_config.json").read_text()), LIMITS)
+    spec = AdapterConfig.parse(json.loads((tmp_path / "adapter_config.json").read_text()), LIMITS)
     paths = [f"model.layers.{i}.{module}" for i in range(len(spec.stack(LAYERS))) for module in LINEAR]
     ours = {path: (spec.rank(path), spec.scaling(path)) for path in paths if spec.targets(path)}
     assert theirs
@@ -79,7 +79,7 @@ def test_every_field_of_peft_is_known_or_refused_once_it_is_set() -> None:
     assert "modules_to_save" in unknown
     for field in unknown:
         with pytest.raises(FailedPrecondition, match=rf"^{field}: is not supported"):
-            AdapterSpec.parse({**PLAIN, field: "something"}, LIMITS)
+            AdapterConfig.parse({**PLAIN, field: "something"}, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_every_field_of_peft_is_known_or_refused_once_it_is_set() -> None:
 )
 def test_what_cannot_be_served_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(FailedPrecondition, match=f"^{field}: "):
-        AdapterSpec.parse({**PLAIN, field: value}, LIMITS)
+        AdapterConfig.parse({**PLAIN, field: value}, LIMITS)
 
 
 @pytest.mark.parametrize("value", [None, False, [], {}])
 def test_what_is_off_is_no_reason_to_refuse(value: object) -> None:
-    AdapterSpec.parse({**PLAIN, "modules_to_save": value, "from_the_future": value}, LIMITS)
+    AdapterConfig.parse({**PLAIN, "modules_to_save": value, "from_the_future": value}, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_what_is_off_is_no_reason_to_refuse(value: object) -> None:
 )
 def test_hostile_values_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(InvalidArgument, match=f"^{field}"):
-        AdapterSpec.parse({**PLAIN, field: value}, LIMITS)
+        AdapterConfig.parse({**PLAIN, field: value}, LIMITS)
 
 
 @pytest.mark.parametrize("field", ["target_modules", "rank_pattern"])
@@ -158,7 +158,7 @@ def test_hostile_expressions_end(field: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("lorarep_runtime.adapters.peft_config.MATCHING_SECONDS", 0.2)
     endless = r"(([a-z_.0-9]|[a-z_.0-9]{2})*)*[!?]"
     value = endless if field == "target_modules" else {endless: 4}
-    spec = AdapterSpec.parse({**PLAIN, field: value}, LIMITS)
+    spec = AdapterConfig.parse({**PLAIN, field: value}, LIMITS)
     path = "model.layers.0.self_attn.q_proj" * 4
     with pytest.raises(InvalidArgument, match=rf"^{field}: its patterns take"):
         spec.targets(path) if field == "target_modules" else spec.rank(path)
@@ -166,18 +166,18 @@ def test_hostile_expressions_end(field: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_expression_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(InvalidArgument, match=r"^target_modules: "):
-        AdapterSpec.parse({**PLAIN, "target_modules": "("}, LIMITS)
+        AdapterConfig.parse({**PLAIN, "target_modules": "("}, LIMITS)
 
 
 def test_contradictions_are_refused() -> None:
     for changed in ({"target_modules": "q_proj", "layers_to_transform": [1]}, {"use_dora": True, "lora_bias": True}):
         with pytest.raises(LorarepError):
-            AdapterSpec.parse({**PLAIN, **changed}, LIMITS)
+            AdapterConfig.parse({**PLAIN, **changed}, LIMITS)
     with pytest.raises(InvalidArgument, match=r"^peft_type"):
-        AdapterSpec.parse({"target_modules": ["q_proj"]}, LIMITS)
+        AdapterConfig.parse({"target_modules": ["q_proj"]}, LIMITS)
 
 
 def test_a_map_past_the_bases_layers_is_refused() -> None:
-    spec = AdapterSpec.parse({**PLAIN, "layer_replication": [[0, 4], [2, 7]]}, LIMITS)
+    spec = AdapterConfig.parse({**PLAIN, "layer_replication": [[0, 4], [2, 7]]}, LIMITS)
     with pytest.raises(InvalidArgument, match="layer_replication"):
         spec.stack(LAYERS)

@@ -15,7 +15,7 @@ from lorarep_runtime.adapters.compile import mix
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import PermissionDenied
-from lorarep_runtime.hub.snapshot import file_digest
+from lorarep_runtime.hub.files import file_digest
 from lorarep_runtime.request import Event, Finished
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.hub_faults import FaultyHub

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lorarep_runtime.device import gil
-from lorarep_runtime.device.timer import Stopwatch
-from lorarep_runtime.engine.overlap import Flight
+from lorarep_runtime.device.timer import DeviceTimer
+from lorarep_runtime.engine.overlap import LaunchedStep
 from lorarep_runtime.request import Request, Sampling
 from tests.support.decoders import with_decoder
 from tests.support.engines import engine_for, greedy, sampled
@@ -95,10 +95,10 @@ def test_streams_have_the_interpreter_but_where_they_wait_for_the_device(
 ) -> None:
     engine = engine_for(base)
     with_decoder(engine)
-    monkeypatch.setattr(Stopwatch, "milliseconds", 60e3)
+    monkeypatch.setattr(DeviceTimer, "milliseconds", 60e3)
     waiting, emitting = [], []
-    read = Flight.sampled
-    monkeypatch.setattr(Flight, "sampled", lambda flight: waiting.append(would_wait()) or read(flight))
+    read = LaunchedStep.sampled
+    monkeypatch.setattr(LaunchedStep, "sampled", lambda flight: waiting.append(would_wait()) or read(flight))
     engine.submit(request_, engine.adapters.lease([]), lambda event: emitting.append(would_wait()))
     while engine.step():
         pass
@@ -114,7 +114,7 @@ def test_a_stream_that_is_cancelled_leaves_the_interpreter_to_others(
 ) -> None:
     engine = engine_for(base)
     with_decoder(engine)
-    monkeypatch.setattr(Stopwatch, "milliseconds", 60e3)
+    monkeypatch.setattr(DeviceTimer, "milliseconds", 60e3)
     number = engine.submit(request_, engine.adapters.lease([]), lambda event: None)
     for _ in range(3):
         engine.step()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders
 
-from lorarep_runtime.engine.engine import Answer, Engine
+from lorarep_runtime.engine.engine import Completion, Engine
 from lorarep_runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -67,7 +67,7 @@ def sixteen(adapters: dict[str, Path]) -> Asked:
     ]
 
 
-def answers(engine: Engine, asked: Asked) -> list[Answer]:
+def answers(engine: Engine, asked: Asked) -> list[Completion]:
     got = engine.generate((request, engine.adapters.lease(names)) for request, names in asked)
     assert_nothing_held(engine)
     return got

@@ -11,7 +11,7 @@ import pytest
 
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.engine.prefill_pass import SHARE, Pace
+from lorarep_runtime.engine.prefill_pass import SHARE, SlicePacer
 from lorarep_runtime.errors import Cancelled, EngineFailure
 from lorarep_runtime.request import Event, Output, Request
 from tests.support.decoders import LateForward, with_decoder
@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one step each."""
-    monkeypatch.setattr(Pace, "steps", lambda self: 1)
+    monkeypatch.setattr(SlicePacer, "steps", lambda self: 1)
 
 
 class Caller:
@@ -229,7 +229,7 @@ def test_pace_follows_what_was_measured() -> None:
             self.milliseconds = milliseconds
 
     def after(decoding: float | None, slices: Sequence[tuple[int, float | None]]) -> int:
-        pace = Pace()
+        pace = SlicePacer()
         pace.decoding = decoding
         for steps, milliseconds in slices:
             pace.slice(steps, Watch(milliseconds))  # type: ignore[arg-type]

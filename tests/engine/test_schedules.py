@@ -12,7 +12,7 @@ import torch
 
 from lorarep_runtime.device import gil
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.engine.prefill_pass import Pace
+from lorarep_runtime.engine.prefill_pass import SlicePacer
 from lorarep_runtime.model import kv_cache as cache
 from lorarep_runtime.model.kv_cache import PagePool, pages_of
 from lorarep_runtime.request import Event, Finished, Output, Request, Sampling, Stopping
@@ -97,7 +97,7 @@ def test_answers_are_those_of_requests_alone(
     seed: int, base: Path, adapters: dict[str, Path], undisturbed: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dice = random.Random(seed)
-    monkeypatch.setattr(Pace, "steps", lambda self: dice.randint(1, 3))
+    monkeypatch.setattr(SlicePacer, "steps", lambda self: dice.randint(1, 3))
     monkeypatch.setattr(cache, "WIPED", dice.choice([1, 3, 4096]))
     pages = dice.choice([30, 37, 50, 200])
     engine = engine_for(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lorarep.v1 import generation_pb2 as pb
 from lorarep_server.requests.frontend import admit
 
-from lorarep_runtime.adapters.peft_config import CONSUMED, EXPECTED, NO_EFFECT, AdapterSpec
+from lorarep_runtime.adapters.peft_config import CONSUMED, EXPECTED, NO_EFFECT, AdapterConfig
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
@@ -188,7 +188,7 @@ def test_patterns_that_would_take_all_memory_are_refused_by_name(field: str, pat
     config = {"peft_type": "LORA", "target_modules": ["q_proj"], field: value}
     began = time.monotonic()
     with pytest.raises(InvalidArgument, match=f"^{field}"):
-        AdapterSpec.parse(config, AdapterLimits())
+        AdapterConfig.parse(config, AdapterLimits())
     assert time.monotonic() - began < SECONDS
 
 
@@ -199,4 +199,4 @@ def test_honest_patterns_are_not_refused() -> None:
         r".*layers\.\d{1,2}\.(self_attn|mlp)\..*",
         r"^(?:.*?(?:language|text).*?(?:q_proj|v_proj).*?)$",
     ):
-        AdapterSpec.parse({"peft_type": "LORA", "target_modules": pattern}, AdapterLimits())
+        AdapterConfig.parse({"peft_type": "LORA", "target_modules": pattern}, AdapterLimits())

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarep_runtime.adapters.compile import Adapter, table_of
 from lorarep_runtime.adapters.registry import Lease
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.gpu.decoder import Decoder, can_decode
 from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.compiled_adapter import Adapter, table_of
 from lorarep_runtime.model.kv_cache import PageTable
 from lorarep_runtime.request import Request, Stopping
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for
@@ -146,7 +146,7 @@ def test_prompts_have_the_logits_of_the_layers(family: str, tmp_path: Path) -> N
         expected.append(engine.logits(text, lease)[cached:])
     batch = Batch(spans, engine.base.device)
     prefill = decoder.prefill(batch)
-    for _ in batch.plan.steps:
+    for _ in batch.plan.visits:
         prefill.advance(1)
     assert not prefill.left
     logits = prefill.logits(torch.arange(int(batch.starts[-1]), device=engine.base.device))

@@ -25,8 +25,10 @@ from lorarep_runtime.errors import (
     PermissionDenied,
     Unavailable,
 )
+from lorarep_runtime.hub import files
 from lorarep_runtime.hub import snapshot as runtime_hub
-from lorarep_runtime.hub.snapshot import LOCAL, Snapshot, check_allowed, file_digest
+from lorarep_runtime.hub.files import LOCAL, file_digest
+from lorarep_runtime.hub.snapshot import Snapshot, check_allowed
 from tests.support.hub_faults import FaultyHub
 
 ADAPTER = {
@@ -426,7 +428,7 @@ def test_folder_of_the_hub_cache_may_link_to_its_blobs(publish, fetch) -> None:
 
 @pytest.mark.parametrize("size", [0, 29_999, 30_000, 100_000])
 def test_digest_is_sha256_of_the_file(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime_hub, "DIGEST_BYTES", 30_000)
+    monkeypatch.setattr(files, "DIGEST_BYTES", 30_000)
     data = os.urandom(size)
     assert file_digest(write(tmp_path, {"file": data}) / "file") == hashlib.sha256(data).hexdigest()
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorarep_runtime.kernels.decode.expand import adapt_rows_reference
-from lorarep_runtime.kernels.entry_table import PlainRows, entry_table, write_low_reference
-from lorarep_runtime.kernels.prefill.adapt_segments import Tiles, adapt_tiles
+from lorarep_runtime.kernels.decode.expand import expand_reference
+from lorarep_runtime.kernels.entry_table import ReferenceRows, entry_table, shrink_reference
+from lorarep_runtime.kernels.prefill.adapt_segments import SegmentTiles, adapt_segments
 from tests.support.decode_rows import DEPTH, DEVICE, MULTIPLIED, TOLERANCE, nan, one_by_one, randn, random_adapter
 
 SIZES = (200, 80, 24)
@@ -32,20 +32,20 @@ def test_a_group_of_modules(dtype: torch.dtype, modules: int, width: int, first_
     ]
     tables = [entry_table(one_by_one(adapter), DEPTH, names).to(DEVICE) for adapter in adapters]
     own = [next((i for i, (start, stop) in enumerate(BOUNDS) if start <= row < stop), None) for row in range(ROWS)]
-    plain = PlainRows(
+    plain = ReferenceRows(
         [0 if i is None else POSITIONS[i] for i in own],
         [None if i is None else adapters[ADAPTERS[i]] for i in own],
         names,
     )
     wide, y = randn(ROWS, 2 * width, dtype=dtype), randn(ROWS, sum(SIZES[:modules]), dtype=dtype)
     x = wide[:, width:]
-    expected, low = y.clone(), nan(ROWS, 1, modules, 64)
-    write_low_reference(x, low, plain, 1)
-    adapt_rows_reference(expected, low.to(dtype).float(), SIZES[:modules], plain, 1)
+    expected, shrunk = y.clone(), nan(ROWS, 1, modules, 64)
+    shrink_reference(x, shrunk, plain, 1)
+    expand_reference(expected, shrunk.to(dtype).float(), SIZES[:modules], plain, 1)
     before = y.clone()
     assert (expected[3:134] - before[3:134]).float().norm() > 0.3 * before[3:134].float().norm()
 
-    tiles = Tiles(
+    tiles = SegmentTiles(
         torch.tensor(BOUNDS, dtype=torch.int32, device=DEVICE),
         torch.tensor([tables[i].data_ptr() for i in ADAPTERS], device=DEVICE),
         torch.tensor(POSITIONS, dtype=torch.int32, device=DEVICE),
@@ -53,7 +53,7 @@ def test_a_group_of_modules(dtype: torch.dtype, modules: int, width: int, first_
         modules=len(names),
     )
     rows = slice(first_row, end_row)
-    adapt_tiles(x[rows], y[rows], SIZES[:modules], tiles, 1, first_row)
+    adapt_segments(x[rows], y[rows], SIZES[:modules], tiles, 1, first_row)
     assert_close(y[rows], expected[rows], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     untouched = [row for row in range(ROWS) if own[row] is None or not first_row <= row < end_row]
     assert torch.equal(y[untouched], before[untouched])

@@ -8,8 +8,9 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lorarep_runtime.kernels.decode.attention import Attention, Cache, attend, attend_reference, attend_whole
-from lorarep_runtime.kernels.decode.combine import Partials, combine_low, combine_low_reference
+from lorarep_runtime.kernels.attention_config import Attention
+from lorarep_runtime.kernels.decode.attention import Cache, attend, attend_reference, attend_whole
+from lorarep_runtime.kernels.decode.combine import Partials, combine_shrink, combine_shrink_reference
 from tests.support.decode_rows import (
     CAPACITY,
     DEPTH,
@@ -81,31 +82,33 @@ def check(layer: Attention, dtype: torch.dtype, *, splits: int = 1, parts: int =
     batch = Batch({"q": (8, 8), "o": (8, width)}, dtype)
     shape = 6, layer.heads, splits, layer.head_dim
     ours, reference = (Partials(*(p.fill_(torch.nan) for p in Partials.empty(*shape, DEVICE))) for _ in range(2))
-    out, low = nan(6, width, dtype=dtype), nan(6, parts, 1, CAPACITY)
-    out_reference, low_reference = out.clone(), low.clone()
+    out, shrunk = nan(6, width, dtype=dtype), nan(6, parts, 1, CAPACITY)
+    out_reference, low_reference = out.clone(), shrunk.clone()
     pages = Cache(sequences.cache.key_pages.clone(), sequences.cache.value_pages.clone(), *sequences.cache[2:])
     theirs = [sequences.theirs(row, POSITIONS[row]) for row in WALKING]
 
     given = layer, sequences.qkv, sequences.cos, sequences.sin
     if whole:
-        attend_whole(*given, sequences.cache, out, low, batch.rows, 1, pdl=PDL)
+        attend_whole(*given, sequences.cache, out, shrunk, batch.rows, 1, pdl=PDL)
     else:
         attend(*given, sequences.cache, ours, batch.rows, pdl=PDL)
-        combine_low(ours, out, low, batch.rows, 1, pdl=PDL)
+        combine_shrink(ours, out, shrunk, batch.rows, 1, pdl=PDL)
     attend_reference(*given, pages, reference, batch.plain)
-    combine_low_reference(reference, out_reference, low_reference, batch.plain, 1)
+    combine_shrink_reference(reference, out_reference, low_reference, batch.plain, 1)
 
     tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
     assert_close(sequences.cache.key_pages, pages.key_pages, **tolerance)
     assert_close(sequences.cache.value_pages, pages.value_pages, rtol=0, atol=0, equal_nan=True)
     assert_close(out, out_reference, **tolerance)
-    assert_low(low.sum(1, keepdim=True) if whole else low, out, batch, 1)  # where parts begin is the kernel's affair
+    assert_low(
+        shrunk.sum(1, keepdim=True) if whole else shrunk, out, batch, 1
+    )  # where parts begin is the kernel's affair
     assert_close(out[WALKING], torch.stack(theirs), **tolerance)
 
     if whole:
         return
     # The reference merges what the kernel left in the splits to the same.
-    combine_low_reference(ours, out_reference, low_reference, batch.plain, 1)
+    combine_shrink_reference(ours, out_reference, low_reference, batch.plain, 1)
     assert_close(out, out_reference, **tolerance)
 
 

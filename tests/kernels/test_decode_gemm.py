@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.config import Quantization
-from lorarep_runtime.kernels.entry_table import Entry, PlainRows, Rows, entry_table
+from lorarep_runtime.kernels.entry_table import DecodeRows, Entry, ReferenceRows, entry_table
 from lorarep_runtime.kernels.hopper import decode_gemm as kernel
 from lorarep_runtime.kernels.hopper import int8, nf4, prefill_gemm
-from lorarep_runtime.kernels.hopper.decode_gemm import SOURCE, SharedGroup, defines, product_reference
+from lorarep_runtime.kernels.hopper.decode_gemm import SOURCE, PackedWeight, defines, product_reference
 from lorarep_runtime.kernels.hopper.launch_config import (
     CTA_BYTES,
+    LAUNCH_CONFIGS,
     SHARED_BYTES,
-    SPREADS,
     clusters_at_once,
+    launch_config_for,
     places_for,
-    spread_for,
 )
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE, arrange
 from lorarep_runtime.kernels.hopper.nvrtc import CudaError, compile_source
-from lorarep_runtime.model.linear import BITS as BITS_OF
-from lorarep_runtime.model.linear import GroupedWeight, norm_products, row_squares
+from lorarep_runtime.model.packed import BITS as BITS_OF
+from lorarep_runtime.model.packed import PackedPart, norm_products, row_squares
 from tests.support.decode_rows import one_by_one
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -77,17 +77,17 @@ def test_tiles_of_int8_are_the_same_numbers() -> None:
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 45])
 @pytest.mark.parametrize(("out", "into", "modules"), SHAPES)
 def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into: int, modules: int) -> None:
-    spread = spread_for(bits, out // TILE, into, rows, modules, 64)
-    taken = min(rows, 8 * spread.eights)
+    launch = launch_config_for(bits, out // TILE, into, rows, modules, 64)
+    taken = min(rows, 8 * launch.eights)
     assert taken == min(rows, 32) or into > 20_000  # of such wide ones x leaves no room for more
-    tiles, clusters = out // TILE, spread.grid(out // TILE) // spread.cluster
-    assert clusters <= clusters_at_once(spread.cluster)
-    assert clusters * spread.cluster_tiles(tiles) >= tiles
-    assert spread.warps * spread.tiles >= spread.round_tiles(tiles)
-    assert spread.rounds(tiles) * spread.round_tiles(tiles) >= spread.cluster_tiles(tiles)
-    assert places_for(spread, tiles, into, taken, modules).end <= SHARED_BYTES - CTA_BYTES
-    assert spread.stride(tiles) % 8 == 4
-    assert spread.stride(tiles) * spread.cluster >= spread.round_tiles(tiles) * TILE
+    tiles, clusters = out // TILE, launch.grid(out // TILE) // launch.cluster
+    assert clusters <= clusters_at_once(launch.cluster)
+    assert clusters * launch.cluster_tiles(tiles) >= tiles
+    assert launch.warps * launch.tiles >= launch.round_tiles(tiles)
+    assert launch.rounds(tiles) * launch.round_tiles(tiles) >= launch.cluster_tiles(tiles)
+    assert places_for(launch, tiles, into, taken, modules).end <= SHARED_BYTES - CTA_BYTES
+    assert launch.stride(tiles) % 8 == 4
+    assert launch.stride(tiles) * launch.cluster >= launch.round_tiles(tiles) * TILE
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
         (nf4.SOURCE, {}),
         (int8.SOURCE, {}),
         *prefill_gemm.sources(),
-        *((SOURCE, defines(one)) for by_eights in SPREADS.values() for one in by_eights.values()),
+        *((SOURCE, defines(one)) for by_eights in LAUNCH_CONFIGS.values() for one in by_eights.values()),
     ],
     ids=str,
 )
@@ -120,28 +120,28 @@ def test_the_reference_is_one_form_over_a_plain_product() -> None:
     weight, x = torch.randn(8, 6, generator=generator), torch.randn(2, 6, generator=generator)
     entry = Entry(*(torch.randn(s, generator=generator) for s in ((3, 6), (8, 3), (8,), (8,))))
     y = torch.full((2, 8), 5.0)
-    low = torch.stack([entry.A @ row for row in x]).view(2, 1, 1, 3)
-    product_reference(weight, x, y, low, PlainRows([0, -1], [{(0, "m"): entry}, None], ["m"]), 0, [8], add=True)
+    shrunk = torch.stack([entry.A @ row for row in x]).view(2, 1, 1, 3)
+    product_reference(weight, x, y, shrunk, ReferenceRows([0, -1], [{(0, "m"): entry}, None], ["m"]), 0, [8], add=True)
     assert entry.c is not None
     expected = 5 + entry.c * (weight @ x[0]) + entry.B @ (entry.A @ x[0]) + entry.bias
     torch.testing.assert_close(y[0], expected)
     assert (y[1] == 5).all()
 
 
-def group_of(bits: int, sizes: Sequence[int], into: int) -> tuple[SharedGroup, Tensor]:
+def pack(bits: int, sizes: Sequence[int], into: int) -> tuple[PackedWeight, Tensor]:
     """A group, and its weights as bitsandbytes dequantizes them."""
     weights = [random_weight(size, into) for size in sizes]
     if bits == 16:
-        return SharedGroup(bits, torch.cat(weights), None, tuple(sizes)), torch.cat(weights)
+        return PackedWeight(bits, torch.cat(weights), None, tuple(sizes)), torch.cat(weights)
     if bits == 8:
         rows, scales, _ = bnb.functional.int8_vectorwise_quant(torch.cat(weights).half())
         dense = bnb.functional.int8_vectorwise_dequant(rows, scales).bfloat16()
-        return SharedGroup(bits, int8.arrange(rows), scales, tuple(sizes)), dense
+        return PackedWeight(bits, int8.arrange(rows), scales, tuple(sizes)), dense
     packed = [bnb.functional.quantize_4bit(weight, quant_type="nf4") for weight in weights]
     tiled = [arrange(p, state.absmax, (size, into)) for (p, state), size in zip(packed, sizes, strict=True)]
     tiles, scales = (torch.cat(tensors) for tensors in zip(*tiled, strict=True))
     dense = torch.cat([bnb.functional.dequantize_4bit(p, state) for p, state in packed])
-    return SharedGroup(bits, tiles, scales, tuple(sizes)), dense
+    return PackedWeight(bits, tiles, scales, tuple(sizes)), dense
 
 
 @pytest.mark.parametrize(("limit", "count"), [(1 << 20, 1), (96 * 64 * 2 // 2, 2), (1, 6)])
@@ -149,7 +149,7 @@ def test_many_rows_take_a_weight_part_by_part(limit: int, count: int, monkeypatc
     monkeypatch.setattr(kernel, "DENSE_BYTES", limit)
     x = random_weight(3, 64)
     for bits in [8, 16]:
-        group, dense = group_of(bits, (64, 32), 64)
+        group, dense = pack(bits, (64, 32), 64)
         assert len([*group._parts()]) == (1 if bits == 16 else count)
         assert torch.equal(torch.cat([part.dense() for part in group._parts()]), dense)
         y = x.new_empty(3, 96)
@@ -163,8 +163,8 @@ def test_norms_of_what_adapters_make_of_weights(
     kind: Quantization, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "DENSE_BYTES", 96 * 256)
-    group, dense = group_of(BITS_OF[kind], (128, 128, 48), 192)
-    q, k, _ = (GroupedWeight(group, i, kind) for i in range(3))
+    group, dense = pack(BITS_OF[kind], (128, 128, 48), 192)
+    q, k, _ = (PackedPart(group, i, kind) for i in range(3))
     generator = torch.Generator().manual_seed(ranks)
     a, b = (torch.randn(s, generator=generator).to(dense.device) for s in ((3, ranks, 192), (3, 128, ranks)))
     squares = torch.stack([row_squares(weight, torch.bfloat16) for weight in (q, k, q)])
@@ -181,7 +181,7 @@ if HOPPER:
     @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize(("sizes", "into"), [((256, 64, 48), 128), ((4096,), 4096), ((512, 512), 14336)])
     def test_dequantized_to_the_bit(bits: int, sizes: Sequence[int], into: int) -> None:
-        group, expected = group_of(bits, sizes, into)
+        group, expected = pack(bits, sizes, into)
         assert torch.equal(group.dense(), expected)
         last = len(sizes) - 1
         assert torch.equal(group.rows(last).dense(torch.float32).bfloat16(), expected[-sizes[last] :])
@@ -199,12 +199,12 @@ if HOPPER:
     def test_rounds_and_any_cluster(
         monkeypatch: pytest.MonkeyPatch, bits: int, count: int, cluster: int, clusters: int, warps: int
     ) -> None:
-        spread = SPREADS[bits][1 if count <= 8 else 2 if count <= 16 else 4]
-        spread = replace(spread, cluster=cluster, warps=warps or spread.warps)
-        monkeypatch.setattr(kernel, "spread_for", lambda *_: spread)
+        launch = LAUNCH_CONFIGS[bits][1 if count <= 8 else 2 if count <= 16 else 4]
+        launch = replace(launch, cluster=cluster, warps=warps or launch.warps)
+        monkeypatch.setattr(kernel, "launch_config_for", lambda *_: launch)
         monkeypatch.setattr("lorarep_runtime.kernels.hopper.launch_config.clusters_at_once", lambda *_: clusters)
         monkeypatch.setattr(kernel, "places_for", places_for.__wrapped__)  # it remembers other devices
-        assert spread.grid(sum(SIZES) // TILE) == cluster * clusters
+        assert launch.grid(sum(SIZES) // TILE) == cluster * clusters
         check(bits, count, True, 1024, 100)
 
     def check(bits: int, count: int, add: bool, into: int, most: int) -> None:
@@ -228,24 +228,24 @@ if HOPPER:
         adapters = [None if row % 7 == 6 else adapter(row) for row in range(count)]
         tables = [None if a is None else entry_table(one_by_one(a), 2, MODULES).cuda() for a in adapters]
         positions = [(-1, 0, 1)[row % 3] if count > 1 else 1 for row in range(count)]
-        rows = Rows(
+        rows = DecodeRows(
             torch.tensor(positions, dtype=torch.int32, device="cuda"),
             torch.tensor([0 if t is None else t.data_ptr() for t in tables], device="cuda"),
             len(MODULES),
         )
-        low = torch.full((count, 4, len(MODULES), most), torch.nan, device="cuda")
+        shrunk = torch.full((count, 4, len(MODULES), most), torch.nan, device="cuda")
         for row, position in enumerate(positions):
             for i, module in enumerate(MODULES):
                 entry = (adapters[row] or {}).get((position, module))
                 if entry is not None:
-                    low[row, :, i, : len(entry.A)] = noise(4, len(entry.A))
-        group, dense = group_of(bits, SIZES, into)
+                    shrunk[row, :, i, : len(entry.A)] = noise(4, len(entry.A))
+        group, dense = pack(bits, SIZES, into)
         x, y, bias = noise(count, into).bfloat16(), noise(count, sum(SIZES)).bfloat16(), noise(sum(SIZES)).bfloat16()
         expected = y.clone()
-        plain = PlainRows(positions, adapters, MODULES)
-        product_reference(dense, x, expected, low, plain, 0, SIZES, bias=bias, add=add)
+        plain = ReferenceRows(positions, adapters, MODULES)
+        product_reference(dense, x, expected, shrunk, plain, 0, SIZES, bias=bias, add=add)
         untouched = y[[p < 0 for p in positions]].clone()
-        group.product(x, y, low, rows, 0, bias=bias, add=add)
+        group.product(x, y, shrunk, rows, 0, bias=bias, add=add)
         assert torch.equal(y[[p < 0 for p in positions]], untouched)
         for row in (row for row, position in enumerate(positions) if position >= 0):
             error = (y[row].float() - expected[row].float()).norm() / expected[row].float().norm()

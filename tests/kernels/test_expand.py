@@ -1,11 +1,11 @@
-"""The adapters' part of a group of modules: low from a kernel, outputs side by side."""
+"""The adapters' part of a group of modules: shrunk from a kernel, outputs side by side."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from lorarep_runtime.kernels.decode.expand import adapt_rows, adapt_rows_reference
-from lorarep_runtime.kernels.entry_table import write_low_reference
+from lorarep_runtime.kernels.decode.expand import expand, expand_reference
+from lorarep_runtime.kernels.entry_table import shrink_reference
 from tests.support.decode_rows import CAPACITY, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, nan, randn
 
 SIZES = (600, 80, 24)
@@ -19,15 +19,15 @@ def test_a_group_of_modules(dtype: torch.dtype, biased: bool, added: bool) -> No
     modules = {"o": (8, 8), **{name: (size, 96) for name, size in zip("qkv", SIZES, strict=True)}}
     batch = Batch(modules, dtype)
     x, y = randn(6, 96, dtype=dtype), randn(6, sum(SIZES), dtype=dtype)
-    low = nan(6, 3, 3, CAPACITY)
-    write_low_reference(x, low, batch.plain, 1)
+    shrunk = nan(6, 3, 3, CAPACITY)
+    shrink_reference(x, shrunk, batch.plain, 1)
     bias = randn(sum(SIZES), dtype=dtype) if biased else None
     residual = randn(*y.shape, dtype=dtype) if added else None
     y_reference, residual_reference = y.clone(), residual.clone() if residual is not None else None
     before = (y if residual is None else residual).clone()
 
-    adapt_rows(y, low, SIZES, batch.rows, 1, bias=bias, residual=residual, pdl=PDL)
-    adapt_rows_reference(y_reference, low, SIZES, batch.plain, 1, bias=bias, residual=residual_reference)
+    expand(y, shrunk, SIZES, batch.rows, 1, bias=bias, residual=residual, pdl=PDL)
+    expand_reference(y_reference, shrunk, SIZES, batch.plain, 1, bias=bias, residual=residual_reference)
     tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert_close(y, y_reference, **tolerance)
     if residual is not None:
@@ -41,8 +41,8 @@ def test_as_a_merged_weight_computes() -> None:
     torch.manual_seed(0)
     batch = Batch({"down": (40, 96)}, torch.float32)
     weight, bias, x, residual = randn(40, 96), randn(40), randn(6, 96), randn(6, 40)
-    low = nan(6, 2, 1, CAPACITY)
-    write_low_reference(x, low, batch.plain, 0)
+    shrunk = nan(6, 2, 1, CAPACITY)
+    shrink_reference(x, shrunk, batch.plain, 0)
     expected = residual.clone()
     for row, _ in batch.plain.walking():
         entry = batch.plain.entry(row, 0)
@@ -51,5 +51,5 @@ def test_as_a_merged_weight_computes() -> None:
             merged = (weight if entry.c is None else entry.c[:, None] * weight) + entry.B @ entry.A
             own = bias if entry.bias is None else bias + entry.bias
         expected[row] += torch.nn.functional.linear(x[row], merged, own)
-    adapt_rows(x @ weight.T, low, [40], batch.rows, 0, bias=bias, residual=residual, pdl=PDL)
+    expand(x @ weight.T, shrunk, [40], batch.rows, 0, bias=bias, residual=residual, pdl=PDL)
     assert_close(residual, expected, rtol=2e-5, atol=5e-5)

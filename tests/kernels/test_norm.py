@@ -1,4 +1,4 @@
-"""Norms of rows, and low of the modules that read them."""
+"""Norms of rows, and shrunk of the modules that read them."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lorarep_runtime.kernels.decode.norm import norm_low, norm_low_reference
+from lorarep_runtime.kernels.decode.norm import norm_shrink, norm_shrink_reference
 from tests.support.decode_rows import CAPACITY, DEVICE, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
 
 EPS = 1e-5
@@ -17,12 +17,12 @@ def norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs kernel and reference, compares them, and returns h, weight and x."""
     h, weight = randn(len(batch), width, dtype=dtype, scale=3), randn(width, dtype=dtype)
-    x, low = nan(len(batch), width, dtype=dtype), nan(len(batch), parts, count, CAPACITY)
-    x_reference, low_reference = x.clone(), low.clone()
-    norm_low(h, weight, EPS, x, low, batch.rows, first, pdl=PDL)
-    norm_low_reference(h, weight, EPS, x_reference, low_reference, batch.plain, first)
+    x, shrunk = nan(len(batch), width, dtype=dtype), nan(len(batch), parts, count, CAPACITY)
+    x_reference, low_reference = x.clone(), shrunk.clone()
+    norm_shrink(h, weight, EPS, x, shrunk, batch.rows, first, pdl=PDL)
+    norm_shrink_reference(h, weight, EPS, x_reference, low_reference, batch.plain, first)
     assert_close(x, x_reference, rtol=TOLERANCE[dtype], atol=0, equal_nan=True)
-    assert_low(low, x, batch, first)
+    assert_low(shrunk, x, batch, first)
     return h, weight, x
 
 

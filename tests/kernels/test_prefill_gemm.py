@@ -37,8 +37,8 @@ def test_memory_of_a_cta_holds_what_its_cluster_sums() -> None:
         (2048, 28672, 4096, (256, 1)),
     ],
 )
-def test_how_it_is_spread(rows: int, out: int, into: int, spread: tuple[int, int]) -> None:
-    assert prefill_gemm._spread(rows, out // 16, into // CHUNK) == spread
+def test_how_it_is_spread(rows: int, out: int, into: int, launch: tuple[int, int]) -> None:
+    assert prefill_gemm._spread(rows, out // 16, into // CHUNK) == launch
 
 
 if HOPPER:
@@ -56,10 +56,10 @@ if HOPPER:
         dense: Tensor = bnb.functional.dequantize_4bit(packed, state)
         x = wide[:, 64:]
         expected = x.float() @ dense.float().T
-        for spread in product(BLOCKS, SPLITS):
-            monkeypatch.setattr(prefill_gemm, "_spread", lambda *_, spread=spread: spread)
+        for launch in product(BLOCKS, SPLITS):
+            monkeypatch.setattr(prefill_gemm, "_spread", lambda *_, launch=launch: launch)
             y = torch.full((rows, out + 16), torch.nan, dtype=dtype, device="cuda")
             matmul(*arrange(packed, state.absmax, (out, into)), x, y[:, :out])
             assert y[:, out:].isnan().all()
             errors = (y[:, :out].float() - expected).norm(dim=1) / expected.norm(dim=1)
-            assert errors.max() < 6e-3, spread
+            assert errors.max() < 6e-3, launch

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from lorarep_runtime.kernels.decode.attention import Attention
+from lorarep_runtime.kernels.attention_config import Attention
 from lorarep_runtime.kernels.prefill.rotate_store import rotate_store, rotate_store_reference
 from tests.support.decode_rows import DEVICE, DTYPES, TOLERANCE, nan, randn
 

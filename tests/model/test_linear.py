@@ -16,9 +16,10 @@ from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.kernels.hopper import int8, nf4
-from lorarep_runtime.model import linear
+from lorarep_runtime.model import packed
 from lorarep_runtime.model.base import Base
-from lorarep_runtime.model.linear import GROUPS, DenseWeight, GroupedWeight, Int8Weight, NF4Weight, Weight, product
+from lorarep_runtime.model.packed import PACKED_MODULES, PackedPart
+from lorarep_runtime.model.weights import DenseWeight, Int8Weight, NF4Weight, Weight, product
 from tests.support.engines import PROMPT, greedy
 from tests.support.models import MAPS, reference, reference_logits, save_adapter, save_base, stack_of
 
@@ -71,17 +72,17 @@ def weights_of(kind: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, We
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
 def test_groups_are_the_weights_side_by_side(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_has_kernel", lambda weight: weight.shape[0] != 16)
-    names = [name for group in GROUPS for name in group]
+    monkeypatch.setattr(packed, "_has_kernel", lambda weight: weight.shape[0] != 16)
+    names = [name for group in PACKED_MODULES for name in group]
     shapes = dict(zip(names, [(64, 64), (32, 64), (32, 64), (64, 64), (112, 64), (112, 64), (16, 64)], strict=True))
     layers = [weights_of(kind, shapes) for _ in range(2)]
     before = [dict(layer) for layer in layers]
-    linear.grouped(layers, torch.bfloat16)
+    packed.pack_layers(layers, torch.bfloat16)
     for old, new in zip(before, layers, strict=True):
         assert new["mlp.down_proj"] is old["mlp.down_proj"]  # for which there is no kernel
         for name in names[:-1]:
             weight = new[name]
-            assert isinstance(weight, GroupedWeight)
+            assert isinstance(weight, PackedPart)
             numbers, *scales = old[name].data + old[name].constants[:1]
             if kind == "nf4":
                 numbers, scales[0] = nf4.arrange(numbers, scales[0], shapes[name])

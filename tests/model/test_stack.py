@@ -11,14 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
-from lorarep_runtime.model.stack import (
-    Stack,
-    merge,
-    parse_ranges,
-    ranges_of,
-    stack_from_mergekit,
-    stack_from_ranges,
-)
+from lorarep_runtime.model.plan import merge
+from lorarep_runtime.model.stack import Stack, parse_ranges, ranges_of, stack_from_mergekit, stack_from_ranges
 from tests.support.models import FAMILIES, LAYERS, MAPS
 
 STACKS = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=12).map(tuple), min_size=1, max_size=4)
@@ -116,17 +110,17 @@ def shortest(a: Stack, b: Stack) -> int:
 def test_a_plan_walks_every_stack_in_order_and_wastes_no_step(stacks: list[Stack]) -> None:
     plan = merge(tuple(stacks))
     for i, stack in enumerate(stacks):
-        walked = [(step.positions[i], step.layer) for step in plan.steps if step.positions[i] is not None]
+        walked = [(step.positions[i], step.layer) for step in plan.visits if step.positions[i] is not None]
         assert walked == list(enumerate(stack))
-    assert all(any(position is not None for position in step.positions) for step in plan.steps)
-    assert len(plan.steps) <= sum(map(len, stacks))
+    assert all(any(position is not None for position in step.positions) for step in plan.visits)
+    assert len(plan.visits) <= sum(map(len, stacks))
     if len(stacks) == 2:
-        assert len(plan.steps) == shortest(*stacks)
+        assert len(plan.visits) == shortest(*stacks)
 
 
 def test_the_plan_of_a_base_and_its_deeper_stack_is_no_longer_than_the_deeper() -> None:
     deep = (*range(24), *range(8, 32))
-    assert len(merge((tuple(range(32)), deep)).steps) == 48
+    assert len(merge((tuple(range(32)), deep)).visits) == 48
 
 
 @given(STACKS)

@@ -10,7 +10,7 @@ import torch
 from lorarep_server.cli.reference import Reference
 from torch import nn
 
-from lorarep_runtime.adapters.peft_config import AdapterSpec
+from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
 from lorarep_runtime.config import AdapterLimits
 from tests.support.engines import PROMPT, engine_for, greedy
@@ -79,7 +79,7 @@ def test_the_reference_without_peft_is_the_one_with_it(
 ) -> None:
     name = f"{kind} on overlap"
     engine = engine_for(base, "nf4")
-    spec = AdapterSpec.parse(read_config(adapters[name] / CONFIG_FILE), AdapterLimits())
+    spec = AdapterConfig.parse(read_config(adapters[name] / CONFIG_FILE), AdapterLimits())
     given = engine.base, stack_of(MAPS["overlap"]), adapters[name], spec
     under_peft = Reference(*given)
     monkeypatch.setattr("lorarep_server.cli.reference.find_spec", lambda module: None)

@@ -6,17 +6,17 @@ import asyncio
 import threading
 import time
 
-from lorarep_server.loading.load_queue import REPORT_SECONDS, Loads, State
+from lorarep_server.loading.load_queue import REPORT_SECONDS, LoadQueue, State
 from lorarep_server.telemetry.metrics import Metrics
 from prometheus_client import CollectorRegistry
 
-from lorarep_runtime.hub.snapshot import Progress
+from lorarep_runtime.progress import Progress
 
 STEPS = 200_000
 
 
-def loads() -> Loads:
-    return Loads(Metrics(CollectorRegistry()), threads=1)
+def loads() -> LoadQueue:
+    return LoadQueue(Metrics(CollectorRegistry()), threads=1)
 
 
 def test_a_load_waits_for_no_reader() -> None:

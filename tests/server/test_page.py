@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from lorarep.v1 import adapters_pb2, model_pb2
-from lorarep_server.api.status_page import Page
+from lorarep_server.api.status_page import StatusPage
 from lorarep_server.loading.adapters_file import DesiredAdapter
 from lorarep_server.telemetry.metrics import Metrics
 from playwright.sync_api import Browser, expect
@@ -24,8 +24,8 @@ from playwright.sync_api import Page as Tab
 from prometheus_client import CollectorRegistry
 
 from lorarep_runtime.adapters.registry import AdapterInfo
-from lorarep_runtime.engine.engine import Stats
 from lorarep_runtime.engine.ledger import Ledger
+from lorarep_runtime.engine.stats import Stats
 from tests.server.test_security import BASE_FLAGS, USER
 from tests.support.browser import chromium
 from tests.support.servers import Server, adapters, load, request, serving, stream, unload
@@ -165,7 +165,7 @@ def test_of_many_adapters_the_status_has_what_matters_most() -> None:
     )
     entries = {name: DesiredAdapter(name, "org/b") for name in errors}
     desired: Any = SimpleNamespace(all=lambda: entries, error=errors.__getitem__)
-    told = asyncio.run(Page(lambda: engine, desired, Metrics(CollectorRegistry())).status())
+    told = asyncio.run(StatusPage(lambda: engine, desired, Metrics(CollectorRegistry())).status())
     assert isinstance(told, dict)
     names = [adapter["name"] for adapter in told["adapters"]]
     assert names[:4] == ["broken", "a150", "coming", "a190"]

@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lorarep.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
-from lorarep_server.auth import ROLES, Access, Role, check_roles, is_loopback, read_tokens
+from lorarep_server.auth import ROLES, Role, TokenAuth, check_roles, is_loopback, read_tokens
 from lorarep_server.demo.voices import BASE, MODELS
 
 from lorarep_runtime.errors import InvalidArgument
@@ -276,7 +276,7 @@ def test_an_rpc_without_a_role_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
             return model_pb2.GetModelResponse()
 
     async def code() -> Any:
-        server = grpc.aio.server(interceptors=(Access(file),))
+        server = grpc.aio.server(interceptors=(TokenAuth(file),))
         model_pb2_grpc.add_ModelServiceServicer_to_server(Model(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

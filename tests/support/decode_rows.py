@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from lorarep_runtime.kernels.entry_table import Entries, Entry, PlainRows, Rows, entry_table, write_low_reference
+from lorarep_runtime.kernels.entry_table import DecodeRows, Entries, Entry, ReferenceRows, entry_table, shrink_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PDL = DEVICE.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
@@ -78,19 +78,19 @@ class Batch:
         ]
         self._tables = [entry_table(one_by_one(a), DEPTH, names).to(DEVICE) for a in self._adapters]
         number = [0, 0, 1, 2, 2, None]
-        self.rows = Rows(
+        self.rows = DecodeRows(
             torch.tensor(POSITIONS, dtype=torch.int32, device=DEVICE),
             torch.tensor([0 if i is None else self._tables[i].data_ptr() for i in number], device=DEVICE),
             len(names),
         )
-        self.plain = PlainRows(POSITIONS, [None if i is None else self._adapters[i] for i in number], names)
+        self.plain = ReferenceRows(POSITIONS, [None if i is None else self._adapters[i] for i in number], names)
 
     def __len__(self) -> int:
         return len(POSITIONS)
 
 
-def assert_low(low: Tensor, x: Tensor, batch: Batch, first: int) -> None:
-    """That a kernel's low is A x of its own x, to fp32, and that nothing else of it was written."""
-    expected = nan(*low.shape)
-    write_low_reference(x, expected, batch.plain, first)
-    assert_close(low, expected, rtol=2e-5, atol=2e-5, equal_nan=True)
+def assert_low(shrunk: Tensor, x: Tensor, batch: Batch, first: int) -> None:
+    """That a kernel's shrunk is A x of its own x, to fp32, and that nothing else of it was written."""
+    expected = nan(*shrunk.shape)
+    shrink_reference(x, expected, batch.plain, first)
+    assert_close(shrunk, expected, rtol=2e-5, atol=2e-5, equal_nan=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.engine.overlap import Flights
+from lorarep_runtime.engine.overlap import StepOverlap
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PageTable
 
@@ -60,7 +60,7 @@ class LateForward:
 
     def __init__(self, engine: Engine, batch: Batch) -> None:
         self._engine, self._batch = engine, batch
-        self.left = len(batch.plan.steps)
+        self.left = len(batch.plan.visits)
 
     def advance(self, steps: int) -> None:
         self.left -= min(steps, self.left)
@@ -72,5 +72,5 @@ class LateForward:
 
 def with_decoder(engine: Engine) -> LayerDecoder:
     decoder = LayerDecoder(engine)
-    engine._flights = Flights(decoder, engine.scheduler)  # type: ignore[arg-type]
+    engine._flights = StepOverlap(decoder, engine.scheduler)  # type: ignore[arg-type]
     return decoder

@@ -12,7 +12,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
-from lorarep_runtime.text.tokenizer import REPLACEMENT, TextStream, Tokenizer, fits
+from lorarep_runtime.text.detokenizer import REPLACEMENT, TextStream
+from lorarep_runtime.text.tokenizer import Tokenizer, fits
 from tests.support.models import VOCAB, save_tokenizer
 
 TEMPLATE = (

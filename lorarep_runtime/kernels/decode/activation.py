@@ -1,4 +1,4 @@
-"""The SiLU-gated activation of each row (Shazeer, 2020), and low = A x of the module that reads it."""
+"""The SiLU-gated activation of each row (Shazeer, 2020), and shrunk = A x of the module that reads it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lorarep_runtime.kernels.decode.shrink import (
     group_of_row,
     idle,
     load_ranks,
-    low_grid,
-    low_options,
     part_columns,
-    write_low,
+    shrink_grid,
+    shrink_options,
+    write_shrunk,
 )
-from lorarep_runtime.kernels.entry_table import PlainRows, Rows, write_low_reference
+from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows, shrink_reference
 
 BLOCK: tl.constexpr = tl.constexpr(1024)
 
 
-def gate_low(gate_up: Tensor, x: Tensor, low: Tensor, rows: Rows, first: int, *, pdl: bool = False) -> None:
+def gate_shrink(gate_up: Tensor, x: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, pdl: bool = False) -> None:
     """x = silu(gate) · up, rounded after each of the two as in `transformers`' LlamaMLP.
 
     All tensors are contiguous; gate_up and x have the dtype of the activations.
@@ -30,19 +30,19 @@ def gate_low(gate_up: Tensor, x: Tensor, low: Tensor, rows: Rows, first: int, *,
     Args:
         gate_up: (rows, 2 · intermediate size), the gate first.
         x: (rows, intermediate size), written.
-        low: fp32 (rows, parts, 1, ranks), written.
+        shrunk: fp32 (rows, parts, 1, ranks), written.
         first: number of the module that reads x.
-        pdl: begin while the kernel before ends (`low`).
+        pdl: begin while the kernel before ends (`shrunk`).
     """
-    _gate_low[low_grid(low)](
+    _gate_shrink[shrink_grid(shrunk)](
         gate_up,
         x,
-        low,
+        shrunk,
         rows.positions,
         rows.adapters,
         PDL=pdl,
         launch_pdl=pdl,
-        **low_options(low, x.shape[1], rows, first),
+        **shrink_options(shrunk, x.shape[1], rows, first),
     )
 
 
@@ -53,11 +53,11 @@ def gate_rows(gate_up: Tensor) -> Tensor:
     return gate_up[:, :width]
 
 
-def gate_low_reference(gate_up: Tensor, x: Tensor, low: Tensor, rows: PlainRows, first: int) -> None:
+def gate_shrink_reference(gate_up: Tensor, x: Tensor, shrunk: Tensor, rows: ReferenceRows, first: int) -> None:
     for row, _ in rows.walking():
         gate, up = gate_up[row].chunk(2)
         x[row] = F.silu(gate) * up
-    write_low_reference(x, low, rows, first)
+    shrink_reference(x, shrunk, rows, first)
 
 
 @triton.jit
@@ -78,10 +78,10 @@ def _gate_rows(gate_up, width):
 
 
 @triton.jit(do_not_specialize=["positions"])
-def _gate_low(
+def _gate_shrink(
     gate_up,
     x,
-    low,
+    shrunk,
     positions,
     adapters,
     PDL: tl.constexpr,
@@ -105,4 +105,4 @@ def _gate_low(
         return
     own_x = _gated(gate_up + row * 2 * WIDTH + columns, WIDTH, inside)
     tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
-    write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
+    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

@@ -7,7 +7,6 @@ sequences are whole there is nothing to merge.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,43 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorarep_runtime.kernels.attention_config import Attention
 from lorarep_runtime.kernels.decode.combine import Partials
 from lorarep_runtime.kernels.decode.shrink import (
     await_previous,
     group_of_row,
     load_ranks,
-    low_options,
     part_columns,
-    write_low,
+    shrink_options,
+    write_shrunk,
 )
-from lorarep_runtime.kernels.entry_table import PlainRows, Rows
+from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows
 from lorarep_runtime.kernels.rotary import rotated, rotated_reference
 
 BLOCK_TOKENS: tl.constexpr = tl.constexpr(64)
 """Tokens that a program loads at once."""
 SIZES = ("WIDTH", "PART", "BLOCK", "MODULES", "FIRST", "COUNT", "RANKS", "LANES")
-"""What `low_options` says of low."""
+"""What `shrink_options` says of shrunk."""
 LEAST_HEADS = 16
 """Rows of the smallest matrix product that tensor cores take."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What a layer's attention is."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    """Multiplies q · k."""
-    window: int | None = None
-    """Tokens that a query sees, itself included; None is all."""
-    q_norm: Tensor | None = None
-    """(head_dim), weight of an RMSNorm of every query (Qwen 3); None is none."""
-    k_norm: Tensor | None = None
-    """Likewise of every key."""
-    eps: float = 1e-6
-    """Of these norms."""
 
 
 class Cache(NamedTuple):
@@ -74,7 +55,7 @@ def attend(
     sin: Tensor,
     cache: Cache,
     partials: Partials,
-    rows: Rows,
+    rows: DecodeRows,
     *,
     pdl: bool = False,
 ) -> None:
@@ -87,7 +68,7 @@ def attend(
         qkv: (rows, (heads + 2 · kv_heads) · head_dim): queries, keys, values.
         cos, sin: (rows, head_dim), of each row's new token.
         partials: written.
-        pdl: begin while the kernel before ends (`low`).
+        pdl: begin while the kernel before ends (`shrunk`).
     """
     _launch(layer, qkv, cos, sin, cache, partials, rows, partials.maxima.shape[2], pdl)
 
@@ -99,20 +80,20 @@ def attend_whole(
     sin: Tensor,
     cache: Cache,
     out: Tensor,
-    low: Tensor,
-    rows: Rows,
+    shrunk: Tensor,
+    rows: DecodeRows,
     first: int,
     *,
     pdl: bool = False,
 ) -> None:
-    """The same where no sequence is split, with what `combine_low` does then: one kernel instead of two.
+    """The same where no sequence is split, with what `combine_shrink` does then: one kernel instead of two.
 
     Args:
-        low: fp32 (rows, kv_heads, 1, ranks): a part is what a head of keys and values is attended to by.
+        shrunk: fp32 (rows, kv_heads, 1, ranks): a part is what a head of keys and values is attended to by.
     """
-    options, part = low_options(low, out.shape[1], rows, first), out.shape[1] // layer.kv_heads
+    options, part = shrink_options(shrunk, out.shape[1], rows, first), out.shape[1] // layer.kv_heads
     sizes = {name: options[name] for name in SIZES} | dict(PART=part, BLOCK=triton.next_power_of_2(part))
-    _launch(layer, qkv, cos, sin, cache, None, rows, 1, pdl, (out, low, rows.adapters), sizes)
+    _launch(layer, qkv, cos, sin, cache, None, rows, 1, pdl, (out, shrunk, rows.adapters), sizes)
 
 
 def _launch(
@@ -122,7 +103,7 @@ def _launch(
     sin: Tensor,
     cache: Cache,
     partials: Partials | None,
-    rows: Rows,
+    rows: DecodeRows,
     splits: int,
     pdl: bool,
     whole: Sequence[Tensor | None] = (None, None, None),
@@ -161,7 +142,7 @@ def _launch(
 
 
 def attend_reference(
-    layer: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Cache, partials: Partials, rows: PlainRows
+    layer: Attention, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Cache, partials: Partials, rows: ReferenceRows
 ) -> None:
     """All tokens in the first split."""
     for partial, neutral in zip(partials, (float("-inf"), 0, 0), strict=True):
@@ -217,7 +198,7 @@ def _attend(
     sums,
     values,
     out,
-    low,
+    shrunk,
     adapters,
     positions,
     depth,
@@ -315,7 +296,7 @@ def _attend(
         if tl.max(ranks, 0) > 0:
             tl.debug_barrier()  # a thread has other columns now
             x = tl.load(out + row * WIDTH + columns, mask=inside, other=0)
-            write_low(low, x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
+            write_shrunk(shrunk, x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
     else:
         tl.store(maxima + at, maximum, mask=in_group)
         tl.store(sums + at, total, mask=in_group)

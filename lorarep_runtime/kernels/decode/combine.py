@@ -1,4 +1,4 @@
-"""The splits of `decode_attention` merged, and low = A x of the module that reads the result."""
+"""The splits of `decode_attention` merged, and shrunk = A x of the module that reads the result."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lorarep_runtime.kernels.decode.shrink import (
     group_of_row,
     idle,
     load_ranks,
-    low_grid,
-    low_options,
     part_columns,
-    write_low,
+    shrink_grid,
+    shrink_options,
+    write_shrunk,
 )
-from lorarep_runtime.kernels.entry_table import PlainRows, Rows, write_low_reference
+from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows, shrink_reference
 
 
 class Partials(NamedTuple):
@@ -38,49 +38,51 @@ class Partials(NamedTuple):
         return cls(*(torch.empty(s, dtype=torch.float32, device=device) for s in (shape, shape, (*shape, head_dim))))
 
 
-def combine_low(partials: Partials, out: Tensor, low: Tensor, rows: Rows, first: int, *, pdl: bool = False) -> None:
+def combine_shrink(
+    partials: Partials, out: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, pdl: bool = False
+) -> None:
     """Merges attention over parts of a sequence (Dao et al., 2023).
 
     All tensors are contiguous.
 
     Args:
         out: (rows, heads · head_dim), in the dtype of the activations, written.
-        low: fp32 (rows, parts, 1, ranks), written.
+        shrunk: fp32 (rows, parts, 1, ranks), written.
         first: number of the module that reads `out`.
-        pdl: begin while the kernel before ends (`low`).
+        pdl: begin while the kernel before ends (`shrunk`).
     """
     splits, head_dim = partials.values.shape[2:]
-    _combine_low[low_grid(low)](
+    _combine_shrink[shrink_grid(shrunk)](
         *partials,
         out,
-        low,
+        shrunk,
         rows.positions,
         rows.adapters,
         DIM=head_dim,
         SPLITS=splits,
         PDL=pdl,
         launch_pdl=pdl,
-        **low_options(low, out.shape[1], rows, first),
+        **shrink_options(shrunk, out.shape[1], rows, first),
     )
 
 
-def combine_low_reference(partials: Partials, out: Tensor, low: Tensor, rows: PlainRows, first: int) -> None:
+def combine_shrink_reference(partials: Partials, out: Tensor, shrunk: Tensor, rows: ReferenceRows, first: int) -> None:
     for row, _ in rows.walking():
         maxima, sums, values = (p[row] for p in partials)
         weights = (maxima - maxima.amax(1, keepdim=True)).exp()
         # A split without tokens has a weight of 0, and 0 times its values may be NaN.
         total = (weights.unsqueeze(2) * values).masked_fill(weights.unsqueeze(2) == 0, 0).sum(1)
         out[row] = (total / (weights * sums).sum(1, keepdim=True)).flatten().to(out.dtype)
-    write_low_reference(out, low, rows, first)
+    shrink_reference(out, shrunk, rows, first)
 
 
 @triton.jit(do_not_specialize=["positions"])
-def _combine_low(
+def _combine_shrink(
     maxima,
     sums,
     values,
     out,
-    low,
+    shrunk,
     positions,
     adapters,
     DIM: tl.constexpr,
@@ -118,4 +120,4 @@ def _combine_low(
         value += tl.where(weight > 0, weight * part_value, 0.0)
     own_x = (value / total).to(dtype)
     tl.store(out + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
-    write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
+    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

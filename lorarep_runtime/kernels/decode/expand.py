@@ -1,6 +1,6 @@
 """The adapters' part of a group of linear layers, y = c ⊙ (W x) + B (A x) + b, each row with its own.
 
-For bases whose product W x is a library's. low = A x comes from the kernel that made x.
+For bases whose product W x is a library's. shrunk = A x comes from the kernel that made x.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from lorarep_runtime.kernels.decode.shrink import ENTRY_FIELDS, await_previous
-from lorarep_runtime.kernels.entry_table import PlainRows, Rows
+from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows
 
 BLOCK = 512
 RANK_BLOCK: tl.constexpr = tl.constexpr(8)
 
 
-def adapt_rows(
+def expand(
     y: Tensor,
-    low: Tensor,
+    shrunk: Tensor,
     sizes: Sequence[int],
-    rows: Rows,
+    rows: DecodeRows,
     first: int,
     *,
     bias: Tensor | None = None,
@@ -36,17 +36,17 @@ def adapt_rows(
 
     Args:
         y: (rows, outputs of the group's modules one after the other), W x on entry. Written where there is no residual.
-        low: fp32 (rows, parts, modules in the group, ranks).
+        shrunk: fp32 (rows, parts, modules in the group, ranks).
         sizes: outputs of each module.
         first: number of the group's first module.
         bias: (outputs of the group), the base's own; None is 0.
         residual: (rows, outputs of the group). Written; rows without a position keep theirs.
-        pdl: begin while the kernel before ends (`low`).
+        pdl: begin while the kernel before ends (`shrunk`).
     """
-    _, parts, _, ranks = low.shape
-    _adapt_rows[(len(y), len(sizes), triton.cdiv(max(sizes), BLOCK))](
+    _, parts, _, ranks = shrunk.shape
+    _expand_rows[(len(y), len(sizes), triton.cdiv(max(sizes), BLOCK))](
         y,
-        low,
+        shrunk,
         bias,
         residual,
         rows.positions,
@@ -65,11 +65,11 @@ def adapt_rows(
     )
 
 
-def adapt_rows_reference(
+def expand_reference(
     y: Tensor,
-    low: Tensor,
+    shrunk: Tensor,
     sizes: Sequence[int],
-    rows: PlainRows,
+    rows: ReferenceRows,
     first: int,
     *,
     bias: Tensor | None = None,
@@ -83,7 +83,7 @@ def adapt_rows_reference(
                 continue
             if entry.c is not None:
                 part *= entry.c
-            part += entry.B.float() @ low[row, :, module, : len(entry.A)].sum(0)
+            part += entry.B.float() @ shrunk[row, :, module, : len(entry.A)].sum(0)
             if entry.bias is not None:
                 part += entry.bias
         if bias is not None:
@@ -110,9 +110,9 @@ def _load_vector(entry, field: tl.constexpr, present, size, o, other: tl.constex
 
 
 @triton.jit(do_not_specialize=["positions"])
-def _adapt_rows(
+def _expand_rows(
     y,
-    low,
+    shrunk,
     bias,
     residual,
     positions,
@@ -152,12 +152,12 @@ def _adapt_rows(
     at = row * total + offset + o
     adapted = c * tl.load(y + at, mask=inside, other=0).to(tl.float32) + b
     part = tl.arange(0, BLOCK_PARTS)
-    low += ((row * PARTS + part) * COUNT + module)[:, None] * RANKS
+    shrunk += ((row * PARTS + part) * COUNT + module)[:, None] * RANKS
     for start in range(0, rank, RANK_BLOCK):
         current = B_block
         B_block = _load_ranks(B, rank, start + RANK_BLOCK, size, o)
         j = start + tl.arange(0, RANK_BLOCK)
-        partial = tl.load(low + j[None, :], mask=(part < PARTS)[:, None] & (j < rank)[None, :], other=0)
+        partial = tl.load(shrunk + j[None, :], mask=(part < PARTS)[:, None] & (j < rank)[None, :], other=0)
         adapted += tl.sum(current.to(tl.float32) * tl.sum(partial, 0)[:, None], 0)
     if residual is not None:
         adapted += tl.load(residual + at, mask=inside, other=0).to(tl.float32)

@@ -1,8 +1,7 @@
-"""RMSNorm (Zhang and Sennrich, 2019) of each row, and low = A x of the modules that read it."""
+"""RMSNorm (Zhang and Sennrich, 2019) of each row, and shrunk = A x of the modules that read it."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,21 +11,22 @@ from lorarep_runtime.kernels.decode.shrink import (
     group_of_row,
     idle,
     load_ranks,
-    low_grid,
-    low_options,
     part_columns,
-    write_low,
+    shrink_grid,
+    shrink_options,
+    write_shrunk,
 )
-from lorarep_runtime.kernels.entry_table import PlainRows, Rows, write_low_reference
+from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows, shrink_reference
+from lorarep_runtime.kernels.rms_norm import rms_norm_reference, scale_by_weight
 
 
-def norm_low(
+def norm_shrink(
     h: Tensor,
     weight: Tensor,
     eps: float,
     x: Tensor,
-    low: Tensor,
-    rows: Rows,
+    shrunk: Tensor,
+    rows: DecodeRows,
     first: int,
     *,
     pdl: bool = False,
@@ -39,52 +39,40 @@ def norm_low(
         h: (rows, hidden size).
         weight: (hidden size).
         x: (rows, hidden size), written.
-        low: fp32 (rows, parts, modules in the group, ranks), written.
+        shrunk: fp32 (rows, parts, modules in the group, ranks), written.
         first: number of the group's first module.
-        pdl: begin while the kernel before ends (`low`).
+        pdl: begin while the kernel before ends (`shrunk`).
     """
     width = h.shape[1]
-    _norm_low[low_grid(low)](
+    _norm_shrink[shrink_grid(shrunk)](
         h,
         weight,
         x,
-        low,
+        shrunk,
         rows.positions,
         rows.adapters,
         eps,
         ROW_BLOCK=triton.next_power_of_2(width),
         PDL=pdl,
         launch_pdl=pdl,
-        **low_options(low, width, rows, first),
+        **shrink_options(shrunk, width, rows, first),
     )
 
 
-def norm_low_reference(
-    h: Tensor, weight: Tensor, eps: float, x: Tensor, low: Tensor, rows: PlainRows, first: int
+def norm_shrink_reference(
+    h: Tensor, weight: Tensor, eps: float, x: Tensor, shrunk: Tensor, rows: ReferenceRows, first: int
 ) -> None:
     for row, _ in rows.walking():
         x[row] = rms_norm_reference(h[row], weight, eps)
-    write_low_reference(x, low, rows, first)
-
-
-def rms_norm_reference(h: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension."""
-    normed = h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(h.dtype)
-
-
-@triton.jit
-def scale_by_weight(normed, weight):
-    """The end of RMSNorm: `normed` in fp32 times the weight, rounded as in `transformers` to the weight's dtype."""
-    return (normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)
+    shrink_reference(x, shrunk, rows, first)
 
 
 @triton.jit(do_not_specialize=["positions"])
-def _norm_low(
+def _norm_shrink(
     h,
     weight,
     x,
-    low,
+    shrunk,
     positions,
     adapters,
     eps,
@@ -117,4 +105,4 @@ def _norm_low(
     normed = own * tl.rsqrt(tl.sum(whole * whole, 0) / WIDTH + eps)
     own_x = scale_by_weight(normed, w)
     tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
-    write_low(low, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
+    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)

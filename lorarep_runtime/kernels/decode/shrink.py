@@ -1,4 +1,4 @@
-"""low = A x beside the kernels that make x: what they share in Triton. `rows` says what low and entry tables are.
+"""shrunk = A x beside the kernels that make x: what they share in Triton. `rows` says what shrunk and entry tables are.
 
 A program has a row and a part of x, and where ranks are many, every so many blocks of them: a block is some ranks of a
 module, or all of all modules if they are few. It has to follow three addresses to get at its piece of A (row, table,
@@ -17,24 +17,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.entry_table import FIELDS, Rows, part_width
+from lorarep_runtime.kernels.entry_table import FIELDS, DecodeRows, part_width
 
 ENTRY_FIELDS: tl.constexpr = tl.constexpr(FIELDS)
 MOST_RANK_PROGRAMS = 8
 """For a row and a part."""
 
 
-def low_grid(low: Tensor) -> tuple[int, int, int]:
-    """Programs of a kernel that makes x and its low."""
-    rows, parts, _, ranks = low.shape
-    lanes = _lanes(low)
+def shrink_grid(shrunk: Tensor) -> tuple[int, int, int]:
+    """Programs of a kernel that makes x and its shrunk."""
+    rows, parts, _, ranks = shrunk.shape
+    lanes = _lanes(shrunk)
     return rows, parts, min(MOST_RANK_PROGRAMS, ranks // lanes) if ranks % lanes == 0 else 1
 
 
-def low_options(low: Tensor, width: int, rows: Rows, first: int) -> dict[str, Any]:
-    """What a kernel that makes x of `width` is launched with for its low."""
-    _, parts, count, ranks = low.shape
-    part, lanes = part_width(width, parts), _lanes(low)
+def shrink_options(shrunk: Tensor, width: int, rows: DecodeRows, first: int) -> dict[str, Any]:
+    """What a kernel that makes x of `width` is launched with for its shrunk."""
+    _, parts, count, ranks = shrunk.shape
+    part, lanes = part_width(width, parts), _lanes(shrunk)
     block = triton.next_power_of_2(part)
     return dict(
         WIDTH=width,
@@ -49,9 +49,9 @@ def low_options(low: Tensor, width: int, rows: Rows, first: int) -> dict[str, An
     )
 
 
-def _lanes(low: Tensor) -> int:
+def _lanes(shrunk: Tensor) -> int:
     """Ranks, of all modules one after the other, that a program takes at a time."""
-    _, _, count, ranks = low.shape
+    _, _, count, ranks = shrunk.shape
     return triton.next_power_of_2(count * ranks) if ranks <= 8 else 8
 
 
@@ -114,8 +114,8 @@ def idle(position, ranks, LANES: tl.constexpr):
 
 
 @triton.jit
-def write_low(
-    low,
+def write_shrunk(
+    shrunk,
     x,
     a,
     there,
@@ -128,19 +128,19 @@ def write_low(
     RANKS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Stores this program's part of low.
+    """Stores this program's part of shrunk.
 
     Args:
-        low: (rows, parts, modules, ranks).
+        shrunk: (rows, parts, modules, ranks).
         x: (BLOCK), 0 where not `inside`.
         a, there: the first of this program's blocks, loaded early.
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    low += (row * tl.num_programs(1) + part) * COUNT * RANKS
+    shrunk += (row * tl.num_programs(1) + part) * COUNT * RANKS
     blocks: tl.constexpr = (COUNT * RANKS + LANES - 1) // LANES
     for block in range(tl.program_id(2), tl.where(tl.max(ranks, 0) > 0, blocks, 0), tl.num_programs(2)):
         current, current_there = a, there
         next_block = block + tl.num_programs(2)
         a, there = load_ranks(addresses, ranks, next_block, columns, inside, x.dtype, WIDTH, COUNT, RANKS, LANES)
         sums = tl.sum(current.to(tl.float32) * x.to(tl.float32)[None, :], 1)
-        tl.store(low + block * LANES + tl.arange(0, LANES), sums, mask=current_there)
+        tl.store(shrunk + block * LANES + tl.arange(0, LANES), sums, mask=current_there)

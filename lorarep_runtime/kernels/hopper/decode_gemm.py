@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.kernels.eager.dora_norm import norm_products, row_squares
-from lorarep_runtime.kernels.entry_table import PlainRows, Rows
+from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows
 from lorarep_runtime.kernels.hopper import int8, nf4, prefill_gemm
 from lorarep_runtime.kernels.hopper.launch_config import (
     BARRIER_BYTES,
     ENTRY_BYTES,
+    LAUNCH_CONFIGS,
     RANK_SEGMENTS,
-    SPREADS,
-    Spread,
+    LaunchConfig,
+    launch_config_for,
     places_for,
-    spread_for,
 )
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE
 
@@ -42,12 +42,12 @@ DENSE_BYTES = 64 << 20
 """Of an int8 weight that is dequantized to bf16 at a time. Smaller parts keep the device waiting for launches."""
 
 
-class Group(ctypes.Structure):
-    """`Group` of `product.cu`."""
+class GemmArguments(ctypes.Structure):
+    """`GemmArguments` of `product.cu`."""
 
     _fields_: ClassVar[Any] = [
         *((name, ctypes.c_void_p) for name in ("weights", "scales", "x", "y")),
-        *((name, ctypes.c_void_p) for name in ("base_bias", "low", "positions", "adapters")),
+        *((name, ctypes.c_void_p) for name in ("base_bias", "shrunk", "positions", "adapters")),
         *((name, ctypes.c_int) for name in ("rows", "columns", "tiles", "parts")),
         *((name, ctypes.c_int) for name in ("ranks", "first", "modules", "all_modules")),
         ("ends", ctypes.c_int * MAX_MODULES),
@@ -56,11 +56,15 @@ class Group(ctypes.Structure):
     ]
 
 
-def defines(spread: Spread) -> Mapping[str, int]:
+def defines(launch: LaunchConfig) -> Mapping[str, int]:
     """What the source is compiled with."""
-    named = {"KIND": spread.bits, "EIGHTS": spread.eights, "TILES": spread.tiles, "DEPTH": spread.depth}
-    named |= {"WARPS": spread.warps, "SIDE": spread.side, "WGMMA": int(spread.wgmma)}
-    return named | {"GROUP_BYTES": ctypes.sizeof(Group), "ENTRY_BYTES": ENTRY_BYTES, "BARRIER_BYTES": BARRIER_BYTES}
+    named = {"KIND": launch.bits, "EIGHTS": launch.eights, "TILES": launch.tiles, "DEPTH": launch.depth}
+    named |= {"WARPS": launch.warps, "SIDE": launch.side, "WGMMA": int(launch.wgmma)}
+    return named | {
+        "GROUP_BYTES": ctypes.sizeof(GemmArguments),
+        "ENTRY_BYTES": ENTRY_BYTES,
+        "BARRIER_BYTES": BARRIER_BYTES,
+    }
 
 
 def compile_products(bits: Iterable[int]) -> None:
@@ -68,7 +72,10 @@ def compile_products(bits: Iterable[int]) -> None:
     from lorarep_runtime.kernels.hopper.nvrtc import compile_for_device
 
     bits = set(bits)
-    sources = [(nf4.SOURCE, {}), *((SOURCE, defines(spread)) for kind in bits for spread in SPREADS[kind].values())]
+    sources = [
+        (nf4.SOURCE, {}),
+        *((SOURCE, defines(launch)) for kind in bits for launch in LAUNCH_CONFIGS[kind].values()),
+    ]
     sources += [*prefill_gemm.sources()] if 4 in bits else []
     sources += [(int8.SOURCE, {})] if 8 in bits else []
     with ThreadPoolExecutor() as pool:
@@ -77,14 +84,14 @@ def compile_products(bits: Iterable[int]) -> None:
 
 
 @cache
-def _product_kernel(spread: Spread) -> Kernel:
+def _product_kernel(launch: LaunchConfig) -> Kernel:
     from lorarep_runtime.kernels.hopper.nvrtc import Kernel
 
-    return Kernel(SOURCE, "product", defines(spread))
+    return Kernel(SOURCE, "product", defines(launch))
 
 
 @dataclass(frozen=True)
-class SharedGroup:
+class PackedWeight:
     """Weights of modules that read the same x, one under the other."""
 
     bits: int
@@ -108,28 +115,28 @@ class SharedGroup:
     def nbytes(self) -> int:
         return self.weights.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
-    def rows(self, module: int) -> SharedGroup:
+    def rows(self, module: int) -> PackedWeight:
         """One module's part, the same memory."""
         return self._outputs(sum(self.sizes[:module]), sum(self.sizes[: module + 1]))
 
-    def _parts(self) -> Iterator[SharedGroup]:
+    def _parts(self) -> Iterator[PackedWeight]:
         """As many outputs after the other as are dequantized at a time; the same memory. Of int8."""
         tiles = sum(self.sizes) // TILE
         count = min(tiles, -(-tiles * TILE * self.columns * 2 // DENSE_BYTES)) if self.bits == 8 else 1
         for i in range(count):
             yield self._outputs(tiles * i // count * TILE, tiles * (i + 1) // count * TILE)
 
-    def _outputs(self, begin: int, end: int) -> SharedGroup:
+    def _outputs(self, begin: int, end: int) -> PackedWeight:
         rows, tiles = slice(begin, end), slice(begin // TILE, end // TILE)
         scales = None if self.scales is None else self.scales[tiles if self.bits == 4 else rows]
-        return SharedGroup(self.bits, self.weights[rows if self.bits == 16 else tiles], scales, (end - begin,))
+        return PackedWeight(self.bits, self.weights[rows if self.bits == 16 else tiles], scales, (end - begin,))
 
     def product(
         self,
         x: Tensor,
         y: Tensor,
-        low: Tensor,
-        rows: Rows,
+        shrunk: Tensor,
+        rows: DecodeRows,
         first: int,
         *,
         bias: Tensor | None = None,
@@ -142,54 +149,54 @@ class SharedGroup:
         Args:
             x: bf16 (rows, in).
             y: bf16 (rows, outputs of all modules).
-            low: fp32 (rows, parts, modules, ranks), partial sums of A x; ranks are a multiple of four.
+            shrunk: fp32 (rows, parts, modules, ranks), partial sums of A x; ranks are a multiple of four.
             first: number of the first module in entry tables.
             bias: bf16 (outputs), the base's own.
         """
-        ranks = low.shape[3]
+        ranks = shrunk.shape[3]
         columns, tiles = x.shape[1], sum(self.sizes) // TILE
         ends = [*accumulate(self.sizes), *[tiles * TILE] * MAX_MODULES][:MAX_MODULES]
         at = 0
         while at < len(x):
-            spread = spread_for(self.bits, tiles, columns, len(x) - at, len(self.sizes), ranks)
-            count = min(len(x) - at, 8 * spread.eights)
-            places = places_for(spread, tiles, columns, count, len(self.sizes))
-            group = Group(
+            launch = launch_config_for(self.bits, tiles, columns, len(x) - at, len(self.sizes), ranks)
+            count = min(len(x) - at, 8 * launch.eights)
+            places = places_for(launch, tiles, columns, count, len(self.sizes))
+            group = GemmArguments(
                 weights=self.weights.data_ptr(),
                 scales=None if self.scales is None else self.scales.data_ptr(),
                 x=x[at:].data_ptr(),
                 y=y[at:].data_ptr(),
                 base_bias=None if bias is None else bias.data_ptr(),
-                low=low[at:].data_ptr(),
+                shrunk=shrunk[at:].data_ptr(),
                 positions=rows.positions[at:].data_ptr(),
                 adapters=rows.adapters[at:].data_ptr(),
                 rows=count,
                 columns=columns,
                 tiles=tiles,
-                parts=low.shape[1],
+                parts=shrunk.shape[1],
                 ranks=ranks,
                 first=first,
                 modules=len(self.sizes),
                 all_modules=rows.modules,
                 ends=(ctypes.c_int * MAX_MODULES)(*ends),
                 add=add,
-                cluster_tiles=spread.cluster_tiles(tiles),
-                rounds=spread.rounds(tiles),
-                low_ranks=spread.rank_segment * len(self.sizes),
-                stride=spread.stride(tiles),
+                cluster_tiles=launch.cluster_tiles(tiles),
+                rounds=launch.rounds(tiles),
+                low_ranks=launch.rank_segment * len(self.sizes),
+                stride=launch.stride(tiles),
                 table_at=places.table,
                 x_at=places.x,
                 sums_at=places.sums,
                 added_at=places.added,
                 entries_at=places.entries,
-                in_place=spread.in_place,
+                in_place=launch.in_place,
             )
-            _product_kernel(replace(spread, cluster=1, rank_segment=RANK_SEGMENTS[-1], in_place=False))(
-                spread.grid(tiles),
-                32 * (spread.warps + spread.side),
+            _product_kernel(replace(launch, cluster=1, rank_segment=RANK_SEGMENTS[-1], in_place=False))(
+                launch.grid(tiles),
+                32 * (launch.warps + launch.side),
                 group,
                 shared=places.end,
-                cluster=spread.cluster,
+                cluster=launch.cluster,
                 dependent=True,
             )
             at += count
@@ -240,8 +247,8 @@ def product_reference(
     weight: Tensor,
     x: Tensor,
     y: Tensor,
-    low: Tensor,
-    rows: PlainRows,
+    shrunk: Tensor,
+    rows: ReferenceRows,
     first: int,
     sizes: Sequence[int],
     *,
@@ -257,7 +264,7 @@ def product_reference(
             value = plain[row, at]
             if (entry := rows.entry(row, first + module)) is not None:
                 value = value if entry.c is None else value * entry.c.float()
-                value = value + entry.B.float() @ low[row, :, module, : len(entry.A)].sum(0)
+                value = value + entry.B.float() @ shrunk[row, :, module, : len(entry.A)].sum(0)
                 value = value if entry.bias is None else value + entry.bias.float()
             if bias is not None:
                 value = value + bias[at].float()

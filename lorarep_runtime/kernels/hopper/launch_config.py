@@ -45,7 +45,7 @@ STARVED = 1.2
 
 
 @dataclass(frozen=True)
-class Spread:
+class LaunchConfig:
     """How a product is spread over the device, a CTA to a multiprocessor."""
 
     bits: int
@@ -63,7 +63,7 @@ class Spread:
     cluster: int = 1
     """CTAs that split the columns."""
     rank_segment: int = RANK_SEGMENTS[-1]
-    """Ranks of each module whose low is in shared memory at a time; more where a cluster has outputs of fewer."""
+    """Ranks of each module whose shrunk is in shared memory at a time; more where a cluster has outputs of fewer."""
     in_place: bool = False
     """Whether the CTAs' sums are where x was; for one round."""
 
@@ -124,19 +124,19 @@ class Places(NamedTuple):
 
 
 @cache
-def places_for(spread: Spread, tiles: int, columns: int, rows: int, modules: int) -> Places:
+def places_for(launch: LaunchConfig, tiles: int, columns: int, rows: int, modules: int) -> Places:
     """Shared memory of a CTA."""
-    added = 4 * 8 * spread.eights * spread.stride(tiles)
-    sums = added * spread.cluster
+    added = 4 * 8 * launch.eights * launch.stride(tiles)
+    sums = added * launch.cluster
     sizes = {
-        "x": max(2 * 8 * spread.eights * -(-(columns // CHUNK) // spread.cluster) * CHUNK, spread.in_place * sums),
+        "x": max(2 * 8 * launch.eights * -(-(columns // CHUNK) // launch.cluster) * CHUNK, launch.in_place * sums),
         "added": added,
-        "entries": BARRIER_BYTES + -(-rows * modules * (ENTRY_BYTES + 4 * spread.rank_segment) // 16) * 16,
-        "sums": 0 if spread.in_place else sums,
+        "entries": BARRIER_BYTES + -(-rows * modules * (ENTRY_BYTES + 4 * launch.rank_segment) // 16) * 16,
+        "sums": 0 if launch.in_place else sums,
     }
-    tables = range(TABLE_BYTES, SHARED_BYTES, TABLE_BYTES) if spread.bits == 4 else [0]
+    tables = range(TABLE_BYTES, SHARED_BYTES, TABLE_BYTES) if launch.bits == 4 else [0]
     places = min((_places(sizes, at) for at in tables), key=lambda places: places.end)
-    return places._replace(sums=places.x) if spread.in_place else places
+    return places._replace(sums=places.x) if launch.in_place else places
 
 
 def _places(sizes: Mapping[str, int], table: int) -> Places:
@@ -151,10 +151,14 @@ def _places(sizes: Mapping[str, int], table: int) -> Places:
     return Places(table=max(0, table - RESERVED_BYTES), end=after, **places)
 
 
-SPREADS = {
-    4: {1: Spread(4, 1, 2, 4, 12), 2: Spread(4, 2, 1, 4, 16, wgmma=True), 4: Spread(4, 4, 1, 2, 16, wgmma=True)},
-    8: {1: Spread(8, 1, 2, 4, 12), 2: Spread(8, 2, 2, 4, 12), 4: Spread(8, 4, 1, 4, 16, wgmma=True)},
-    16: {1: Spread(16, 1, 2, 3, 12), 2: Spread(16, 2, 2, 2, 12), 4: Spread(16, 4, 2, 2, 8)},
+LAUNCH_CONFIGS = {
+    4: {
+        1: LaunchConfig(4, 1, 2, 4, 12),
+        2: LaunchConfig(4, 2, 1, 4, 16, wgmma=True),
+        4: LaunchConfig(4, 4, 1, 2, 16, wgmma=True),
+    },
+    8: {1: LaunchConfig(8, 1, 2, 4, 12), 2: LaunchConfig(8, 2, 2, 4, 12), 4: LaunchConfig(8, 4, 1, 4, 16, wgmma=True)},
+    16: {1: LaunchConfig(16, 1, 2, 3, 12), 2: LaunchConfig(16, 2, 2, 2, 12), 4: LaunchConfig(16, 4, 2, 2, 8)},
 }
 """By bits and eights of rows, what measurements on an H100 left. More rows take several launches."""
 
@@ -174,17 +178,17 @@ def clusters_at_once(size: int) -> int:
 
 
 @cache
-def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ranks: int) -> Spread:
+def launch_config_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ranks: int) -> LaunchConfig:
     """The spread for a product, with as many of the rows at a time as x and sums leave shared memory for.
 
     Raises:
         ValueError: there is none.
     """
-    by_eights = SPREADS[bits]
+    by_eights = LAUNCH_CONFIGS[bits]
     segments = [segment for segment in RANK_SEGMENTS if segment < 2 * ranks] or RANK_SEGMENTS[:1]
 
     for eights in (eights for eights in sorted(by_eights, reverse=True) if eights == 1 or 4 * eights < rows):
-        spreads = [
+        launches = [
             replace(by_eights[eights], cluster=cluster, rank_segment=segment, in_place=in_place)
             for cluster in range(1, MOST_CLUSTER + 1)
             for segment in segments
@@ -193,7 +197,7 @@ def spread_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ran
         taken = min(rows, 8 * eights)
         costs = {
             one: one.cost(tiles, columns // CHUNK, ranks, shared)
-            for one in spreads
+            for one in launches
             if (shared := places_for(one, tiles, columns, taken, modules).end) <= SHARED_BYTES - CTA_BYTES
             and not (one.in_place and one.rounds(tiles) > 1)
         }

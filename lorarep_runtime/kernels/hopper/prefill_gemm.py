@@ -120,8 +120,8 @@ def _clusters(rows: int, tiles: int, block: int) -> int:
 def _spread(rows: int, tiles: int, chunks: int) -> tuple[int, int]:
     """Rows of a cluster, and its CTAs, with which the device is done soonest."""
 
-    def cost(spread: tuple[int, int]) -> int:
-        block, split = spread
+    def cost(launch: tuple[int, int]) -> int:
+        block, split = launch
         waves = -(-_clusters(rows, tiles, block) // clusters_at_once(split))
         return waves * (-(-chunks // split) * (block + BLOCK_COST) + START_COST + (split > 1) * SPLIT_COST)
 

@@ -33,7 +33,7 @@ EXPAND = dict(ROWS=TILE_ROWS, num_warps=4)
 
 
 @dataclass(frozen=True)
-class Tiles:
+class SegmentTiles:
     """Rows that compute with an adapter, at one step of their plan, TILE_ROWS at most to a tile."""
 
     bounds: Tensor
@@ -48,7 +48,9 @@ class Tiles:
     """Modules in an entry table."""
 
 
-def adapt_tiles(x: Tensor, y: Tensor, sizes: Sequence[int], tiles: Tiles, first: int, first_row: int = 0) -> None:
+def adapt_segments(
+    x: Tensor, y: Tensor, sizes: Sequence[int], tiles: SegmentTiles, first: int, first_row: int = 0
+) -> None:
     """Adapts W x in place, summed in fp32 and rounded once. A x is rounded as x is.
 
     Rows that are in no tile, and outputs that an adapter leaves alone, stay as they are.
@@ -63,11 +65,11 @@ def adapt_tiles(x: Tensor, y: Tensor, sizes: Sequence[int], tiles: Tiles, first:
     count, width = len(tiles.bounds), x.shape[1]
     lanes = -(-len(sizes) * tiles.ranks // LANES.value)
     parts = max(1, min(MOST_PARTS, PROGRAMS // (count * lanes), width // (4 * PART_ALIGNMENT)))
-    low = torch.empty(len(x), parts, len(sizes), tiles.ranks, device=x.device)
+    shrunk = torch.empty(len(x), parts, len(sizes), tiles.ranks, device=x.device)
     given = tiles.bounds, tiles.adapters, tiles.positions, first_row, len(x), tiles.modules, first
     _shrink[(count, lanes, parts)](
         x,
-        low,
+        shrunk,
         *given,
         x.stride(0),
         width,
@@ -78,7 +80,7 @@ def adapt_tiles(x: Tensor, y: Tensor, sizes: Sequence[int], tiles: Tiles, first:
     )
     _expand[(count, sum(triton.cdiv(size, OUTPUTS.value) for size in sizes))](
         y,
-        low,
+        shrunk,
         *given,
         *(sizes[i] if i < len(sizes) else 0 for i in range(MAX_MODULES)),
         parts,
@@ -115,7 +117,7 @@ def _entry(adapters, positions, tile, modules, module):
 @triton.jit(do_not_specialize=[*ANY, "count", "ranks"])
 def _shrink(
     x,
-    low,
+    shrunk,
     bounds,
     adapters,
     positions,
@@ -131,7 +133,7 @@ def _shrink(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """low (rows, parts, count, ranks), parts of sums; undefined where an entry has no such rank."""
+    """shrunk (rows, parts, count, ranks), parts of sums; undefined where an entry has no such rank."""
     tile = tl.program_id(0)
     row, inside, some = _rows_of_tile(bounds, tile, first_row, rows, ROWS)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -150,7 +152,7 @@ def _shrink(
             at = tl.multiple_of(A, 16)[:, None] + rank[:, None] * width + column[None, :]
             a_block = tl.load(at, mask=there[:, None] & known, other=0)
             sums = tl.dot(x_block, tl.trans(a_block), sums, input_precision="ieee")
-        to = low + ((row * tl.num_programs(2) + tl.program_id(2)) * count * ranks)[:, None] + lane[None, :]
+        to = shrunk + ((row * tl.num_programs(2) + tl.program_id(2)) * count * ranks)[:, None] + lane[None, :]
         tl.store(to, sums, mask=inside[:, None] & there[None, :])
 
 
@@ -165,7 +167,7 @@ def _vector(entry, field: tl.constexpr, o, size, other: tl.constexpr, dtype: tl.
 @triton.jit(do_not_specialize=[*ANY, "size_2", "size_3", "parts", "count", "ranks"])
 def _expand(
     y,
-    low,
+    shrunk,
     bounds,
     adapters,
     positions,
@@ -198,7 +200,7 @@ def _expand(
     rank = tl.load(entry + 4).to(tl.int32)
     if some & (rank > 0):
         B = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16)
-        own_low = low + ((row * parts) * count + module)[:, None] * ranks
+        own_low = shrunk + ((row * parts) * count + module)[:, None] * ranks
         sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
         for start in range(0, rank, RANK_BLOCK):
             j = start + tl.arange(0, RANK_BLOCK)

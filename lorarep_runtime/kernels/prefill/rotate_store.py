@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.decode.attention import Attention
+from lorarep_runtime.kernels.attention_config import Attention
 from lorarep_runtime.kernels.eager.attention import write_pages
 from lorarep_runtime.kernels.rotary import rotated, rotated_reference
 

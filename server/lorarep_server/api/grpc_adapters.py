@@ -14,19 +14,19 @@ from lorarep.v1 import adapters_pb2, adapters_pb2_grpc
 
 from lorarep_runtime.errors import FailedPrecondition, NotFound
 from lorarep_server.loading.adapters_file import DesiredAdapter
-from lorarep_server.loading.load_queue import AdapterLoad, Loads, State
-from lorarep_server.loading.reconciler import DesiredAdapters
+from lorarep_server.loading.load_queue import LoadQueue, LoadRequest, State
+from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests import messages
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterPool
+    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterRegistry
     from lorarep_runtime.engine.engine import Engine
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     """Names of adapters. Each method leaves the event loop: others may hold the pool's lock."""
 
-    def __init__(self, engine: Callable[[], Engine], loads: Loads, desired: DesiredAdapters) -> None:
+    def __init__(self, engine: Callable[[], Engine], loads: LoadQueue, desired: Reconciler) -> None:
         self._engine = engine
         self._loads = loads
         self._desired = desired
@@ -80,13 +80,15 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return messages.adapter(info, error=self._desired.error(info.name), desired=desired)
 
 
-def _wanted(pool: AdapterPool, request: adapters_pb2.LoadAdapterRequest, entry: DesiredAdapter | None) -> AdapterLoad:
+def _wanted(
+    pool: AdapterRegistry, request: adapters_pb2.LoadAdapterRequest, entry: DesiredAdapter | None
+) -> LoadRequest:
     """What the call asks for. Of an entry of the adapters file it may be had now, or anew, and nothing else."""
     before: DesiredAdapter | AdapterInfo | None = entry
     if before is None:
         with suppress(NotFound):
             before = pool.get(request.name)
-    wanted = AdapterLoad(
+    wanted = LoadRequest(
         request.name,
         request.repository,
         request.revision if request.HasField("revision") else None,

@@ -21,13 +21,13 @@ from fmaas import generation_pb2_grpc
 from lorarep_runtime.errors import DeadlineExceeded, InvalidArgument, LorarepError
 from lorarep_server.api import fmaas_messages
 from lorarep_server.errors import renamed
-from lorarep_server.requests.frontend import Answers, of_call
+from lorarep_server.requests.frontend import Frontend, of_call
 
 
 class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
     """Answers as fmaas' messages."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Frontend) -> None:
         self._answers = answers
 
     async def Generate(self, request: pb.BatchedGenerationRequest, context: Any) -> pb.BatchedGenerationResponse:

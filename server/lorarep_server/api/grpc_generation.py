@@ -13,13 +13,13 @@ from lorarep.v1 import generation_pb2, generation_pb2_grpc
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Output
 from lorarep_server.requests import messages
-from lorarep_server.requests.frontend import Answers, of_call
+from lorarep_server.requests.frontend import Frontend, of_call
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Answers as gRPC's messages."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: Frontend) -> None:
         self._answers = answers
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> generation_pb2.GenerateResponse:

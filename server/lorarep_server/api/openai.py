@@ -23,12 +23,12 @@ from pydantic import ValidationError
 from lorarep_runtime.errors import Cancelled, InvalidArgument, NotFound
 from lorarep_runtime.request import Output
 from lorarep_server.api.openai_messages import ChatRequest, CompletionRequest, GenerationRequest
-from lorarep_server.api.status_page import FILES, Page
-from lorarep_server.auth import Access, Role
+from lorarep_server.api.status_page import FILES, StatusPage
+from lorarep_server.auth import Role, TokenAuth
 from lorarep_server.errors import RETRY_HINT, Status, renamed
-from lorarep_server.loading.reconciler import DesiredAdapters
-from lorarep_server.requests.admission import Calls
-from lorarep_server.requests.frontend import Answers
+from lorarep_server.loading.reconciler import Reconciler
+from lorarep_server.requests.admission import Admission
+from lorarep_server.requests.frontend import Frontend
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class OpenAI:
     """The API, to be served on a port of its own. For the event loop's thread."""
 
     def __init__(
-        self, answers: Answers, desired: DesiredAdapters, calls: Calls, access: Access | None, page: Page
+        self, answers: Frontend, desired: Reconciler, calls: Admission, access: TokenAuth | None, page: StatusPage
     ) -> None:
         self._answers = answers
         self._desired = desired

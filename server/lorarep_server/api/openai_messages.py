@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Finished, FinishReason, Output, TokenLogprob
-from lorarep_runtime.text.tokenizer import REPLACEMENT
+from lorarep_runtime.text.detokenizer import REPLACEMENT
 
 if TYPE_CHECKING:
     from lorarep_runtime.text.tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from aiohttp import web
 from lorarep_runtime.model.stack import Stack, ranges_of
 from lorarep_server.errors import Status, status_of
 from lorarep_server.loading.adapters_file import DesiredAdapter
-from lorarep_server.loading.reconciler import DesiredAdapters
+from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ MAX_ADAPTERS = 100
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
 
-class Page:
+class StatusPage:
     """The page, to be served with other paths. For the event loop's thread."""
 
-    def __init__(self, engine: Callable[[], Engine], desired: DesiredAdapters, metrics: Metrics) -> None:
+    def __init__(self, engine: Callable[[], Engine], desired: Reconciler, metrics: Metrics) -> None:
         self._engine = engine
         self._desired = desired
         self._metrics = metrics

@@ -14,7 +14,8 @@ from lorarep_server.sources import AdapterSource, is_folder, split_revision
 
 if TYPE_CHECKING:
     from lorarep_runtime.model.footprint import Footprint
-    from lorarep_runtime.model.stack import Plan, Stack
+    from lorarep_runtime.model.plan import Plan
+    from lorarep_runtime.model.stack import Stack
 
 
 class OptionalNameType(click.ParamType):  # type: ignore[type-arg]
@@ -67,12 +68,12 @@ def count(
     import torch
     from transformers import BitsAndBytesConfig
 
-    from lorarep_runtime.adapters.compile import file_parameters, storage_bytes
     from lorarep_runtime.adapters.header import check, read_header
-    from lorarep_runtime.adapters.peft_config import AdapterSpec
+    from lorarep_runtime.adapters.peft_config import AdapterConfig
     from lorarep_runtime.adapters.revision import CONFIG_FILE, WEIGHTS_FILE, read_config
     from lorarep_runtime.hub.snapshot import fetch
     from lorarep_runtime.model.base import quantization_of, read_model_config
+    from lorarep_runtime.model.compiled_adapter import file_parameters, storage_bytes
     from lorarep_runtime.model.footprint import footprint, quantization_kind
     from lorarep_server.cli.progress_bars import ProgressBars
 
@@ -90,7 +91,7 @@ def count(
     rows: list[dict[str, Any]] = []
     for source in adapters:
         at = fetch(source.source, source.revision, kind="adapter", cache_dir=base.cache_dir, progress=progress)
-        spec = AdapterSpec.parse(read_config(at.folder / CONFIG_FILE), limits)
+        spec = AdapterConfig.parse(read_config(at.folder / CONFIG_FILE), limits)
         walked[source.name] = spec.stack(held.layers)
         layout = check(spec, read_header(at.folder / WEIGHTS_FILE), walked[source.name], held.modules, held.prefix)
         rows.append(
@@ -133,16 +134,16 @@ def _stack(name: str, stack: Stack, held: Footprint, memory: int, adapters: int,
 
 
 def _merged(walked: dict[str, Stack]) -> dict[str, Any]:
-    from lorarep_runtime.model.stack import merge
+    from lorarep_runtime.model.plan import merge
 
     merged: Plan = merge(tuple(sorted(set(walked.values()))))
     depths = sum(len(stack) for stack in merged.stacks)
     index = {stack: i for i, stack in enumerate(merged.stacks)}
     return {
-        "weight_passes": len(merged.steps),
-        "weight_passes_saved": depths - len(merged.steps),
-        "layers": [step.layer for step in merged.steps],
-        "positions": {name: [step.positions[index[stack]] for step in merged.steps] for name, stack in walked.items()},
+        "weight_passes": len(merged.visits),
+        "weight_passes_saved": depths - len(merged.visits),
+        "layers": [step.layer for step in merged.visits],
+        "positions": {name: [step.positions[index[stack]] for step in merged.visits] for name, stack in walked.items()},
     }
 
 

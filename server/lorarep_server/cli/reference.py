@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lorarep_runtime.adapters.header import FILE_PREFIX
-from lorarep_runtime.adapters.peft_config import AdapterSpec
+from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.model.base import Base
 
 
 class Reference:
     """The model that a stack and an adapter stand for, in `transformers` alone."""
 
-    def __init__(self, base: Base, stack: Sequence[int], adapter: Path | None, spec: AdapterSpec | None) -> None:
+    def __init__(self, base: Base, stack: Sequence[int], adapter: Path | None, spec: AdapterConfig | None) -> None:
         """Args:
         base: whose folder, dtype, device and quantization are used; none of its tensors are.
         adapter, spec: folder of an adapter for the stack, and its config.
@@ -111,7 +111,7 @@ def _under_peft(model: Any, adapter: Path) -> Any:
         return PeftModel.from_pretrained(model, folder).eval()
 
 
-def _merge(model: nn.Module, adapter: Path, spec: AdapterSpec) -> None:
+def _merge(model: nn.Module, adapter: Path, spec: AdapterConfig) -> None:
     """Computes the adapter into the weights, each module's own copy of them, in fp32."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     suffix = ".lora_A.weight"

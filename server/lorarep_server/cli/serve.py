@@ -22,7 +22,7 @@ from lorarep_server.telemetry.log import logging_aside
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine.engine import Engine
-    from lorarep_runtime.hub.snapshot import Progress
+    from lorarep_runtime.progress import Progress
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

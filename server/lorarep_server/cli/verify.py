@@ -58,7 +58,7 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
     The reference is `transformers` with physically stacked layers, under PEFT where that is installed. Ends with status
     1 if the two differ by more than rounding explains.
     """
-    from lorarep_runtime.adapters.peft_config import AdapterSpec
+    from lorarep_runtime.adapters.peft_config import AdapterConfig
     from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
     from lorarep_runtime.engine.engine import Engine
     from lorarep_runtime.hub.snapshot import fetch
@@ -83,7 +83,7 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
     lease.release()
     folder = fetch(source, info.commit if revision else None, kind="adapter", cache_dir=given["cache_dir"]).folder
     reference = Reference(
-        engine.base, info.stack, folder, AdapterSpec.parse(read_config(folder / CONFIG_FILE), AdapterLimits())
+        engine.base, info.stack, folder, AdapterConfig.parse(read_config(folder / CONFIG_FILE), AdapterLimits())
     )
     click.echo(f"base       {engine.base.repository} at {engine.base.commit}, {engine.base.quantization}")
     click.echo(f"adapter    {info.repository} at {info.commit}, {info.kind}, {len(info.stack)} positions")

@@ -19,7 +19,7 @@ import yaml
 
 from lorarep_runtime.adapters.peft_config import check_name
 from lorarep_runtime.errors import InvalidArgument
-from lorarep_server.loading.load_queue import AdapterLoad
+from lorarep_server.loading.load_queue import LoadRequest
 from lorarep_server.sources import is_folder
 
 
@@ -36,9 +36,9 @@ class DesiredAdapter:
     priority: int = 0
 
     @property
-    def load(self) -> AdapterLoad:
+    def load(self) -> LoadRequest:
         """What it takes to have it, if there is nothing of its name."""
-        return AdapterLoad(
+        return LoadRequest(
             self.name,
             self.repository,
             self.revision,

@@ -15,8 +15,8 @@ from lorarep_server.sources import is_folder
 from lorarep_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterPool
-    from lorarep_runtime.hub.snapshot import Progress
+    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterRegistry
+    from lorarep_runtime.progress import Progress
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ REPORT_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class State:
-    """Where a load is: "waiting", or a stage of `AdapterPool.load` with how much is done and how much there is."""
+    """Where a load is: "waiting", or a stage of `AdapterRegistry.load` with how much is done and how much there is."""
 
     stage: str = "waiting"
     done: int = 0
@@ -37,8 +37,8 @@ Report = Callable[[State], Awaitable[object]]
 
 
 @dataclass(frozen=True)
-class AdapterLoad:
-    """What `AdapterPool.load` is asked for; equal ones are one load."""
+class LoadRequest:
+    """What `AdapterRegistry.load` is asked for; equal ones are one load."""
 
     name: str
     repository: str
@@ -50,8 +50,8 @@ class AdapterLoad:
     priority: int = 0
     replace: bool = False
 
-    def run(self, pool: AdapterPool, progress: Progress | None) -> AdapterInfo:
-        """Raises as `AdapterPool.load`."""
+    def run(self, pool: AdapterRegistry, progress: Progress | None) -> AdapterInfo:
+        """Raises as `AdapterRegistry.load`."""
         return pool.load(
             self.name,
             self.repository,
@@ -65,7 +65,7 @@ class AdapterLoad:
         )
 
 
-class Loads:
+class LoadQueue:
     """Threads of their own, so that no amount of slow loads keeps requests for what is loaded from being admitted.
 
     Threads write where a load is, and callers look now and then: however slowly they read, no load waits for them.
@@ -80,13 +80,13 @@ class Loads:
         self._unfinished: set[_Load[Any]] = set()
         """And those that everybody has left, which have not noticed yet."""
 
-    async def load(self, pool: AdapterPool, wanted: AdapterLoad, report: Report | None = None) -> AdapterInfo:
-        """What `AdapterPool.load` returns or raises; see `run`."""
+    async def load(self, pool: AdapterRegistry, wanted: LoadRequest, report: Report | None = None) -> AdapterInfo:
+        """What `AdapterRegistry.load` returns or raises; see `run`."""
         pool.check_allowed(wanted.name, wanted.repository, wanted.trusted)  # before it waits for others
         source = "folder" if is_folder(wanted.repository) else "hub"
         return await self.run(wanted, partial(wanted.run, pool), report, source)
 
-    async def bring(self, pool: AdapterPool, name: str, report: Report | None = None) -> None:
+    async def bring(self, pool: AdapterRegistry, name: str, report: Report | None = None) -> None:
         """Has an adapter found by its name or repository, so that a lease has nothing to wait for; see `run`."""
         await self.run(name, lambda progress: pool.lease([(name, 1.0)], progress=progress).release(), report)
 
@@ -127,7 +127,7 @@ class Loads:
     def _begin(self, key: Hashable, load: Callable[[Progress], T], source: str) -> _Load[T]:
         if len(self._unfinished) >= self._most:
             raise Exhausted(f"loads: {self._most} adapters are being loaded already, or wait for that", retry_after=1.0)
-        shared: _Load[T] = _Load(key.name if isinstance(key, AdapterLoad) else "")
+        shared: _Load[T] = _Load(key.name if isinstance(key, LoadRequest) else "")
         timed = self._metrics.timed_load(source, partial(load, shared.progress))
         shared.begin(self._threads.submit(timed))
         self._shared[key] = shared

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 from lorarep_runtime.errors import AlreadyExists, Exhausted, NotFound
 from lorarep_server.errors import status_of
 from lorarep_server.loading.adapters_file import DesiredAdapter, read_adapters
-from lorarep_server.loading.load_queue import AdapterLoad, Loads
+from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
 from lorarep_server.sources import is_folder
-from lorarep_server.watched_files import Watched
+from lorarep_server.watched_files import WatchedFiles
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterPool
+    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterRegistry
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0
 """Seconds between attempts. Each pause is twice the one before; all are shortened at random, so that many servers do
 not ask the Hub at once."""
 AT_A_TIME = 4
-"""Loads of the file at a time: calls that ask for others find threads of `Loads` free."""
+"""Loads of the file at a time: calls that ask for others find threads of `LoadQueue` free."""
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class _Entry:
     attempted: asyncio.Event = field(default_factory=asyncio.Event)
     work: asyncio.Task[None] | None = None
 
-    def load(self) -> AdapterLoad:
+    def load(self) -> LoadRequest:
         """What it takes to have what is wanted."""
         assert self.wanted is not None
         whole = replace(self.wanted.load, replace=self.loaded is not None)
@@ -70,18 +70,18 @@ class _Entry:
         self.attempted.set()
 
 
-class DesiredAdapters:
+class Reconciler:
     """The entries of the file, or of none. For the event loop's thread, but for `states`."""
 
-    def __init__(self, file: Path | None, loads: Loads) -> None:
+    def __init__(self, file: Path | None, loads: LoadQueue) -> None:
         """Raises InvalidArgument if the file cannot be used."""
-        self._file = None if file is None else Watched([file], lambda: read_adapters(file))
+        self._file = None if file is None else WatchedFiles([file], lambda: read_adapters(file))
         self._loads = loads
         self._places = asyncio.Semaphore(AT_A_TIME)
         self._entries: dict[str, _Entry] = {}
         self._watching: asyncio.Task[None] | None = None
 
-    def start(self, pool: AdapterPool) -> None:
+    def start(self, pool: AdapterRegistry) -> None:
         """Has the file followed, until `stop`."""
         if self._file is not None:
             self._apply(pool, self._file.first)
@@ -110,7 +110,7 @@ class DesiredAdapters:
         """By name."""
         return {name: entry.wanted for name, entry in self._entries.items() if entry.wanted is not None}
 
-    def load(self, name: str) -> AdapterLoad:
+    def load(self, name: str) -> LoadRequest:
         """What it takes to have what `get` gives."""
         return self._entries[name].load()
 
@@ -133,14 +133,14 @@ class DesiredAdapters:
         )
         return {state: counted[state] for state in ("loaded", "loading", "failed")}
 
-    async def _watch(self, pool: AdapterPool, file: Watched[dict[str, DesiredAdapter]]) -> None:
+    async def _watch(self, pool: AdapterRegistry, file: WatchedFiles[dict[str, DesiredAdapter]]) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             wanted = await asyncio.to_thread(file.changed)
             if wanted is not None:
                 self._apply(pool, wanted)
 
-    def _apply(self, pool: AdapterPool, wanted: Mapping[str, DesiredAdapter]) -> None:
+    def _apply(self, pool: AdapterRegistry, wanted: Mapping[str, DesiredAdapter]) -> None:
         for name in sorted(wanted.keys() | self._entries.keys()):
             entry, now = self._entries.setdefault(name, _Entry(None)), wanted.get(name)
             if entry.work is not None and entry.wanted == now:
@@ -150,7 +150,7 @@ class DesiredAdapters:
                 before.cancel()
             entry.work = asyncio.create_task(self._work(pool, name, entry, before))
 
-    async def _work(self, pool: AdapterPool, name: str, entry: _Entry, before: asyncio.Task[None] | None) -> None:
+    async def _work(self, pool: AdapterRegistry, name: str, entry: _Entry, before: asyncio.Task[None] | None) -> None:
         """Until what is wanted is so."""
         if before is not None:
             await asyncio.wait((before,))
@@ -193,7 +193,7 @@ class DesiredAdapters:
                 return
 
 
-def _unload(pool: AdapterPool, name: str) -> None:
+def _unload(pool: AdapterRegistry, name: str) -> None:
     with suppress(NotFound):  # was never loaded
         pool.unload(name)
 

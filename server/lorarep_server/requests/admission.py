@@ -21,7 +21,7 @@ T = TypeVar("T")
 OWN_SERVICES = ("/lorarep.v1.", "/fmaas.")
 
 
-class Calls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """The calls under way. Health and reflection are not among them: they answer to the last."""
 
     def __init__(self, max_calls: int) -> None:

@@ -16,8 +16,8 @@ from lorarep.v1 import generation_pb2
 from lorarep_runtime.errors import Exhausted, Unavailable
 from lorarep_runtime.request import Event, Finished, Stopping
 from lorarep_server.errors import code_of
-from lorarep_server.loading.load_queue import AdapterLoad, Loads
-from lorarep_server.loading.reconciler import DesiredAdapters
+from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
+from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests import messages
 from lorarep_server.requests.event_stream import EventStream
 from lorarep_server.telemetry.metrics import Metrics
@@ -43,14 +43,14 @@ class Admitted:
     tokenizer: Tokenizer
 
 
-class Answers:
+class Frontend:
     """The one way to the engine: has adapters loaded, admits, counts, and cancels what nobody waits for any more."""
 
     def __init__(
         self,
         engine: Callable[[], Engine],
-        loads: Loads,
-        desired: DesiredAdapters,
+        loads: LoadQueue,
+        desired: Reconciler,
         metrics: Metrics,
         traces: Traces,
         *,
@@ -156,7 +156,7 @@ class Answers:
             elif "/" in name:
                 repository, _, revision = name.partition("@")
                 try:
-                    await self._loads.load(pool, AdapterLoad(name, repository, revision or None))
+                    await self._loads.load(pool, LoadRequest(name, repository, revision or None))
                 except Exhausted:
                     await self._loads.bring(pool, name)  # it waits in the queue for room on the device
 
@@ -174,7 +174,7 @@ def admit(
     new_tokens: int = Stopping.max_new_tokens,
     longest_prompt: int | None = None,
 ) -> Admitted:
-    """Has the engine take a request; blocks. Raises as `AdapterPool.lease`, `Engine.submit` and the tokenizer."""
+    """Has the engine take a request; blocks. Raises as `AdapterRegistry.lease`, `Engine.submit` and the tokenizer."""
     lease = engine.adapters.lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
     try:
         prompt = messages.prompt_tokens(request.prompt, lease.tokenizer, longest_prompt)

@@ -1,0 +1,78 @@
+"""Plans: several stacks merged into one walk over the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lorarep_runtime.model.stack import Stack
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One layer of a plan."""
+
+    layer: int
+    positions: tuple[int | None, ...]
+    """For each stack of the plan its position here; None where it passes through."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A walk that holds every one of its stacks in order."""
+
+    stacks: tuple[Stack, ...]
+    visits: tuple[Visit, ...]
+
+
+@lru_cache(maxsize=4096)
+def merge(stacks: tuple[Stack, ...]) -> Plan:
+    """A short plan for stacks; the shortest for up to two.
+
+    The shortest common supersequence of many sequences is NP-hard (Maier, 1978), so stacks are added to the plan one by
+    one, each in the shortest way. The same stacks in the same order always give the same plan.
+    """
+    walk = _supersequence(stacks)
+    embeddings = [_leftmost(stack, walk) for stack in stacks]
+    visits = [Visit(layer, tuple(e[i] for e in embeddings)) for i, layer in enumerate(walk)]
+    return Plan(stacks, tuple(v for v in visits if any(p is not None for p in v.positions)))
+
+
+@lru_cache(maxsize=4096)
+def _supersequence(stacks: tuple[Stack, ...]) -> Stack:
+    return _shortest(_supersequence(stacks[:-1]), stacks[-1]) if stacks else ()
+
+
+def _shortest(a: Stack, b: Stack) -> Stack:
+    """The shortest common supersequence of two, by dynamic programming over their suffixes."""
+    lengths = [list(range(len(b), -1, -1))]
+    for i in range(len(a) - 1, -1, -1):
+        below, row = lengths[-1], [0] * len(b) + [len(a) - i]
+        for j in range(len(b) - 1, -1, -1):
+            row[j] = 1 + (below[j + 1] if a[i] == b[j] else min(below[j], row[j + 1]))
+        lengths.append(row)
+    lengths.reverse()
+    merged: list[int] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        if a[i] == b[j]:
+            merged.append(a[i])
+            i, j = i + 1, j + 1
+        elif lengths[i + 1][j] <= lengths[i][j + 1]:
+            merged.append(a[i])
+            i += 1
+        else:
+            merged.append(b[j])
+            j += 1
+    return (*merged, *a[i:], *b[j:])
+
+
+def _leftmost(stack: Stack, walk: Stack) -> list[int | None]:
+    """The position of the stack at each step of a walk that holds it."""
+    positions: list[int | None] = []
+    position = 0
+    for layer in walk:
+        here = position < len(stack) and stack[position] == layer
+        positions.append(position if here else None)
+        position += here
+    return positions

@@ -108,8 +108,8 @@ def run(folder: Path, hub: HubStandIn, options: argparse.Namespace) -> None:
     print(f"{options.registered} adapters downloaded and loaded in {loading:.0f} s")
     print(f"{len(answers)} used by {requests} requests, {len(wrong)} wrong")
     print(
-        f"{engine.adapters.tiers.evictions} evictions; on the device is room for {options.device_adapters} of {size} "
-        f"bytes, in host memory for {options.host_adapters}"
+        f"{engine.adapters.residency.evictions} evictions; on the device is room for {options.device_adapters} of "
+        f"{size} bytes, in host memory for {options.host_adapters}"
     )
     for tier, seconds in firsts.items():
         if seconds:

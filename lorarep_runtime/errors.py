@@ -13,12 +13,28 @@
     ├── Cancelled            the caller went away
     └── EngineFailure        a forward pass failed; details are in the log
 
-Messages name the field, the value and the limit.
+An error says which field it is about, of a request, a configuration or a file, where there is one. Messages name the
+value and the limit.
 """
+
+from __future__ import annotations
+
+MAX_SHOWN = 80
+"""Characters of a foreign value in a message."""
 
 
 class LorarepError(Exception):
-    """Base of every error that lorarep raises on purpose."""
+    """Base of every error that lorarep raises on purpose; as text it is "field: message"."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        """What is wrong, without the field's name."""
+        self.field = field
+        """Name of the field that is wrong, by lorarep's own names; None where no field is."""
+
+    def __str__(self) -> str:
+        return self.message if self.field is None else f"{self.field}: {self.message}"
 
 
 class InvalidArgument(LorarepError):
@@ -48,8 +64,8 @@ class DataLoss(LorarepError):
 class Exhausted(LorarepError):
     """Out of memory, pages, disk or queue places."""
 
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, field: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message, field=field)
         self.retry_after = retry_after
         """Seconds after which a retry may succeed, or None."""
 
@@ -68,3 +84,14 @@ class Cancelled(LorarepError):
 
 class EngineFailure(LorarepError):
     """A forward pass failed."""
+
+
+def shown(value: object) -> str:
+    """A foreign value for a message: its `repr`, of at most MAX_SHOWN characters."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that an error says, or its class where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -85,10 +85,10 @@ def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
         with file.open("rb") as opened:
             body = 8 + int.from_bytes(opened.read(8), "little")
         if file.stat().st_size != body + sum(sizes):
-            raise DataLoss(f"{file.name}: is not what it was when it was checked")
+            raise DataLoss("is not what it was when it was checked", field=file.name)
         data = torch.from_file(str(file), shared=False, size=body + sum(sizes), dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
-        raise DataLoss(f"{file.name}: {error}") from error
+        raise DataLoss(str(error), field=file.name) from error
     return data, dict(zip(header, accumulate(sizes, initial=body), strict=False))
 
 
@@ -229,7 +229,7 @@ def compile_adapter(
     if not _is_finite(storage):
         entries = entries_of(storage, blocks)
         bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
-        raise FailedPrecondition(f"{FILE_PREFIX}{path(bad)}: holds NaN or infinity, or does in {dtype}")
+        raise FailedPrecondition(f"holds NaN or infinity, or does in {dtype}", field=f"{FILE_PREFIX}{path(bad)}")
     give_way()
     return adapter_of(stack, storage, blocks, modules, file_parameters(layout))
 

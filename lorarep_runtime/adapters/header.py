@@ -53,7 +53,7 @@ def read_header(file: Path) -> Header:
         start = _Start.of(file)
         return _header(start) if start.length <= KNOWN_BYTES else _header.__wrapped__(start)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataLoss(f"{file.name}: {error}") from error
+        raise DataLoss(str(error), field=file.name) from error
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _header(start: _Start) -> Header:
             info = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
             header[name] = infos.setdefault(info, info)  # few differ, and the garbage collector looks at all there are
     if _Start.of(start.file) != start:  # the library has opened the path anew
-        raise DataLoss(f"{start.file.name}: is not what it was a moment ago")
+        raise DataLoss("is not what it was a moment ago", field=start.file.name)
     return header
 
 
@@ -118,16 +118,16 @@ def check(
             for kind, shape in form.tensors:
                 expected[tensor_name(path, kind)] = shape
     if surplus := sorted(header.keys() - expected.keys()):
-        raise FailedPrecondition(f"{surplus[0]}: is in the file, and nothing in the config speaks of it")
+        raise FailedPrecondition("is in the file, and nothing in the config speaks of it", field=surplus[0])
     if not layout:
-        raise FailedPrecondition("target_modules: match no linear layer of the decoder")
+        raise FailedPrecondition("match no linear layer of the decoder", field="target_modules")
     for name, shape in giving_way(expected.items()):
         if name not in header:
-            raise FailedPrecondition(f"{name}: is missing in the file")
+            raise FailedPrecondition("is missing in the file", field=name)
         if header[name].shape != shape:
-            raise FailedPrecondition(f"{name}: has the shape {header[name].shape}, the config says {shape}")
+            raise FailedPrecondition(f"has the shape {header[name].shape}, the config says {shape}", field=name)
         if header[name].dtype not in DTYPES:
-            raise FailedPrecondition(f"{name}: is of type {header[name].dtype}; {', '.join(DTYPES)} are supported")
+            raise FailedPrecondition(f"is of type {header[name].dtype}; {', '.join(DTYPES)} are supported", field=name)
     return layout
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import regex
 
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, shown
 from lorarep_runtime.model.stack import Stack, stack_from_ranges
 
 MAX_NAME = 256
@@ -107,15 +107,17 @@ class AdapterConfig:
             if field in EXPECTED:
                 # True equals 1: the types have to be the same as well.
                 if not any(value == known and type(value) is type(known) for known in EXPECTED[field]):
-                    raise FailedPrecondition(f"{field}: {_short(value)} is not supported; {EXPECTED[field]} are")
+                    raise FailedPrecondition(f"{shown(value)} is not supported; {EXPECTED[field]} are", field=field)
             elif field not in CONSUMED | NO_EFFECT and value not in (None, False, [], {}):
-                raise FailedPrecondition(f"{field}: is not supported, and is {_short(value)}")
+                raise FailedPrecondition(f"is not supported, and is {shown(value)}", field=field)
         if "peft_type" not in raw:
-            raise InvalidArgument("peft_type: is missing")
+            raise InvalidArgument("is missing", field="peft_type")
         targets = raw.get("target_modules")
         layers = raw.get("layers_to_transform")
         if isinstance(targets, str) and layers is not None:
-            raise InvalidArgument("layers_to_transform: goes with a list of target_modules, not with an expression")
+            raise InvalidArgument(
+                "goes with a list of target_modules, not with an expression", field="layers_to_transform"
+            )
         spec = cls(
             r=_integer("r", raw.get("r", 8), 1, limits.max_rank),
             lora_alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
@@ -125,11 +127,11 @@ class AdapterConfig:
             ),
             layers_pattern=_strings("layers_pattern", _items(raw.get("layers_pattern"))),
             rank_pattern={
-                key: _integer(f"rank_pattern[{_short(key)}]", rank, 1, limits.max_rank)
+                key: _integer(f"rank_pattern[{shown(key)}]", rank, 1, limits.max_rank)
                 for key, rank in _mapping("rank_pattern", raw.get("rank_pattern")).items()
             },
             alpha_pattern={
-                key: _number(f"alpha_pattern[{_short(key)}]", alpha)
+                key: _number(f"alpha_pattern[{shown(key)}]", alpha)
                 for key, alpha in _mapping("alpha_pattern", raw.get("alpha_pattern")).items()
             },
             use_rslora=_boolean("use_rslora", raw.get("use_rslora", False)),
@@ -143,9 +145,9 @@ class AdapterConfig:
         for field in ("layers_pattern", "rank_pattern", "alpha_pattern"):
             _check_expressions(field, getattr(spec, field))
         if not spec.target_modules:
-            raise InvalidArgument("target_modules: names no module")
+            raise InvalidArgument("names no module", field="target_modules")
         if spec.use_dora and spec.lora_bias:
-            raise InvalidArgument("lora_bias: does not go with use_dora")
+            raise InvalidArgument("does not go with use_dora", field="lora_bias")
         return spec
 
     def stack(self, layers: int) -> Stack:
@@ -202,9 +204,9 @@ class AdapterConfig:
             # Concurrent: lets other threads run meanwhile.
             return match(pattern, path, timeout=max(self.deadline - time.monotonic(), 1e-3), concurrent=True)
         except TimeoutError as error:
-            raise InvalidArgument(f"{field}: its patterns take over {MATCHING_SECONDS} s to match") from error
+            raise InvalidArgument(f"its patterns take over {MATCHING_SECONDS} s to match", field=field) from error
         except (regex.error, RecursionError, OverflowError, ValueError) as error:
-            raise InvalidArgument(f"{field}: {_short(pattern)} is not a regular expression: {error}") from error
+            raise InvalidArgument(f"{shown(pattern)} is not a regular expression: {error}", field=field) from error
 
 
 def _ranges(value: Any, max_positions: int) -> tuple[tuple[int, int], ...] | None:
@@ -221,25 +223,25 @@ def _items(value: Any) -> Sequence[Any]:
 
 def _strings(field: str, value: Any) -> tuple[str, ...]:
     if value is not None and not isinstance(value, list):
-        raise InvalidArgument(f"{field}: {_short(value)} is not a list of names")
+        raise InvalidArgument(f"{shown(value)} is not a list of names", field=field)
     items = value or []
     for item in items:
         if not isinstance(item, str) or not item:
-            raise InvalidArgument(f"{field}: {_short(item)} is not a name")
+            raise InvalidArgument(f"{shown(item)} is not a name", field=field)
     _few(field, items)
     return tuple(items)
 
 
 def _mapping(field: str, value: Any) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, dict):
-        raise InvalidArgument(f"{field}: {_short(value)} is not an object")
+        raise InvalidArgument(f"{shown(value)} is not an object", field=field)
     _few(field, value or {})
     return value or {}
 
 
 def _few(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:
     if len(items) > MAX_PATTERNS:
-        raise InvalidArgument(f"{field}: {len(items)} entries are over the limit of {MAX_PATTERNS}")
+        raise InvalidArgument(f"{len(items)} entries are over the limit of {MAX_PATTERNS}", field=field)
 
 
 def _check_expressions(field: str, patterns: Iterable[str]) -> None:
@@ -254,40 +256,37 @@ def _check_expressions(field: str, patterns: Iterable[str]) -> None:
             times = min(times * max(count, 1), MAX_REPEATED + 1)
         added += len(pattern) * (times - 1)
         if added > MAX_REPEATED:
-            raise InvalidArgument(f"{field}: its repeats written out are over the limit of {MAX_REPEATED} characters")
+            raise InvalidArgument(
+                f"its repeats written out are over the limit of {MAX_REPEATED} characters", field=field
+            )
         if not _PLAIN.fullmatch(pattern):
             try:
                 re.compile(f"({pattern})")
             except (re.error, RecursionError, OverflowError, ValueError) as error:
-                raise InvalidArgument(f"{field}: {_short(pattern)} is not a regular expression: {error}") from error
+                raise InvalidArgument(f"{shown(pattern)} is not a regular expression: {error}", field=field) from error
 
 
 def _integer(field: str, value: Any, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidArgument(f"{field}: {_short(value)} is not a whole number from {low} to {high}")
+        raise InvalidArgument(f"{shown(value)} is not a whole number from {low} to {high}", field=field)
     return value
 
 
 def _number(field: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
-        raise InvalidArgument(f"{field}: {_short(value)} is not a finite number")
+        raise InvalidArgument(f"{shown(value)} is not a finite number", field=field)
     return float(value)
 
 
 def _boolean(field: str, value: Any) -> bool:
     if value is not None and not isinstance(value, bool):
-        raise InvalidArgument(f"{field}: {_short(value)} is not true or false")
+        raise InvalidArgument(f"{shown(value)} is not true or false", field=field)
     return bool(value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_name(name: str) -> None:
     """Raises InvalidArgument for what cannot be an adapter's name."""
     if not name or len(name) > MAX_NAME or name != name.strip() or "," in name or not name.isprintable():
         raise InvalidArgument(
-            f"name: {name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces"
+            f"{name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces", field="name"
         )

@@ -19,7 +19,7 @@ import torch
 from lorarep_runtime.adapters.compile import mix
 from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.peft_config import check_name
-from lorarep_runtime.adapters.residency import Residency, Resident, Turn
+from lorarep_runtime.adapters.residency import Claim, Residency, Resident
 from lorarep_runtime.adapters.revision import AdapterFiles, Revision
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import AlreadyExists, Cancelled, Exhausted, InvalidArgument, NotFound
@@ -130,35 +130,35 @@ class Lease:
         assert self._has_turn
         return self._held[1].adapter
 
-    def turn(self) -> Turn:
+    def claim(self) -> Claim:
         """Has the adapter brought to the device, and kept there from when it is.
 
         Raises:
             LorarepError: it cannot be brought.
         """
         if self._held is None or self._has_turn:
-            return Turn.HERE
-        tiers, item = self._held
+            return Claim.READY
+        residency, item = self._held
         fetch, self._fetch = self._fetch, None
         if fetch is not None and fetch.done() and not isinstance(fetch.exception(), Cancelled):  # that was another's
-            was_short, as_then = isinstance(fetch.exception(), Exhausted), self._given_back == tiers.given_back
-            if was_short and as_then and tiers.in_use:  # what others compute with leaves room when they end
+            was_short, as_then = isinstance(fetch.exception(), Exhausted), self._given_back == residency.given_back
+            if was_short and as_then and residency.in_use:  # what others compute with leaves room when they end
                 self._fetch, self.has_claim = fetch, False
-                return Turn.NO_ROOM
+                return Claim.NO_MEMORY
             if not was_short or as_then:
                 fetch.result()
-        with tiers.changed:
-            turn = tiers.turn(item)
+        with residency.changed:
+            claim = residency.claim(item)
             self._fetch = item.fetch
-            self._given_back = tiers.given_back
-        self._has_turn = turn is Turn.HERE
-        self.has_claim = turn is not Turn.NO_ROOM
-        return turn
+            self._given_back = residency.given_back
+        self._has_turn = claim is Claim.READY
+        self.has_claim = claim is not Claim.NO_MEMORY
+        return claim
 
     def wait(self) -> None:
-        """Blocks until it has had its turn; raises as `turn`, and Exhausted where there is no room for now."""
-        while (turn := self.turn()) is not Turn.HERE:
-            if turn is Turn.NO_ROOM:
+        """Blocks until it has had its turn; raises as `claim`, and Exhausted where there is no room for now."""
+        while (claim := self.claim()) is not Claim.READY:
+            if claim is Claim.NO_MEMORY:
                 raise Exhausted(f"adapter memory: all of it is in use, none is left for {self.names}", retry_after=1.0)
             if self._fetch is not None:
                 wait([self._fetch])
@@ -167,13 +167,13 @@ class Lease:
         """Gives it back; once."""
         if self._held is None:
             return
-        tiers, item = self._held
-        with tiers.changed:
+        residency, item = self._held
+        with residency.changed:
             if self._has_turn:
-                tiers.leave(item)
+                residency.leave(item)
             elif self.has_claim:
                 item.is_promised = False
-            tiers.let_go(item)
+            residency.let_go(item)
 
 
 class AdapterRegistry:
@@ -183,8 +183,8 @@ class AdapterRegistry:
         self._base = base
         self._limits = limits
         self._files = AdapterFiles(base, stacks, limits, cache_dir)
-        self.tiers = Residency(base.device, limits)
-        self._changed = self.tiers.changed
+        self.residency = Residency(base.device, limits)
+        self._changed = self.residency.changed
         self._named: dict[str, Revision] = {}
         self._mixes: dict[MixKey, Mix] = {}
         self._loading: dict[str, str] = {}
@@ -242,7 +242,7 @@ class AdapterRegistry:
                 while not self._settled(item, pinned, priority):
                     self._bring(item, progress)
             finally:
-                self.tiers.let_go(item)
+                self.residency.let_go(item)
             return self._info(item)
 
     def _settled(self, item: Revision, pinned: bool | None, priority: int | None) -> bool:
@@ -299,15 +299,15 @@ class AdapterRegistry:
         elif present is None or replace:
             item = Revision(self._files, name, stack, checked)
         else:
-            raise AlreadyExists(f"name: {name!r} is {present.repository} at {present.commit}")
-        self.tiers.hold(item)
+            raise AlreadyExists(f"{name!r} is {present.repository} at {present.commit}", field="name")
+        self.residency.hold(item)
         return item
 
     def _bring(self, item: Revision, progress: Progress | None) -> None:
         while item.adapter is None or item.is_leaving:
             with self._changed:
                 self._changed.wait_for(lambda: not item.is_leaving)
-            fetch = self.tiers.prefetch(item, progress)
+            fetch = self.residency.prefetch(item, progress)
             if fetch is not None:
                 fetch.result()
             elif item.adapter is None:
@@ -320,14 +320,14 @@ class AdapterRegistry:
         with self._changed:
             before = self._named.get(item.name)
             self._named[item.name] = item
-            self.tiers.name(item, True)
+            self.residency.name(item, True)
             if before is not None and before is not item:
                 self._take_name(before)
 
     def _take_name(self, item: Revision) -> None:
-        self.tiers.name(item, False)
+        self.residency.name(item, False)
         for key in [key for key in self._mixes if any(part is item for part, _ in key)]:
-            self.tiers.name(self._mixes.pop(key), False)
+            self.residency.name(self._mixes.pop(key), False)
 
     def unload(self, name: str) -> None:
         """Takes the name away; requests that hold the adapter finish on it, then its memory is freed.
@@ -338,14 +338,14 @@ class AdapterRegistry:
         with self._changed:
             item = self._named.pop(name, None)
             if item is None:
-                raise NotFound(f"adapter: {name!r} is not loaded")
+                raise NotFound(f"{name!r} is not loaded", field="adapter")
             self._take_name(item)
 
     def get(self, name: str) -> AdapterInfo:
         """Raises NotFound."""
         with self._changed:
             if name not in self._named:
-                raise NotFound(f"adapter: {name!r} is not loaded")
+                raise NotFound(f"{name!r} is not loaded", field="adapter")
             return self._info(self._named[name])
 
     def __contains__(self, name: str) -> bool:
@@ -362,7 +362,7 @@ class AdapterRegistry:
         """Device bytes of each adapter and mix; what requests hold of adapters without a name is under "(leaving)"."""
         held: dict[str, int] = {}
         with self._changed:
-            for item in self.tiers.here():
+            for item in self.residency.here():
                 if not item.has_name:
                     name = "(leaving)"
                 else:
@@ -392,10 +392,10 @@ class AdapterRegistry:
         """
         names = tuple(name for name, _ in adapters)
         if len(adapters) > MAX_ADAPTERS_OF_A_REQUEST or len(set(names)) < len(names):
-            raise InvalidArgument(f"adapters: at most {MAX_ADAPTERS_OF_A_REQUEST}, each once")
+            raise InvalidArgument(f"at most {MAX_ADAPTERS_OF_A_REQUEST}, each once", field="adapters")
         for name, weight in adapters:
             if not math.isfinite(weight):
-                raise InvalidArgument(f"adapters: the weight of {name!r} is {weight}")
+                raise InvalidArgument(f"the weight of {name!r} is {weight}", field="adapters")
         named = None if stack is None else self._files.named_stack(stack)
         if not adapters:
             return Lease(named or self._files.stacks["base"], self._base.tokenizer)
@@ -407,29 +407,29 @@ class AdapterRegistry:
             for name, part in zip(names, parts, strict=True):
                 if part.stack != walked:
                     other = "stack" if named else f"adapter {names[0]!r}"
-                    raise InvalidArgument(f"adapters: {name!r} is for another stack than the {other}")
+                    raise InvalidArgument(f"{name!r} is for another stack than the {other}", field="adapters")
             tokenizer, infos = parts[0].tokenizer(), tuple(map(self._info, parts))
             key = tuple((part, weight) for part, (_, weight) in zip(parts, adapters, strict=True))
             whole = self._whole(key)
             try:
-                self.tiers.prefetch(whole)
+                self.residency.prefetch(whole)
             except BaseException:
-                self.tiers.let_go(whole)
+                self.residency.let_go(whole)
                 raise
-            return Lease(walked, tokenizer, names, infos, (self.tiers, whole))
+            return Lease(walked, tokenizer, names, infos, (self.residency, whole))
         finally:
             for part in parts:
-                self.tiers.let_go(part)
+                self.residency.let_go(part)
 
     def _hold(self, name: str, progress: Progress | None) -> Revision:
         while True:
             with self._changed:
                 item = self._named.get(name)
                 if item is not None:
-                    self.tiers.hold(item)
+                    self.residency.hold(item)
                     return item
             if "/" not in name:
-                raise NotFound(f"adapter: {name!r} is not loaded")
+                raise NotFound(f"{name!r} is not loaded", field="adapter")
             self._register(name, progress)
 
     def _register(self, name: str, progress: Progress | None) -> None:
@@ -442,19 +442,19 @@ class AdapterRegistry:
                 item.wait_for_digest()
                 self._give_name(item)
             finally:
-                self.tiers.let_go(item)
+                self.residency.let_go(item)
 
     def _whole(self, key: MixKey) -> Resident:
         """What to compute with for adapters and weights, held."""
         with self._changed:
             if len(key) == 1 and key[0][1] == 1:
-                self.tiers.hold(key[0][0])
+                self.residency.hold(key[0][0])
                 return key[0][0]
             mixed = self._mixes.get(key) or Mix(key, tuple(self._base.modules), self._base.device)
-            self.tiers.hold(mixed)
+            self.residency.hold(mixed)
             if all(self._named.get(part.name) is part for part, _ in key):  # else a part has lost its name meanwhile
                 self._mixes[key] = mixed
-                self.tiers.name(mixed, True)
+                self.residency.name(mixed, True)
                 self._drop_idle_mixes()
             return mixed
 
@@ -462,7 +462,7 @@ class AdapterRegistry:
         """Keeps the latest; callers choose weights at will, and each choice is another mix."""
         idle = sorted((mixed for mixed in self._mixes.values() if not mixed.leases), key=lambda mixed: mixed.used)
         for mixed in idle[:-MAX_IDLE_MIXES]:
-            self.tiers.name(self._mixes.pop(mixed.parts), False)
+            self.residency.name(self._mixes.pop(mixed.parts), False)
 
     @staticmethod
     def _info(item: Revision) -> AdapterInfo:

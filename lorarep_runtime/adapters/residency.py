@@ -31,17 +31,17 @@ COMPILING, COPYING = 8, 2
 """Adapters on their way to the device at the same time: from their files, and from the host's memory."""
 
 
-class Turn(enum.Enum):
+class Claim(enum.Enum):
     """What a request finds when it is to start."""
 
-    HERE = enum.auto()
-    COMING = enum.auto()
-    NO_ROOM = enum.auto()
+    READY = enum.auto()
+    LOADING = enum.auto()
+    NO_MEMORY = enum.auto()
     """All the memory is in use, by running requests and by what is on its way for others."""
 
 
 class Resident(ABC):
-    """An adapter's revision, or a mix of several. Its fields are the tiers' alone, under their lock."""
+    """An adapter's revision, or a mix of several. Its fields are the residency' alone, under their lock."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -108,8 +108,7 @@ class Residency:
 
     def __init__(self, device: torch.device, limits: AdapterLimits) -> None:
         self.changed = threading.Condition(threading.RLock())
-        self.on_arrival: Callable[[], None] = lambda: None
-        """Called when something has come to the device, or could not."""
+        self._listeners: list[Callable[[], None]] = []
         self.evictions = 0
         """How many left the device for others."""
         self.given_back = 0
@@ -131,9 +130,17 @@ class Residency:
         # One for all: libraries keep tens of megabytes for each stream that they have worked on.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Has `listener` called, in any thread, when an adapter came to the device, left it, or could not come."""
+        self._listeners.append(listener)
+
+    def _notify(self) -> None:
+        for listener in self._listeners:
+            listener()
+
     # What requests do.
 
-    def turn(self, item: Resident) -> Turn:
+    def claim(self, item: Resident) -> Claim:
         """For a request that is to start. If it is here it counts as used, until `leave`. If not it is sent for, and
         others leave for it unless they are in use.
 
@@ -145,11 +152,11 @@ class Residency:
                 item.users += 1
                 item.is_promised = False
                 self._touch(item)
-                return Turn.HERE
+                return Claim.READY
             if item.fetch is None and not item.is_leaving and not self._send_for(item, for_turn=True):
-                return Turn.NO_ROOM
+                return Claim.NO_MEMORY
             item.is_promised = True
-            return Turn.COMING
+            return Claim.LOADING
 
     def leave(self, item: Resident) -> None:
         """A request that had its turn has ended."""
@@ -268,7 +275,7 @@ class Residency:
             item.fetch = None
             self.version += 1
             self.changed.notify_all()
-        self.on_arrival()
+        self._notify()
 
     # Ways. In the threads, without the lock but for moments.
 
@@ -341,7 +348,7 @@ class Residency:
             self.evictions += 1
             self.version += 1
             self.changed.notify_all()
-        self.on_arrival()
+        self._notify()
 
     def _take_host_room(self, size: int) -> bool:
         """Room for another copy; others go for it: those of what is on the device, then the least recently used."""

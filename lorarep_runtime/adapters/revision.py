@@ -119,7 +119,7 @@ class AdapterFiles:
     def named_stack(self, name: str) -> Stack:
         """Raises NotFound."""
         if name not in self.stacks:
-            raise NotFound(f"stack: {name!r} is none of {sorted(self.stacks)}")
+            raise NotFound(f"{name!r} is none of {sorted(self.stacks)}", field="stack")
         return self.stacks[name]
 
     def _walked(self, spec: AdapterConfig, name: str | None) -> Stack:
@@ -128,7 +128,7 @@ class AdapterFiles:
             return own
         named = self.named_stack(name)
         if spec.layer_replication is not None and own != named:
-            raise InvalidArgument(f"stack: {name!r} is not what the adapter's layer_replication says")
+            raise InvalidArgument(f"{name!r} is not what the adapter's layer_replication says", field="stack")
         return named
 
 
@@ -200,17 +200,17 @@ def _digest_of(file: Path) -> str:
     try:
         return file_digest(file)
     except OSError as error:
-        raise DataLoss(f"{file.name}: {error}") from error
+        raise DataLoss(str(error), field=file.name) from error
 
 
 def read_config(file: Path) -> Mapping[str, object]:
     """The JSON object of an `adapter_config.json`. Raises InvalidArgument where it is none."""
     if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise InvalidArgument(f"{CONFIG_FILE}: over {MAX_CONFIG_BYTES} bytes")
+        raise InvalidArgument(f"over {MAX_CONFIG_BYTES} bytes", field=CONFIG_FILE)
     try:
         config = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{CONFIG_FILE}: not JSON: {error}") from error
+        raise InvalidArgument(f"not JSON: {error}", field=CONFIG_FILE) from error
     if not isinstance(config, dict):
-        raise InvalidArgument(f"{CONFIG_FILE}: not a JSON object")
+        raise InvalidArgument("not a JSON object", field=CONFIG_FILE)
     return config

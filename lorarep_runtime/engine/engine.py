@@ -94,7 +94,8 @@ class Engine:
         self.max_tokens = config.scheduler.max_sequence_tokens or self.base.max_tokens
         if self.max_tokens > self.base.max_tokens:
             raise InvalidArgument(
-                f"max_sequence_tokens: {self.max_tokens} is over the {self.base.max_tokens} that the base serves"
+                f"{self.max_tokens} is over the {self.base.max_tokens} that the base serves",
+                field="max_sequence_tokens",
             )
         if self.base.device.type == "cuda":
             from lorarep_runtime.kernels.hopper.nvrtc import limit_stack
@@ -104,7 +105,7 @@ class Engine:
             torch.cuda.synchronize(self.base.device)  # loads, on another stream, use what is kept of that
             torch.cuda.empty_cache()  # what was needed so far besides
         self.pool = self._page_pool()
-        self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.tiers)
+        self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.residency)
         decoder = decoder_for(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
         if decoder is not None:
             decoder.warm_up(dict.fromkeys(self.stacks.values()), progress)
@@ -123,7 +124,7 @@ class Engine:
         self._submitted: deque[Sequence] = deque()
         self._cancelled: set[int] = set()
         self._draining = self._stopping = self._arrived = False
-        self.adapters.tiers.on_arrival = self._arrival
+        self.adapters.residency.subscribe(self._arrival)
         self._thread: threading.Thread | None = None
         self._step_rows: Counter[int] = Counter()
         self._step_adapters: Counter[int] = Counter()
@@ -133,9 +134,11 @@ class Engine:
         stacks = {BASE_STACK: tuple(range(self.base.layers))}
         for name, stack in self.config.stacks.items():
             if name == BASE_STACK:
-                raise InvalidArgument(f"stacks: {BASE_STACK!r} is the base's own order and cannot be named anew")
+                raise InvalidArgument(
+                    f"{BASE_STACK!r} is the base's own order and cannot be named anew", field="stacks"
+                )
             if not stack or any(not 0 <= layer < self.base.layers for layer in stack):
-                raise InvalidArgument(f"stacks: {name!r} leaves the base's {self.base.layers} layers")
+                raise InvalidArgument(f"{name!r} leaves the base's {self.base.layers} layers", field="stacks")
             stacks[name] = stack
         return stacks
 
@@ -148,7 +151,9 @@ class Engine:
         pages = wanted // PagePool.page_bytes(base.kv_heads, base.head_dim, base.dtype)
         deepest = max(len(stack) for stack in self.stacks.values())
         if pages < deepest:
-            raise InvalidArgument(f"kv_bytes: {wanted} bytes are {pages} pages, one token at {deepest} positions more")
+            raise InvalidArgument(
+                f"{wanted} bytes are {pages} pages, one token at {deepest} positions more", field="kv_bytes"
+            )
         return PagePool(pages, base.kv_heads, base.head_dim, dtype=base.dtype, device=base.device)
 
     # Callers' side: any thread.
@@ -170,10 +175,12 @@ class Engine:
                 raise Unavailable("the server is draining" if self._draining else "the engine has failed")
             waiting = [*self.scheduler.waiting, *self._submitted]
             if len(waiting) >= self.config.scheduler.max_queued:
-                raise Exhausted(f"max_queued: {len(waiting)} requests are waiting already", retry_after=1.0)
+                raise Exhausted(f"{len(waiting)} requests are waiting already", field="max_queued", retry_after=1.0)
             own, most = sum(s.lease.names == lease.names for s in waiting), self.config.scheduler.max_queued_per_adapter
             if most is not None and own >= most:
-                raise Exhausted(f"max_queued_per_adapter: {own} requests for it are waiting already", retry_after=1.0)
+                raise Exhausted(
+                    f"{own} requests for it are waiting already", field="max_queued_per_adapter", retry_after=1.0
+                )
             self._submitted.append(sequence)
             self._wake.notify()
         return sequence.id
@@ -183,8 +190,9 @@ class Engine:
         longest = len(request.prompt) + request.stopping.max_new_tokens
         if longest > self.max_tokens:
             raise InvalidArgument(
-                f"prompt and max_new_tokens: {len(request.prompt)} and {request.stopping.max_new_tokens} tokens are "
-                f"over the limit of {self.max_tokens} together"
+                f"{len(request.prompt)} and {request.stopping.max_new_tokens} tokens are "
+                f"over the limit of {self.max_tokens} together",
+                field="prompt and max_new_tokens",
             )
         self.scheduler.check(request, len(lease.stack))
         ends = self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids  # configs may name any number
@@ -524,7 +532,7 @@ class Engine:
         lease.wait()
         table = PageTable(self.pool, len(lease.stack))
         if not table.grow(len(tokens)):
-            raise Exhausted(f"kv_bytes: {table.missing(len(tokens))} pages wanted, {self.pool.free} free")
+            raise Exhausted(f"{table.missing(len(tokens))} pages wanted, {self.pool.free} free", field="kv_bytes")
         try:
             batch = Batch([Span(tokens, 0, lease.stack, lease.adapter, table)], self.base.device)
             return self.base.forward(batch, self.pool, torch.arange(len(tokens), device=self.base.device))

@@ -63,11 +63,11 @@ def validate(request: Request, vocab_size: int) -> None:
     """
     sampling, stopping = request.sampling, request.stopping
     if not request.prompt:
-        raise InvalidArgument("prompt: has no tokens")
+        raise InvalidArgument("has no tokens", field="prompt")
     for field, tokens in (("prompt", request.prompt), ("stop_token_ids", stopping.stop_token_ids)):
         for token in tokens:
             if not 0 <= token < vocab_size:
-                raise InvalidArgument(f"{field}: token {token} is not one of the base's {vocab_size}")
+                raise InvalidArgument(f"token {token} is not one of the base's {vocab_size}", field=field)
     _within("temperature", sampling.temperature, 0, math.inf)
     _within("top_k", sampling.top_k, 0, math.inf)
     _within("top_p", sampling.top_p, 0, 1, above=True)
@@ -81,16 +81,18 @@ def validate(request: Request, vocab_size: int) -> None:
     _within("min_new_tokens", stopping.min_new_tokens, 0, stopping.max_new_tokens)
     _within("logprobs", request.logprobs or 0, 0, min(MAX_LOGPROBS, vocab_size))
     if len(stopping.stop) > MAX_STOPS:
-        raise InvalidArgument(f"stop: {len(stopping.stop)} strings are over the limit of {MAX_STOPS}")
+        raise InvalidArgument(f"{len(stopping.stop)} strings are over the limit of {MAX_STOPS}", field="stop")
     for stop in stopping.stop:
         if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
-            raise InvalidArgument(f"stop: a string of {len(stop)} characters; 1 to {MAX_STOP_CHARACTERS} are possible")
+            raise InvalidArgument(
+                f"a string of {len(stop)} characters; 1 to {MAX_STOP_CHARACTERS} are possible", field="stop"
+            )
 
 
 def _within(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:
     # NaN compares false with everything; infinity is no number a caller means.
     if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
-        raise InvalidArgument(f"{field}: {value} is not {'over' if above else 'at least'} {low} and at most {high}")
+        raise InvalidArgument(f"{value} is not {'over' if above else 'at least'} {low} and at most {high}", field=field)
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:

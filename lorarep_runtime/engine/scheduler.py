@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection
 
-from lorarep_runtime.adapters.residency import Residency, Turn
+from lorarep_runtime.adapters.residency import Claim, Residency
 from lorarep_runtime.config import SchedulerConfig
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.errors import InvalidArgument, LorarepError
@@ -27,10 +27,10 @@ STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
 class Scheduler:
     """The sequences that wait and those that hold pages. The engine's thread alone touches it."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, tiers: Residency) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, residency: Residency) -> None:
         self.config = config
         self.pool = pool
-        self._tiers = tiers
+        self._residency = residency
         default = CPU_STEP_TOKENS if pool.key_pages.device.type == "cpu" else STEP_TOKENS
         self._max_step_tokens = config.max_step_tokens or default
         self.waiting: deque[Sequence] = deque()
@@ -56,8 +56,9 @@ class Scheduler:
         pages = depth * pages_of(longest)
         if pages > self.pool.total:
             raise InvalidArgument(
-                f"prompt and max_new_tokens: {longest} tokens at {depth} positions take {pages} pages of KV memory, "
-                f"and there are {self.pool.total}"
+                f"{longest} tokens at {depth} positions take {pages} pages of KV memory, "
+                f"and there are {self.pool.total}",
+                field="prompt and max_new_tokens",
             )
 
     def schedule(self) -> list[tuple[Sequence, int]]:
@@ -75,7 +76,7 @@ class Scheduler:
                 budget -= count
         if self.computing:
             return list(chosen.items())
-        self._passed, self._has_room, self._version = set(), True, self._tiers.version
+        self._passed, self._has_room, self._version = set(), True, self._residency.version
         while len(self.running) < self.config.max_sequences and (free := self._free()):
             sequence = self._next(free)
             if not self._has_turn(sequence):
@@ -97,7 +98,7 @@ class Scheduler:
         """Whether a waiting sequence may have its turn, if its pages are there."""
         if self.computing or len(self.running) == self.config.max_sequences:
             return False
-        return bool(self._free()) or bool(self.waiting and self._version != self._tiers.version)
+        return bool(self._free()) or bool(self.waiting and self._version != self._residency.version)
 
     def _free(self) -> list[Sequence]:
         """The waiting sequences that neither a limit of their adapter holds back nor its way to the device."""
@@ -126,14 +127,14 @@ class Scheduler:
     def _has_turn(self, sequence: Sequence) -> bool:
         """Whether its adapter is on the device, and stays there for it."""
         try:
-            turn = sequence.lease.turn()
+            claim = sequence.lease.claim()
         except LorarepError as error:
             self.failed.append((sequence, error))
-            turn = Turn.COMING
-        if turn is not Turn.HERE:
+            claim = Claim.LOADING
+        if claim is not Claim.READY:
             self._passed.add(sequence)
-        self._has_room &= turn is not Turn.NO_ROOM
-        return turn is Turn.HERE
+        self._has_room &= claim is not Claim.NO_MEMORY
+        return claim is Claim.READY
 
     def _fits(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
         """How many of its tokens go into the rest of the step."""

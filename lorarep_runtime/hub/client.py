@@ -25,6 +25,7 @@ from lorarep_runtime.errors import (
     NotFound,
     PermissionDenied,
     Unavailable,
+    first_line,
 )
 from lorarep_runtime.progress import Progress
 
@@ -40,11 +41,11 @@ def translated(error: Exception, repository: str, revision: str | None) -> Lorar
     if isinstance(error, GatedRepoError | DisabledRepoError):
         return PermissionDenied(f"{at}: the hub refuses access")
     if isinstance(error, RevisionNotFoundError):
-        return NotFound(f"revision: {repository} has no {revision!r}")
+        return NotFound(f"{repository} has no {revision!r}", field="revision")
     if isinstance(error, RepositoryNotFoundError):
-        return NotFound(f"repository: the hub knows no {repository!r}, or hides it from this token")
+        return NotFound(f"the hub knows no {repository!r}, or hides it from this token", field="repository")
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error)
     if status in (401, 403):
         return PermissionDenied(f"{at}: the hub refuses access: {reason}")
     if status in (404, 410):

@@ -86,7 +86,9 @@ def check_links(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
-                raise InvalidArgument(f"{path.relative_to(folder)}: a symbolic link that leads out of the folder")
+                raise InvalidArgument(
+                    "a symbolic link that leads out of the folder", field=str(path.relative_to(folder))
+                )
 
 
 def check_files(names: Collection[str], kind: Kind, source: str) -> None:
@@ -107,6 +109,6 @@ def check_shards(folder: Path) -> None:
         shards = set(json.loads(index.read_bytes())["weight_map"].values())
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataLoss(f"{INDEX}: not an index of safetensors") from error
+        raise DataLoss("not an index of safetensors", field=INDEX) from error
     if missing:
-        raise DataLoss(f"{INDEX}: names {missing[0]}, which is not there")
+        raise DataLoss(f"names {missing[0]}, which is not there", field=INDEX)

@@ -98,7 +98,7 @@ def fetch(
         return _local(source, revision, kind)
     _check_repository(source)
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise InvalidArgument(f"revision: {revision!r} is not the name of a branch, tag or commit")
+        raise InvalidArgument(f"{revision!r} is not the name of a branch, tag or commit", field="revision")
     known = _blobs(source, cache_dir)
     folder = _download(source, revision, kind, cache_dir, progress)
     try:
@@ -125,19 +125,21 @@ def check_allowed(repository: str, patterns: Sequence[str]) -> None:
     """
     _check_repository(repository)
     if not any(fnmatchcase(repository, pattern) for pattern in patterns):
-        raise PermissionDenied(f"repository: {repository!r} is not on the allow-list")
+        raise PermissionDenied(f"{repository!r} is not on the allow-list", field="repository")
 
 
 def _check_repository(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise InvalidArgument(f"repository: {repository!r} is not a repository id such as 'org/name'") from error
+        raise InvalidArgument(
+            f"{repository!r} is not a repository id such as 'org/name'", field="repository"
+        ) from error
 
 
 def _local(source: str, revision: str | None, kind: Kind) -> Snapshot:
     if revision is not None:
-        raise InvalidArgument(f"revision: {revision!r}, but {source!r} is a folder")
+        raise InvalidArgument(f"{revision!r}, but {source!r} is a folder", field="revision")
     folder = Path(os.path.realpath(os.path.expanduser(source)))
     if not folder.is_dir():
         raise NotFound(f"{source}: no such folder")
@@ -172,7 +174,7 @@ def _check_contents(folder: Path, tree: Sequence[RepoFile], known: Collection[st
     if lost:
         # The listing may be what was wrong.
         (folder.parents[1] / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
-        raise DataLoss(f"{lost[0]}: what came is not what the hub lists")
+        raise DataLoss("what came is not what the hub lists", field=lost[0])
 
 
 def _is_whole(folder: Path, file: RepoFile, known: Collection[str]) -> bool:

@@ -18,7 +18,7 @@ from transformers.utils.logging import set_tqdm_hook
 from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.device.arena import Arena
 from lorarep_runtime.device.gil import give_way
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub.snapshot import fetch
 from lorarep_runtime.model.batch import Batch
@@ -79,7 +79,9 @@ class Base:
         self.modules: Mapping[str, tuple[int, int]] = linear_shapes(layers[0])
         """(out, in) of each linear module of a layer."""
         if any(linear_shapes(layer) != self.modules for layer in layers):
-            raise FailedPrecondition("base: its layers differ in their linear modules, so positions cannot share them")
+            raise FailedPrecondition(
+                "its layers differ in their linear modules, so positions cannot share them", field="base"
+            )
         self.walk = Walk(list(layers))
         self.model.set_submodule(self.prefix, self.walk.hand_offs)
         self.weights: Sequence[Mapping[str, Weight]] = self._shared_weights()
@@ -199,11 +201,11 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InvalidArgument(f"device: {name!r} is not a torch device") from error
+        raise InvalidArgument(f"{name!r} is not a torch device", field="device") from error
     if device.type not in here:
-        raise InvalidArgument(f"device: {name!r} is none of those here: {', '.join(here)}")
+        raise InvalidArgument(f"{name!r} is none of those here: {', '.join(here)}", field="device")
     if device.index:  # a thread's kernels are launched on the first, if it does not say otherwise
-        raise InvalidArgument(f"device: {name!r} is not the first; CUDA_VISIBLE_DEVICES says which one that is")
+        raise InvalidArgument(f"{name!r} is not the first; CUDA_VISIBLE_DEVICES says which one that is", field="device")
     return device
 
 
@@ -211,11 +213,11 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise FailedPrecondition(f"base: transformers cannot read its config: {_line(error)}") from error
+        raise FailedPrecondition(f"transformers cannot read its config: {first_line(error)}", field="base") from error
     text = config.get_text_config()
     foreign = set(getattr(text, "layer_types", None) or ()) - UNIFORM_ATTENTION
     if foreign:
-        raise FailedPrecondition(f"base: layer_types {sorted(foreign)} have no keys and values to page")
+        raise FailedPrecondition(f"layer_types {sorted(foreign)} have no keys and values to page", field="base")
     return config
 
 
@@ -228,12 +230,16 @@ def quantization_of(model: PretrainedConfig, config: BaseConfig) -> tuple[Quanti
         four = own.get("load_in_4bit") or own.get("_load_in_4bit")
         kind: Quantization = "nf4" if four else "int8"
         if own.get("quant_method") != "bitsandbytes" or (four and own.get("bnb_4bit_quant_type") != "nf4"):
-            raise FailedPrecondition(f"base: quantized with {own.get('quant_method')}, which lorarep does not read")
+            raise FailedPrecondition(
+                f"quantized with {own.get('quant_method')}, which lorarep does not read", field="base"
+            )
         if config.quantization not in ("none", kind):
-            raise InvalidArgument(f"quantization: {config.quantization!r}, but the checkpoint is {kind!r} already")
+            raise InvalidArgument(
+                f"{config.quantization!r}, but the checkpoint is {kind!r} already", field="quantization"
+            )
         return kind, None
     if config.double_quantization and config.quantization != "nf4":
-        raise InvalidArgument(f"double_quantization: goes with nf4, not with {config.quantization!r}")
+        raise InvalidArgument(f"goes with nf4, not with {config.quantization!r}", field="double_quantization")
     if config.quantization == "int8":
         return "int8", BitsAndBytesConfig(load_in_8bit=True)
     if config.quantization == "nf4":
@@ -276,7 +282,7 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
     for child in model.get_decoder().children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return child, next(path for path, module in model.named_modules() if module is child)
-    raise FailedPrecondition(f"base: {type(model).__name__} has no list of {count} decoder layers")
+    raise FailedPrecondition(f"{type(model).__name__} has no list of {count} decoder layers", field="base")
 
 
 def linear_shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
@@ -296,7 +302,3 @@ def _share_linears(
             # bitsandbytes has a weight and its module refer to each other: apart, their memory is free at once.
             del module.weight
     return weights
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

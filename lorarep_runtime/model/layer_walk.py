@@ -206,7 +206,9 @@ def _attention(
     unknown = [name for name, given in others.items() if name not in NO_EFFECT and given is not None]
     if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
         what = ", ".join(unknown) or "a mask of its own"
-        raise FailedPrecondition(f"base: {type(module).__name__} wants {what}, which paged attention does not know")
+        raise FailedPrecondition(
+            f"{type(module).__name__} wants {what}, which paged attention does not know", field="base"
+        )
     out = walk.attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

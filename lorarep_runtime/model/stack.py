@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, shown
 
 Stack = tuple[int, ...]
 
@@ -34,7 +34,7 @@ def stack_from_ranges(
         InvalidArgument: before the stack is built.
     """
     if not isinstance(ranges, Sequence) or isinstance(ranges, str) or not ranges:
-        raise InvalidArgument(f"{field}: {_short(ranges)} is not a list of ranges [start, end]")
+        raise InvalidArgument(f"{shown(ranges)} is not a list of ranges [start, end]", field=field)
     positions = 0
     for i, pair in enumerate(ranges):
         if (
@@ -42,13 +42,15 @@ def stack_from_ranges(
             or len(pair) != 2
             or not all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
         ):
-            raise InvalidArgument(f"{field}[{i}]: {_short(pair)} is not a range [start, end] of layers")
+            raise InvalidArgument(f"{shown(pair)} is not a range [start, end] of layers", field=f"{field}[{i}]")
         start, end = pair
         if not 0 <= start < end <= layers:
-            raise InvalidArgument(f"{field}[{i}]: [{start}, {end}] is empty or leaves the base's {layers} layers")
+            raise InvalidArgument(
+                f"[{start}, {end}] is empty or leaves the base's {layers} layers", field=f"{field}[{i}]"
+            )
         positions += end - start
         if positions > max_positions:
-            raise InvalidArgument(f"{field}: over the limit of {max_positions} positions")
+            raise InvalidArgument(f"over the limit of {max_positions} positions", field=field)
     return tuple(layer for start, end in ranges for layer in range(start, end))
 
 
@@ -65,7 +67,7 @@ def parse_ranges(text: str) -> list[tuple[int, int]]:
             pass
     elif all(matches := [_SHORT_RANGE.fullmatch(part) for part in text.split(",")]):
         return [(int(match[1]), int(match[2])) for match in matches if match]
-    raise InvalidArgument(f"{_short(text)} is not ranges of layers such as 0-24,8-32 or [[0,24],[8,32]]")
+    raise InvalidArgument(f"{shown(text)} is not ranges of layers such as 0-24,8-32 or [[0,24],[8,32]]")
 
 
 def stack_from_mergekit(
@@ -87,10 +89,10 @@ def stack_from_mergekit(
     """
     _only(recipe, "", {"merge_method", "slices"})
     if recipe.get("merge_method") != "passthrough":
-        raise FailedPrecondition(f"merge_method: {_short(recipe.get('merge_method'))} is not 'passthrough'")
+        raise FailedPrecondition(f"{shown(recipe.get('merge_method'))} is not 'passthrough'", field="merge_method")
     slices = recipe.get("slices")
     if not isinstance(slices, list) or not slices:
-        raise InvalidArgument(f"slices: {_short(slices)} is not a list of slices")
+        raise InvalidArgument(f"{shown(slices)} is not a list of slices", field="slices")
     ranges: list[Any] = []
     model = base
     for i, part in enumerate(slices):
@@ -98,26 +100,23 @@ def stack_from_mergekit(
         _only(part, f"{at}.", {"sources"})
         sources = part.get("sources")
         if not isinstance(sources, list) or len(sources) != 1:
-            raise FailedPrecondition(f"{at}.sources: passthrough over one base takes one source")
+            raise FailedPrecondition("passthrough over one base takes one source", field=f"{at}.sources")
         at += ".sources[0]"
         _only(sources[0], f"{at}.", {"model", "layer_range"})
         model = model or sources[0].get("model")
         if not model or sources[0].get("model") != model:
-            raise FailedPrecondition(f"{at}.model: {_short(sources[0].get('model'))} is not the one base {model!r}")
+            raise FailedPrecondition(
+                f"{shown(sources[0].get('model'))} is not the one base {model!r}", field=f"{at}.model"
+            )
         ranges.append(sources[0].get("layer_range"))
     return stack_from_ranges(ranges, layers, max_positions=max_positions, field="layer_range")
 
 
 def _only(mapping: object, at: str, known: set[str]) -> None:
     if not isinstance(mapping, Mapping):
-        raise InvalidArgument(f"{at.rstrip('.') or 'recipe'}: {_short(mapping)} is not a mapping")
+        raise InvalidArgument(f"{shown(mapping)} is not a mapping", field=at.rstrip(".") or "recipe")
     if unknown := sorted(str(key) for key in mapping if key not in known):
-        raise FailedPrecondition(f"{at}{unknown[0]}: is not part of a stack; {sorted(known)} are")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise FailedPrecondition(f"is not part of a stack; {sorted(known)} are", field=f"{at}{unknown[0]}")
 
 
 def ranges_of(stack: Sequence[int]) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line
 
 
 class Tokenizer:
@@ -25,8 +25,9 @@ class Tokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever a foreign file leads its parser to
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise FailedPrecondition(f"tokenizer: transformers cannot load the one in {folder}: {reason}") from error
+            raise FailedPrecondition(
+                f"transformers cannot load the one in {folder}: {first_line(error)}", field="tokenizer"
+            ) from error
         self.chat_template: str | None = self._tokenizer.chat_template
         self.eos_ids: frozenset[int] = frozenset(_eos_ids(folder, self._tokenizer.eos_token_id))
         """Tokens that end an answer, by the tokenizer, the generation config or the model's config."""
@@ -52,7 +53,7 @@ class Tokenizer:
         encoded = self._tokenizer(text, return_special_tokens_mask=True)
         tokens, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
         if sum(is_special) > longest:
-            raise InvalidArgument(f"longest: {longest} tokens are less than the {sum(is_special)} special ones")
+            raise InvalidArgument(f"{longest} tokens are less than the {sum(is_special)} special ones", field="longest")
         dropped = iter(range(len(tokens) - longest))
         return [t for t, special in zip(tokens, is_special, strict=True) if special or next(dropped, None) is None]
 
@@ -63,7 +64,7 @@ class Tokenizer:
             FailedPrecondition: the tokenizer does not know.
         """
         if not self._tokenizer.is_fast:
-            raise FailedPrecondition("offsets: the tokenizer does not know where in a text its tokens are")
+            raise FailedPrecondition("the tokenizer does not know where in a text its tokens are", field="offsets")
         return list(self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
@@ -81,13 +82,13 @@ class Tokenizer:
             InvalidArgument: the template refuses the messages.
         """
         if not self.chat_template:
-            raise FailedPrecondition("prompt.chat: the tokenizer has no chat template")
+            raise FailedPrecondition("the tokenizer has no chat template", field="prompt.chat")
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # templates raise what they like
-            raise InvalidArgument(f"prompt.chat: the chat template refuses it: {error}") from error
+            raise InvalidArgument(f"the chat template refuses it: {error}", field="prompt.chat") from error
         # The template writes the special tokens itself.
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
@@ -102,7 +103,7 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of `tokenizers` is no Exception
-            raise FailedPrecondition(f"tokenizer: it cannot decode an answer: {error}") from error
+            raise FailedPrecondition(f"it cannot decode an answer: {error}", field="tokenizer") from error
         return str(text)
 
     def token_text(self, token: int) -> str:
@@ -131,6 +132,6 @@ def _eos_ids(folder: Path, own: int | None) -> Iterable[int]:
                 config = json.loads((folder / name).read_bytes())
                 found += [config.get("eos_token_id"), (config.get("text_config") or {}).get("eos_token_id")]
             except (ValueError, AttributeError, RecursionError) as error:
-                raise FailedPrecondition(f"{name}: {error}") from error
+                raise FailedPrecondition(str(error), field=name) from error
     for ids in found:
         yield from (token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int))

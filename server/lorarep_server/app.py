@@ -262,7 +262,7 @@ class App:
         if config.tls_certificate is not None and config.tls_key is not None:
             return TlsFiles(config.tls_certificate, config.tls_key, config.tls_client_ca)
         if config.tls_certificate or config.tls_key or config.tls_client_ca:
-            raise InvalidArgument("tls_certificate: TLS needs tls_certificate and tls_key, both")
+            raise InvalidArgument("TLS needs tls_certificate and tls_key, both", field="tls_certificate")
         return None
 
     def _serve_metrics(self) -> WSGIServer:
@@ -271,7 +271,7 @@ class App:
             http, _thread = start_http_server(int(port), host.strip("[]"), self._registry)
         except (OSError, ValueError, OverflowError) as error:
             raise InvalidArgument(
-                f"metrics_listen: cannot serve at {self._config.metrics_listen!r}: {error}"
+                f"cannot serve at {self._config.metrics_listen!r}: {error}", field="metrics_listen"
             ) from error
         self.metrics_port = http.server_port
         return http
@@ -284,4 +284,4 @@ def _bind(server: grpc.aio.Server, field: str, address: str, credentials: grpc.S
             return server.add_insecure_port(address)
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise InvalidArgument(f"{field}: cannot serve at {address!r}") from error
+        raise InvalidArgument(f"cannot serve at {address!r}", field=field) from error

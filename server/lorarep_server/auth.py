@@ -72,7 +72,7 @@ def check_exposure(config: ServerConfig) -> None:
         address: str | None = getattr(config, field)
         if address is not None and not is_loopback(address):
             raise InvalidArgument(
-                f"{field}: {address!r} is open to other machines: set token_file or tls_client_ca, or insecure"
+                f"{address!r} is open to other machines: set token_file or tls_client_ca, or insecure", field=field
             )
 
 
@@ -115,9 +115,9 @@ class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return None
         role = self._role(authorization)
         if role is None:
-            return Status(grpc.StatusCode.UNAUTHENTICATED, "authorization: has to be 'Bearer' and a token")
+            return Status(grpc.StatusCode.UNAUTHENTICATED, "has to be 'Bearer' and a token", "authorization")
         if role is Role.ANYONE:
-            return Status(grpc.StatusCode.UNAUTHENTICATED, "authorization: the token is not known")
+            return Status(grpc.StatusCode.UNAUTHENTICATED, "the token is not known", "authorization")
         if role < needed:
             return Status(grpc.StatusCode.PERMISSION_DENIED, f"needs a token to {needed.name.lower()}")
         return None
@@ -146,7 +146,7 @@ def read_tokens(file: Path) -> dict[bytes, Role]:
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
-        raise InvalidArgument(f"token_file: cannot read {str(file)!r}: {error.strerror}") from error
+        raise InvalidArgument(f"cannot read {str(file)!r}: {error.strerror}", field="token_file") from error
     tokens: dict[bytes, Role] = {}
     for number, line in enumerate(map(bytes.strip, lines), 1):
         if not line or line.startswith(b"#"):
@@ -154,14 +154,16 @@ def read_tokens(file: Path) -> dict[bytes, Role]:
         found = TOKEN_LINE.fullmatch(line)
         if found is None:
             raise InvalidArgument(
-                f"token_file: line {number} of {str(file)!r} is not 'generate TOKEN' or 'administer TOKEN'"
+                f"line {number} of {str(file)!r} is not 'generate TOKEN' or 'administer TOKEN'", field="token_file"
             )
         digest = _digest(found[2])
         if digest in tokens:
-            raise InvalidArgument(f"token_file: line {number} of {str(file)!r} has the token of a line before it")
+            raise InvalidArgument(
+                f"line {number} of {str(file)!r} has the token of a line before it", field="token_file"
+            )
         tokens[digest] = Role[found[1].decode().upper()]
     if not tokens:
-        raise InvalidArgument(f"token_file: {str(file)!r} has no token")
+        raise InvalidArgument(f"{str(file)!r} has no token", field="token_file")
     return tokens
 
 
@@ -174,6 +176,6 @@ def _refuse(method: str, refusal: Status) -> Any:
 
     async def refuse(requests: Any, context: Any) -> None:
         log.info("%r %s", method, refusal.code.name)
-        await context.abort(refusal.code, refusal.message)
+        await context.abort(refusal.code, refusal.text)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

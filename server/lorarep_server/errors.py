@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpc import StatusCode
 
@@ -53,8 +52,26 @@ class Status:
 
     code: StatusCode
     message: str
+    field: str | None = None
+    """The field that the message is about, by lorarep's own names."""
     metadata: tuple[tuple[str, str], ...] = ()
     """Trailing metadata."""
+
+    def named(self, names: Mapping[str, str]) -> Status:
+        """The same with the field as a protocol calls it.
+
+        Args:
+            names: a protocol's names of fields, by lorarep's own, where the two differ.
+        """
+        return self if self.field is None else replace(self, field=names.get(self.field, self.field))
+
+    @property
+    def text(self) -> str:
+        """The field and the message as valid UTF-8 of at most MAX_MESSAGE characters. Names of foreign files may be
+        longer, and of any bytes."""
+        whole = self.message if self.field is None else f"{self.field}: {self.message}"
+        whole = whole.encode("utf-8", "backslashreplace").decode()
+        return whole if len(whole) <= MAX_MESSAGE else f"{whole[: MAX_MESSAGE - 3]}..."
 
 
 def code_of(error: BaseException) -> StatusCode:
@@ -73,20 +90,5 @@ def status_of(error: BaseException) -> Status:
         log.error("an unexpected error", exc_info=error)
         return Status(code, "internal error; the server's log has the details")
     if isinstance(error, Exhausted) and error.retry_after is not None:
-        return Status(code, _sendable(error), ((RETRY_HINT, str(round(1000 * error.retry_after))),))
-    return Status(code, _sendable(error))
-
-
-def renamed(message: str, fields: Mapping[str, str]) -> tuple[str | None, str]:
-    """The field that an error's message begins with, if it does, and the message, by names that the caller knows."""
-    found = re.match(r"(prompt and max_new_tokens|[\w.-]+)(?=: )", message)
-    if found is None:
-        return None, message
-    field = fields.get(found[0], found[0])
-    return field, field + message[found.end() :]
-
-
-def _sendable(error: LorarepError) -> str:
-    """Its message, which may hold names of foreign files: of any length, and with what no UTF-8 stands for."""
-    text = str(error).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."
+        return Status(code, error.message, error.field, ((RETRY_HINT, str(round(1000 * error.retry_after))),))
+    return Status(code, error.message, error.field)

@@ -59,12 +59,12 @@ class TlsFiles:
             context.load_cert_chain(self.certificate, self.key, password="")  # an encrypted key must not ask a terminal
         except (OSError, ValueError) as error:
             raise InvalidArgument(
-                f"tls_certificate: cannot use {str(self.certificate)!r} with key {str(self.key)!r}: {error}"
+                f"cannot use {str(self.certificate)!r} with key {str(self.key)!r}: {error}", field="tls_certificate"
             ) from error
         if self.client_ca is not None:
             try:
                 context.load_verify_locations(self.client_ca)
             except (OSError, ValueError) as error:
-                raise InvalidArgument(f"tls_client_ca: cannot use {str(self.client_ca)!r}: {error}") from error
+                raise InvalidArgument(f"cannot use {str(self.client_ca)!r}: {error}", field="tls_client_ca") from error
             context.verify_mode = ssl.CERT_REQUIRED
         return context

@@ -15,7 +15,7 @@ import torch
 from lorarep_runtime.adapters import revision
 from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS
-from lorarep_runtime.adapters.residency import Turn
+from lorarep_runtime.adapters.residency import Claim
 from lorarep_runtime.adapters.revision import AdapterFiles
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
@@ -30,7 +30,7 @@ MIX = (("c", 0.7), ("b", 1.0))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base("llama", tmp_path_factory.mktemp("tiers") / "base")
+    return save_base("llama", tmp_path_factory.mktemp("residency") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def alone(base: Path, folders: dict[str, Path]) -> dict[tuple, tuple[int, ...]]:
     return answers
 
 
-def tiers(engine: Engine) -> dict[str, str]:
+def residency(engine: Engine) -> dict[str, str]:
     return {info.name: info.tier for info in engine.adapters.list()}
 
 
@@ -80,13 +80,13 @@ def test_what_leaves_is_copied_to_the_host_and_comes_back_without_compiling(
     base: Path, folders: dict[str, Path], size: int, alone: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_for(base, limits=AdapterLimits(device_bytes=2 * size, host_bytes=3 * size), adapters=folders)
-    assert tiers(engine) == dict(a="disk", b="host", c="host", d="host", e="device", f="device")
+    assert residency(engine) == dict(a="disk", b="host", c="host", d="host", e="device", f="device")
     seen = compiled(monkeypatch)
     for name, files in (("c", []), ("d", []), ("a", ["a"]), ("c", ["a"])):
         request = greedy(new_tokens=8), engine.adapters.lease([(name, 1.0)])
         assert engine.generate([request])[0].tokens == alone[((name, 1.0),)]
         assert seen == files
-        assert engine.adapters.tiers.host_bytes <= 3 * size
+        assert engine.adapters.residency.host_bytes <= 3 * size
     assert_nothing_held(engine)
 
 
@@ -100,9 +100,9 @@ def test_pinned_ones_stay_and_the_lowest_priority_goes_first(base: Path, folders
     load("b", priority=1)
     load("c")
     load("d")
-    assert tiers(engine) == dict(a="device", b="device", c="disk", d="device")
+    assert residency(engine) == dict(a="device", b="device", c="disk", d="device")
     brought(engine, "c")
-    assert tiers(engine) == dict(a="device", b="device", c="device", d="disk")
+    assert residency(engine) == dict(a="device", b="device", c="device", d="disk")
     load("c", pinned=True)
     load("b", pinned=True)
     with pytest.raises(Exhausted, match="pinned"):
@@ -111,7 +111,7 @@ def test_pinned_ones_stay_and_the_lowest_priority_goes_first(base: Path, folders
         engine.adapters.lease([("d", 1.0)])
     load("a", pinned=False)
     load("e", priority=-1)
-    assert tiers(engine) == dict(a="disk", b="device", c="device", d="disk", e="device")
+    assert residency(engine) == dict(a="disk", b="device", c="device", d="disk", e="device")
     assert_nothing_held(engine)
 
 
@@ -156,9 +156,9 @@ def test_without_a_budget_requests_wait_for_memory_that_others_compute_with(
 ) -> None:
     engine = engine_for(base, adapters={name: folders[name] for name in "ab"})
     first, second = (engine.adapters._named[name] for name in "ab")
-    with engine.adapters.tiers.changed:
+    with engine.adapters.residency.changed:
         second.adapter = None
-        engine.adapters.tiers._here.discard(second)
+        engine.adapters.residency._here.discard(second)
     real, refused = second.make, []
 
     def make(progress):
@@ -207,10 +207,10 @@ def test_patterns_of_an_adapter_that_has_waited_have_as_long_again(
 def test_what_came_for_a_request_stays_until_it_starts(base: Path, folders: dict[str, Path], size: int) -> None:
     engine = engine_for(base, limits=AdapterLimits(device_bytes=size), adapters={n: folders[n] for n in "ab"})
     first, second, third = (engine.adapters.lease([(name, 1.0)]) for name in "aba")
-    assert first.turn() is Turn.COMING
+    assert first.claim() is Claim.LOADING
     while engine.adapters.get("a").tier != "device":
         time.sleep(0.01)
-    assert second.turn() is Turn.NO_ROOM
+    assert second.claim() is Claim.NO_MEMORY
     first.release()  # it left before it started: its place is free again
     second.wait()
     second.release()
@@ -247,7 +247,7 @@ def test_a_cancelled_load_leaves_nothing_and_holds_nobody_up(base: Path, folders
 
     with pytest.raises(Cancelled, match="enough"):
         engine.adapters.load("b", str(folders["b"]), trusted=True, progress=stop)
-    assert tiers(engine) == dict(a="device")
+    assert residency(engine) == dict(a="device")
     assert engine.adapters.held_bytes().keys() == {"a"}
     assert engine.adapters.load("b", str(folders["b"]), trusted=True).tier == "device"
 
@@ -271,14 +271,12 @@ def test_many_adapters_in_little_memory(
     limits = AdapterLimits(device_bytes=4 * size, host_bytes=host * size)
     engine = engine_for(base, limits=limits, adapters=folders, max_sequences=4)
     over: list[int] = []
-    woken = engine.adapters.tiers.on_arrival
 
     def arrived() -> None:
         if sum(engine.adapters.held_bytes().values()) > 4 * size:
             over.append(1)
-        woken()
 
-    engine.adapters.tiers.on_arrival = arrived
+    engine.adapters.residency.subscribe(arrived)
     engine.start()
     wrong: list[object] = []
 
@@ -299,7 +297,7 @@ def test_many_adapters_in_little_memory(
         assert not thread.is_alive()
     engine.stop()
     assert wrong == over == []
-    assert engine.adapters.tiers.host_bytes <= host * size
+    assert engine.adapters.residency.host_bytes <= host * size
     assert_nothing_held(engine)
 
 

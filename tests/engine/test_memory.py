@@ -145,7 +145,7 @@ def test_idle_adapters_make_room_and_come_back(base: Path, adapters: dict[str, P
             lease.wait()
             assert [i.name for i in engine.adapters.list() if i.tier == "device"] == [name]
             assert engine.generate([(greedy(), lease)])[0].tokens == tokens
-    assert engine.adapters.tiers.evictions == 5
+    assert engine.adapters.residency.evictions == 5
     held, waiting = engine.adapters.lease([("two", 1.0)]), engine.adapters.lease([("one", 1.0)])
     held.wait()
     with pytest.raises(Exhausted, match="adapter memory"):

@@ -47,26 +47,26 @@ def check(params: pb.Parameters, max_tokens: int) -> None:
     """
     sampling, stopping, response, decoding = params.sampling, params.stopping, params.response, params.decoding
     if params.method not in pb.DecodingMethod.values():
-        raise InvalidArgument(f"method: {params.method} is neither GREEDY nor SAMPLE")
+        raise InvalidArgument(f"{params.method} is neither GREEDY nor SAMPLE", field="method")
     # 0 is unset, and 1 keeps all.
     if params.method == pb.SAMPLE and sampling.typical_p not in (0, 1):
-        raise InvalidArgument("typical_p: is not supported")
+        raise InvalidArgument("is not supported", field="typical_p")
     if decoding.HasField("length_penalty") and decoding.length_penalty.decay_factor != 1:
-        raise InvalidArgument("length_penalty: is not supported")
+        raise InvalidArgument("is not supported", field="length_penalty")
     guided = decoding.WhichOneof("guided")
     if guided is not None and (guided != "format" or decoding.format != pb.DecodingParameters.TEXT):
-        raise InvalidArgument(f"{guided}: guided decoding is not supported")
+        raise InvalidArgument("guided decoding is not supported", field=guided)
     if stopping.max_new_tokens > max_tokens:
-        raise InvalidArgument(f"max_new_tokens: {stopping.max_new_tokens} is over the limit of {max_tokens}")
+        raise InvalidArgument(f"{stopping.max_new_tokens} is over the limit of {max_tokens}", field="max_new_tokens")
     if response.top_n_tokens > MAX_TOP_N:
-        raise InvalidArgument(f"top_n_tokens: {response.top_n_tokens} is over the limit of {MAX_TOP_N}")
+        raise InvalidArgument(f"{response.top_n_tokens} is over the limit of {MAX_TOP_N}", field="top_n_tokens")
     for detail in ("token_logprobs", "token_ranks", "top_n_tokens"):
         if not getattr(response, detail):
             continue
         if response.input_tokens:
-            raise InvalidArgument(f"{detail}: is not supported for input_tokens")
+            raise InvalidArgument("is not supported for input_tokens", field=detail)
         if not response.generated_tokens:
-            raise InvalidArgument(f"{detail}: is for generated_tokens")
+            raise InvalidArgument("is for generated_tokens", field=detail)
 
 
 def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_pb2.GenerateRequest:

@@ -48,7 +48,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
     ) -> adapters_pb2.UnloadAdapterResponse:
         if self._desired.get(request.name) is not None:
-            raise FailedPrecondition(f"name: {request.name!r} is the adapters file's: take it out there")
+            raise FailedPrecondition(f"{request.name!r} is the adapters file's: take it out there", field="name")
         await asyncio.to_thread(self._engine().adapters.unload, request.name)
         return adapters_pb2.UnloadAdapterResponse()
 
@@ -102,6 +102,6 @@ def _wanted(
             field.name for field in fields(wanted) if getattr(wanted, field.name) != getattr(entry.load, field.name)
         )
         raise FailedPrecondition(
-            f"{next(different)}: the adapters file has another for {entry.name!r}, which has to be changed there"
+            f"the adapters file has another for {entry.name!r}, which has to be changed there", field=next(different)
         )
     return replace(wanted, replace=request.replace)

@@ -20,7 +20,6 @@ from fmaas import generation_pb2_grpc
 
 from lorarep_runtime.errors import DeadlineExceeded, InvalidArgument, LorarepError
 from lorarep_server.api import fmaas_messages
-from lorarep_server.errors import renamed
 from lorarep_server.requests.frontend import Frontend, of_call
 
 
@@ -34,7 +33,7 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
         with _own_names():
             most = self._answers.engine().config.scheduler.max_queued
             if len(request.requests) > most:
-                raise InvalidArgument(f"requests: {len(request.requests)} are over the limit of {most}")
+                raise InvalidArgument(f"{len(request.requests)} are over the limit of {most}", field="requests")
             answers: list[list[pb.GenerationResponse]] = [[] for _ in request.requests]
 
             async def answer(text: str, parts: list[pb.GenerationResponse]) -> None:
@@ -112,5 +111,6 @@ def _own_names() -> Iterator[None]:
         yield
     except LorarepError as error:
         own = copy(error)  # others may wait for the same load
-        own.args = (renamed(str(error), fmaas_messages.FIELDS)[1],)
+        if error.field is not None:
+            own.field = fmaas_messages.FIELDS.get(error.field, error.field)
         raise own from error

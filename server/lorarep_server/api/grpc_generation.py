@@ -44,7 +44,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GenerateStream(self, request: generation_pb2.GenerateStreamRequest, context: Any) -> None:
         if not request.HasField("request"):  # a client's JSON for Generate lands here empty
-            raise InvalidArgument("request: has to be set")
+            raise InvalidArgument("has to be set", field="request")
         # Written with `write`, not yielded: a cancellation then ends this very coroutine, and with it the request.
         async with self._answers.answer(request.request, *of_call(context)) as (admitted, events):
             revisions = [messages.adapter_revision(info) for info in admitted.adapters]

@@ -25,7 +25,7 @@ from lorarep_runtime.request import Output
 from lorarep_server.api.openai_messages import ChatRequest, CompletionRequest, GenerationRequest
 from lorarep_server.api.status_page import FILES, StatusPage
 from lorarep_server.auth import Role, TokenAuth
-from lorarep_server.errors import RETRY_HINT, Status, renamed
+from lorarep_server.errors import RETRY_HINT, Status
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests.admission import Admission
 from lorarep_server.requests.frontend import Frontend
@@ -102,7 +102,7 @@ class OpenAI:
             await web.TCPSite(runner, host.strip("[]") or None, int(port), ssl_context=tls).start()
         except (OSError, ValueError, OverflowError) as error:
             await runner.cleanup()
-            raise InvalidArgument(f"openai_listen: cannot serve at {address!r}: {error}") from error
+            raise InvalidArgument(f"cannot serve at {address!r}: {error}", field="openai_listen") from error
         return runner, int(runner.addresses[0][1])
 
     @web.middleware
@@ -140,7 +140,7 @@ class OpenAI:
         async def work() -> web.StreamResponse:
             models, name = await self._all_models(), request.match_info["model"]
             if name not in models:
-                raise NotFound(f"model: {name!r} is none of those served")
+                raise NotFound(f"{name!r} is none of those served", field="model")
             return web.json_response(models[name])
 
         return _answer(await self._calls.guard("GET /v1/models/", work()))
@@ -177,7 +177,9 @@ class OpenAI:
 
         async def work() -> web.StreamResponse:
             if request.content_type != "application/json":  # which no web page sends elsewhere unasked
-                raise InvalidArgument(f"content-type: is {request.content_type!r} and has to be application/json")
+                raise InvalidArgument(
+                    f"is {request.content_type!r} and has to be application/json", field="content-type"
+                )
             wanted = _parsed(kind, body)
             fields["max_new_tokens"] = fields["prompt and max_new_tokens"] = wanted.length()[0]
             fields["logprobs"] = wanted.logprobs_field
@@ -232,7 +234,7 @@ def _parsed(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
         # Beside fields and places in lists there are names of alternatives, such as "list[int]".
         path = [str(at) for at in error["loc"] if isinstance(at, int) or (at.isidentifier() and at != "str")]
         told = "is not supported" if error["type"] == "extra_forbidden" else error["msg"]
-        raise InvalidArgument(f"{'.'.join(path) or 'body'}: {told}") from None
+        raise InvalidArgument(told, field=".".join(path) or "body") from None
 
 
 async def _send(stream: web.StreamResponse, event: Mapping[str, Any]) -> None:
@@ -263,8 +265,8 @@ def _refusal(status: Status, fields: Mapping[str, str] = FIELDS) -> web.Response
 def _body(status: Status, fields: Mapping[str, str]) -> dict[str, Any]:
     """An error as OpenAI's; the field that its message begins with under the name that the caller knows."""
     _, kind, code = HTTP.get(status.code, (500, "server_error", None))
-    param, message = renamed(status.message, fields)
-    return _error(message, kind, param, code)
+    told = status.named(fields)
+    return _error(told.text, kind, told.field, code)
 
 
 def _error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class GenerationRequest(Message, ABC):
     @model_validator(mode="after")
     def _streams(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise InvalidArgument("stream_options: is for stream alone")
+            raise InvalidArgument("is for stream alone", field="stream_options")
         return self
 
     def length(self) -> tuple[str, int | None]:
@@ -144,12 +144,12 @@ class CompletionRequest(GenerationRequest):
         prompt = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             if len(prompt) > 1:
-                raise InvalidArgument(f"prompt: {len(prompt)} prompts; one is possible")
+                raise InvalidArgument(f"{len(prompt)} prompts; one is possible", field="prompt")
             prompt = prompt[0]
         if isinstance(prompt, str):
             return generation_pb2.Prompt(text=prompt)
         if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in prompt):
-            raise InvalidArgument("prompt: not all of it are tokens")
+            raise InvalidArgument("not all of it are tokens", field="prompt")
         return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
 
     def to_logprobs(self) -> int | None:
@@ -199,9 +199,9 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _says_once(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise InvalidArgument("max_tokens: is max_completion_tokens by another name")
+            raise InvalidArgument("is max_completion_tokens by another name", field="max_tokens")
         if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidArgument("top_logprobs: is for logprobs alone")
+            raise InvalidArgument("is for logprobs alone", field="top_logprobs")
         return self
 
     def length(self) -> tuple[str, int | None]:

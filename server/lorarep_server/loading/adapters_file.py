@@ -56,6 +56,8 @@ TYPES: Mapping[str, tuple[type, str]] = {
     "pinned": (bool, "true or false"),
     "priority": (int, "a whole number"),
 }
+FIELD = "adapters_file"
+"""What errors about the file are about."""
 PRIORITIES = range(-(1 << 31), 1 << 31)
 
 
@@ -65,33 +67,33 @@ def read_adapters(file: Path) -> dict[str, DesiredAdapter]:
     Raises:
         InvalidArgument: the file cannot be read, or is not such a file; names the entry and its key.
     """
-    at = f"adapters_file: {str(file)!r}"
+    at = repr(str(file))
     try:
         content = yaml.load(file.read_bytes(), _Loader)
     except Exception as error:  # whatever a file leads PyYAML to
-        raise InvalidArgument(" ".join(f"{at}: {type(error).__name__}: {error}".split())) from error
+        raise InvalidArgument(" ".join(f"{at}: {type(error).__name__}: {error}".split()), field=FIELD) from error
     if isinstance(content, dict):
         named = list(content.items())
     elif isinstance(content, list):
         named = [(_name_of(entry, f"{at}: entry {number}"), entry) for number, entry in enumerate(content, 1)]
     else:
         # Not even if it is empty: a file that was cut short must not unload everything.
-        raise InvalidArgument(f"{at}: neither a mapping of names nor a list; {{}} stands for no adapters")
+        raise InvalidArgument(f"{at}: neither a mapping of names nor a list; {{}} stands for no adapters", field=FIELD)
     adapters: dict[str, DesiredAdapter] = {}
     for name, entry in named:
         try:
             adapter = _adapter(name, entry)
         except InvalidArgument as error:
-            raise InvalidArgument(f"{at}: {name!r}: {error}") from error
+            raise InvalidArgument(f"{at}: {name!r}: {error}", field=FIELD) from error
         if name in adapters:
-            raise InvalidArgument(f"{at}: {name!r} is named twice")
+            raise InvalidArgument(f"{at}: {name!r} is named twice", field=FIELD)
         adapters[name] = adapter
     return adapters
 
 
 def _name_of(entry: object, at: str) -> object:
     if not isinstance(entry, dict) or "name" not in entry:
-        raise InvalidArgument(f"{at}: not a mapping with a name")
+        raise InvalidArgument(f"{at}: not a mapping with a name", field=FIELD)
     return entry.pop("name")
 
 
@@ -99,23 +101,23 @@ def _adapter(name: object, entry: object) -> DesiredAdapter:
     from lorarep_runtime.hub.snapshot import check_allowed  # takes a while to import
 
     if not isinstance(name, str):
-        raise InvalidArgument("name: has to be text; numbers need quotes")
+        raise InvalidArgument("has to be text; numbers need quotes", field="name")
     check_name(name)
     if not isinstance(entry, dict):
         raise InvalidArgument("not a mapping with a repository")
     for key, value in entry.items():
         if key not in TYPES:
-            raise InvalidArgument(f"{key}: is none of {', '.join(TYPES)}")
+            raise InvalidArgument(f"is none of {', '.join(TYPES)}", field=key)
         wanted, description = TYPES[key]
         if type(value) is not wanted:
-            raise InvalidArgument(f"{key}: {value!r} has to be {description}")
+            raise InvalidArgument(f"{value!r} has to be {description}", field=key)
     if "repository" not in entry:
-        raise InvalidArgument("repository: is missing")
+        raise InvalidArgument("is missing", field="repository")
     adapter = DesiredAdapter(name, **entry)
     if not is_folder(adapter.repository):
         check_allowed(adapter.repository, ("*",))
     if adapter.priority not in PRIORITIES:
-        raise InvalidArgument(f"priority: {adapter.priority} is not within 32 bits")
+        raise InvalidArgument(f"{adapter.priority} is not within 32 bits", field="priority")
     return adapter
 
 

@@ -126,7 +126,9 @@ class LoadQueue:
 
     def _begin(self, key: Hashable, load: Callable[[Progress], T], source: str) -> _Load[T]:
         if len(self._unfinished) >= self._most:
-            raise Exhausted(f"loads: {self._most} adapters are being loaded already, or wait for that", retry_after=1.0)
+            raise Exhausted(
+                f"{self._most} adapters are being loaded already, or wait for that", field="loads", retry_after=1.0
+            )
         shared: _Load[T] = _Load(key.name if isinstance(key, LoadRequest) else "")
         timed = self._metrics.timed_load(source, partial(load, shared.progress))
         shared.begin(self._threads.submit(timed))
@@ -167,7 +169,7 @@ class _Load(Generic[T]):
         self.state = State(stage, done, total)
         failpoint(f"load-{stage}")
         if self._abandoned:
-            raise Cancelled("load: nobody waits for it any more")
+            raise Cancelled("nobody waits for it any more", field="load")
 
     def abandon(self) -> None:
         self._abandoned = True

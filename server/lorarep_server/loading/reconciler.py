@@ -172,7 +172,7 @@ class Reconciler:
                 if not entry.ours:
                     entry.ours = not await asyncio.to_thread(pool.__contains__, name)
                 if not entry.ours:
-                    raise AlreadyExists(f"name: {name!r} was loaded otherwise than by the adapters file")
+                    raise AlreadyExists(f"{name!r} was loaded otherwise than by the adapters file", field="name")
                 async with self._places:
                     info = await self._loads.load(pool, entry.load())
                 entry.has(info)
@@ -180,7 +180,7 @@ class Reconciler:
                 return
             except Exception as error:
                 status = status_of(error)
-                entry.error = f"{status.code.name}: {status.message}"
+                entry.error = f"{status.code.name}: {status.text}"
                 if isinstance(error, AlreadyExists) and entry.loaded is None:
                     entry.ours = False  # a call was faster
                 hint = error.retry_after if isinstance(error, Exhausted) else None

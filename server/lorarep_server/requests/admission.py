@@ -72,7 +72,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def guarded(data: bytes, context: Any) -> Any:
             result = await self.guard(method.removeprefix("/lorarep.v1.").removeprefix("/"), answer(data, context))
             if isinstance(result, Status):
-                await context.abort(result.code, result.message, result.metadata)
+                await context.abort(result.code, result.text, result.metadata)
             return result
 
         wrap: Any = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
@@ -103,7 +103,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if self._closed:
             raise Unavailable("the server is shutting down")
         if len(self._tasks) >= self._max_calls:
-            raise Exhausted(f"max_calls: {self._max_calls} calls are under way already", retry_after=1.0)
+            raise Exhausted(f"{self._max_calls} calls are under way already", field="max_calls", retry_after=1.0)
         self._tasks.add(task)
         self._none_left.clear()
 

@@ -151,7 +151,7 @@ class Frontend:
                 await self._loads.bring(pool, name)
             elif self._desired.get(name) is not None:
                 if error := self._desired.error(name):
-                    raise Unavailable(f"adapter: {name!r} is not loaded, and is tried again: {error}")
+                    raise Unavailable(f"{name!r} is not loaded, and is tried again: {error}", field="adapter")
                 await self._loads.load(pool, self._desired.load(name))
             elif "/" in name:
                 repository, _, revision = name.partition("@")

@@ -59,10 +59,10 @@ def prompt_tokens(prompt: generation_pb2.Prompt, tokenizer: Tokenizer, longest: 
             return tuple(prompt.token_ids.ids)
         case "chat":
             if not prompt.chat.messages:
-                raise InvalidArgument("prompt.chat: has no messages")
+                raise InvalidArgument("has no messages", field="prompt.chat")
             return tuple(tokenizer.chat([{"role": m.role, "content": m.content} for m in prompt.chat.messages]))
         case _:
-            raise InvalidArgument("prompt: one of text, token_ids and chat has to be set")
+            raise InvalidArgument("one of text, token_ids and chat has to be set", field="prompt")
 
 
 def adapter_weights(adapters: Iterable[generation_pb2.AdapterRef]) -> list[tuple[str, float]]:

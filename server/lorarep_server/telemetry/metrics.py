@@ -129,9 +129,9 @@ class EngineCollector(Collector):
         by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
         yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)
         yield _by("adapters_desired", "Entries of the adapters file.", "state", self._desired())
-        evictions = engine.adapters.tiers.evictions
+        evictions = engine.adapters.residency.evictions
         yield _counter("adapter_evictions", "Adapters that left device memory for others.", evictions)
-        host_bytes = engine.adapters.tiers.host_bytes
+        host_bytes = engine.adapters.residency.host_bytes
         yield _gauge("adapter_host_bytes", "Host memory of copies of adapters.", host_bytes)
         info = GaugeMetricFamily(
             "lorarep_lora_requests_info",

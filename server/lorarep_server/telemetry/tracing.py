@@ -55,14 +55,14 @@ class Traces:
         if endpoint is None:
             return
         if not endpoint.startswith(("http://", "https://")):
-            raise InvalidArgument(f"traces_endpoint: {endpoint!r} does not begin with http:// or https://")
+            raise InvalidArgument(f"{endpoint!r} does not begin with http:// or https://", field="traces_endpoint")
         try:
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import SpanLimits, TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
-            raise FailedPrecondition("traces_endpoint: needs `pip install 'lorarep[traces]'`") from error
+            raise FailedPrecondition("needs `pip install 'lorarep[traces]'`", field="traces_endpoint") from error
         resource = Resource({SERVICE_NAME: "lorarep"}).merge(OTELResourceDetector().detect())
         limits = SpanLimits(max_span_attribute_length=MAX_ATTRIBUTE)
         self._provider = TracerProvider(resource=resource, span_limits=limits, shutdown_on_exit=False)

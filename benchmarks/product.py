@@ -26,8 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floor import copy_bandwidth
-from lorarep_runtime.gpu.decoder import LEAST_RANKS
-from lorarep_runtime.gpu.fused_layer import parts_for
+from lorarep_runtime.gpu.buffers import LEAST_RANKS, parts_for
 from lorarep_runtime.kernels.entry_table import DecodeRows, Entries, Entry, ReferenceRows, entry_table
 from lorarep_runtime.kernels.hopper.decode_gemm import PackedWeight, product_reference
 from lorarep_runtime.kernels.hopper.launch_config import HOPPER

@@ -98,17 +98,17 @@ class Engine:
                 field="max_sequence_tokens",
             )
         if self.base.device.type == "cuda":
-            from lorarep_runtime.kernels.hopper.nvrtc import limit_stack
+            from lorarep_runtime.gpu.warm_up import prepare_device
 
-            limit_stack()
-            load_kernels(self.base.norm_terms, self.base.modules, self.base.dtype, self.base.device)
-            torch.cuda.synchronize(self.base.device)  # loads, on another stream, use what is kept of that
-            torch.cuda.empty_cache()  # what was needed so far besides
+            base = self.base
+            prepare_device(base.device, lambda: load_kernels(base.norm_terms, base.modules, base.dtype, base.device))
         self.pool = self._page_pool()
         self.scheduler = Scheduler(config.scheduler, self.pool, self.adapters.residency)
         decoder = decoder_for(self.base, self.pool, config.scheduler.max_sequences, self.max_tokens)
         if decoder is not None:
-            decoder.warm_up(dict.fromkeys(self.stacks.values()), progress)
+            from lorarep_runtime.gpu.warm_up import warm_up
+
+            warm_up(decoder, dict.fromkeys(self.stacks.values()), progress)
         self._flights = StepOverlap(decoder, self.scheduler)
         self._pass: PrefillPass | None = None
         """Over prompts, under way."""

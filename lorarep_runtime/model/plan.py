@@ -1,4 +1,8 @@
-"""Plans: several stacks merged into one walk over the layers."""
+"""Plans: several stacks merged into one walk over the layers, which reads each layer's weights once for all of them.
+
+A plan is a common supersequence of its stacks. Each place in it is a visit to one layer, for all stacks that have a
+position there; the others pass through.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,24 @@ from lorarep_runtime.model.stack import Stack
 
 @dataclass(frozen=True)
 class Visit:
-    """One layer of a plan."""
+    """One place in a plan: a layer, and the stacks that walk it there."""
 
     layer: int
     positions: tuple[int | None, ...]
-    """For each stack of the plan its position here; None where it passes through."""
+    """For each stack of the plan its position at the visit; None where the stack passes through."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A walk that holds every one of its stacks in order."""
+    """A walk over layers that holds every one of its stacks in order."""
 
     stacks: tuple[Stack, ...]
     visits: tuple[Visit, ...]
+
+    @property
+    def depth(self) -> int:
+        """Positions of the deepest stack."""
+        return max(len(stack) for stack in self.stacks)
 
 
 @lru_cache(maxsize=4096)
@@ -44,7 +53,7 @@ def _supersequence(stacks: tuple[Stack, ...]) -> Stack:
 
 
 def _shortest(a: Stack, b: Stack) -> Stack:
-    """The shortest common supersequence of two, by dynamic programming over their suffixes."""
+    """The shortest common supersequence of two walks, by dynamic programming over their suffixes."""
     lengths = [list(range(len(b), -1, -1))]
     for i in range(len(a) - 1, -1, -1):
         below, row = lengths[-1], [0] * len(b) + [len(a) - i]
@@ -68,7 +77,7 @@ def _shortest(a: Stack, b: Stack) -> Stack:
 
 
 def _leftmost(stack: Stack, walk: Stack) -> list[int | None]:
-    """The position of the stack at each step of a walk that holds it."""
+    """The position of a stack at each place of a walk that holds it; None where the stack passes through."""
     positions: list[int | None] = []
     position = 0
     for layer in walk:

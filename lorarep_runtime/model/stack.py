@@ -1,7 +1,6 @@
-"""Stacks, and the plan that walks several of them at once.
+"""Stacks: the sequences of base layers that models walk, and the notations that people write them in.
 
-A stack is the sequence of base layers that a model walks; its indices are positions. A plan is a common supersequence
-of several stacks: each of its steps reads one layer's weights once for all stacks that have a position there.
+The indices of a stack are positions: one layer may stand at several of them.
 """
 
 from __future__ import annotations

@@ -54,10 +54,10 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
     base, folders = save_all(family, tmp_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        monkeypatch.setattr("lorarep_runtime.gpu.fused_layer.MOST_PARTS", 2)
-        monkeypatch.setattr("lorarep_runtime.gpu.fused_layer.MOST_SPLITS", 1)
+        monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_PARTS", 2)
+        monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_SPLITS", 1)
         monkeypatch.setattr("lorarep_runtime.kernels.decode.shrink.MOST_RANK_PROGRAMS", 1)
-    monkeypatch.setattr("lorarep_runtime.gpu.fused_layer.LONG_SEQUENCE", 16)
+    monkeypatch.setattr("lorarep_runtime.gpu.buffers.LONG_SEQUENCE", 16)
     config = BaseConfig(str(base), dtype="float32", device=device)
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
     for name, folder in folders.items():
@@ -83,7 +83,7 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
             ]
         )
         _, logits = decoder.step()
-        splits.append(decoder._graph.shape.splits)
+        splits.append(decoder._graph.buffers.shape.splits)
         for lease, text, row in zip(leases, texts, logits, strict=True):
             expected = engine.logits(text[: len(text) - 1 + step], lease)[-1]
             torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
@@ -91,11 +91,11 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
 
 
 def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As flights do, who tell the decoder of pages that sequences have grown by and of nothing else: here two of three
-    grow at once, of different depths. Before they do no sequence is split."""
-    monkeypatch.setattr("lorarep_runtime.gpu.fused_layer.MOST_PARTS", 2)
-    monkeypatch.setattr("lorarep_runtime.gpu.fused_layer.MOST_SPLITS", 1)
-    monkeypatch.setattr("lorarep_runtime.gpu.fused_layer.LONG_SEQUENCE", 16)
+    """The engine tells the decoder of new pages and of nothing else where the same sequences go on: here two of three
+    get pages at once, at different depths. Before they do no sequence is split."""
+    monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_PARTS", 2)
+    monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_SPLITS", 1)
+    monkeypatch.setattr("lorarep_runtime.gpu.buffers.LONG_SEQUENCE", 16)
     base = save_small("qwen2", tmp_path)
     config = BaseConfig(str(base), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
     lora = dict(r=4, lora_alpha=8, target_modules=TARGETS, layer_replication=[[0, 2]])
@@ -116,7 +116,7 @@ def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkey
         assert engine.pool.grow([(span.table, len(text)) for span, text in zip(spans, texts, strict=True)])
         decoder.set_pages()
         tokens, logits = decoder.step()
-        splits.append(decoder._graph.shape.splits)
+        splits.append(decoder._graph.buffers.shape.splits)
         for lease, text, row, token in zip(leases, texts, logits, tokens.tolist(), strict=True):
             torch.testing.assert_close(row, engine.logits(text, lease)[-1], atol=1e-5, rtol=0)
             text.append(token)
@@ -175,7 +175,7 @@ if torch.cuda.is_available():
     def test_tokens_are_the_likeliest_to_the_layers(
         quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("lorarep_runtime.gpu.fused_layer.LONG_SEQUENCE", 32)
+        monkeypatch.setattr("lorarep_runtime.gpu.buffers.LONG_SEQUENCE", 32)
         base, folders = save_all("mistral", tmp_path)
         config = BaseConfig(str(base), quantization=quantization, dtype="bfloat16", device="cuda")
         engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=64 << 20)))

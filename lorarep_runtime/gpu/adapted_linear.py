@@ -1,0 +1,101 @@
+"""Linear modules that read the same x, with each row's own adapter: y = c ⊙ (W x) + B (A x) + b.
+
+W is the base's and shared by all rows; A, B, c and the adapter's bias belong to each row's adapter (DoRA has a c, LoRA
+has none). On Hopper a kernel carries the adapters in its epilogue; elsewhere a library multiplies and a second kernel
+adapts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorarep_runtime.kernels.decode.expand import expand
+from lorarep_runtime.kernels.entry_table import DecodeRows
+from lorarep_runtime.kernels.hopper.decode_gemm import PackedWeight
+from lorarep_runtime.model.packed import PackedPart
+from lorarep_runtime.model.weights import Weight
+
+MOST_KERNEL_ROWS = 64
+"""Most rows of a step that the decode kernel multiplies: it reads the weight once for every 32 of them."""
+
+
+class AdaptedLinear(Protocol):
+    """Linear modules that read the same x; their outputs lie side by side in y."""
+
+    def decode(
+        self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
+    ) -> None:
+        """y = c ⊙ (W x) + B shrunk + b for rows of one new token each, or that added to y.
+
+        Rows without a position may get any y where `add` is False, and keep theirs where it is True.
+
+        Args:
+            x: (rows, in).
+            y: (rows, outputs of all modules), written.
+            shrunk: fp32 (rows, parts, modules, ranks), A x as partial sums (`kernels.entry_table`).
+            first: number of the first module in entry tables.
+            bias: (outputs of all modules), the base's own; None is 0.
+        """
+
+    def matmul(self, x: Tensor, y: Tensor) -> None:
+        """y = W x for many rows: x (rows, in), y (rows, outputs of all modules)."""
+
+
+def adapted_linear(weights: Sequence[Weight]) -> AdaptedLinear:
+    """The modules of some weights, which are all packed together or all not."""
+    first = weights[0]
+    return PackedLinear(first.group) if isinstance(first, PackedPart) else LibraryLinear(weights)
+
+
+class LibraryLinear:
+    """An AdaptedLinear of weights that have no kernel of lorarep's own."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self._weights = weights
+        self._sizes = [weight.shape[0] for weight in weights]
+
+    def decode(
+        self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
+    ) -> None:
+        _multiply_then_adapt(self.matmul, x, y, shrunk, self._sizes, rows, first, bias=bias, add=add)
+
+    def matmul(self, x: Tensor, y: Tensor) -> None:
+        for weight, to in zip(self._weights, y.split(self._sizes, 1), strict=True):
+            to.copy_(weight.matmul(x))
+
+
+class PackedLinear:
+    """An AdaptedLinear of a packed weight: one kernel for few rows, and another for many."""
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self.packed = packed
+        self.matmul = packed.matmul
+
+    def decode(
+        self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
+    ) -> None:
+        if len(x) <= MOST_KERNEL_ROWS:
+            self.packed.product(x, y, shrunk, rows, first, bias=bias, add=add)
+        else:
+            _multiply_then_adapt(self.matmul, x, y, shrunk, self.packed.sizes, rows, first, bias=bias, add=add)
+
+
+def _multiply_then_adapt(
+    matmul: Callable[[Tensor, Tensor], None],
+    x: Tensor,
+    y: Tensor,
+    shrunk: Tensor,
+    sizes: Sequence[int],
+    rows: DecodeRows,
+    first: int,
+    *,
+    bias: Tensor | None,
+    add: bool,
+) -> None:
+    plain = torch.empty_like(y) if add else y
+    matmul(x, plain)
+    expand(plain, shrunk, sizes, rows, first, bias=bias, residual=y if add else None)

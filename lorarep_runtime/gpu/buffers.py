@@ -1,0 +1,252 @@
+"""Sizes and device memory of decode steps: how large a tensor of a step is, and where it lies, is answered here alone.
+
+One step runs at a time, so all steps share one memory. Captured graphs hold its addresses, so nothing that a step was
+given is freed or moved; a size that was not foreseen gets memory of its own. Sizes come in few classes, so that few
+graphs serve all steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.integers import ceil_div, next_power_of_two
+from lorarep_runtime.kernels.attention_config import Attention
+from lorarep_runtime.kernels.decode.combine import Partials
+from lorarep_runtime.model.kv_cache import pages_of
+from lorarep_runtime.model.packed import PACKED_MODULES
+
+if TYPE_CHECKING:
+    from lorarep_runtime.model.base import Base
+
+PROGRAMS = 256
+"""Programs of a kernel that keep the device busy."""
+LEAST_RANKS = 8
+"""Ranks that `shrunk` has room for in the smallest class; each next class has eight times as many."""
+LEAST_DEPTH = 16
+"""Positions that page tables have room for in the smallest class; each next class has twice as many."""
+MOST_PARTS = 16
+"""Most partial sums of A x."""
+MOST_ATTENDED_RANKS = 8
+"""Most ranks for which the attention kernel computes A x itself; with more each of its programs would take long."""
+MOST_SPLITS = 16
+"""Most parts that a sequence of up to LONG_SEQUENCE tokens is split into for attention."""
+LONG_SEQUENCE = 2048
+"""Tokens beyond which a sequence is split into MORE_SPLITS times as many parts: the reading pays for the merging."""
+MORE_SPLITS = 2
+
+
+def ranks_for(rank: int) -> int:
+    """Ranks that `shrunk` has room for where `rank` is the largest of a step: 8, 64, 512 and so on."""
+    ranks = LEAST_RANKS
+    while ranks < rank:
+        ranks *= 8
+    return ranks
+
+
+def depth_for(depth: int) -> int:
+    """Positions that page tables have room for where the deepest stack of a step has `depth`."""
+    return max(LEAST_DEPTH, next_power_of_two(depth))
+
+
+def parts_for(rows: int, width: int) -> int:
+    """Partial sums of A x that a step of `rows` rows computes of an x of `width` numbers."""
+    return min(MOST_PARTS, ceil_div(width, 256 if rows <= 8 else 1024))
+
+
+def splits_for(rows: int, kv_heads: int, tokens: int) -> int:
+    """Parts that attention splits each sequence of a step into, of which the longest has `tokens` tokens."""
+    more = MORE_SPLITS if tokens > LONG_SEQUENCE else 1
+    return max(1, min(more * MOST_SPLITS, more * PROGRAMS // (rows * kv_heads)))
+
+
+class StepShape(NamedTuple):
+    """The sizes that the kernels of a step are launched for."""
+
+    rows: int
+    """A power of two; rows beyond the step's sequences have no position."""
+    ranks: int
+    """Ranks that `shrunk` has room for."""
+    splits: int
+    """Parts that each sequence is split into."""
+
+
+@dataclass(frozen=True)
+class LayerBuffers:
+    """Tensors that the layers of one step write; the next layer may overwrite all but h."""
+
+    h: Tensor
+    """(rows, hidden size), the residual stream."""
+    x: Tensor
+    """(rows, hidden size), h after a norm."""
+    qkv: Tensor
+    """(rows, outputs of q, k and v)."""
+    out: Tensor
+    """(rows, heads · head_dim), what the queries attended to."""
+    gate_up: Tensor
+    """(rows, outputs of gate and up)."""
+    gated: Tensor
+    """(rows, intermediate size), the input of the down projection."""
+    shrunk: Sequence[Tensor]
+    """A x for each of PACKED_MODULES: fp32 (rows, parts, modules, ranks)."""
+    partials: Partials
+    """Attention to each part of the sequences, where they are split."""
+    attention_shrinks: bool
+    """Whether the attention kernel computes A x of the o projection too, one part for each head of keys and values."""
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """All memory that the steps of one shape read and write, at addresses that stay."""
+
+    shape: StepShape
+    tokens: Tensor
+    """(rows) int64: the last token of each sequence before a step, the likeliest next one after it."""
+    lengths: Tensor
+    """(rows) int32, tokens in each row's cache; a step adds one."""
+    adapters: Tensor
+    """(rows) int64, addresses of the entry tables of the rows' adapters; 0 is no adapter."""
+    logits: Tensor
+    """(rows, vocab) fp32."""
+    tables: Tensor
+    """(most rows, positions, pages) int32, the pages of each row's sequence at each position of its stack."""
+    layers: LayerBuffers
+
+
+class StepMemory:
+    """The memory of all steps. The engine's thread alone asks it for views; any thread may count its tensors."""
+
+    def __init__(self, base: Base, attention: Attention, max_rows: int, max_tokens: int) -> None:
+        """
+        Args:
+            attention: of any layer; all have the same heads.
+            max_rows: most rows of a step.
+            max_tokens: most tokens of a sequence.
+        """
+        self._base, self._kv_heads = base, attention.kv_heads
+        self._max_rows = rows = next_power_of_two(max_rows)
+        self._max_pages = pages_of(max_tokens)
+        self._views: dict[tuple[StepShape, int], StepBuffers] = {}
+        """By shape and depth of the page tables."""
+        self._shrunk: dict[int, Sequence[Tensor]] = {}
+        """By ranks, one tensor for each of PACKED_MODULES."""
+        self._tables: dict[int, Tensor] = {}
+        """Page tables by their depth."""
+        hidden, widths = base.config.get_text_config().hidden_size, base.modules
+        outputs = [sum(widths[name][0] for name in names) for names in PACKED_MODULES]
+        splits = max(shape.rows * shape.splits for shape in self._shapes(LEAST_RANKS))
+        self._h, self._x = self._zeros(rows, hidden), self._zeros(rows, hidden)
+        self._qkv = self._zeros(rows, outputs[0])
+        self._out = self._zeros(rows, attention.heads * attention.head_dim)
+        self._gate_up = self._zeros(rows, outputs[2])
+        self._gated = self._zeros(rows, widths[PACKED_MODULES[3][0]][1])
+        self._partials = Partials.empty(1, attention.heads, splits, attention.head_dim, base.device)
+        self._tokens = self._zeros(rows, dtype=torch.int64)
+        self._lengths = self._zeros(rows, dtype=torch.int32)
+        self._adapters = self._zeros(rows, dtype=torch.int64)
+        self._logits = self._zeros(rows, base.vocab_size, dtype=torch.float32)
+
+    @property
+    def buckets(self) -> list[int]:
+        """Numbers of rows that steps are captured for: the powers of two up to the most rows."""
+        return [1 << power for power in range(self._max_rows.bit_length())]
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a sequence that page tables have room for."""
+        return self._max_pages * PAGE_TOKENS
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held, also while another thread adds to them."""
+        layers = [self._h, self._x, self._qkv, self._out, self._gate_up, self._gated, *self._partials]
+        shrunk = [tensor for tensors in list(self._shrunk.values()) for tensor in tensors]
+        rows = [self._tokens, self._lengths, self._adapters, self._logits]
+        return [*layers, *shrunk, *list(self._tables.values()), *rows]
+
+    def splits(self, rows: int, tokens: int) -> int:
+        """Parts that each sequence of a step is split into, of which the longest has `tokens` tokens."""
+        return splits_for(rows, self._kv_heads, tokens)
+
+    def views(self, rows: int, rank: int, tokens: int, depth: int) -> StepBuffers:
+        """The memory of a step, of the smallest shape that has room for it.
+
+        Args:
+            rows: of the step; its bucket does as well.
+            rank: largest of its adapters; its class does as well.
+            tokens: of its longest sequence.
+            depth: positions of its deepest stack.
+        """
+        rows = next_power_of_two(rows)
+        shape, depth = StepShape(rows, ranks_for(rank), self.splits(rows, tokens)), depth_for(depth)
+        if (shape, depth) not in self._views:
+            self._views[shape, depth] = StepBuffers(
+                shape=shape,
+                tokens=self._tokens[:rows],
+                lengths=self._lengths[:rows],
+                adapters=self._adapters[:rows],
+                logits=self._logits[:rows],
+                tables=self._tables_of(depth),
+                layers=self._layer_views(shape),
+            )
+        return self._views[shape, depth]
+
+    def _layer_views(self, shape: StepShape) -> LayerBuffers:
+        n, parts = shape.rows, self._parts(shape)
+        return LayerBuffers(
+            h=self._h[:n],
+            x=self._x[:n],
+            qkv=self._qkv[:n],
+            out=self._out[:n],
+            gate_up=self._gate_up[:n],
+            gated=self._gated[:n],
+            shrunk=[
+                _reshaped(whole, n, count, *whole.shape[2:])
+                for whole, count in zip(self._shrunk_of(shape.ranks), parts, strict=True)
+            ],
+            partials=Partials(*(_reshaped(p, n, p.shape[1], shape.splits, *p.shape[3:]) for p in self._partials)),
+            attention_shrinks=self._attention_shrinks(shape),
+        )
+
+    def _attention_shrinks(self, shape: StepShape) -> bool:
+        # Only where no sequence is split does one program see all that a head attends to.
+        return shape.splits == 1 and self._kv_heads <= MOST_PARTS and shape.ranks <= MOST_ATTENDED_RANKS
+
+    def _parts(self, shape: StepShape) -> list[int]:
+        """Partial sums of A x, for each of PACKED_MODULES."""
+        parts = [parts_for(shape.rows, self._base.modules[names[0]][1]) for names in PACKED_MODULES]
+        if self._attention_shrinks(shape):
+            parts[1] = self._kv_heads
+        return parts
+
+    def _shapes(self, ranks: int) -> list[StepShape]:
+        """All shapes that there are of some ranks: sequences are split as the shortest or as the longest is."""
+        return [StepShape(n, ranks, self.splits(n, t)) for n in self.buckets for t in (1, self.max_tokens)]
+
+    def _shrunk_of(self, ranks: int) -> Sequence[Tensor]:
+        """Memory for A x in steps of every number of rows."""
+        if ranks not in self._shrunk:
+            parts = [[shape.rows * count for count in self._parts(shape)] for shape in self._shapes(ranks)]
+            self._shrunk[ranks] = [
+                self._zeros(1, max(counts), len(names), ranks, dtype=torch.float32)
+                for counts, names in zip(zip(*parts, strict=True), PACKED_MODULES, strict=True)
+            ]
+        return self._shrunk[ranks]
+
+    def _tables_of(self, depth: int) -> Tensor:
+        if depth not in self._tables:
+            self._tables[depth] = self._zeros(self._max_rows, depth, self._max_pages, dtype=torch.int32)
+        return self._tables[depth]
+
+    def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self._base.dtype, device=self._base.device)
+
+
+def _reshaped(whole: Tensor, *shape: int) -> Tensor:
+    """The beginning of a tensor's memory in another shape."""
+    return whole.flatten()[: torch.Size(shape).numel()].view(shape)

@@ -1,0 +1,101 @@
+"""All that is compiled, loaded or captured before the server is ready, so that no request waits for it.
+
+To load a kernel the device stands still, and to compile one takes seconds. In the order of time:
+
+1. While the base's weights are loaded, `model.packed.kernels_compiled` compiles the GEMMs and the adapters' kernels.
+2. `prepare_device`, before KV pages take the memory that is left: the stack of threads, and the kernels that compile
+   adapters.
+3. `warm_up`, once there are pages: the kernels of prompts and of decode steps, and the steps' graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorarep_runtime.gpu.adapted_linear import PackedLinear
+from lorarep_runtime.gpu.buffers import LEAST_RANKS
+from lorarep_runtime.gpu.graphs import MOST_GRAPHS
+from lorarep_runtime.kernels.entry_table import FIELDS
+from lorarep_runtime.kernels.hopper import prefill_gemm
+from lorarep_runtime.kernels.hopper.decode_gemm import compile_products
+from lorarep_runtime.kernels.prefill.adapt_segments import SegmentTiles, adapt_segments
+from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.kv_cache import PageTable
+from lorarep_runtime.model.plan import merge
+from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from lorarep_runtime.gpu.decoder import Decoder
+
+
+def prepare_device(device: torch.device, load_kernels: Callable[[], None]) -> None:
+    """Limits the stack of the device's threads, loads the kernels that compile adapters, and frees what that took.
+
+    Args:
+        load_kernels: launches each of those kernels once.
+    """
+    from lorarep_runtime.kernels.hopper.nvrtc import limit_stack
+
+    limit_stack()
+    load_kernels()
+    torch.cuda.synchronize(device)  # adapters are loaded on another stream, which uses memory that is kept of this
+    torch.cuda.empty_cache()
+
+
+def warm_up(decoder: Decoder, stacks: Collection[Stack], progress: Progress | None = None) -> None:
+    """Compiles a decoder's kernels and captures its steps over each stack for every number of rows.
+
+    Args:
+        stacks: where they would be more than MOST_GRAPHS graphs, the first ones are captured.
+        progress: told of graphs, as stage "capture".
+    """
+    if decoder.base.device.type == "cuda":
+        _load_kernels(decoder)
+    memory, graphs = decoder.memory, decoder.graphs
+    todo = [(stack, rows) for stack in stacks for rows in memory.buckets][:MOST_GRAPHS]
+    for done, (stack, rows) in enumerate(todo, 1):
+        # Long sequences need kernels of more splits; their graphs are captured when there are such sequences.
+        graphs.compile(memory.views(rows, LEAST_RANKS, memory.max_tokens, len(stack)))
+        graphs.graph(merge((stack,)), memory.views(rows, LEAST_RANKS, 1, len(stack)))
+        if progress is not None:
+            progress("capture", done, len(todo))
+
+
+def _load_kernels(decoder: Decoder) -> None:
+    """Compiles and loads the GEMMs, and the kernels of prompts."""
+    from lorarep_runtime.kernels.hopper.nvrtc import prefer_shared_memory
+
+    linears = [projection.linear for layer in decoder.layers for projection in layer.projections]
+    bits = {linear.packed.bits for linear in linears if isinstance(linear, PackedLinear)}
+    compile_products(bits)
+    if 4 in bits:
+        prefill_gemm.load()
+    _prefill_two_tokens(decoder)
+    _adapt_two_tokens(decoder)
+    if bits == {4}:  # weights of more bits are loaded by so much at once that their kernels need the L1 cache
+        prefer_shared_memory()
+
+
+def _prefill_two_tokens(decoder: Decoder) -> None:
+    """Launches the kernels of a prompt of two tokens, without an adapter, through one layer."""
+    table = PageTable(decoder.pool, 1)
+    table.grow(2)
+    decoder.prefill(Batch([Span([0, 0], 0, (0,), None, table)], decoder.base.device)).advance(1)
+    table.release()
+
+
+def _adapt_two_tokens(decoder: Decoder) -> None:
+    """Launches the kernels that adapt rows of prompts, for a tile without rows."""
+    base, memory = decoder.base, decoder.memory
+    device, modules = base.device, len(base.modules)
+    buffers = memory.views(memory.buckets[-1], LEAST_RANKS, 1, base.layers).layers
+    entries = torch.zeros(modules * FIELDS, dtype=torch.int64, device=device)
+    none = torch.zeros(1, 2, dtype=torch.int32, device=device)
+    addresses = torch.tensor([entries.data_ptr()], device=device)
+    tiles = SegmentTiles(none, addresses, none[0, :1], LEAST_RANKS, modules)
+    adapt_segments(buffers.x, buffers.out, [buffers.out.shape[1]], tiles, 0)
+    torch.cuda.synchronize(device)  # before the entries go

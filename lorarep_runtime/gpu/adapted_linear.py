@@ -48,7 +48,7 @@ class AdaptedLinear(Protocol):
 def adapted_linear(weights: Sequence[Weight]) -> AdaptedLinear:
     """The modules of some weights, which are all packed together or all not."""
     first = weights[0]
-    return PackedLinear(first.group) if isinstance(first, PackedPart) else LibraryLinear(weights)
+    return PackedLinear(first.packed) if isinstance(first, PackedPart) else LibraryLinear(weights)
 
 
 class LibraryLinear:

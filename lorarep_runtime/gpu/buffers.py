@@ -87,7 +87,7 @@ class LayerBuffers:
     qkv: Tensor
     """(rows, outputs of q, k and v)."""
     out: Tensor
-    """(rows, heads · head_dim), what the queries attended to."""
+    """(rows, heads · head_dim), the output of attention."""
     gate_up: Tensor
     """(rows, outputs of gate and up)."""
     gated: Tensor

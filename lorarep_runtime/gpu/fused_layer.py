@@ -1,6 +1,6 @@
 """Decoder layers of the Llama kind as a handful of kernels.
 
-A layer computes what its layer of `transformers` computes (RMSNorm, rotary attention with grouped heads, gated MLP),
+A fused layer computes the same as a layer of `transformers` (RMSNorm, rotary attention with grouped heads, gated MLP),
 with each row's own adapter at its own position: for rows of one new token each, or for many rows of prompts.
 """
 
@@ -123,7 +123,7 @@ class FusedLayer:
             attend: from rotated queries (rows, heads, head_dim) to the attention's output of the same shape.
             tiles: the rows that have adapters.
         """
-        # Functions, so that what one of them leaves is freed before the next takes memory.
+        # Functions, so that the tensors of one are freed before the next takes memory.
         qkv, o, gate_up, down = self.projections
 
         def norm(rows: Tensor, weight: Tensor) -> Tensor:

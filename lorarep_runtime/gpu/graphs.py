@@ -48,7 +48,7 @@ class StepGraphs:
         self._base, self._pool, self._layers = base, pool, layers
         self._graphs: OrderedDict[tuple[Plan, StepShape], StepGraph] = OrderedDict()
         self._compiled: set[StepShape] = set()
-        # What is captured keeps its stream's priority: steps go before what prepares adapters.
+        # A graph keeps the priority of the stream that it was captured on: steps go before work that prepares adapters.
         self._stream = torch.cuda.Stream(base.device, priority=-1) if base.device.type == "cuda" else None
         # One step runs at a time and leaves nothing there, so all graphs share the memory that torch takes for them.
         self._memory = None if self._stream is None else torch.cuda.graph_pool_handle()
@@ -111,7 +111,7 @@ class StepGraphs:
 
 
 def _captured(forward: Callable[[], None], stream: torch.cuda.Stream, memory: Any) -> Callable[[], None]:
-    """A graph of what a step launches, which takes memory out of a pool (`torch.cuda.graph_pool_handle`).
+    """A graph of all that a step launches, which takes memory out of a pool (`torch.cuda.graph_pool_handle`).
 
     Not by `torch.cuda.graph`: that first waits for the device and gives back all the memory, of the device and pinned,
     that torch keeps for later, while streams wait.

@@ -14,9 +14,9 @@ from torch import Tensor
 from lorarep_runtime.device.staging import moved
 from lorarep_runtime.gpu.fused_layer import FusedLayer
 from lorarep_runtime.kernels.prefill.adapt_segments import TILE_ROWS, SegmentTiles
+from lorarep_runtime.model.attention import attend_pages
 from lorarep_runtime.model.batch import Batch, View
 from lorarep_runtime.model.kv_cache import PagePool
-from lorarep_runtime.model.layer_walk import attend_pages
 from lorarep_runtime.model.plan import Visit
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def prepare_device(device: torch.device, load_kernels: Callable[[], None]) -> None:
-    """Limits the stack of the device's threads, loads the kernels that compile adapters, and frees what that took.
+    """Limits the stack of the device's threads, loads the kernels that compile adapters, and frees unused memory.
 
     Args:
         load_kernels: launches each of those kernels once.

@@ -1,4 +1,4 @@
-"""The tokens of one forward pass, and what each step of the plan needs to know of them."""
+"""The tokens of one forward pass, packed into rows, and the rows that take part in each visit of its plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorarep_runtime.model.stack import Stack
 
 @dataclass(frozen=True)
 class Span:
-    """The next tokens of one sequence."""
+    """The next tokens of one sequence, and all that computing them needs."""
 
     tokens: Sequence[int]
     context: int
@@ -30,25 +30,26 @@ class Span:
     stack: Stack
     adapter: Adapter | None
     table: PageTable
-    """Has room for context and tokens."""
+    """The sequence's pages, with room for context and tokens."""
 
     @property
     def length(self) -> int:
+        """Tokens of the sequence, these included."""
         return self.context + len(self.tokens)
 
 
 class Batch:
-    """Spans packed into rows. Rows of one adapter lie side by side."""
+    """Spans packed into rows, one for each token. Spans of one adapter follow one another."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         adapters = {id(s.adapter): i for i, s in reversed(list(enumerate(spans)))}
         self.order = sorted(range(len(spans)), key=lambda i: adapters[id(spans[i].adapter)])
-        """Index among the given spans of each span here."""
+        """For each span of the batch, its index among the spans that were given."""
         self.spans = [spans[i] for i in self.order]
         self.plan: Plan = merge(tuple(sorted({s.stack for s in spans})))
         self.device = device
         self.starts = np.cumsum([0] + [len(s.tokens) for s in self.spans])
-        """First row of each span, and the number of rows."""
+        """(spans + 1) first row of each span, and then the number of rows."""
         tokens = np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in self.spans])
         places = np.concatenate([np.arange(s.context, s.length) for s in self.spans])
         self.token_ids = moved(torch.from_numpy(tokens), device)
@@ -56,39 +57,38 @@ class Batch:
         self.token_places = moved(torch.from_numpy(places), device)
         """(rows) int64, each token's index in its sequence."""
         self.slots, self.tables = self._addresses()
+        """(visits, rows) int64, where each row's key and value go, as page · page_tokens + offset; and (visits, spans,
+        pages) int64, the pages of each span. Both are 0 at a visit where a span's stack has no position."""
         self._views: dict[tuple[bool, ...], View] = {}
 
     def _addresses(self) -> tuple[Tensor, Tensor]:
-        """Where each plan step finds keys and values: slots (steps, rows) and page tables (steps, spans, pages)."""
-        steps = len(self.plan.visits)
-        slots = np.zeros((steps, self.starts[-1]), dtype=np.int64)
-        tables = np.zeros((steps, len(self.spans), max(pages_of(s.length) for s in self.spans)), dtype=np.int64)
-        walked = [[i for i, s in enumerate(self.plan.visits) if s.positions[k] is not None] for k in self._stack_range]
+        visits = self.plan.visits
+        slots = np.zeros((len(visits), self.starts[-1]), dtype=np.int64)
+        tables = np.zeros((len(visits), len(self.spans), max(pages_of(s.length) for s in self.spans)), dtype=np.int64)
+        stacks = range(len(self.plan.stacks))
+        walked = [[i for i, visit in enumerate(visits) if visit.positions[k] is not None] for k in stacks]
         for i, (span, stack) in enumerate(zip(self.spans, self._stacks, strict=True)):
             at = walked[stack]
             pages = span.table.pages[:, : pages_of(span.length)]
             tables[at, i, : pages.shape[1]] = pages
-            tables[at, i, pages.shape[1] :] = pages[:, -1:]  # no other's, which may have NaN
+            tables[at, i, pages.shape[1] :] = pages[:, -1:]  # not another sequence's, which may hold NaN
             place = np.arange(span.context, span.length)
             slots[at, self.starts[i] : self.starts[i + 1]] = (
                 pages[:, place // PAGE_TOKENS] * PAGE_TOKENS + place % PAGE_TOKENS
             )
         return moved(torch.from_numpy(slots), self.device), moved(torch.from_numpy(tables), self.device)
 
-    @property
-    def _stack_range(self) -> range:
-        return range(len(self.plan.stacks))
-
     @cached_property
     def _stacks(self) -> list[int]:
+        """For each span, the index of its stack in the plan."""
         index = {stack: i for i, stack in enumerate(self.plan.stacks)}
         return [index[s.stack] for s in self.spans]
 
     def view(self, walking: tuple[bool, ...]) -> View:
-        """The rows whose stacks have a position at a step.
+        """The rows whose stacks have a position at a visit.
 
         Args:
-            walking: for each stack of the plan, whether it has one.
+            walking: for each stack of the plan, whether it has a position there.
         """
         if walking not in self._views:
             chosen = [i for i, stack in enumerate(self._stacks) if walking[stack]]
@@ -98,7 +98,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Several tokens of one span in a view."""
+    """A span of several tokens in a view."""
 
     span: int
     """Index among the view's spans."""
@@ -119,11 +119,11 @@ class Segment(NamedTuple):
     """Rows, [start, stop)."""
     adapter: Adapter
     stack: int
-    """Index among the plan's."""
+    """Index of their stack in the plan."""
 
 
 class View:
-    """Some of a batch's spans, packed anew."""
+    """Those spans of a batch that take part in a visit, packed into rows of their own."""
 
     def __init__(self, batch: Batch, chosen: Sequence[int], stacks: Sequence[int]) -> None:
         device = batch.device
@@ -134,9 +134,9 @@ class View:
         counts = [len(batch.spans[i].tokens) for i in chosen]
         starts = np.cumsum([0, *counts])
         self.rows: Tensor | None = None
-        """(rows of the view) int64, their rows in the batch; None where that is all of them."""
+        """(rows of the view) int64, their rows in the batch; None where the view has all of them."""
         self.spans: Tensor | None = None
-        """(spans of the view) int64, likewise."""
+        """(spans of the view) int64, their indices in the batch; None where the view has all of them."""
         if len(chosen) < len(batch.spans):
             self.rows = on_device(np.concatenate([np.arange(batch.starts[i], batch.starts[i + 1]) for i in chosen]))
             self.spans = on_device(chosen)
@@ -151,10 +151,11 @@ class View:
                 self.prompts.append(Prompt(k, int(starts[k]), int(starts[k + 1]), length, bounds))
         decodes = [k for k, count in enumerate(counts) if count == 1]
         self.decode_pages = max((pages_of(batch.spans[chosen[k]].length) for k in decodes), default=0)
+        """Most pages of a span of one token."""
         self.decodes = on_device(decodes)
-        """(spans of one token) int64, their indices."""
+        """(spans of one token) int64, their indices in the view."""
         self.decode_rows = on_device(starts[decodes])
-        """(spans of one token) int64, their rows."""
+        """(spans of one token) int64, their rows in the view."""
         self.segments: list[Segment] = []
         for k, i in enumerate(chosen):
             adapter = batch.spans[i].adapter
@@ -165,11 +166,11 @@ class View:
                 start = self.segments.pop().start
             self.segments.append(Segment(start, stop, adapter, stacks[k]))
 
-    def slices(self, step: Visit, module: str) -> list[Slice]:
-        """What the adapters of the rows have for a module at a step."""
+    def slices(self, visit: Visit, module: str) -> list[Slice]:
+        """The adapters' entries for a linear module at a visit, with the rows that each applies to."""
         return [
             Slice(start, stop, entry.A, entry.B, entry.c, entry.bias)
             for start, stop, adapter, stack in self.segments
-            if (position := step.positions[stack]) is not None
+            if (position := visit.positions[stack]) is not None
             if (entry := adapter.entries.get((position, module))) is not None
         ]

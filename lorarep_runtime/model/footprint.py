@@ -1,4 +1,4 @@
-"""What a base, its stacks and its adapters take, from configurations and file headers alone. No weight is loaded."""
+"""The memory that a base and its sequences take, from the base's config alone. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -11,52 +11,60 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
 from lorarep_runtime.config import Quantization
-from lorarep_runtime.model.base import find_layers, kv_shape, linear_shapes
+from lorarep_runtime.integers import ceil_div
 from lorarep_runtime.model.kv_cache import PagePool, pages_of
+from lorarep_runtime.model.layer_walk import find_layers
+from lorarep_runtime.model.linear import linear_shapes
+from lorarep_runtime.model.model_config import kv_shape
 
 NF4_BLOCK = 64
 """Weights that share a scale."""
 NF4_CODES = 16
+"""Values that a 4-bit weight can have."""
 NESTED_BLOCK = 256
 """Scales that share a scale under double quantization."""
 NESTED_CODES = 256
+"""Values that a scale can have under double quantization."""
 FP32 = 4
+"""Bytes of an fp32 number."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A base before it is loaded."""
+    """The sizes of a base before it is loaded."""
 
     parameters: int
+    """Numbers of the unquantized model."""
     stored_elements: int
-    """Numbers that are held for them: two 4-bit parameters are one byte."""
+    """Numbers that are held for the parameters: two 4-bit parameters are one byte."""
     categories: Mapping[str, int]
-    """Bytes: base_weights, quantization_constants, embeddings_and_head, workspace, as in the ledger."""
+    """Bytes by their use: base_weights, quantization_constants, embeddings_and_head and workspace."""
     layers: int
     modules: Mapping[str, tuple[int, int]]
-    """(out, in) of each linear module of a layer."""
+    """(out, in) of each linear module of a layer, by its path there."""
     prefix: str
-    """Path of the list of layers."""
+    """Path of the list of layers, such as "model.layers"."""
     dtype: torch.dtype
+    """Of the activations, and of everything that is not quantized."""
     page_bytes: int
-    """Of the keys and values of 16 tokens at one position."""
+    """Bytes of the keys and values of 16 tokens at one position."""
 
     @property
     def total(self) -> int:
-        """Bytes, without adapters and keys and values."""
+        """Bytes of the base, without adapters, keys and values."""
         return sum(self.categories.values())
 
     def kv_bytes(self, positions: int, tokens: int) -> int:
-        """Bytes of keys and values of a sequence, in whole pages."""
+        """Bytes of the keys and values of a sequence, in whole pages."""
         return positions * pages_of(tokens) * self.page_bytes
 
     def sequences(self, memory: int, adapters: int, positions: int, tokens: int) -> int:
-        """How many sequences fit.
+        """How many sequences fit together with the base and its adapters.
 
         Args:
             memory: bytes of the device.
             adapters: bytes of the adapters.
-            positions: of the stack.
+            positions: of the stack of each sequence.
             tokens: of each sequence.
         """
         return max(0, (memory - self.total - adapters) // self.kv_bytes(positions, tokens))
@@ -65,11 +73,11 @@ class Footprint:
 def footprint(
     config: PretrainedConfig, quantization: BitsAndBytesConfig | None, dtype: torch.dtype | None = None
 ) -> Footprint:
-    """Counts what `Base` will hold.
+    """Counts the memory that a `Base` of some config will hold.
 
     Args:
-        quantization: the checkpoint's own, or what it will be quantized with.
-        dtype: of what is not quantized; None is the config's, or fp32 where it names none.
+        quantization: the checkpoint's own, or the one that it will be quantized with.
+        dtype: of everything that is not quantized; None is the config's, or fp32 where the config names none.
     """
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
@@ -86,7 +94,7 @@ def footprint(
     rest = [p for key, p in parameters.items() if key not in vocabulary and key not in quantized]
     kind = quantization_kind(quantization)
     double = quantization is not None and quantization.bnb_4bit_use_double_quant
-    packed = {key: -(-p.numel() // 2) if kind == "nf4" else p.numel() for key, p in quantized.items()}
+    packed = {key: ceil_div(p.numel(), 2) if kind == "nf4" else p.numel() for key, p in quantized.items()}
     return Footprint(
         parameters=sum(p.numel() for p in parameters.values()),
         stored_elements=sum(packed.get(key, p.numel()) for key, p in parameters.items()),
@@ -105,21 +113,25 @@ def footprint(
 
 
 def quantization_kind(quantization: BitsAndBytesConfig | None) -> Quantization:
-    """The name of a way to quantize."""
+    """The name that lorarep has for a quantization of bitsandbytes."""
     if quantization is None:
         return "none"
     return "nf4" if quantization.load_in_4bit else "int8"
 
 
 def _constants(weight: Tensor, kind: Quantization, double: bool) -> int:
-    """Bytes that bitsandbytes holds beside a quantized weight (out, in)."""
+    """Bytes of the constants that bitsandbytes holds for a quantized weight (out, in).
+
+    Args:
+        double: whether NF4's scales are quantized too.
+    """
     if kind == "int8":
         return FP32 * weight.shape[0]
-    blocks = -(-weight.numel() // NF4_BLOCK)
+    blocks = ceil_div(weight.numel(), NF4_BLOCK)
     if not double:
         return FP32 * (blocks + NF4_CODES)
-    # A byte for each scale; their mean, their own scales, and two tables of codes.
-    return blocks + FP32 * (1 + -(-blocks // NESTED_BLOCK) + NESTED_CODES + NF4_CODES)
+    # A byte for each scale; the scales' mean, their own scales, and two tables of codes.
+    return blocks + FP32 * (1 + ceil_div(blocks, NESTED_BLOCK) + NESTED_CODES + NF4_CODES)
 
 
 def _bytes(tensors: Any) -> int:

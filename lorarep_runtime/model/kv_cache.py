@@ -11,26 +11,27 @@ from torch import Tensor
 
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.device.staging import moved
+from lorarep_runtime.integers import ceil_div
 
 WIPED = 4096
-"""Pages that are wiped at a time: not all between two steps, and not a few for each sequence."""
+"""Stale pages that are wiped at a time: all would take long between two steps, and a few each time many launches."""
 
 
 class PagePool:
     """Pages and which of them are free. Not thread-safe: the engine's thread alone touches it."""
 
     def __init__(self, pages: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        # One more than are given out, for what nobody wants any more.
+        # One more than are given out: the spare page.
         shape = (pages + 1, PAGE_TOKENS, kv_heads, head_dim)
         self.key_pages = torch.zeros(shape, dtype=dtype, device=device)
         self.value_pages = torch.zeros(shape, dtype=dtype, device=device)
         self._wiped = list(range(pages - 1, -1, -1))
-        """Free, and zeros."""
+        """Free pages that hold zeros."""
         self._stale: list[int] = []
-        """Free, with what was left there."""
+        """Free pages that hold a former sequence's keys and values."""
         self.total = pages
         self.spare_slot = pages * PAGE_TOKENS
-        """Where keys and values go that nobody will read, as page · page_tokens + offset."""
+        """The slot for keys and values that nobody will read, as page · page_tokens + offset."""
 
     @staticmethod
     def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -39,14 +40,17 @@ class PagePool:
 
     @property
     def free(self) -> int:
+        """Number of pages that no sequence has."""
         return len(self._wiped) + len(self._stale)
 
     @property
     def used(self) -> int:
+        """Number of pages that sequences have."""
         return self.total - self.free
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
+        """Key pages and value pages, each (pages, page_tokens, kv_heads, head_dim)."""
         return self.key_pages, self.value_pages
 
     def grow(self, wanted: Sequence[tuple[PageTable, int]]) -> bool:
@@ -61,7 +65,7 @@ class PagePool:
         return True
 
     def take(self, count: int) -> NDArray[np.int64]:
-        """Takes `count` free pages; the caller has checked that there are as many."""
+        """Takes `count` free pages, of which there must be as many, and returns their numbers."""
         if count > len(self._wiped):
             self._wipe(max(count - len(self._wiped), WIPED))
         pages = np.array(self._wiped[len(self._wiped) - count :], dtype=np.int64)
@@ -69,11 +73,15 @@ class PagePool:
         return pages
 
     def give(self, pages: NDArray[np.int64]) -> None:
+        """Takes pages back, in any shape."""
         self._stale.extend(pages.ravel().tolist())
 
     def _wipe(self, count: int) -> None:
-        """Fills stale pages with zeros. What no token has been written to is read all the same, under a mask, and a
-        mask leaves NaN: in a score, and in a value with the weight 0."""
+        """Fills stale pages with zeros.
+
+        Slots that no token has been written to are read all the same, under a mask. A mask leaves NaN: in a score, and
+        in a value with the weight 0.
+        """
         wiped = self._stale[-count:]
         pages = moved(torch.from_numpy(np.array(wiped)), self.key_pages.device)
         for tensor in self.tensors:
@@ -92,10 +100,11 @@ class PageTable:
 
     @property
     def depth(self) -> int:
+        """Positions of the sequence's stack."""
         return len(self.pages)
 
     def missing(self, tokens: int) -> int:
-        """Pages that holding `tokens` tokens takes beyond those here."""
+        """Pages that are to be added to this table before it holds `tokens` tokens."""
         return self.depth * max(0, pages_of(tokens) - self.pages.shape[1])
 
     def grow(self, tokens: int) -> bool:
@@ -103,10 +112,11 @@ class PageTable:
         return self._pool.grow([(self, tokens)])
 
     def release(self) -> None:
+        """Gives all pages back to the pool."""
         self._pool.give(self.pages)
         self.pages = self.pages[:, :0]
 
 
 def pages_of(tokens: int) -> int:
     """Pages that hold `tokens` tokens at one position."""
-    return -(-tokens // PAGE_TOKENS)
+    return ceil_div(tokens, PAGE_TOKENS)

@@ -2,67 +2,88 @@
 
 `transformers` calls each decoder layer in order with that layer's own arguments: rotary embeddings of its attention
 kind, positions, masks. A HandOff stands in for each layer and hands those arguments in; the last one walks the plan
-with them. What comes before the layers and after them stays the model's own code.
+with them. The model's own code still computes everything before the layers and after them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.eager import adapt as adapter_kernel
-from lorarep_runtime.kernels.eager.attention import paged_attention, prompt_attention, varlen_attention, write_pages
-from lorarep_runtime.model.batch import Batch, Prompt, View
-from lorarep_runtime.model.kv_cache import PagePool, pages_of
+from lorarep_runtime.kernels.eager.attention import write_pages
+from lorarep_runtime.model.attention import attend_pages
+from lorarep_runtime.model.batch import Batch, View
+from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.plan import Visit
 
-ATTENTION = "lorarep"
-"""Name under which `transformers` finds the attention below. It has no mask function: windows are applied here."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def find_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
+    """The list of a model's decoder layers, and its path, such as "model.layers".
+
+    Raises:
+        FailedPrecondition: the model has none.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for child in model.get_decoder().children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child, next(path for path, module in model.named_modules() if module is child)
+    raise FailedPrecondition(f"{type(model).__name__} has no list of {count} decoder layers", field="base")
 
 
 class Walk:
-    """The layers of a base and the step that is being computed. One forward pass at a time."""
+    """The layers of a base, and the visit that is being computed. One forward pass at a time."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
         self.hand_offs = nn.ModuleList(HandOff(self, i) for i in range(len(layers)))
+        """Modules that take the layers' places in the model."""
         self._arguments: list[dict[str, Any]] = []
-        self.batch: Batch
-        self.pool: PagePool
+        self._batch: Batch
+        self._pool: PagePool
         self._index: int
-        self._step: Visit
+        self._visit: Visit
         self._view: View
 
     @contextmanager
     def over(self, batch: Batch, pool: PagePool) -> Iterator[None]:
         """Walks a batch's plan in the forward pass within; afterwards holds nothing of it, least of all adapters."""
-        self.batch, self.pool = batch, pool
+        self._batch, self._pool = batch, pool
         self._arguments = [{} for _ in self.layers]
         try:
             yield
         finally:
-            for name in ("batch", "pool", "_step", "_view"):
+            for name in ("_batch", "_pool", "_visit", "_view"):
                 self.__dict__.pop(name, None)
             self._arguments = []
 
     def hand_in(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Takes one layer's arguments; with the last layer's, walks. hidden: (1, rows, hidden size)."""
+        """Takes one layer's arguments; with the last layer's, walks the plan.
+
+        Args:
+            hidden: (1, rows, hidden size).
+
+        Returns:
+            hidden; after the last layer, the output of the whole plan.
+        """
         self._arguments[layer] = arguments
         return self._run(hidden) if layer == len(self.layers) - 1 else hidden
 
     def _run(self, hidden: Tensor) -> Tensor:
         arguments: dict[View, list[dict[str, Any]]] = {}
-        for index, step in enumerate(self.batch.plan.visits):
-            self._index, self._step = index, step
-            self._view = view = self.batch.view(tuple(p is not None for p in self._step.positions))
+        for index, visit in enumerate(self._batch.plan.visits):
+            self._index, self._visit = index, visit
+            self._view = view = self._batch.view(tuple(p is not None for p in visit.positions))
             if view not in arguments:
                 arguments[view] = [_narrow(a, view, hidden.shape[1]) for a in self._arguments]
-            layer, own = self.layers[self._step.layer], arguments[view][self._step.layer]
+            layer, own = self.layers[visit.layer], arguments[view][visit.layer]
             if view.rows is None:
                 hidden = _first(layer(hidden, walk=self, **own))
             else:
@@ -72,8 +93,15 @@ class Walk:
         return hidden
 
     def adapt(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-        """Applies each row's adapter to y = W x (rows, out) in place, and the base's bias."""
-        slices = self._view.slices(self._step, module)
+        """Applies each row's adapter to y = W x in place, and the base's bias.
+
+        Args:
+            module: path of the linear module in its layer.
+            x: (rows, in).
+            y: (rows, out), which is returned.
+            bias: (out), the base's own; None is 0.
+        """
+        slices = self._view.slices(self._visit, module)
         if slices:
             adapter_kernel.adapt(x, y, slices)
         return y if bias is None else y.add_(bias)
@@ -81,79 +109,26 @@ class Walk:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
-        """Stores keys and values of the rows at this step and attends.
+        """Stores keys and values of the rows at this visit and attends.
 
         Args:
             q: (rows, heads, head_dim).
             k, v: (rows, kv_heads, head_dim).
+            scale, window, softcap: as for `attend_pages`.
 
         Returns:
             (rows, heads, head_dim).
         """
-        view, pages = self._view, self.pool.tensors
-        slots, tables = self.batch.slots[self._index], self.batch.tables[self._index]
+        view, pages = self._view, self._pool.tensors
+        slots, tables = self._batch.slots[self._index], self._batch.tables[self._index]
         if view.rows is not None:
             slots, tables = slots[view.rows], tables[view.spans]
         write_pages(k, v, *pages, slots)
         return attend_pages(view, q, *pages, tables, scale=scale, window=window, softcap=softcap)
 
 
-def attend_pages(
-    view: View,
-    q: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    tables: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Attention of the rows of a view to the pages of their spans, which hold their own keys and values already.
-
-    Args:
-        q: (rows, heads, head_dim).
-        tables: (spans, n) int64, the pages of each span at this step.
-
-    Returns:
-        (rows, heads, head_dim).
-    """
-
-    def attend(rows: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-        return paged_attention(
-            rows.unsqueeze(1), key_pages, value_pages, tables, lengths, scale=scale, window=window, softcap=softcap
-        ).squeeze(1)
-
-    if not view.prompts:
-        return attend(q, tables, view.lengths)
-
-    def attend_prompt(prompt: Prompt) -> Tensor:
-        return prompt_attention(
-            q[prompt.start : prompt.stop],
-            key_pages,
-            value_pages,
-            tables[prompt.span, : pages_of(prompt.length)],
-            prompt.length,
-            prompt.bounds,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
-
-    if len(view.prompts) == 1 and not len(view.decodes):
-        return attend_prompt(view.prompts[0])
-    out = torch.empty_like(q)
-    if len(view.decodes):
-        out[view.decode_rows] = attend(
-            q[view.decode_rows], tables[view.decodes, : view.decode_pages], view.lengths[view.decodes]
-        )
-    for prompt in view.prompts:
-        out[prompt.start : prompt.stop] = attend_prompt(prompt)
-    return out
-
-
 class HandOff(nn.Module):
-    """Stands where a decoder layer stood in the model."""
+    """A module in the place of a decoder layer, which hands the layer's arguments to the walk."""
 
     def __init__(self, walk: Walk, layer: int) -> None:
         super().__init__()
@@ -169,7 +144,7 @@ class HandOff(nn.Module):
 
 
 def _narrow(value: Any, view: View, rows: int) -> Any:
-    """The arguments of a layer for the rows of a view: every tensor (1, rows, …) inside is narrowed."""
+    """A layer's arguments for the rows of a view: every tensor (1, rows, …) inside is narrowed."""
     if view.rows is None:
         return value
     if isinstance(value, Tensor):
@@ -183,47 +158,3 @@ def _narrow(value: Any, view: View, rows: int) -> Any:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-NO_EFFECT = {"dropout", "position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"}
-"""Arguments that models give to their attention and that change nothing here."""
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    walk: Walk,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of `transformers`: (1, heads, rows, head_dim) in, (1, rows, heads, head_dim) out."""
-    unknown = [name for name, given in others.items() if name not in NO_EFFECT and given is not None]
-    if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
-        what = ", ".join(unknown) or "a mask of its own"
-        raise FailedPrecondition(
-            f"{type(module).__name__} wants {what}, which paged attention does not know", field="base"
-        )
-    out = walk.attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return out.unsqueeze(0), None
-
-
-def register_attention() -> None:
-    """Has `transformers` find the attention above. To import what models and attention are made of takes seconds."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
-    if torch.cuda.is_available():
-        varlen_attention()

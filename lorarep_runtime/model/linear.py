@@ -1,24 +1,17 @@
-"""Shared linear layers: one weight, quantized or not, under whatever adapter each row brings.
+"""Shared linear layers: one weight, quantized or not, and each row's own adapter.
 
-A bitsandbytes module's own bytes are here, in another order at most; nothing is converted. Activations are never
-quantized: LLM.int8() picks its outlier columns from the whole batch, so that one request's tokens would depend on its
-neighbours.
-
-bitsandbytes is imported where something is quantized: that takes seconds, most of them for a compiler that nobody asks.
+Weights keep the bytes of their bitsandbytes modules, in another order at most; nothing is converted. Activations are
+never quantized: LLM.int8() picks its outlier columns from the whole batch, so that one request's tokens would depend on
+its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lorarep_runtime.model.weights import Weight
-
-if TYPE_CHECKING:
-    pass
-
 
 Adapt = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """(module, x (rows, in), W x (rows, out), base bias (out) or None) to the adapted output (rows, out)."""
@@ -28,6 +21,13 @@ class SharedLinear(nn.Module):
     """y = c ⊙ (W x) + B (A x) + b, with W from the base and the rest from the adapter of each row."""
 
     def __init__(self, weight: Weight, bias: nn.Parameter | None, name: str, adapt: Adapt) -> None:
+        """
+        Args:
+            weight: W, which all positions share.
+            bias: (out), the base's own.
+            name: path of the module in its layer.
+            adapt: from W x to y.
+        """
         super().__init__()
         self.shared = weight
         self.bias = bias
@@ -35,6 +35,12 @@ class SharedLinear(nn.Module):
         self.adapt = adapt
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to y (..., out)."""
         rows = x.reshape(-1, x.shape[-1])
         y = self.adapt(self.name, rows, self.shared.matmul(rows), self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def linear_shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear module of a layer, by its path there."""
+    return {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}

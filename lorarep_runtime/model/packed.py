@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,10 +20,6 @@ from lorarep_runtime.kernels.hopper.launch_config import HOPPER
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE
 from lorarep_runtime.model.weights import Int8Weight, NF4Weight, Weight
 
-if TYPE_CHECKING:
-    pass
-
-
 PACKED_MODULES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -32,15 +27,24 @@ PACKED_MODULES = (
     ("mlp.down_proj",),
 )
 """Modules that read the same x, in layers of the Llama kind."""
+BITS: Mapping[Quantization, int] = {"nf4": 4, "int8": 8, "none": 16}
+"""Bits of a packed weight's numbers."""
+Cat = Callable[[tuple[Tensor, ...]], Tensor]
+"""Copies tensors into one, one after the other, as torch.cat does."""
 
 
 class PackedPart:
-    """The same values as part of a group, as `kernels.product` multiplies them: those of one of its modules."""
+    """A Weight that is one module's part of a packed weight, whose memory it shares."""
 
-    def __init__(self, group: PackedWeight, module: int, quantization: Quantization) -> None:
-        self.group = group
+    def __init__(self, packed: PackedWeight, module: int, quantization: Quantization) -> None:
+        """
+        Args:
+            module: index among the packed modules.
+        """
+        self.packed = packed
         self.quantization = quantization
-        self.own = own = group.rows(module)
+        self.own = own = packed.rows(module)
+        """This module's rows of the packed weight."""
         self.shape = (own.sizes[0], own.columns)
         self.data: tuple[Tensor, ...] = (own.weights,)
         self.constants: tuple[Tensor, ...] = () if own.scales is None else (own.scales,)
@@ -54,88 +58,42 @@ class PackedPart:
         return y
 
 
-def row_squares(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """As `dora.row_squares`. dtype: of what is multiplied with the weight."""
-    return weight.own.row_squares() if isinstance(weight, PackedPart) else dora.row_squares(_exact(weight, dtype))
-
-
-def norm_products(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `dora.norm_products`, of weights of one shape, each with its own A.
-
-    Args:
-        weights: n, some of them the same.
-        a: fp32 (n, ranks, in).
-        dtype: of what is multiplied with them.
-
-    Returns:
-        fp32 (n, ranks, out).
-    """
-    count, ranks, _ = a.shape
-    out = weights[0].shape[0]
-    own = [weight.own for weight in weights if isinstance(weight, PackedPart) and weight.own.bits == 4]
-    if own:
-        # As few launches as can be: they are what takes time.
-        both, products = dora.halves(a), a.new_empty(count, 2 * ranks, out)
-        for group, x, y in zip(own, both, products, strict=True):
-            give_way()
-            group.matmul(x, y)
-        return products.view(count, 2, ranks, out).sum(1)
-    products = a.new_empty(count, ranks, out)
-    places: dict[int, list[int]] = defaultdict(list)
-    for i, weight in enumerate(weights):
-        places[id(weight)].append(i)
-    for shared in places.values():  # what is dequantized, once
-        give_way()
-        weight, rows = weights[shared[0]], a[shared].flatten(0, 1)
-        if isinstance(weight, PackedPart):
-            found = weight.own.norm_products(rows)
-        else:
-            found = dora.norm_products(_exact(weight, dtype), rows)
-        products[shared] = found.view(len(shared), ranks, out)
-    return products
-
-
-def _exact(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The matrix in bf16 where that holds its values, else in fp32."""
-    exact = dtype == torch.bfloat16 and weight.quantization != "int8"
-    return weight.dequantize(torch.bfloat16 if exact else torch.float32)
-
-
 def pack_layers(
     layers: Sequence[dict[str, Weight]], dtype: torch.dtype, pool: torch.cuda.MemPool | None = None
 ) -> None:
-    """Puts the weights of modules that read the same x one under the other in a group, where there is a kernel for it.
+    """Packs the weights of modules that read the same x, where there is a kernel for them.
 
     Args:
-        layers: the weights of each layer, by module, which are replaced.
+        layers: the weights of each layer, by module, which are replaced by PackedParts.
         dtype: of the activations.
-        pool: where the groups are to lie.
+        pool: the memory that the packed weights take.
     """
     if dtype != torch.bfloat16:
         return
-    groups = [(layer, names) for layer in layers for names in PACKED_MODULES if layer.keys() >= set(names)]
-    groups = [(layer, names) for layer, names in groups if all(_has_kernel(layer[name]) for name in names)]
-    if not groups:
+    found = [(layer, names) for layer in layers for names in PACKED_MODULES if layer.keys() >= set(names)]
+    found = [(layer, names) for layer, names in found if all(_has_kernel(layer[name]) for name in names)]
+    if not found:
         return
-    weights = [layer[name] for layer, names in groups for name in names]
+    weights = [layer[name] for layer, names in found for name in names]
     device = weights[0].data[0].device
     data = Arena([weight.data[0] for weight in weights], device, pool)
     scales = Arena([scale for weight in weights for scale in weight.constants[:1]], device, pool)
-    for layer, names in groups:
-        group = pack([layer[name] for name in names], data.cat, scales.cat)
+    for layer, names in found:
+        packed = pack([layer[name] for name in names], data.cat, scales.cat)
         for i, name in enumerate(names):
-            layer[name] = PackedPart(group, i, layer[name].quantization)
-
-
-Cat = Callable[[tuple[Tensor, ...]], Tensor]
+            layer[name] = PackedPart(packed, i, layer[name].quantization)
 
 
 def pack(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = torch.cat) -> PackedWeight:
-    """A copy of weights of one kind, one under the other, by what copies their numbers and their scales."""
+    """A packed copy of weights of one kind, one under the other.
+
+    Args:
+        cat, cat_scales: copy the weights' numbers and their scales.
+    """
     kind = weights[0].quantization
     parts = [(weight.data[0], *weight.constants[:1]) for weight in weights]
     if kind == "nf4":
-        parts = [nf4.arrange(packed, scales, w.shape) for (packed, scales), w in zip(parts, weights, strict=True)]
+        parts = [nf4.arrange(numbers, scales, w.shape) for (numbers, scales), w in zip(parts, weights, strict=True)]
     elif kind == "int8":
         parts = [(int8.arrange(rows), *scales) for rows, *scales in parts]
     data, *scales = zip(*parts, strict=True)
@@ -143,15 +101,27 @@ def pack(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = torc
     return PackedWeight(BITS[kind], cat(data), cat_scales(scales[0]) if scales else None, sizes)
 
 
-BITS: Mapping[Quantization, int] = {"nf4": 4, "int8": 8, "none": 16}
+def _has_kernel(weight: Weight) -> bool:
+    """Whether `kernels.hopper.decode_gemm` can multiply with a weight once it is packed."""
+    data, (out, into) = weight.data[0], weight.shape
+    if not _is_hopper(data.device) or out % TILE or into % CHUNK:
+        return False
+    if isinstance(weight, NF4Weight):
+        state = weight.state
+        return state.dtype == torch.bfloat16 and not state.nested and state.blocksize == CHUNK
+    return isinstance(weight, Int8Weight) or data.dtype == torch.bfloat16
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 @contextmanager
 def kernels_compiled(kind: Quantization, dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Has the kernels for a kind of weight compiled while it is loaded: neither waits for the other.
+    """Has the kernels for a kind of weight compiled while weights are loaded within: neither waits for the other.
 
     Args:
-        dtype: of the activations, if it is known.
+        dtype: of the activations; None where it is not known yet, then nothing is compiled.
     """
     if dtype != torch.bfloat16 or not _is_hopper(device):
         yield
@@ -165,16 +135,52 @@ def kernels_compiled(kind: Quantization, dtype: torch.dtype | None, device: torc
         one.result()
 
 
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+def row_squares(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """|w|² of each row of a weight, fp32 (out), as `kernels.eager.dora_norm.row_squares` sums them.
+
+    Args:
+        dtype: of the activations that the weight is multiplied with.
+    """
+    return weight.own.row_squares() if isinstance(weight, PackedPart) else dora.row_squares(_exact(weight, dtype))
 
 
-def _has_kernel(weight: Weight) -> bool:
-    """Whether `kernels.product` knows the weight's kind."""
-    data, (out, into) = weight.data[0], weight.shape
-    if not _is_hopper(data.device) or out % TILE or into % CHUNK:
-        return False
-    if isinstance(weight, NF4Weight):
-        state = weight.state
-        return state.dtype == torch.bfloat16 and not state.nested and state.blocksize == CHUNK
-    return isinstance(weight, Int8Weight) or data.dtype == torch.bfloat16
+def norm_products(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> Tensor:
+    """A Wᵀ of weights of one shape, each with its own A, as `kernels.eager.dora_norm.norm_products` computes it.
+
+    Args:
+        weights: n, some of them the same.
+        a: fp32 (n, ranks, in).
+        dtype: of the activations that the weights are multiplied with.
+
+    Returns:
+        fp32 (n, ranks, out).
+    """
+    count, ranks, _ = a.shape
+    out = weights[0].shape[0]
+    own = [weight.own for weight in weights if isinstance(weight, PackedPart) and weight.own.bits == 4]
+    if own:
+        # As few launches as can be: they take most of the time.
+        both, products = dora.halves(a), a.new_empty(count, 2 * ranks, out)
+        for packed, x, y in zip(own, both, products, strict=True):
+            give_way()
+            packed.matmul(x, y)
+        return products.view(count, 2, ranks, out).sum(1)
+    products = a.new_empty(count, ranks, out)
+    places: dict[int, list[int]] = defaultdict(list)
+    for i, weight in enumerate(weights):
+        places[id(weight)].append(i)
+    for same in places.values():  # each weight is dequantized once
+        give_way()
+        weight, rows = weights[same[0]], a[same].flatten(0, 1)
+        if isinstance(weight, PackedPart):
+            found = weight.own.norm_products(rows)
+        else:
+            found = dora.norm_products(_exact(weight, dtype), rows)
+        products[same] = found.view(len(same), ranks, out)
+    return products
+
+
+def _exact(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix of a weight in bf16 where that holds its values, else in fp32."""
+    exact = dtype == torch.bfloat16 and weight.quantization != "int8"
+    return weight.dequantize(torch.bfloat16 if exact else torch.float32)

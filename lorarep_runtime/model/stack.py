@@ -27,7 +27,7 @@ def stack_from_ranges(
         ranges: pairs (start, end), 0 ≤ start < end ≤ layers. They may overlap, repeat and go back.
         layers: of the base.
         max_positions: most positions of the stack.
-        field: what an error calls the ranges.
+        field: name of the ranges in an error.
 
     Raises:
         InvalidArgument: before the stack is built.

@@ -1,4 +1,7 @@
-"""The weights of linear layers, quantized or not."""
+"""The weights of linear layers, quantized or not, on any device.
+
+bitsandbytes is imported where something is quantized: that takes seconds, most of them for a compiler that is not used.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +35,22 @@ class Weight(Protocol):
 
 
 FEW_ROWS = range(2, 7)
-"""Where BLAS reads an fp32 weight from its other side faster than oneDNN reads it."""
+"""Numbers of rows for which BLAS reads an fp32 weight as the left factor faster than oneDNN reads it."""
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, in) to x Wᵀ (rows, out) for a weight (out, in)."""
     if x.is_cuda or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight)
     if x.shape[0] in FEW_ROWS:
         return (weight @ x.T).T.contiguous()
-    # What torch.compile calls; eager torch has BLAS do fp32, up to twice as slowly.
+    # torch.compile calls this, too; eager torch has BLAS do fp32, up to twice as slowly.
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return y
 
 
 class DenseWeight:
-    """A weight in the dtype of the activations."""
+    """A weight that is not quantized, in the dtype of the activations."""
 
     quantization: Quantization = "none"
 
@@ -60,7 +63,7 @@ class DenseWeight:
         return self.data[0].to(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return product(x, self.data[0])
+        return matmul(x, self.data[0])
 
 
 class NF4Weight:
@@ -86,8 +89,8 @@ class NF4Weight:
             from bitsandbytes import matmul_4bit
 
             return matmul_4bit(x, self.data[0], self.state)
-        # bitsandbytes' own CPU product may repack the weight in place, after which nothing else can read it.
-        return product(x, self.dequantize(x.dtype))
+        # bitsandbytes' own CPU matmul may repack the weight in place, after which nothing else can read it.
+        return matmul(x, self.dequantize(x.dtype))
 
 
 class Int8Weight:
@@ -106,7 +109,7 @@ class Int8Weight:
         return (self.data[0] * scale).to(dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return product(x, self.dequantize(x.dtype))
+        return matmul(x, self.dequantize(x.dtype))
 
 
 def shared_weight(module: nn.Module) -> Weight:

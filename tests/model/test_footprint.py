@@ -15,8 +15,8 @@ from transformers import MistralConfig
 
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.model.base import quantization_of, read_model_config
 from lorarep_runtime.model.footprint import footprint
+from lorarep_runtime.model.model_config import quantization_of, read_model_config
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import FAMILIES, MISTRAL_7B, projections, save_adapter, save_base
 

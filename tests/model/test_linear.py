@@ -1,4 +1,4 @@
-"""Products and whole models in every dtype that a CPU may be asked for."""
+"""Matrix products and whole models in every dtype that a CPU may be asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorarep_runtime.kernels.hopper import int8, nf4
 from lorarep_runtime.model import packed
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.packed import PACKED_MODULES, PackedPart
-from lorarep_runtime.model.weights import DenseWeight, Int8Weight, NF4Weight, Weight, product
+from lorarep_runtime.model.weights import DenseWeight, Int8Weight, NF4Weight, Weight, matmul
 from tests.support.engines import PROMPT, greedy
 from tests.support.models import MAPS, reference, reference_logits, save_adapter, save_base, stack_of
 
@@ -28,10 +28,10 @@ HALF = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("rows", [1, 2, 6, 7, 40])
-def test_a_product_is_the_product(rows: int, dtype: torch.dtype) -> None:
+def test_a_matmul_is_the_matmul(rows: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(rows)
     x, weight = (torch.randn(n, 96, generator=generator).to(dtype) for n in (rows, 56))
-    y = product(x, weight)
+    y = matmul(x, weight)
     assert (y.shape, y.dtype, y.is_contiguous()) == ((rows, 56), dtype, True)
     exact = x.double() @ weight.double().T
     assert (y - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()

@@ -72,9 +72,9 @@ def count(
     from lorarep_runtime.adapters.peft_config import AdapterConfig
     from lorarep_runtime.adapters.revision import CONFIG_FILE, WEIGHTS_FILE, read_config
     from lorarep_runtime.hub.snapshot import fetch
-    from lorarep_runtime.model.base import quantization_of, read_model_config
     from lorarep_runtime.model.compiled_adapter import file_parameters, storage_bytes
     from lorarep_runtime.model.footprint import footprint, quantization_kind
+    from lorarep_runtime.model.model_config import quantization_of, read_model_config
     from lorarep_server.cli.progress_bars import ProgressBars
 
     limits, progress = AdapterLimits(), ProgressBars()

@@ -260,7 +260,7 @@ def load_engine(config: EngineConfig, stacks: Sequence[NamedStack], progress: Pr
     """
     from lorarep_runtime.engine.engine import Engine
     from lorarep_runtime.hub.snapshot import fetch
-    from lorarep_runtime.model.base import read_model_config
+    from lorarep_runtime.model.model_config import read_model_config
 
     if stacks:
         base, limit = config.base, config.adapters.max_positions

@@ -1,0 +1,170 @@
+"""Loading a base: a `transformers` causal model is read and quantized once, and its linear weights become shared ones.
+
+While a model is loaded two behaviours of `transformers` are changed for the whole process: its progress bar, and that
+it takes memory for the whole model at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers.utils.logging import set_tqdm_hook
+
+from lorarep_runtime.device.arena import Arena
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.model.attention import ATTENTION
+from lorarep_runtime.model.layer_walk import Walk
+from lorarep_runtime.model.linear import SharedLinear
+from lorarep_runtime.model.packed import pack_layers
+from lorarep_runtime.model.weights import Weight, shared_weight
+from lorarep_runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LAYERS_AT_ONCE = 4
+"""Layers whose weights get memory together, which the allocator rounds to 2 MiB."""
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a base: "auto" is the accelerator, or the CPU where there is none.
+
+    Raises:
+        InvalidArgument: there is no such device, or it is not the first of its kind.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    if name == "auto":
+        return torch.device(here[-1])
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidArgument(f"{name!r} is not a torch device", field="device") from error
+    if device.type not in here:
+        raise InvalidArgument(f"{name!r} is none of those here: {', '.join(here)}", field="device")
+    if device.index:  # a thread's kernels are launched on the first device, if it does not say otherwise
+        raise InvalidArgument(f"{name!r} is not the first; CUDA_VISIBLE_DEVICES says which one that is", field="device")
+    return device
+
+
+def load_model(
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype | None,
+    quantization: BitsAndBytesConfig | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> PreTrainedModel:
+    """Loads a causal model with frozen weights and lorarep's attention, which has to be registered.
+
+    Args:
+        folder: a snapshot with safetensors files.
+        dtype: of weights that are not quantized; None is the checkpoint's own.
+        quantization: how to quantize; None where the checkpoint is quantized already or nothing is to be quantized.
+        progress: told of tensors, as stage "load" or "quantize".
+    """
+    with _reporting(progress, "load" if quantization is None else "quantize"), _memory_as_needed():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            # Each tensor is quantized as it is read, so the unquantized model is never whole in memory.
+            device_map={"": device},
+            attn_implementation=ATTENTION,
+            quantization_config=quantization,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        ).eval()
+    return model.requires_grad_(False)
+
+
+def share_weights(
+    model: PreTrainedModel, walk: Walk, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Weight]]:
+    """Takes the linear weights out of the walk's layers, packs them, and puts SharedLinears in their place.
+
+    On a GPU everything of the layers that stays lies in memory of its own, apart from what is only needed meanwhile.
+
+    Args:
+        model: without its layers, which hang in the walk.
+        dtype: of the activations.
+
+    Returns:
+        For each layer its weights, by module path.
+    """
+    on_gpu, weights = device.type == "cuda", []
+    pool = torch.cuda.MemPool() if on_gpu else None
+    for first in range(0, len(walk.layers), LAYERS_AT_ONCE):
+        weights += _share_linears(walk.layers[first : first + LAYERS_AT_ONCE], walk, dtype, pool)
+        if on_gpu:
+            torch.cuda.empty_cache()  # so that there are two copies of these layers alone
+    vectors = [p for module in (model, *walk.layers) for p in module.parameters() if p.dim() == 1]
+    arena = Arena(vectors, device, pool)
+    for vector in vectors:  # norms and biases
+        vector.data = arena.cat((vector.data,))
+    return weights
+
+
+def _share_linears(
+    layers: Sequence[nn.Module], walk: Walk, dtype: torch.dtype, pool: torch.cuda.MemPool | None
+) -> list[dict[str, Weight]]:
+    linears = [{n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)} for layer in layers]
+    weights = [{name: shared_weight(module) for name, module in own.items()} for own in linears]
+    pack_layers(weights, dtype, pool)
+    for layer, modules, own in zip(layers, linears, weights, strict=True):
+        for name, module in modules.items():
+            layer.set_submodule(name, SharedLinear(own[name], module.bias, name, walk.adapt))
+            # bitsandbytes has a weight and its module refer to each other: apart, their memory is free at once.
+            del module.weight
+    return weights
+
+
+@contextmanager
+def _reporting(progress: Progress | None, stage: str) -> Iterator[None]:
+    """Tells `progress` of the tensors that `transformers` loads, in place of the bar that it would draw.
+
+    The hook is the process's: other threads that load a model meanwhile would report here, too.
+    """
+
+    def counted(tensors: Collection[Any]) -> Iterator[Any]:
+        for done, tensor in enumerate(tensors, 1):
+            yield tensor
+            if progress is not None:
+                progress(stage, done, len(tensors))
+
+    def bar(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return counted(*args) if args else make(**{**options, "disable": True})
+
+    before = set_tqdm_hook(None if progress is None else bar)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+
+
+@contextmanager
+def _memory_as_needed() -> Iterator[None]:
+    """Keeps `transformers` from taking memory for a whole model at once, by a patch of its module for the process.
+
+    That saves it calls of the driver, but no part of the memory could be given back while anything of the model lies
+    there.
+    """
+    from transformers import modeling_utils  # imported where a model is loaded: that takes seconds
+
+    name = "caching_allocator_warmup"
+    taking = getattr(modeling_utils, name, None)
+    if taking is None:  # another version of `transformers`, which may take it or not
+        yield
+        return
+    setattr(modeling_utils, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(modeling_utils, name, taking)

@@ -1,0 +1,90 @@
+"""Questions that a base's `transformers` config answers, before any weight is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
+
+from lorarep_runtime.config import BaseConfig, Quantization
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line
+
+UNIFORM_ATTENTION = {"full_attention", "sliding_attention"}
+"""Attention kinds whose keys and values can be paged; others keep state of another form."""
+
+
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """The config of a base.
+
+    Args:
+        folder: with its config.json.
+
+    Raises:
+        FailedPrecondition: `transformers` cannot read it, or some layers have no keys and values to page.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise FailedPrecondition(f"transformers cannot read its config: {first_line(error)}", field="base") from error
+    text = config.get_text_config()
+    foreign = set(getattr(text, "layer_types", None) or ()) - UNIFORM_ATTENTION
+    if foreign:
+        raise FailedPrecondition(f"layer_types {sorted(foreign)} have no keys and values to page", field="base")
+    return config
+
+
+def quantization_of(model: PretrainedConfig, config: BaseConfig) -> tuple[Quantization, BitsAndBytesConfig | None]:
+    """How a base's weights will be held, and the config that makes `transformers` quantize them.
+
+    The latter is None where the checkpoint is quantized already or nothing is to be quantized.
+
+    Raises:
+        InvalidArgument: the wanted quantization is not the checkpoint's own, or its options do not go together.
+        FailedPrecondition: the checkpoint is quantized in a way that lorarep does not read.
+    """
+    own = getattr(model, "quantization_config", None)
+    if own is not None:
+        return _own_quantization(own if isinstance(own, dict) else own.to_dict(), config), None
+    if config.double_quantization and config.quantization != "nf4":
+        raise InvalidArgument(f"goes with nf4, not with {config.quantization!r}", field="double_quantization")
+    if config.quantization == "int8":
+        return "int8", BitsAndBytesConfig(load_in_8bit=True)
+    if config.quantization == "nf4":
+        return "nf4", BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=config.double_quantization
+        )
+    return "none", None
+
+
+def _own_quantization(own: dict[str, object], config: BaseConfig) -> Quantization:
+    """The quantization of a checkpoint that is quantized already, whose config of it is `own`."""
+    four = own.get("load_in_4bit") or own.get("_load_in_4bit")
+    kind: Quantization = "nf4" if four else "int8"
+    if own.get("quant_method") != "bitsandbytes" or (four and own.get("bnb_4bit_quant_type") != "nf4"):
+        raise FailedPrecondition(f"quantized with {own.get('quant_method')}, which lorarep does not read", field="base")
+    if config.quantization not in ("none", kind):
+        raise InvalidArgument(f"{config.quantization!r}, but the checkpoint is {kind!r} already", field="quantization")
+    return kind
+
+
+def trained_tokens(config: PretrainedConfig) -> int:
+    """Tokens of the longest sequence that a base serves.
+
+    A rotary embedding that changes its frequencies past a length changes them for every sequence of a batch. Such a
+    base is served up to that length, where each sequence has the frequencies that it has alone.
+    """
+    text = config.get_text_config()
+    limit: int = text.max_position_embeddings
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            limit = min(limit, parameters.get("original_max_position_embeddings") or limit)
+    return limit
+
+
+def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """A base's number of heads of keys and values, and their dimension."""
+    text = config.get_text_config()
+    kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return kv_heads, head_dim

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,15 +157,8 @@ class View:
         """(spans of one token) int64, their indices in the view."""
         self.decode_rows = on_device(starts[decodes])
         """(spans of one token) int64, their rows in the view."""
-        self.segments: list[Segment] = []
-        for k, i in enumerate(chosen):
-            adapter = batch.spans[i].adapter
-            if adapter is None:
-                continue
-            start, stop = int(starts[k]), int(starts[k + 1])
-            if self.segments and self.segments[-1].adapter is adapter:
-                start = self.segments.pop().start
-            self.segments.append(Segment(start, stop, adapter, stacks[k]))
+        self.segments = _segments([batch.spans[i].adapter for i in chosen], starts.tolist(), stacks)
+        """The rows that have adapters."""
 
     def slices(self, visit: Visit, module: str) -> list[Slice]:
         """The adapters' entries for a linear module at a visit, with the rows that each applies to."""
@@ -174,3 +168,20 @@ class View:
             if (position := visit.positions[stack]) is not None
             if (entry := adapter.entries.get((position, module))) is not None
         ]
+
+
+def _segments(adapters: Sequence[Adapter | None], starts: Sequence[int], stacks: Sequence[int]) -> list[Segment]:
+    """Rows of spans by adapter: spans of one adapter that follow one another are one segment.
+
+    Args:
+        starts: first row of each span, and then the number of rows.
+        stacks: for each span, the index of its stack in the plan.
+    """
+    segments: list[Segment] = []
+    for (start, stop), adapter, stack in zip(pairwise(starts), adapters, stacks, strict=True):
+        if adapter is None:
+            continue
+        if segments and segments[-1].adapter is adapter:
+            start = segments.pop().start
+        segments.append(Segment(start, stop, adapter, stack))
+    return segments

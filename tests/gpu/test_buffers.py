@@ -1,0 +1,72 @@
+"""Memory of decode steps: every step fits, and its addresses stay as long as the process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lorarep_runtime.gpu.buffers import LONG_SEQUENCE, StepMemory, depth_for, ranks_for
+from lorarep_runtime.kernels.attention_config import Attention
+from lorarep_runtime.model.packed import PACKED_MODULES
+
+OUTPUTS = ([64, 32, 32], [64], [128, 128], [64])
+INPUTS = (64, 64, 64, 128)
+
+
+def memory() -> StepMemory:
+    """Of a layer of four heads of 16, and two of keys and values; for up to six rows."""
+    base: Any = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=64)),
+        modules={
+            name: (out, width)
+            for names, outputs, width in zip(PACKED_MODULES, OUTPUTS, INPUTS, strict=True)
+            for name, out in zip(names, outputs, strict=True)
+        },
+        vocab_size=10,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    return StepMemory(base, Attention(heads=4, kv_heads=2, head_dim=16, scale=0.25), 6, 2 * LONG_SEQUENCE)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 9, 64])
+@pytest.mark.parametrize("tokens", [1, LONG_SEQUENCE, LONG_SEQUENCE + 1])
+def test_every_step_has_room(rank: int, tokens: int) -> None:
+    held = memory()
+    assert held.buckets == [1, 2, 4, 8]
+    for rows in range(1, 7):
+        found = held.views(rows, rank, tokens, 20)
+        n, ranks, splits = found.shape
+        assert n in held.buckets
+        assert n >= rows
+        assert ranks >= rank
+        assert found.tables.shape == (8, depth_for(20), held.max_tokens // 16)
+        assert [len(view) for view in (found.tokens, found.lengths, found.adapters, found.logits)] == [n] * 4
+        assert found.layers.partials.values.shape == (n, 4, splits, 16)
+        for names, shrunk in zip(PACKED_MODULES, found.layers.shrunk, strict=True):
+            assert (shrunk.shape[0], *shrunk.shape[2:]) == (n, len(names), ranks)
+            assert shrunk.is_contiguous()
+
+
+def test_sizes_come_in_few_classes() -> None:
+    assert [ranks_for(rank) for rank in (1, 8, 9, 64, 65)] == [8, 8, 64, 64, 512]
+    assert [depth_for(depth) for depth in (1, 16, 17, 64)] == [16, 16, 32, 64]
+    assert all(ranks_for(ranks_for(rank)) == ranks_for(rank) for rank in range(1, 200))
+
+
+def test_a_shape_has_the_same_memory_again_and_all_shapes_share_it() -> None:
+    held = memory()
+    first = held.views(3, 5, 1, 2)
+    held.views(6, 100, held.max_tokens, 40)
+    assert held.views(4, 8, 1, 16) is first
+    wider = held.views(8, 5, 1, 2)
+    assert wider.tokens.data_ptr() == first.tokens.data_ptr()
+    assert wider.layers.h.data_ptr() == first.layers.h.data_ptr()
+    assert wider.tables is first.tables
+    counted = {tensor.untyped_storage().data_ptr() for tensor in held.tensors}
+    layers = wider.layers
+    for view in (wider.logits, wider.tables, layers.gated, *layers.shrunk, *layers.partials):
+        assert view.untyped_storage().data_ptr() in counted

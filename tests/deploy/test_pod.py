@@ -52,7 +52,7 @@ def test_a_pod_serves_and_leaves_as_its_manifest_says(
     if shutil.which("kubectl") is None and not os.environ.get("CI"):
         pytest.skip("kubectl is not installed")
     pytest_there = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-vv"]
-    test = f"tests/deploy/pod.py::test_serves_and_leaves[{overlay}]"
+    test = f"tests/support/pod.py::test_serves_and_leaves[{overlay}]"
     ended = subprocess.run(
         [*unshare, *pytest_there, f"--basetemp={tmp_path / 'pod'}", test],
         cwd=ROOT,

@@ -26,7 +26,7 @@ import psutil
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lorarep_server.demo.hub import HubStandIn
+from lorarep_server.demo.hub_stand_in import HubStandIn
 
 from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine

@@ -1,4 +1,4 @@
-"""Who may call what: roles of bearer tokens, the role that each call needs, and where neither is asked for."""
+"""Authorization: the roles of bearer tokens, the role that each RPC needs, and the check of open addresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 
 from lorarep_runtime.errors import InvalidArgument
+from lorarep_server.addresses import is_loopback
 from lorarep_server.config import ServerConfig
 from lorarep_server.errors import Status
 from lorarep_server.watched_files import WatchedFiles
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Role(IntEnum):
-    """What a token is good for. Each includes those before it."""
+    """The role of a token. Each role includes the ones before it."""
 
     ANYONE = 0
     GENERATE = 1
@@ -47,25 +47,25 @@ ROLES: Mapping[str, Role] = {
     "/fmaas.GenerationService/Tokenize": Role.GENERATE,
     "/fmaas.GenerationService/ModelInfo": Role.GENERATE,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.GENERATE,
-    # Kubernetes' probes have no token.
+    # Kubernetes' probes send no token.
     "/grpc.health.v1.Health/Check": Role.ANYONE,
     "/grpc.health.v1.Health/List": Role.ANYONE,
     "/grpc.health.v1.Health/Watch": Role.ANYONE,
 }
-"""The role that each RPC needs. One that is not here is refused to all."""
+"""The role that each RPC needs. An RPC that is not in the table is refused to everybody."""
 
 TOKEN_LINE = re.compile(rb"(generate|administer)[ \t]+([!-~]+)")
 
 
 def check_roles(services: Iterable[ServiceDescriptor]) -> None:
-    """Raises NotImplementedError unless each RPC of the services has its role."""
+    """Raises NotImplementedError unless each RPC of the services has a role in ROLES."""
     served = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
     if forgotten := served - ROLES.keys():
         raise NotImplementedError(f"no role is set for {', '.join(sorted(forgotten))}")
 
 
 def check_exposure(config: ServerConfig) -> None:
-    """Raises InvalidArgument if anyone beyond this machine could call, and nobody has said that this is meant."""
+    """Raises InvalidArgument if other machines could call without token or certificate, unless `insecure` is set."""
     if config.token_file or config.tls_client_ca or config.insecure:
         return
     for field in ("listen", "metrics_listen", "openai_listen"):
@@ -76,20 +76,11 @@ def check_exposure(config: ServerConfig) -> None:
             )
 
 
-def is_loopback(address: str) -> bool:
-    """Whether an address to listen at is certainly this machine's alone."""
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or address.startswith("unix:")
-
-
 class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses calls without a token of the role that they need."""
+    """Refuses calls whose bearer token does not have the role that they need. The token file may change meanwhile."""
 
     def __init__(self, token_file: Path) -> None:
-        """Raises InvalidArgument if the file cannot be used."""
+        """Reads the tokens. Raises InvalidArgument if the file cannot be used."""
         self._file = WatchedFiles([token_file], lambda: read_tokens(token_file))
         self._tokens = self._file.first
 
@@ -101,7 +92,7 @@ class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = handler_call_details.method
         needed = ROLES.get(method)
         given = [str(value) for key, value in handler_call_details.invocation_metadata if key == "authorization"]
-        # One that is not known may be none at all, which those with a token are told.
+        # An unknown method may not exist. Only callers with a token are told.
         if refusal := self.refusal(given, Role.GENERATE if needed is None else needed):
             return _refuse(method, refusal)
         handler = await continuation(handler_call_details)
@@ -110,7 +101,12 @@ class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return handler
 
     def refusal(self, authorization: Sequence[str], needed: Role) -> Status | None:
-        """What the caller is told if it may not, by all its values of `authorization`."""
+        """The status that refuses a caller; None if it is allowed.
+
+        Args:
+            authorization: all values of the call's `authorization` metadata or header.
+            needed: the role that the call needs.
+        """
         if needed is Role.ANYONE:
             return None
         role = self._role(authorization)
@@ -123,17 +119,17 @@ class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return None
 
     def _role(self, authorization: Sequence[str]) -> Role | None:
-        """Of the call's token; None if it has none."""
+        """The role of the call's token: ANYONE if the token is unknown, None if there is no token."""
         scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         if scheme.lower() != "bearer" or not token:
             return None
         if (tokens := self._file.changed()) is not None:
             self._tokens = tokens
         digest, role = _digest(token.encode("utf-8", "surrogateescape")), Role.ANYONE
-        # All of them, each to its end: the time that this takes tells nothing.
-        for known, its_role in self._tokens.items():
+        # All tokens are compared, each in constant time: the time taken reveals nothing.
+        for known, known_role in self._tokens.items():
             if hmac.compare_digest(known, digest):
-                role = its_role
+                role = known_role
         return role
 
 
@@ -141,7 +137,7 @@ def read_tokens(file: Path) -> dict[bytes, Role]:
     """Roles by the digest of their token, from lines `generate TOKEN` or `administer TOKEN`; # begins a comment line.
 
     Raises:
-        InvalidArgument: the file cannot be read, has another line, or no token. Tells no token.
+        InvalidArgument: the file cannot be read, has a malformed line, or has no token. The message reveals no token.
     """
     try:
         lines = file.read_bytes().splitlines()
@@ -172,7 +168,7 @@ def _digest(token: bytes) -> bytes:
 
 
 def _refuse(method: str, refusal: Status) -> Any:
-    """A handler that refuses a call of any kind, without reading what it sends."""
+    """A handler that refuses a call of any kind without reading its request."""
 
     async def refuse(requests: Any, context: Any) -> None:
         log.info("%r %s", method, refusal.code.name)

@@ -1,4 +1,4 @@
-"""What a server is started with, beside the engine's own configuration."""
+"""The configuration of the server. The engine has its own, in `lorarep_runtime.config`."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from lorarep_server.sources import AdapterSource
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The server's own part."""
+    """Addresses, credentials, limits and adapters of one server. Addresses are HOST:PORT; port 0 is any free port."""
 
     listen: str = "127.0.0.1:50051"
-    """Where gRPC is served."""
+    """Address of gRPC."""
     metrics_listen: str = "127.0.0.1:9095"
-    """Where Prometheus metrics are served over HTTP."""
+    """Address of Prometheus metrics, over HTTP."""
     health_listen: str | None = None
-    """Where grpc.health.v1 is served once more, alone and in plain text, for probes that speak no TLS."""
+    """Second address of grpc.health.v1, in plain text, for probes without TLS. Unset: there is none."""
     openai_listen: str | None = None
-    """Where OpenAI's HTTP API and the page are served, with the tokens and the TLS of gRPC; unset, nowhere."""
+    """Address of OpenAI's HTTP API and the status page, with the tokens and the TLS of gRPC. Unset: not served."""
     traces_endpoint: str | None = None
-    """Collector that traces are sent to, as OTLP over gRPC, such as "http://collector:4317"; unset, there are none."""
+    """URL of a collector of traces, OTLP over gRPC, such as "http://collector:4317". Unset: no traces."""
     tls_certificate: Path | None = None
-    """PEM file of the chain that callers are shown; unset, gRPC is in plain text..."""
+    """PEM file of the server's certificate chain. Unset: gRPC is in plain text."""
     tls_key: Path | None = None
-    """...and of its key."""
+    """PEM file of the private key of the server's certificate."""
     tls_client_ca: Path | None = None
-    """PEM file of the authorities one of which has to have signed a caller's own certificate."""
+    """PEM file of certificate authorities; callers need a certificate signed by one of them."""
     token_file: Path | None = None
-    """Bearer tokens and their roles; unset, nobody needs one."""
+    """File of bearer tokens and their roles. Unset: calls need no token."""
     insecure: bool = False
-    """Allows other machines to call with neither."""
+    """Whether other machines may call without token and client certificate."""
     adapters: tuple[AdapterSource, ...] = ()
-    """Loaded before the server is ready, from anywhere."""
+    """Adapters to load before the server is ready. The allow-list does not apply to them."""
     adapters_file: Path | None = None
-    """YAML file of adapters that are kept loaded, and as the file says, while the server runs."""
+    """YAML file of the adapters to keep loaded while the server runs."""
     grace_seconds: float = 30.0
-    """Seconds that calls under way have to finish when the server is told to end."""
+    """Seconds that running calls have to finish when the server is told to end."""
     max_calls: int = 4096
-    """Most calls at a time; one more is refused."""
+    """Most concurrent calls; further calls are refused."""
     max_unread: int = 1024
-    """Events of a stream that may wait for its reader..."""
+    """Most events of a stream that may wait for a slow reader for any time."""
     max_unread_seconds: float = 10.0
-    """...and for how long there may be more, or a write to it may take, before that stream ends."""
+    """Seconds for which more events may wait, or one write may take, before the stream is ended."""

@@ -1,4 +1,4 @@
-"""The end of a port's connections."""
+"""Closes the connections of a port."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import psutil
 
 
 def close_connections(ports: Collection[int]) -> None:
-    """Ends what this process has on its own ports, first those who listen; what has been written still arrives.
+    """Closes all sockets of this process on its own ports, listening ones first. Written data still arrives.
 
-    Callers find the connection closed, which is Unavailable to them. A gRPC server that stops by itself ends calls that
-    reach it on an open connection as Cancelled.
+    A closed connection is Unavailable to callers. A gRPC server that stops by itself would end calls that arrive on an
+    open connection as Cancelled.
     """
     for listening in (True, False):
         for connection in psutil.Process().net_connections("tcp"):

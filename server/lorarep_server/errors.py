@@ -1,4 +1,4 @@
-"""The one table from the runtime's errors to gRPC status codes."""
+"""The statuses of errors: one table maps the runtime's errors to gRPC status codes."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ CODES: Mapping[type[LorarepError], StatusCode] = {
 }
 
 MAX_MESSAGE = 512
-"""Characters; a message travels in HTTP/2 headers, of which clients take 8 KiB."""
+"""Most characters of a message. It is sent in HTTP/2 headers, of which clients accept 8 KiB."""
 RETRY_HINT = "grpc-retry-pushback-ms"
 """Trailing metadata that clients with a retry policy obey (gRPC proposal A6)."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a caller is told of an error."""
+    """The status of a failed call, as its caller sees it."""
 
     code: StatusCode
     message: str
@@ -58,31 +58,33 @@ class Status:
     """Trailing metadata."""
 
     def named(self, names: Mapping[str, str]) -> Status:
-        """The same with the field as a protocol calls it.
+        """The same status with the field under a protocol's own name.
 
         Args:
-            names: a protocol's names of fields, by lorarep's own, where the two differ.
+            names: the protocol's names of fields, by lorarep's own, where the two differ.
         """
         return self if self.field is None else replace(self, field=names.get(self.field, self.field))
 
     @property
     def text(self) -> str:
-        """The field and the message as valid UTF-8 of at most MAX_MESSAGE characters. Names of foreign files may be
-        longer, and of any bytes."""
+        """The field and the message as valid UTF-8 of at most MAX_MESSAGE characters.
+
+        Names of foreign files in a message may be longer, and of any bytes.
+        """
         whole = self.message if self.field is None else f"{self.field}: {self.message}"
         whole = whole.encode("utf-8", "backslashreplace").decode()
         return whole if len(whole) <= MAX_MESSAGE else f"{whole[: MAX_MESSAGE - 3]}..."
 
 
 def code_of(error: BaseException) -> StatusCode:
-    """The status code of an error; INTERNAL for what is not in the table."""
+    """The status code of an error; INTERNAL if its class is not in the table."""
     if isinstance(error, asyncio.CancelledError):
         return StatusCode.CANCELLED
     return CODES.get(type(error), StatusCode.INTERNAL)  # type: ignore[arg-type]
 
 
 def status_of(error: BaseException) -> Status:
-    """What the caller is told; of an error that is not in the table nothing, it is in the log."""
+    """The status that an error has for the caller. Details of an unexpected error are in the log alone."""
     code = code_of(error)
     if isinstance(error, asyncio.CancelledError):
         return Status(code, "the caller went away")

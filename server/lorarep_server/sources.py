@@ -1,4 +1,4 @@
-"""Where adapters come from: Hub repositories and folders, as people write them."""
+"""Sources of adapters as people write them: Hub repositories and folders."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter to load, as NAME=SOURCE[@REVISION]."""
+    """An adapter to load, written NAME=SOURCE[@REVISION]."""
 
     name: str
     source: str
-    """Hub repository id; or a folder, absolute or beginning with "." or "~"."""
+    """A Hub repository id; or a folder, absolute or beginning with "." or "~"."""
     revision: str | None
+    """A branch, tag or commit; None is the default branch."""
 
     @property
     def is_folder(self) -> bool:
+        """Whether the source is a folder."""
         return is_folder(self.source)
 
 
 def is_folder(source: str) -> bool:
-    """Whether a source is a folder and no Hub repository, by its looks alone."""
+    """Whether a source is a folder and not a Hub repository, by its spelling alone."""
     return source.startswith(("/", ".", "~"))
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """SOURCE and REVISION of "SOURCE[@REVISION]"; a folder has no revision, and may have an @ in its name."""
+    """The source and the revision of "SOURCE[@REVISION]". A folder has no revision; its name may contain an @."""
     repository, at, revision = source.partition("@")
     return (source, None) if is_folder(source) or not at else (repository, revision)

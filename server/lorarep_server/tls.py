@@ -1,4 +1,4 @@
-"""The server's end of TLS, with certificates that are renewed in place."""
+"""The server's side of TLS. Certificates may be renewed in place."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from lorarep_server.watched_files import WatchedFiles
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """PEM files, looked at anew for each connection. With `client_ca`, callers need a certificate of it."""
+    """PEM files, checked for changes at each connection. With `client_ca`, callers need a certificate signed by it."""
 
     certificate: Path
     key: Path
     client_ca: Path | None
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """Raises InvalidArgument if the files cannot be used."""
+        """Credentials for a gRPC server. Raises InvalidArgument if the files cannot be used."""
 
         def read() -> grpc.ServerCertificateConfiguration:
-            # gRPC would only find out in a handshake, and say nothing of why.
+            # gRPC would notice only in a handshake, without an explanation.
             self._context()
             pair = self.key.read_bytes(), self.certificate.read_bytes()
             roots = None if self.client_ca is None else self.client_ca.read_bytes()
             return grpc.ssl_server_certificate_configuration([pair], roots)
 
         files = WatchedFiles(self._paths(), read)
-        # None stands for "as before", which the stubs do not know.
+        # None means "unchanged", which the type stubs do not know.
         changed: Any = files.changed
         return grpc.dynamic_ssl_server_credentials(files.first, changed, self.client_ca is not None)
 
     def context(self) -> ssl.SSLContext:
-        """For servers of Python's own TLS. Raises InvalidArgument if the files cannot be used."""
+        """A context for servers that use Python's own TLS. Raises InvalidArgument if the files cannot be used."""
         files = WatchedFiles(self._paths(), self._context)
         newest = files.first
 
@@ -46,7 +46,7 @@ class TlsFiles:
             newest = files.changed() or newest
             connection.context = newest
 
-        # Called in each handshake, whether the caller names a server or not.
+        # The callback runs in each handshake, even if the caller names no server.
         files.first.sni_callback = renew  # type: ignore[assignment]
         return files.first
 
@@ -56,7 +56,7 @@ class TlsFiles:
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self.certificate, self.key, password="")  # an encrypted key must not ask a terminal
+            context.load_cert_chain(self.certificate, self.key, password="")  # no prompt for an encrypted key
         except (OSError, ValueError) as error:
             raise InvalidArgument(
                 f"cannot use {str(self.certificate)!r} with key {str(self.key)!r}: {error}", field="tls_certificate"

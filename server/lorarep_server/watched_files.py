@@ -1,4 +1,4 @@
-"""Files that are read again when they change, while the server runs."""
+"""Files that are read again when they change while the server runs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,27 @@ T = TypeVar("T")
 
 
 class WatchedFiles(Generic[T]):
-    """What `read` makes of some files. It raises InvalidArgument where it cannot use them."""
+    """The content of some files, as `read` parses it, and their changes."""
 
     def __init__(self, files: Sequence[Path], read: Callable[[], T]) -> None:
+        """
+        Args:
+            files: the files whose changes are noticed.
+            read: reads and parses the files.
+
+        Raises:
+            InvalidArgument: `read` cannot use the files.
+        """
         self._files = files
         self._read = read
         self._complaint = ""
-        # Taken before the content: what is written between the two is read again.
+        # The state is taken before the content: a write between the two makes the files read again.
         self._seen = self._state()
         self.first = read()
-        """What the files held at the start."""
+        """The content at the start."""
 
     def changed(self) -> T | None:
-        """What the files hold, if they have changed and can be used. If they cannot, that is logged once."""
+        """The content, if the files have changed and can be used; else None. Unusable files are logged once."""
         state = self._state()
         if state == self._seen:
             return None

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lorarep.v1 import generation_pb2 as pb
-from lorarep_server.requests.frontend import admit
+from lorarep_server.requests.frontend import submit
 
 from lorarep_runtime.adapters.peft_config import CONSUMED, EXPECTED, NO_EFFECT, AdapterConfig
 from lorarep_runtime.config import AdapterLimits
@@ -159,7 +159,7 @@ def test_any_request_is_admitted_or_refused(engine: Engine, saved: Path, seed: i
         data = mutated(dice.choice(WHOLE).SerializeToString(), dice)
         try:
             wanted = pb.GenerateRequest.FromString(data)
-            engine.cancel(admit(engine, wanted, None, lambda event: None).id)
+            engine.cancel(submit(engine, wanted, None, lambda event: None).id)
         except (DecodeError, NotFound, PermissionDenied, *PROMISED):
             pass
         else:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 
-from lorarep_server.loading.load_queue import REPORT_SECONDS, LoadQueue, State
+from lorarep_server.loading.load_queue import REPORT_SECONDS, LoadQueue, LoadState
 from lorarep_server.telemetry.metrics import Metrics
 from prometheus_client import CollectorRegistry
 
@@ -29,7 +29,7 @@ def test_a_load_waits_for_no_reader() -> None:
     async def run() -> None:
         read = asyncio.Event()
 
-        async def report(state: State) -> object:
+        async def report(state: LoadState) -> object:
             return await read.wait()
 
         call = asyncio.create_task(loads().run("key", load, report))
@@ -47,10 +47,10 @@ def test_only_the_latest_state_is_told_now_and_then() -> None:
         for done in range(1, STEPS + 1):
             progress("compile", done, STEPS)
 
-    async def run() -> tuple[list[State], float]:
-        told: list[State] = []
+    async def run() -> tuple[list[LoadState], float]:
+        told: list[LoadState] = []
 
-        async def report(state: State) -> None:
+        async def report(state: LoadState) -> None:
             told.append(state)
 
         began = time.monotonic()

@@ -17,7 +17,7 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2
 from lorarep.v1 import generation_pb2 as pb
-from lorarep_server.api.openai_messages import ChatRequest, CompletionRequest, GenerationRequest
+from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
 from pydantic import ValidationError
 
 from tests.server.conftest import World

@@ -21,7 +21,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lorarep.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
-from lorarep_server.auth import ROLES, Role, TokenAuth, check_roles, is_loopback, read_tokens
+from lorarep_server.addresses import is_loopback
+from lorarep_server.auth import ROLES, Role, TokenAuth, check_roles, read_tokens
 from lorarep_server.demo.voices import BASE, MODELS
 
 from lorarep_runtime.errors import InvalidArgument

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from lorarep_server.demo.hub import HubHandler, HubStandIn
+from lorarep_server.demo.hub_stand_in import HubHandler, HubStandIn
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Between fmaas' messages and lorarep's own types. Defaults and meanings are those of vllm-tgis-adapter."""
+"""Translation between fmaas' messages and lorarep's own. Defaults and meanings are those of vllm-tgis-adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIELDS: Mapping[str, str] = {
     "offsets": "return_offsets",
     "stop": "stop_sequences",
 }
-"""What fmaas calls the fields that messages of errors begin with."""
+"""fmaas' names of fields by lorarep's own, where the two differ."""
 
 STOP_REASONS: Mapping[FinishReason, pb.StopReason.ValueType] = {
     FinishReason.LENGTH: pb.MAX_TOKENS,
@@ -37,18 +37,18 @@ STOP_REASONS: Mapping[FinishReason, pb.StopReason.ValueType] = {
 
 
 def check(params: pb.Parameters, max_tokens: int) -> None:
-    """Refuses what requests to the engine cannot say.
+    """Refuses parameters that the engine does not support.
 
     Args:
-        max_tokens: that an answer can have at most.
+        max_tokens: most tokens that an answer can have.
 
     Raises:
-        InvalidArgument: names the field.
+        InvalidArgument: a parameter is malformed or not supported.
     """
     sampling, stopping, response, decoding = params.sampling, params.stopping, params.response, params.decoding
     if params.method not in pb.DecodingMethod.values():
         raise InvalidArgument(f"{params.method} is neither GREEDY nor SAMPLE", field="method")
-    # 0 is unset, and 1 keeps all.
+    # 0 means unset, and 1 keeps all tokens.
     if params.method == pb.SAMPLE and sampling.typical_p not in (0, 1):
         raise InvalidArgument("is not supported", field="typical_p")
     if decoding.HasField("length_penalty") and decoding.length_penalty.decay_factor != 1:
@@ -70,7 +70,11 @@ def check(params: pb.Parameters, max_tokens: int) -> None:
 
 
 def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_pb2.GenerateRequest:
-    """The request for the engine's server, but for the answer's length; `target` is its adapters or stack."""
+    """The same request in lorarep.v1's terms, without a limit of the answer's length.
+
+    Args:
+        target: the adapters or the stack, as fields of GenerateRequest.
+    """
     given, response = params.sampling, params.response
     sampling = generation_pb2.Sampling(repetition_penalty=params.decoding.repetition_penalty or None)
     temperature = given.temperature if given.HasField("temperature") else 1
@@ -92,18 +96,18 @@ def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_p
     )
 
 
-class Answer:
-    """One request's answer as messages, which have the tokens so far counted."""
+class ResponseBuilder:
+    """Builds the messages of one response. Each message has the count of the tokens so far."""
 
     def __init__(self, params: pb.Parameters, tokenizer: Tokenizer) -> None:
         self._params = params
         self._tokenizer = tokenizer
         self._count = 0
         self._last = 0
-        """The last token."""
+        """The last token so far."""
 
     def begin(self, request: generation_pb2.GenerateRequest, prompt: Sequence[int]) -> pb.GenerationResponse:
-        """The first message, of the prompt."""
+        """The first message; it describes the prompt."""
         response = self._params.response
         return pb.GenerationResponse(
             input_token_count=len(prompt),
@@ -113,7 +117,7 @@ class Answer:
         )
 
     def part(self, outputs: Sequence[Output], finished: Finished | None) -> pb.GenerationResponse:
-        """What several steps added, and the end if it is there."""
+        """The message of the tokens that one or more steps added, with the stop reason if the request has finished."""
         message = pb.GenerationResponse(text="".join(output.text for output in outputs))
         if outputs:
             tokens = [token for output in outputs for token in output.tokens]
@@ -128,7 +132,7 @@ class Answer:
         return message
 
     def time_is_up(self) -> pb.GenerationResponse:
-        """The last message of an answer that its time limit ended."""
+        """The last message of a response that its time limit ended."""
         return pb.GenerationResponse(generated_token_count=self._count, stop_reason=pb.TIME_LIMIT)
 
     def _end(self, message: pb.GenerationResponse, finished: Finished) -> None:
@@ -136,7 +140,7 @@ class Answer:
         message.stop_reason = STOP_REASONS[finished.reason]
         match finished.reason:
             case FinishReason.LENGTH if finished.completion_tokens != stopping.max_new_tokens:
-                message.stop_reason = pb.TOKEN_LIMIT  # what the prompt left
+                message.stop_reason = pb.TOKEN_LIMIT  # the prompt left fewer tokens
             case FinishReason.END_TOKEN:
                 (message.stop_sequence,) = self._tokenizer.pieces([self._last])
             case FinishReason.STOP_STRING:
@@ -147,7 +151,7 @@ class Answer:
     def _infos(self, tokens: Sequence[int], places: Sequence[TokenLogprob] = ()) -> list[pb.TokenInfo]:
         infos = [pb.TokenInfo(text=piece) for piece in self._tokenizer.pieces(tokens)]
         wanted = self._params.response
-        for info, place in zip(infos, places, strict=False):  # none, if no details are wanted
+        for info, place in zip(infos, places, strict=False):  # there are no places if no details are wanted
             if wanted.token_logprobs:
                 info.logprob = place.logprob
             if wanted.token_ranks:
@@ -158,25 +162,25 @@ class Answer:
         return infos
 
 
-def whole(parts: Sequence[pb.GenerationResponse]) -> pb.GenerationResponse:
-    """An answer's messages as one."""
-    merged = pb.GenerationResponse()
+def merged(parts: Sequence[pb.GenerationResponse]) -> pb.GenerationResponse:
+    """The messages of one response, merged into one."""
+    whole = pb.GenerationResponse()
     for part in parts:
-        merged.MergeFrom(part)  # lists grow; of the rest, what is set later counts
-    merged.text = "".join(part.text for part in parts)
-    return merged
+        whole.MergeFrom(part)  # lists are joined; the later value of any other field wins
+    whole.text = "".join(part.text for part in parts)
+    return whole
 
 
 def tokenized(request: pb.BatchedTokenizeRequest, tokenizer: Tokenizer) -> pb.BatchedTokenizeResponse:
-    """Tokens of each text, special ones included; the last ones, if there are to be fewer."""
-    answer = pb.BatchedTokenizeResponse()
+    """The tokens of each text, special tokens included. A truncated text keeps its last tokens."""
+    response = pb.BatchedTokenizeResponse()
     for text in (each.text for each in request.requests):
         tokens = tokenizer.encode(text)
         spans = tokenizer.spans(text) if request.return_offsets else []
         kept = slice(-request.truncate_input_tokens or None, None)
-        answer.responses.add(
+        response.responses.add(
             token_count=len(tokens[kept]),
             tokens=tokenizer.pieces(tokens[kept]) if request.return_tokens else (),
             offsets=[pb.TokenizeResponse.Offset(start=start, end=end) for start, end in spans[kept]],
         )
-    return answer
+    return response

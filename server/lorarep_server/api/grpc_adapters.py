@@ -1,4 +1,4 @@
-"""lorarep.v1.AdapterService."""
+"""lorarep.v1.AdapterService: adapters are loaded, unloaded and listed."""
 
 # ruff: noqa: N802
 
@@ -14,7 +14,7 @@ from lorarep.v1 import adapters_pb2, adapters_pb2_grpc
 
 from lorarep_runtime.errors import FailedPrecondition, NotFound
 from lorarep_server.loading.adapters_file import DesiredAdapter
-from lorarep_server.loading.load_queue import LoadQueue, LoadRequest, State
+from lorarep_server.loading.load_queue import LoadQueue, LoadRequest, LoadState
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests import messages
 
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """Names of adapters. Each method leaves the event loop: others may hold the pool's lock."""
+    """The RPCs of adapters. They use the registry in threads, since another thread may hold its lock."""
 
-    def __init__(self, engine: Callable[[], Engine], loads: LoadQueue, desired: Reconciler) -> None:
+    def __init__(self, engine: Callable[[], Engine], load_queue: LoadQueue, reconciler: Reconciler) -> None:
         self._engine = engine
-        self._loads = loads
-        self._desired = desired
+        self._load_queue = load_queue
+        self._reconciler = reconciler
 
     async def LoadAdapter(self, request: adapters_pb2.LoadAdapterRequest, context: Any) -> None:
-        # Written with `write`, not yielded: a cancellation then ends this very coroutine, and with it the wait.
-        async def report(state: State) -> None:
+        # Messages are written, not yielded: a cancellation then ends this coroutine, and with it the wait.
+        async def report(state: LoadState) -> None:
             await context.write(adapters_pb2.LoadAdapterResponse(progress=messages.load_progress(state)))
 
-        pool = self._engine().adapters
-        entry = self._desired.get(request.name)
-        wanted = await asyncio.to_thread(_wanted, pool, request, entry)
-        info = await self._loads.load(pool, wanted, report)
+        registry = self._engine().adapters
+        entry = self._reconciler.get(request.name)
+        load_request = await asyncio.to_thread(_load_request, registry, request, entry)
+        info = await self._load_queue.load(registry, load_request, report)
         if entry is not None:
-            self._desired.has(entry, info)
+            self._reconciler.set_loaded(entry, info)
         await context.write(adapters_pb2.LoadAdapterResponse(adapter=self._message(info)))
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
     ) -> adapters_pb2.UnloadAdapterResponse:
-        if self._desired.get(request.name) is not None:
+        if self._reconciler.get(request.name) is not None:
             raise FailedPrecondition(f"{request.name!r} is the adapters file's: take it out there", field="name")
         await asyncio.to_thread(self._engine().adapters.unload, request.name)
         return adapters_pb2.UnloadAdapterResponse()
@@ -58,37 +58,40 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         try:
             adapter = self._message(await asyncio.to_thread(self._engine().adapters.get, request.name))
         except NotFound:
-            entry = self._desired.all().get(request.name)
+            entry = self._reconciler.all().get(request.name)
             if entry is None:
                 raise
-            adapter = messages.absent_adapter(entry, self._desired.error(request.name))
+            adapter = messages.absent_adapter(entry, self._reconciler.error(request.name))
         return adapters_pb2.GetAdapterResponse(adapter=adapter)
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Any
     ) -> adapters_pb2.ListAdaptersResponse:
         adapters = {
-            name: messages.absent_adapter(entry, self._desired.error(name))
-            for name, entry in self._desired.all().items()
+            name: messages.absent_adapter(entry, self._reconciler.error(name))
+            for name, entry in self._reconciler.all().items()
         }
         for info in await asyncio.to_thread(self._engine().adapters.list):
             adapters[info.name] = self._message(info)
         return adapters_pb2.ListAdaptersResponse(adapters=[adapters[name] for name in sorted(adapters)])
 
     def _message(self, info: AdapterInfo) -> adapters_pb2.Adapter:
-        desired = self._desired.get(info.name) is not None
-        return messages.adapter(info, error=self._desired.error(info.name), desired=desired)
+        desired = self._reconciler.get(info.name) is not None
+        return messages.adapter(info, error=self._reconciler.error(info.name), desired=desired)
 
 
-def _wanted(
-    pool: AdapterRegistry, request: adapters_pb2.LoadAdapterRequest, entry: DesiredAdapter | None
+def _load_request(
+    registry: AdapterRegistry, request: adapters_pb2.LoadAdapterRequest, entry: DesiredAdapter | None
 ) -> LoadRequest:
-    """What the call asks for. Of an entry of the adapters file it may be had now, or anew, and nothing else."""
+    """The load that a call asks for.
+
+    An entry of the adapters file can be loaded at once or again, but only as the file describes it.
+    """
     before: DesiredAdapter | AdapterInfo | None = entry
     if before is None:
         with suppress(NotFound):
-            before = pool.get(request.name)
-    wanted = LoadRequest(
+            before = registry.get(request.name)
+    load_request = LoadRequest(
         request.name,
         request.repository,
         request.revision if request.HasField("revision") else None,
@@ -97,11 +100,13 @@ def _wanted(
         pinned=request.pinned if request.HasField("pinned") else before is not None and before.pinned,
         priority=request.priority if request.HasField("priority") else before.priority if before is not None else 0,
     )
-    if entry is not None and wanted != entry.load:
+    if entry is not None and load_request != entry.load_request:
         different = (
-            field.name for field in fields(wanted) if getattr(wanted, field.name) != getattr(entry.load, field.name)
+            field.name
+            for field in fields(load_request)
+            if getattr(load_request, field.name) != getattr(entry.load_request, field.name)
         )
         raise FailedPrecondition(
             f"the adapters file has another for {entry.name!r}, which has to be changed there", field=next(different)
         )
-    return replace(wanted, replace=request.replace)
+    return replace(load_request, replace=request.replace)

@@ -1,7 +1,7 @@
-"""fmaas.GenerationService, which vllm-tgis-adapter serves, over the same way to the engine.
+"""fmaas.GenerationService, the API of vllm-tgis-adapter.
 
-A request becomes lorarep.v1's GenerateRequest and is answered, counted, refused and cancelled as that is. A field that
-cannot be honoured is refused by its name, but for `model_id`, which is there for routers and read by no server.
+A request becomes lorarep.v1's GenerateRequest, and is served, counted, refused and cancelled like one. An unsupported
+field is refused by its name. `model_id` is ignored: it is meant for routers.
 """
 
 # ruff: noqa: N802
@@ -20,79 +20,79 @@ from fmaas import generation_pb2_grpc
 
 from lorarep_runtime.errors import DeadlineExceeded, InvalidArgument, LorarepError
 from lorarep_server.api import fmaas_messages
-from lorarep_server.requests.frontend import Frontend, of_call
+from lorarep_server.requests.frontend import Frontend, call_context
 
 
 class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
-    """Answers as fmaas' messages."""
+    """The RPCs of fmaas, over the frontend."""
 
-    def __init__(self, answers: Frontend) -> None:
-        self._answers = answers
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
 
     async def Generate(self, request: pb.BatchedGenerationRequest, context: Any) -> pb.BatchedGenerationResponse:
-        with _own_names():
-            most = self._answers.engine().config.scheduler.max_queued
+        with _fmaas_field_names():
+            most = self._frontend.engine().config.scheduler.max_queued
             if len(request.requests) > most:
                 raise InvalidArgument(f"{len(request.requests)} are over the limit of {most}", field="requests")
-            answers: list[list[pb.GenerationResponse]] = [[] for _ in request.requests]
+            responses: list[list[pb.GenerationResponse]] = [[] for _ in request.requests]
 
-            async def answer(text: str, parts: list[pb.GenerationResponse]) -> None:
+            async def generate(text: str, parts: list[pb.GenerationResponse]) -> None:
                 async def keep(part: pb.GenerationResponse) -> None:
                     parts.append(part)
 
-                await self._answer(request, text, context, keep)
+                await self._generate(request, text, context, keep)
 
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    for wanted, parts in zip(request.requests, answers, strict=True):
-                        tasks.create_task(answer(wanted.text, parts))
+                    for one, parts in zip(request.requests, responses, strict=True):
+                        tasks.create_task(generate(one.text, parts))
             except ExceptionGroup as errors:  # the first has ended the others
                 raise errors.exceptions[0] from None
-        return pb.BatchedGenerationResponse(responses=map(fmaas_messages.whole, answers))
+        return pb.BatchedGenerationResponse(responses=map(fmaas_messages.merged, responses))
 
     async def GenerateStream(self, request: pb.SingleGenerationRequest, context: Any) -> None:
-        with _own_names():
-            await self._answer(request, request.request.text, context, context.write)
+        with _fmaas_field_names():
+            await self._generate(request, request.request.text, context, context.write)
 
-    async def _answer(
+    async def _generate(
         self,
         request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest,
         text: str,
         context: Any,
         send: Callable[[pb.GenerationResponse], Awaitable[None]],
     ) -> None:
-        """Sends one text's answer."""
-        params, limit = request.params, self._answers.engine().max_tokens
+        """Sends the messages of one text's response."""
+        params, limit = request.params, self._frontend.engine().max_tokens
         fmaas_messages.check(params, limit)
         generate = fmaas_messages.to_generate(params, text, **await self._target(request))
-        stopping, answer = params.stopping, None
+        stopping, response = params.stopping, None
         try:
-            async with self._answers.answer(
+            async with self._frontend.generate(
                 generate,
-                *of_call(context),
+                *call_context(context),
                 stopping.max_new_tokens or limit,
                 longest_prompt=params.truncate_input_tokens or None,
                 time_limit=stopping.time_limit_millis / 1000 or None,
             ) as (admitted, events):
-                answer = fmaas_messages.Answer(params, admitted.tokenizer)
-                await send(answer.begin(generate, admitted.prompt))
+                response = fmaas_messages.ResponseBuilder(params, admitted.tokenizer)
+                await send(response.begin(generate, admitted.prompt))
                 finished = None
                 while finished is None:
                     outputs, finished = await events.take()
-                    await send(answer.part(outputs, finished))
+                    await send(response.part(outputs, finished))
         except DeadlineExceeded:
-            if answer is None or not stopping.time_limit_millis or context.time_remaining() == 0:
+            if response is None or not stopping.time_limit_millis or context.time_remaining() == 0:
                 raise
-            await send(answer.time_is_up())
+            await send(response.time_is_up())
 
     async def Tokenize(self, request: pb.BatchedTokenizeRequest, context: Any) -> pb.BatchedTokenizeResponse:
-        with _own_names():
+        with _fmaas_field_names():
             target = await self._target(request)
             work = partial(fmaas_messages.tokenized, request)
-            return await self._answers.with_tokenizer(target.get("adapters", ()), work)
+            return await self._frontend.with_tokenizer(target.get("adapters", ()), work)
 
     async def ModelInfo(self, request: pb.ModelInfoRequest, context: Any) -> pb.ModelInfoResponse:
-        most = self._answers.engine().max_tokens
+        most = self._frontend.engine().max_tokens
         return pb.ModelInfoResponse(
             model_kind=pb.ModelInfoResponse.DECODER_ONLY, max_sequence_length=most, max_new_tokens=most
         )
@@ -101,16 +101,16 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.BatchedGenerationRequest | pb.SingleGenerationRequest | pb.BatchedTokenizeRequest
     ) -> dict[str, Any]:
         name = request.adapter_id or request.prefix_id
-        return await self._answers.target(name) if name else {}
+        return await self._frontend.target(name) if name else {}
 
 
 @contextmanager
-def _own_names() -> Iterator[None]:
-    """Errors name fields as fmaas does."""
+def _fmaas_field_names() -> Iterator[None]:
+    """Renames the fields of errors to fmaas' own names."""
     try:
         yield
     except LorarepError as error:
-        own = copy(error)  # others may wait for the same load
+        own = copy(error)  # the error of a shared load is raised to other callers too
         if error.field is not None:
             own.field = fmaas_messages.FIELDS.get(error.field, error.field)
         raise own from error

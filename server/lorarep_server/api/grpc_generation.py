@@ -1,4 +1,4 @@
-"""lorarep.v1.GenerationService."""
+"""lorarep.v1.GenerationService: generation, streamed or whole, and tokenization."""
 
 # ruff: noqa: N802
 
@@ -13,18 +13,18 @@ from lorarep.v1 import generation_pb2, generation_pb2_grpc
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Output
 from lorarep_server.requests import messages
-from lorarep_server.requests.frontend import Frontend, of_call
+from lorarep_server.requests.frontend import Frontend, call_context
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """Answers as gRPC's messages."""
+    """The RPCs of generation, over the frontend."""
 
-    def __init__(self, answers: Frontend) -> None:
-        self._answers = answers
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> generation_pb2.GenerateResponse:
         outputs: list[Output] = []
-        async with self._answers.answer(request, *of_call(context)) as (admitted, events):
+        async with self._frontend.generate(request, *call_context(context)) as (admitted, events):
             finished = None
             while finished is None:
                 more, finished = await events.take()
@@ -43,10 +43,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         )
 
     async def GenerateStream(self, request: generation_pb2.GenerateStreamRequest, context: Any) -> None:
-        if not request.HasField("request"):  # a client's JSON for Generate lands here empty
+        if not request.HasField("request"):  # JSON that was meant for Generate is an empty message here
             raise InvalidArgument("has to be set", field="request")
-        # Written with `write`, not yielded: a cancellation then ends this very coroutine, and with it the request.
-        async with self._answers.answer(request.request, *of_call(context)) as (admitted, events):
+        # Messages are written, not yielded: a cancellation then ends this coroutine, and with it the request.
+        async with self._frontend.generate(request.request, *call_context(context)) as (admitted, events):
             revisions = [messages.adapter_revision(info) for info in admitted.adapters]
             started = generation_pb2.GenerationStarted(adapters=revisions, prompt_tokens=len(admitted.prompt))
             await context.write(generation_pb2.GenerateStreamResponse(started=started))
@@ -61,4 +61,4 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
         tokens = partial(messages.prompt_tokens, request.prompt)
-        return generation_pb2.TokenizeResponse(token_ids=await self._answers.with_tokenizer(request.adapters, tokens))
+        return generation_pb2.TokenizeResponse(token_ids=await self._frontend.with_tokenizer(request.adapters, tokens))

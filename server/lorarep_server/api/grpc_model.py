@@ -1,4 +1,4 @@
-"""lorarep.v1.ModelService."""
+"""lorarep.v1.ModelService: the base, its stacks, and the memory ledger."""
 
 # ruff: noqa: N802
 
@@ -21,7 +21,7 @@ QUANTIZATIONS: Mapping[str, model_pb2.Quantization.ValueType] = {
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
-    """What is served, and where its memory is."""
+    """The RPCs that describe the served model and its memory."""
 
     def __init__(self, engine: Callable[[], Engine]) -> None:
         self._engine = engine

@@ -1,11 +1,11 @@
 "use strict";
-// Asks for `status` each second and shows it. Names come from others' repositories: they are text, and never HTML.
+// Fetches `status` each second and shows it. Names come from foreign repositories: they are shown as text, never as HTML.
 
-const POLL = 1; // seconds between two answers
-const PATIENCE = 5; // seconds for one
-const RATE = 5; // seconds over which a rate is taken
-const WINDOW = 60; // seconds over which quantiles are
-const HISTORY = 120; // seconds of the lines
+const POLL = 1; // seconds between two requests
+const PATIENCE = 5; // seconds until a request times out
+const RATE = 5; // seconds over which rates are computed
+const WINDOW = 60; // seconds over which quantiles are computed
+const HISTORY = 120; // seconds that the line charts show
 const TOKEN = "lorarep-token";
 
 const CATEGORIES = {
@@ -18,16 +18,16 @@ const CATEGORIES = {
 };
 const TIERS = { device: "On the device", host: "In host memory", disk: "On disk" };
 
-let history = []; // the last answers, the oldest first
-let points = []; // what the lines show: {time, tokens, running, first, between}
-let drawn = ""; // the stacks of the picture
-let seen = null; // when the last answer came
-let poll = 0; // the timer of the next
+let history = []; // the last statuses, the oldest first
+let points = []; // the points of the line charts: {time, tokens, running, first, between}
+let drawn = ""; // the stacks of the current picture, as JSON
+let seen = null; // the time of the last status
+let poll = 0; // the timer of the next request
 
 const at = (id) => document.getElementById(id);
 
 function say(id, text) {
-  if (at(id).textContent !== text) at(id).textContent = text; // else a screen reader would say it again
+  if (at(id).textContent !== text) at(id).textContent = text; // an unchanged text would be read out again by screen readers
 }
 
 function make(name, attributes, ...children) {
@@ -61,21 +61,21 @@ function age(s) {
   return s < 172800 ? `${Math.floor(s / 3600)} h` : `${Math.floor(s / 86400)} days`;
 }
 
-// From one answer to the next.
+// Rates and quantiles between two statuses.
 
-/** The oldest answer of the last so many seconds; the newest itself, if it is the first. */
+/** The oldest status of the last `window` seconds. The newest status if there is no other. */
 function since(window) {
   const now = history.at(-1).time;
   return history.find((status) => status.time >= now - window);
 }
 
-/** Per second; null while there is one answer alone. */
+/** The rate of a count, per second. Null until there are two statuses. */
 function rate(count) {
   const [before, now] = [since(RATE), history.at(-1)];
   return now.time > before.time ? (count(now) - count(before)) / (now.time - before.time) : null;
 }
 
-/** Quantile q of a latency over the window, interpolated in its bucket as Prometheus does; null without answers. */
+/** Quantile q of a latency over WINDOW, interpolated in its bucket as Prometheus does. Null without requests. */
 function quantile(q, latency) {
   const [before, now] = [since(WINDOW).latency[latency], history.at(-1).latency[latency]];
   const buckets = Object.entries(now)
@@ -93,7 +93,7 @@ function quantile(q, latency) {
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const steps = (status) => sum(Object.values(status.stats.step_rows));
 const rows = (status) => sum(Object.entries(status.stats.step_rows).map(([size, n]) => size * n));
-const answers = (latency) => history.at(-1).latency[latency]["+Inf"] - since(WINDOW).latency[latency]["+Inf"];
+const requests = (latency) => history.at(-1).latency[latency]["+Inf"] - since(WINDOW).latency[latency]["+Inf"];
 
 // The parts of the page.
 
@@ -123,18 +123,18 @@ function showTiles(status) {
   const together = perSecond ? ` · ${number(rate(rows) / perSecond)} rows a step` : "";
   say("running-more", `${stats.waiting.toLocaleString("en")} waiting${together}`);
   say("first", seconds(point.first));
-  say("first-more", `p95 ${seconds(quantile(0.95, "first_token"))} · ${plural(answers("first_token"), "answer")}/min`);
+  say("first-more", `p95 ${seconds(quantile(0.95, "first_token"))} · ${plural(requests("first_token"), "answer")}/min`);
   say("between", seconds(point.between));
   say("between-more", `p95 ${seconds(quantile(0.95, "output_token"))} · ${number(perSecond)} steps/s`);
   for (const key of ["tokens", "running", "first", "between"]) showLine(`${key}-line`, key);
 }
 
-/** The last minutes of a value, the newest at the right edge, in a box of 1 by 1. */
+/** Draws a value's line chart over HISTORY in a box of 1 by 1. The newest point is at the right edge. */
 function showLine(id, key) {
   const now = points.at(-1).time;
   const most = Math.max(...points.map((p) => p[key] ?? 0)) || 1;
   let path = "";
-  let last = -Infinity; // nothing is drawn where nothing is known
+  let last = -Infinity; // no line is drawn across a gap
   for (const point of points.filter((p) => p[key] !== null)) {
     const pen = point.time - last > PATIENCE ? "M" : "L";
     path += `${pen}${(1 - (now - point.time) / HISTORY).toFixed(4)} ${(1 - point[key] / most).toFixed(4)}`;
@@ -151,7 +151,7 @@ function showStacks({ base, stacks }) {
   at("stacks").replaceChildren(...stacks.map((stack) => picture(stack, base.layers, deepest)));
 }
 
-/** Positions from left to right, layers from the bottom up; all pictures have the same scales. */
+/** The picture of a stack: positions from left to right, layers from the bottom up. All pictures have the same scales. */
 function picture({ names, layers, ranges, adapters }, height, width) {
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", role: "img" });
   svg.append(make("rect", { class: "ground", x: 0, y: 0, width: layers.length, height }));
@@ -160,14 +160,14 @@ function picture({ names, layers, ranges, adapters }, height, width) {
   for (const [layer, n] of count) {
     if (n > 1) svg.append(make("rect", { class: "band", x: 0, y: height - 1 - layer, width: layers.length, height: 1 }));
   }
-  const walked = new Set();
+  const seenLayers = new Set();
   layers.forEach((layer, position) => {
-    const mark = walked.has(layer) ? "again" : "walk";
+    const mark = seenLayers.has(layer) ? "again" : "walk";
     svg.append(make("rect", { class: mark, x: position + 0.05, y: height - layer - 0.95, width: 0.9, height: 0.9 }));
     if (position && layer !== layers[position - 1] + 1) {
       svg.append(make("line", { class: "jump", x1: position, x2: position, y1: 0, y2: height }));
     }
-    walked.add(layer);
+    seenLayers.add(layer);
   });
   const notation = JSON.stringify(ranges);
   const replicas = layers.length - count.size;
@@ -256,10 +256,10 @@ function entry(adapter, stacks) {
   return item;
 }
 
-// Asking.
+// Requests.
 
 function show(status) {
-  if (history.length && history[0].started !== status.started) [history, points] = [[], []]; // another server
+  if (history.length && history[0].started !== status.started) [history, points] = [[], []]; // the status comes from another server
   history = [...history.filter((s) => s.time >= status.time - WINDOW), status];
   showHead(status);
   showTiles(status);
@@ -268,7 +268,7 @@ function show(status) {
   showAdapters(status);
 }
 
-function turn(state, text) {
+function setState(state, text) {
   document.body.dataset.state = state;
   say("state", text);
 }
@@ -281,18 +281,18 @@ async function ask() {
     response = await fetch("status", { headers, cache: "no-store", signal: AbortSignal.timeout(1000 * PATIENCE) });
     const answer = await response.json();
     if (response.status === 401) {
-      turn("refused", token === null ? "a token is needed" : "the token is not known");
+      setState("refused", token === null ? "a token is needed" : "the token is not known");
       return false;
     }
     if (!response.ok) {
-      turn("stale", answer.error.message);
+      setState("stale", answer.error.message);
       return true;
     }
     show(answer);
     seen = new Date();
-    turn("live", "live");
+    setState("live", "live");
   } catch {
-    turn("stale", seen === null ? "the server cannot be reached" : `not reached since ${seen.toLocaleTimeString()}, trying again`);
+    setState("stale", seen === null ? "the server cannot be reached" : `not reached since ${seen.toLocaleTimeString()}, trying again`);
   }
   return true;
 }
@@ -300,7 +300,7 @@ async function ask() {
 async function run() {
   clearTimeout(poll);
   poll = 0;
-  // Nobody looks at a hidden page; without a token there is nothing to ask for.
+  // A hidden page makes no requests.
   if (document.hidden) return;
   const again = await ask();
   at("ask").hidden = again;

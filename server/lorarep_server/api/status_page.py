@@ -1,7 +1,6 @@
-"""The page at `/` for a wall screen and a phone, and `GET /status`, which is all that it knows.
+"""The status page at `/`, for a wall screen and a phone, and `GET /status`, the JSON that it shows.
 
-That is what the engine counts anyway, as it is at the moment; rates and quantiles the page takes from one answer to the
-next.
+The JSON has the engine's counts at the moment. The page computes rates and quantiles from successive answers.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ FILES: Mapping[str, tuple[str, str]] = {
     "/": ("status_page.html", "text/html"),
     "/page.js": ("status_page.js", "text/javascript"),
 }
-"""What is at which path, and of which type. Anyone may have it: it is the same wherever lorarep is served."""
+"""The page's files and their content types, by path. They are public: they are the same on every server."""
 MAX_ADAPTERS = 100
-"""In one answer: a screen holds no more, and 10,000 would be megabytes each second."""
+"""Most adapters in one answer. A screen holds no more, and 10,000 would be megabytes each second."""
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
 
 class StatusPage:
-    """The page, to be served with other paths. For the event loop's thread."""
+    """The handlers of the page. They run in the event loop's thread."""
 
-    def __init__(self, engine: Callable[[], Engine], desired: Reconciler, metrics: Metrics) -> None:
+    def __init__(self, engine: Callable[[], Engine], reconciler: Reconciler, metrics: Metrics) -> None:
         self._engine = engine
-        self._desired = desired
+        self._reconciler = reconciler
         self._metrics = metrics
         self._started = time.time()
         self._files = {path: Path(__file__).with_name(name).read_text("utf-8") for path, (name, _) in FILES.items()}
@@ -57,31 +56,31 @@ class StatusPage:
         }
 
     async def file(self, request: web.Request) -> web.Response:
-        """One of FILES."""
+        """Serves one of FILES."""
         return web.Response(
             text=self._files[request.path], content_type=FILES[request.path][1], charset="utf-8", headers=self._headers
         )
 
     async def status(self) -> dict[str, Any] | Status:
-        """What is served and how it goes, for JSON, in bytes, seconds and counts since the start; or why not.
+        """The state of the server for JSON: bytes, seconds, and counts since the start. A Status if it is not serving.
 
-        This is none of the calls under way: it is answered to the last, and however many those are.
+        The request passes no admission: it is answered until the end, however many calls are running.
         """
         try:
-            engine, desired = self._engine(), self._desired.all()
-            errors = {name: self._desired.error(name) for name in desired}
-            return await asyncio.to_thread(self._status, engine, desired, errors)
+            engine, entries = self._engine(), self._reconciler.all()
+            errors = {name: self._reconciler.error(name) for name in entries}
+            return await asyncio.to_thread(self._status, engine, entries, errors)
         except Exception as error:
             return status_of(error)
 
     def _status(
-        self, engine: Engine, desired: Mapping[str, DesiredAdapter], errors: Mapping[str, str]
+        self, engine: Engine, entries: Mapping[str, DesiredAdapter], errors: Mapping[str, str]
     ) -> dict[str, Any]:
         base, ledger = engine.base, engine.ledger()
         infos = {info.name: info for info in engine.adapters.list()}
         shown = heapq.nsmallest(
             MAX_ADAPTERS,
-            desired.keys() | infos.keys(),
+            entries.keys() | infos.keys(),
             key=lambda name: _rank(name, infos.get(name), errors.get(name, "")),
         )
         names: dict[Stack, list[str]] = {}
@@ -91,7 +90,7 @@ class StatusPage:
             if name in infos:
                 names.setdefault(infos[name].stack, [])
         numbers = {stack: number for number, stack in enumerate(names)}
-        walked, tiers = Counter(info.stack for info in infos.values()), Counter(info.tier for info in infos.values())
+        adapters, tiers = Counter(info.stack for info in infos.values()), Counter(info.tier for info in infos.values())
         return {
             "started": self._started,
             "time": time.monotonic(),
@@ -104,16 +103,16 @@ class StatusPage:
                 "layers": base.layers,
             },
             "stacks": [
-                {"names": names[stack], "layers": stack, "ranges": ranges_of(stack), "adapters": walked[stack]}
+                {"names": names[stack], "layers": stack, "ranges": ranges_of(stack), "adapters": adapters[stack]}
                 for stack in names
             ],
             "adapters": [
                 _loaded(infos[name], numbers, errors.get(name, ""))
                 if name in infos
-                else _absent(desired[name], errors[name])
+                else _absent(entries[name], errors[name])
                 for name in shown
             ],
-            "adapters_total": len(desired.keys() | infos.keys()),
+            "adapters_total": len(entries.keys() | infos.keys()),
             "tiers": {tier: tiers[tier] for tier in TIERS},
             "memory": ledger.categories,
             "peft_bytes": ledger.peft_bytes,
@@ -123,7 +122,7 @@ class StatusPage:
 
 
 def _rank(name: str, info: AdapterInfo | None, error: str) -> tuple[bool, bool, int, int, str]:
-    """What is wrong comes first, then what is on its way, in use, and near."""
+    """The sort key of an adapter: failed ones come first, then loading ones, ones in use, and the nearest tier."""
     if info is None:
         return not error, False, 0, 0, name
     return not error, True, -info.references, TIERS.index(info.tier), name
@@ -151,7 +150,7 @@ def _absent(entry: DesiredAdapter, error: str) -> dict[str, Any]:
 
 
 def _policy(html: str) -> str:
-    """Nothing but what the server itself sends: this style, its own script, its own answers."""
+    """The content security policy of the page: only its own style and script, and only requests to this server."""
     style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
     assert style is not None
     digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""`python -m lorarep_server.cli.commands` is `lorarep`."""
+"""`python -m lorarep_server.cli` runs the command line `lorarep`."""
 
 from lorarep_server.cli.commands import main
 

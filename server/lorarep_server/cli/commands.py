@@ -1,8 +1,8 @@
-"""The command line `lorarep`. Each command is imported when it is used, so that help and clients start at once."""
+"""The command line `lorarep`. Each command is imported only when it is used, so that help and clients start at once."""
 
 from __future__ import annotations
 
-import logging
+import traceback
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -11,21 +11,20 @@ import click
 
 from lorarep_runtime.errors import LorarepError
 
-log = logging.getLogger(__name__)
-
 COMMANDS: Mapping[str, str] = {
     "serve": "lorarep_server.cli.serve",
-    "generate": "lorarep_server.cli.client",
-    "adapters": "lorarep_server.cli.client",
-    "health": "lorarep_server.cli.client",
+    "generate": "lorarep_server.cli.generate",
+    "adapters": "lorarep_server.cli.adapters",
+    "health": "lorarep_server.cli.health",
     "plan": "lorarep_server.cli.plan",
     "verify": "lorarep_server.cli.verify",
     "demo": "lorarep_server.demo.run",
 }
+"""The module of each command, which defines the command under the same name."""
 
 
 class Commands(click.Group):
-    """Finds commands in their modules, and turns what goes wrong into one line."""
+    """Finds commands in their modules, and reports errors in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -41,14 +40,18 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, click.ClickException):
             raise
-        except LorarepError as error:
-            raise click.ClickException(str(error)) from error
         except Exception as error:
-            log.debug("an unexpected error", exc_info=error)
-            raise click.ClickException(" ".join(f"{type(error).__name__}: {error}".split())) from error
+            if ctx.params["debug"]:
+                click.echo(traceback.format_exc(), err=True, nl=False)
+            if isinstance(error, LorarepError):
+                raise click.ClickException(str(error)) from error
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            hint = "" if ctx.params["debug"] else " (`lorarep --debug` prints the traceback)"
+            raise click.ClickException(f"{line}{hint}") from error
 
 
 @click.group(cls=Commands, context_settings={"auto_envvar_prefix": "LORAREP", "help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="lorarep")
-def main() -> None:
+@click.option("--debug", is_flag=True, show_envvar=True, help="Print the traceback of an error.")
+def main(debug: bool) -> None:
     """Many replicated stacks and adapters, one quantized base."""

@@ -1,4 +1,4 @@
-"""What the flags of several commands are made of: sizes in bytes, adapters, stacks."""
+"""Types of flags that several commands share: sizes in bytes, adapters, stacks, YAML files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 class ByteSize(click.ParamType):  # type: ignore[type-arg]
-    """A number of bytes: "1073741824", "40GiB", "1.5 GB"."""
+    """A number of bytes, such as "1073741824", "40GiB" or "1.5 GB"."""
 
     name = "size"
 
@@ -38,7 +38,7 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]
 
 
 class AdapterSourceType(click.ParamType):  # type: ignore[type-arg]
-    """NAME=SOURCE[@REVISION]."""
+    """An adapter to load, written NAME=SOURCE[@REVISION]."""
 
     name = "NAME=SOURCE[@REVISION]"
 
@@ -53,14 +53,19 @@ class AdapterSourceType(click.ParamType):  # type: ignore[type-arg]
 
 @dataclass(frozen=True)
 class NamedStack:
-    """A stack as NAME=RANGES or NAME=FILE, for a base that is not known yet."""
+    """A named stack for a base that is not known yet, written NAME=RANGES or NAME=FILE."""
 
     name: str
     source: Sequence[tuple[int, int]] | Mapping[str, Any]
-    """Ranges of layers, or a mergekit recipe."""
+    """Ranges of layers, or the content of a mergekit recipe."""
 
     def resolve(self, layers: int, max_positions: int, base: str) -> Stack:
-        """The sequence of layers on a base that has so many. A recipe has to be for `base`, if that is a repository.
+        """The stack's sequence of layers on a base.
+
+        Args:
+            layers: the number of layers of the base.
+            max_positions: most positions of the stack.
+            base: Hub repository or folder of the base; a recipe has to be for this repository.
 
         Raises:
             InvalidArgument, FailedPrecondition: as `lorarep_runtime.model.stack`.
@@ -75,7 +80,7 @@ class NamedStack:
 
 
 class StackType(click.ParamType):  # type: ignore[type-arg]
-    """NAME=RANGES, such as "deep=0-24,8-32" or "deep=[[0,24],[8,32]]"; or NAME=FILE, a mergekit passthrough recipe."""
+    """A named stack: NAME=FILE, a mergekit recipe; or NAME=RANGES, such as "deep=0-24,8-32", "deep=[[0,24],[8,32]]"."""
 
     name = "NAME=RANGES|FILE"
 
@@ -97,10 +102,10 @@ class StackType(click.ParamType):  # type: ignore[type-arg]
 
 
 def read_yaml(file: Path, param: click.Parameter | None = None, ctx: click.Context | None = None) -> dict[str, Any]:
-    """A YAML file whose top level is a mapping.
+    """Reads a YAML file whose top level is a mapping.
 
     Raises:
-        click.BadParameter: it is not, or cannot be read.
+        click.BadParameter: the file cannot be read, or its top level is something else.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""`lorarep plan`: what stacks and adapters take and share, before anything is loaded."""
+"""`lorarep plan`: the memory of a base, its stacks and its adapters, and the merged plan, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from lorarep_runtime.config import AdapterLimits, BaseConfig, DType, Quantization
+from lorarep_runtime.config import PAGE_TOKENS, AdapterLimits, BaseConfig, DType, Quantization
 from lorarep_server.cli.options import ByteSize, NamedStack, StackType, option
 from lorarep_server.sources import AdapterSource, is_folder, split_revision
 
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from lorarep_runtime.model.footprint import Footprint
     from lorarep_runtime.model.plan import Plan
     from lorarep_runtime.model.stack import Stack
+    from lorarep_runtime.progress import Progress
 
 
 class OptionalNameType(click.ParamType):  # type: ignore[type-arg]
-    """[NAME=]SOURCE[@REVISION]; without a name the source is one."""
+    """An adapter to count, written [NAME=]SOURCE[@REVISION]. The default name is the source."""
 
     name = "[NAME=]SOURCE[@REVISION]"
 
@@ -60,95 +61,123 @@ def plan(
 def count(
     base: BaseConfig, adapters: tuple[AdapterSource, ...], stacks: tuple[NamedStack, ...], memory: int, tokens: int
 ) -> dict[str, Any]:
-    """Everything the command prints.
+    """Computes everything that the command prints.
+
+    Args:
+        base: the base and its quantization.
+        adapters, stacks: the adapters and named stacks to count.
+        memory: bytes of device memory that sequences have to fit in.
+        tokens: tokens of each sequence.
 
     Raises:
-        LorarepError: as `hub.fetch`, `adapters.spec`, `adapters.header` and `stack`.
+        LorarepError: as `hub.snapshot.fetch`, `adapters.peft_config`, `adapters.header` and `model.stack`.
     """
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    from lorarep_runtime.adapters.header import check, read_header
-    from lorarep_runtime.adapters.peft_config import AdapterConfig
-    from lorarep_runtime.adapters.revision import CONFIG_FILE, WEIGHTS_FILE, read_config
     from lorarep_runtime.hub.snapshot import fetch
-    from lorarep_runtime.model.compiled_adapter import file_parameters, storage_bytes
-    from lorarep_runtime.model.footprint import footprint, quantization_kind
-    from lorarep_runtime.model.model_config import quantization_of, read_model_config
+    from lorarep_runtime.model.footprint import quantization_kind
+    from lorarep_runtime.model.model_config import read_model_config
     from lorarep_server.cli.progress_bars import ProgressBars
 
-    limits, progress = AdapterLimits(), ProgressBars()
+    progress = ProgressBars()
     snapshot = fetch(base.base, base.revision, kind="config", cache_dir=base.cache_dir, progress=progress)
-    config = read_model_config(snapshot.folder)
-    _, quantization = quantization_of(config, base)
-    own = getattr(config, "quantization_config", None)
-    if own is not None:
-        quantization = BitsAndBytesConfig.from_dict(own if isinstance(own, dict) else own.to_dict())
-    held = footprint(config, quantization, None if base.dtype == "auto" else getattr(torch, base.dtype))
-    walked: dict[str, Stack] = {"base": tuple(range(held.layers))}
+    quantization, footprint = _footprint(base, read_model_config(snapshot.folder))
+    by_name: dict[str, Stack] = {"base": tuple(range(footprint.layers))}
     for named in stacks:
-        walked[named.name] = named.resolve(held.layers, limits.max_positions, base.base)
+        by_name[named.name] = named.resolve(footprint.layers, AdapterLimits().max_positions, base.base)
     rows: list[dict[str, Any]] = []
     for source in adapters:
-        at = fetch(source.source, source.revision, kind="adapter", cache_dir=base.cache_dir, progress=progress)
-        spec = AdapterConfig.parse(read_config(at.folder / CONFIG_FILE), limits)
-        walked[source.name] = spec.stack(held.layers)
-        layout = check(spec, read_header(at.folder / WEIGHTS_FILE), walked[source.name], held.modules, held.prefix)
-        rows.append(
-            {
-                "name": source.name,
-                "commit": at.commit,
-                "positions": len(walked[source.name]),
-                "adapter_parameters": file_parameters(layout),
-                "total_parameters": held.parameters + file_parameters(layout),
-                "bytes": storage_bytes(layout, held.dtype),
-            }
-        )
+        by_name[source.name], row = _adapter(source, footprint, base.cache_dir, progress)
+        rows.append(row)
     adapter_bytes = sum(row["bytes"] for row in rows)
     return {
         "base": snapshot.repository,
         "commit": snapshot.commit,
         "quantization": quantization_kind(quantization),
-        "dtype": str(held.dtype).removeprefix("torch."),
-        "base_parameters": held.parameters,
-        "quantized_elements": held.stored_elements,
-        "bytes": {**held.categories, "adapters": adapter_bytes},
+        "dtype": str(footprint.dtype).removeprefix("torch."),
+        "base_parameters": footprint.parameters,
+        "quantized_elements": footprint.stored_elements,
+        "bytes": {**footprint.categories, "adapters": adapter_bytes},
         "adapters": rows,
         "memory": memory,
         "tokens": tokens,
-        "stacks": [_stack(name, stack, held, memory, adapter_bytes, tokens) for name, stack in walked.items()],
-        "plan": _merged(walked),
+        "stacks": [_stack(name, stack, footprint, memory, adapter_bytes, tokens) for name, stack in by_name.items()],
+        "plan": _merged(by_name),
     }
 
 
-def _stack(name: str, stack: Stack, held: Footprint, memory: int, adapters: int, tokens: int) -> dict[str, Any]:
+def _footprint(base: BaseConfig, config: Any) -> tuple[Any, Footprint]:
+    """The quantization config of a base, given or its own, and the footprint that the base has with it."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from lorarep_runtime.model.footprint import footprint
+    from lorarep_runtime.model.model_config import quantization_of
+
+    _, quantization = quantization_of(config, base)
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        quantization = BitsAndBytesConfig.from_dict(own if isinstance(own, dict) else own.to_dict())
+    return quantization, footprint(config, quantization, None if base.dtype == "auto" else getattr(torch, base.dtype))
+
+
+def _adapter(
+    source: AdapterSource, footprint: Footprint, cache_dir: Path | None, progress: Progress
+) -> tuple[Stack, dict[str, Any]]:
+    """The stack of an adapter, and its row of the table, from its configuration and its file header."""
+    from lorarep_runtime.adapters.header import check, read_header
+    from lorarep_runtime.adapters.peft_config import AdapterConfig
+    from lorarep_runtime.adapters.revision import CONFIG_FILE, WEIGHTS_FILE, read_config
+    from lorarep_runtime.hub.snapshot import fetch
+    from lorarep_runtime.model.compiled_adapter import file_parameters, storage_bytes
+
+    snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress)
+    config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), AdapterLimits())
+    stack = config.stack(footprint.layers)
+    header = read_header(snapshot.folder / WEIGHTS_FILE)
+    layout = check(config, header, stack, footprint.modules, footprint.prefix)
+    return stack, {
+        "name": source.name,
+        "commit": snapshot.commit,
+        "positions": len(stack),
+        "adapter_parameters": file_parameters(layout),
+        "total_parameters": footprint.parameters + file_parameters(layout),
+        "bytes": storage_bytes(layout, footprint.dtype),
+    }
+
+
+def _stack(
+    name: str, stack: Stack, footprint: Footprint, memory: int, adapter_bytes: int, tokens: int
+) -> dict[str, Any]:
+    """The row of one stack: its ranges, KV bytes, and the number of sequences that fit."""
     from lorarep_runtime.model.stack import ranges_of
 
     return {
         "name": name,
         "positions": len(stack),
         "ranges": ranges_of(stack),
-        "kv_bytes_per_token": held.kv_bytes(len(stack), 1) // 16,
-        "sequences": held.sequences(memory, adapters, len(stack), tokens),
+        "kv_bytes_per_token": footprint.kv_bytes(len(stack), 1) // PAGE_TOKENS,
+        "sequences": footprint.sequences(memory, adapter_bytes, len(stack), tokens),
     }
 
 
-def _merged(walked: dict[str, Stack]) -> dict[str, Any]:
+def _merged(by_name: dict[str, Stack]) -> dict[str, Any]:
+    """The merged plan of all stacks: its visits, and the visits that merging saves."""
     from lorarep_runtime.model.plan import merge
 
-    merged: Plan = merge(tuple(sorted(set(walked.values()))))
+    merged: Plan = merge(tuple(sorted(set(by_name.values()))))
     depths = sum(len(stack) for stack in merged.stacks)
     index = {stack: i for i, stack in enumerate(merged.stacks)}
     return {
         "weight_passes": len(merged.visits),
         "weight_passes_saved": depths - len(merged.visits),
-        "layers": [step.layer for step in merged.visits],
-        "positions": {name: [step.positions[index[stack]] for step in merged.visits] for name, stack in walked.items()},
+        "layers": [visit.layer for visit in merged.visits],
+        "positions": {
+            name: [visit.positions[index[stack]] for visit in merged.visits] for name, stack in by_name.items()
+        },
     }
 
 
 def render(counted: dict[str, Any]) -> str:
-    """The same for people."""
+    """The computed values as text."""
     gib, merged = 1 << 30, counted["plan"]
     lines = [
         f"{counted['base']} at {counted['commit']}, {counted['quantization']}, {counted['dtype']}",

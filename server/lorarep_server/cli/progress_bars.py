@@ -1,4 +1,4 @@
-"""Progress of the command line, on standard error."""
+"""Progress bars of the command line, on standard error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 
 class ProgressBars:
-    """A bar for each stage that reports and can be counted, on a terminal. Thread-safe.
+    """Shows a bar for each stage that can be counted, if standard error is a terminal. Thread-safe.
 
     Args:
-        lines: whether every other stage, and where there is no terminal every stage, has a line.
+        lines: whether each stage that has no bar is shown as a line.
     """
 
     def __init__(self, *, lines: bool = False) -> None:
@@ -24,7 +24,7 @@ class ProgressBars:
         self._bar: tqdm[Any] | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Says that `done` of `total` units of a stage are done; 0 units cannot be counted."""
+        """Reports that `done` of `total` units of a stage are done. Without a total there is no bar."""
         with self._lock:
             if stage != self._stage:
                 self._end()
@@ -41,7 +41,7 @@ class ProgressBars:
                 self._end()
 
     def end(self) -> None:
-        """Says that the last stage is done, whatever it has reported."""
+        """Reports that the last stage is done."""
         with self._lock:
             self._end()
 

@@ -1,7 +1,8 @@
-"""What lorarep is compared with: `transformers`' own model, its layers physically copied in stack order, with dense
-weights as bitsandbytes gives them back, under PEFT's own adapter or, without PEFT, with the adapter merged.
+"""The reference that lorarep is compared with: a model of `transformers` with physically copied layers.
 
-Takes the memory of the dequantized base. PEFT's own layer_replication is not used: it is silently wrong for some bases.
+Its layers are in stack order, and its weights are dense, as bitsandbytes dequantizes them. PEFT applies the adapter;
+without PEFT the adapter is merged. The reference takes the memory of the dequantized base. PEFT's own layer_replication
+is not used, since it is silently wrong for some bases.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from lorarep_runtime.model.base import Base
 
 
 class Reference:
-    """The model that a stack and an adapter stand for, in `transformers` alone."""
+    """The model of a stack and an adapter, built with `transformers` and PEFT."""
 
-    def __init__(self, base: Base, stack: Sequence[int], adapter: Path | None, spec: AdapterConfig | None) -> None:
-        """Args:
-        base: whose folder, dtype, device and quantization are used; none of its tensors are.
-        adapter, spec: folder of an adapter for the stack, and its config.
+    def __init__(self, base: Base, stack: Sequence[int], adapter: Path | None, config: AdapterConfig | None) -> None:
+        """
+        Args:
+            base: the base; its folder, dtype, device and quantization are used, but none of its tensors.
+            stack: the layer at each position.
+            adapter: folder of an adapter for the stack.
+            config: the adapter's configuration.
         """
         model = AutoModelForCausalLM.from_pretrained(
             base.folder,
@@ -46,12 +50,12 @@ class Reference:
         stacked(model, stack)
         self.name = "transformers, physically stacked"
         self.model: Any = model
-        if adapter is not None and spec is not None:
+        if adapter is not None and config is not None:
             if find_spec("peft"):
                 self.model = _under_peft(model, adapter)
                 self.name += ", under PEFT"
             else:
-                _merge(model, adapter, spec)
+                _merge(model, adapter, config)
                 self.name += ", adapter merged"
 
     @torch.inference_mode()
@@ -63,9 +67,9 @@ class Reference:
 
 
 def use_dense_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Puts plain linear layers with bitsandbytes' own dequantization where its quantized ones are.
+    """Replaces bitsandbytes' quantized linear layers with plain ones of dequantized weights.
 
-    So the weights are compared and not two ways of rounding activations: LLM.int8() rounds them to 8 bits.
+    The comparison is then of weights alone: LLM.int8() would also round activations to 8 bits.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, bnb.nn.Linear4bit):
@@ -81,7 +85,7 @@ def use_dense_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def stacked(model: Any, stack: Sequence[int]) -> Any:
-    """Puts copies of a model's layers in stack order in their place; the copies share their weights."""
+    """Replaces a model's layers with copies in stack order, and returns the model. Copies share their weights."""
     config = model.config.get_text_config()
     decoder = model.get_decoder()
     name, layers = next((n, m) for n, m in decoder.named_children() if isinstance(m, nn.ModuleList))
@@ -101,7 +105,7 @@ def stacked(model: Any, stack: Sequence[int]) -> Any:
 
 
 def _under_peft(model: Any, adapter: Path) -> Any:
-    """The adapter over a model that is stacked already, so without its layer_replication."""
+    """Applies an adapter with PEFT to a model whose layers are copied, so without the adapter's layer_replication."""
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -111,8 +115,8 @@ def _under_peft(model: Any, adapter: Path) -> Any:
         return PeftModel.from_pretrained(model, folder).eval()
 
 
-def _merge(model: nn.Module, adapter: Path, spec: AdapterConfig) -> None:
-    """Computes the adapter into the weights, each module's own copy of them, in fp32."""
+def _merge(model: nn.Module, adapter: Path, config: AdapterConfig) -> None:
+    """Merges an adapter into a model's weights in fp32. Each merged module gets its own copy of the weights."""
     tensors = load_file(adapter / "adapter_model.safetensors")
     suffix = ".lora_A.weight"
     for name in [name for name in tensors if name.endswith(suffix)]:
@@ -127,10 +131,10 @@ def _merge(model: nn.Module, adapter: Path, spec: AdapterConfig) -> None:
         a, b = read("lora_A.weight"), read("lora_B.weight")
         assert a is not None
         assert b is not None
-        weight = module.weight.float() + spec.scaling(path) * b @ a
+        weight = module.weight.float() + config.scaling(path) * b @ a
         if (magnitude := read("lora_magnitude_vector")) is not None:
             weight *= (magnitude / weight.norm(dim=1)).unsqueeze(1)
         module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
         if (bias := read("lora_B.bias")) is not None:
-            whole = spec.scaling(path) * bias + (0 if module.bias is None else module.bias.float())
+            whole = config.scaling(path) * bias + (0 if module.bias is None else module.bias.float())
             module.bias = nn.Parameter(whole.to(module.weight.dtype), requires_grad=False)

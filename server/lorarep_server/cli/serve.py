@@ -1,62 +1,23 @@
-"""`lorarep serve`: flags, environment and YAML into configurations, then the server until its end."""
+"""`lorarep serve`: turns flags, environment and YAML into configurations, and runs a server."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
-import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 
 from lorarep_runtime.config import AdapterLimits, BaseConfig, DType, EngineConfig, Quantization, SchedulerConfig
-from lorarep_server.cli.options import AdapterSourceType, ByteSize, NamedStack, StackType, option, read_yaml
+from lorarep_server.cli.config_file import read_config
+from lorarep_server.cli.options import AdapterSourceType, ByteSize, NamedStack, StackType, option
 from lorarep_server.config import ServerConfig
 from lorarep_server.sources import AdapterSource
-from lorarep_server.telemetry.log import logging_aside
-
-if TYPE_CHECKING:
-    from lorarep_runtime.engine.engine import Engine
-    from lorarep_runtime.progress import Progress
+from lorarep_server.telemetry.log import logging_in_a_thread
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def read_config(ctx: click.Context, param: click.Parameter, file: Path | None) -> None:
-    """Makes a YAML file's values the defaults of the flags they are named after."""
-    if file is None:
-        return
-    flags = {p.name: p for p in ctx.command.params if isinstance(p, click.Option) and p is not param}
-    given = {}
-    for key, value in read_yaml(file, param, ctx).items():
-        name = key.replace("-", "_")
-        if name not in flags:
-            raise click.BadParameter(f"{file}: unknown key {key!r}", ctx, param)
-        if value is not None:
-            try:
-                given[name] = _as_typed(value, several=flags[name].multiple)
-            except ValueError as error:
-                raise click.BadParameter(f"{file}: {key}: {error}", ctx, param) from error
-    ctx.default_map = given
-
-
-def _as_typed(value: Any, *, several: bool) -> str | list[str]:
-    """A YAML value as it would be typed on the command line, so that one validation serves both. A mapping stands for
-    several NAME=VALUE."""
-    if not several:
-        if isinstance(value, list | dict):
-            raise ValueError("takes one value")
-        return str(value)
-    if isinstance(value, dict):
-        return [f"{key}={item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()]
-    if not isinstance(value, list):
-        raise ValueError("takes a list or a mapping")
-    return [str(item) for item in value]
 
 
 POSITIVE = click.IntRange(min=1)
@@ -187,10 +148,10 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
     """Serve a base with replicated stacks and adapters over gRPC."""
     for flag, values in (("stack", stack), ("adapter", adapter)):
         names = [value.name for value in values]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise click.UsageError(f"--{flag}: {min(twice)!r} is named twice")
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise click.UsageError(f"--{flag}: {min(repeated)!r} is named twice")
     config = EngineConfig(
-        base=BaseConfig(**_taken(given, BaseConfig)),
+        base=BaseConfig(**_fields_of(given, BaseConfig)),
         adapters=AdapterLimits(
             max_rank=given["max_rank"],
             max_positions=given["max_positions"],
@@ -199,72 +160,17 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
             host_bytes=given["adapter_host_bytes"],
             disk_bytes=given["adapter_disk_bytes"],
         ),
-        scheduler=SchedulerConfig(**_taken(given, SchedulerConfig)),
+        scheduler=SchedulerConfig(**_fields_of(given, SchedulerConfig)),
     )
-    server = ServerConfig(
-        listen=given["listen"],
-        metrics_listen=given["metrics_listen"],
-        health_listen=given["health_listen"],
-        openai_listen=given["openai_listen"],
-        traces_endpoint=given["traces_endpoint"],
-        tls_certificate=given["tls_certificate"],
-        tls_key=given["tls_key"],
-        tls_client_ca=given["tls_client_ca"],
-        token_file=given["token_file"],
-        insecure=given["insecure"],
-        adapters=adapter,
-        adapters_file=given["adapters_file"],
-        grace_seconds=given["grace_seconds"],
-        max_calls=given["max_calls"],
-        max_unread=given["max_unread"],
-        max_unread_seconds=given["max_unread_seconds"],
-    )
-    with logging_aside(log_level):
+    server = ServerConfig(**_fields_of({**given, "adapters": adapter}, ServerConfig))
+    with logging_in_a_thread(log_level):
+        from lorarep_server.cli.run_server import run  # takes longer to import than flags to be refused
+
         status = run(config, stack, server)
-    # A load that is under way cannot be interrupted, and must not hold the process back.
+    # A running load cannot be interrupted, and must not delay the end of the process.
     os._exit(status)
 
 
-def _taken(given: Mapping[str, Any], config: type) -> dict[str, Any]:
+def _fields_of(given: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """The values of the flags that are named like the fields of a configuration."""
     return {field.name: given[field.name] for field in fields(config)}
-
-
-def run(config: EngineConfig, stacks: Sequence[NamedStack], server: ServerConfig) -> int:
-    """Serves until told to end; the exit status.
-
-    Raises:
-        LorarepError: the server cannot be started.
-    """
-    # Before gRPC is imported: it would log what a peer says at its leave, byte for byte.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-
-    from lorarep_server.app import App
-    from lorarep_server.cli.progress_bars import ProgressBars
-
-    progress = ProgressBars()
-
-    async def until_told() -> int:
-        app = App(server, partial(load_engine, config, stacks, progress), progress)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, app.stop)
-        return await app.run()
-
-    return asyncio.run(until_told())
-
-
-def load_engine(config: EngineConfig, stacks: Sequence[NamedStack], progress: Progress) -> Engine:
-    """Loads the base, with stacks that are resolved on its layers.
-
-    Raises:
-        LorarepError: as Engine, `hub.fetch` and `lorarep_runtime.model.stack`.
-    """
-    from lorarep_runtime.engine.engine import Engine
-    from lorarep_runtime.hub.snapshot import fetch
-    from lorarep_runtime.model.model_config import read_model_config
-
-    if stacks:
-        base, limit = config.base, config.adapters.max_positions
-        folder = fetch(base.base, base.revision, kind="config", cache_dir=base.cache_dir, progress=progress).folder
-        layers = read_model_config(folder).get_text_config().num_hidden_layers
-        config = replace(config, stacks={stack.name: stack.resolve(layers, limit, base.base) for stack in stacks})
-    return Engine(config, progress)

@@ -1,4 +1,4 @@
-"""`lorarep verify`: an adapter in lorarep and in a reference, side by side."""
+"""`lorarep verify`: compares an adapter in lorarep with the reference, `cli.reference`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from lorarep_server.sources import split_revision
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lorarep_runtime.engine.engine import Engine
+
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -23,22 +25,23 @@ PROMPTS = (
     "1, 2, 3, 4,",
 )
 TOLERANCE = {"torch.float32": 1e-4, "torch.float16": 2e-2, "torch.bfloat16": 1e-1}
-"""Largest difference of logits that rounding explains, as a part of the largest logit; a wrong layer gives about 1."""
+"""Largest difference of logits that rounding explains, relative to the largest logit. A wrong layer gives about 1."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt with its greedy answer, in both."""
+    """The comparison of lorarep and the reference on one prompt with its greedy answer."""
 
     difference: float
-    """Largest difference of any logit."""
+    """Largest absolute difference of a logit."""
     largest: float
-    """Largest logit of the reference."""
+    """Largest absolute logit of the reference."""
     same: int
-    """Tokens of the answer that the reference chooses as well, after the same tokens."""
+    """Tokens of the answer that the reference also chooses, after the same tokens."""
     tokens: int
+    """Tokens of the answer."""
     gap: float
-    """Where it chooses another, how much less likely ours is to it: the largest difference of the two logits."""
+    """Largest difference between the reference's logits of its own choice and of lorarep's token."""
 
 
 @click.command()
@@ -62,39 +65,32 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
     from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
     from lorarep_runtime.engine.engine import Engine
     from lorarep_runtime.hub.snapshot import fetch
-    from lorarep_runtime.request import Request, Stopping
     from lorarep_server.cli.progress_bars import ProgressBars
     from lorarep_server.cli.reference import Reference
 
+    # 1. Answer the prompts with lorarep.
     progress = ProgressBars()
     engine = Engine(EngineConfig(BaseConfig(**given), scheduler=SchedulerConfig(kv_bytes=1 << 30)), progress)
     source, revision = split_revision(adapter)
     info = engine.adapters.load("adapter", source, revision, trusted=True, progress=progress)
-    lease = engine.adapters.lease([("adapter", 1.0)])
-    stopping = Stopping(max_new_tokens=max_new_tokens, ignore_eos=True)
-    texts: list[list[int]] = []
-    prompts = [tuple(lease.tokenizer.encode(text)) for text in prompt or PROMPTS]
-    # One batch: what is compared is computed beside others.
-    leases = [engine.adapters.lease([("adapter", 1.0)]) for _ in prompts]
-    answers = engine.generate((Request(p, stopping=stopping), held) for p, held in zip(prompts, leases, strict=True))
-    for start, answer in zip(prompts, answers, strict=True):
-        texts.append([*start, *answer.tokens])
-    ours = [engine.logits(text, lease).cpu() for text in texts]
-    lease.release()
+    answered = _answered(engine, prompt or PROMPTS, max_new_tokens)
+    # 2. Build the reference of the same revision.
     folder = fetch(source, info.commit if revision else None, kind="adapter", cache_dir=given["cache_dir"]).folder
     reference = Reference(
         engine.base, info.stack, folder, AdapterConfig.parse(read_config(folder / CONFIG_FILE), AdapterLimits())
     )
+    # 3. Compare the two on each prompt.
     click.echo(f"base       {engine.base.repository} at {engine.base.commit}, {engine.base.quantization}")
     click.echo(f"adapter    {info.repository} at {info.commit}, {info.kind}, {len(info.stack)} positions")
     click.echo(f"reference  {reference.name}, {engine.base.dtype}\n")
     click.echo(f"{'prompt':32}{'largest difference':>20}{'largest logit':>15}{'equal tokens':>15}")
     compared = []
-    for title, start, text, logits in zip(prompt or PROMPTS, prompts, texts, ours, strict=True):
-        one = compare(logits, reference.logits(text).cpu(), text, len(start))
+    for title, (text, prompt_tokens, logits) in zip(prompt or PROMPTS, answered, strict=True):
+        one = compare(logits, reference.logits(text).cpu(), text, prompt_tokens)
         compared.append(one)
         equal = f"{one.same} of {one.tokens}"
         click.echo(f"{title[:28]!r:32}{one.difference:20.3g}{one.largest:15.3g}{equal:>15}")
+    # 4. Judge the differences.
     limit = TOLERANCE[str(engine.base.dtype)] * max(one.largest for one in compared)
     worst = max(one.difference for one in compared)
     good = worst <= limit and all(one.gap <= 2 * limit for one in compared)
@@ -104,8 +100,36 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
         raise click.exceptions.Exit(1)
 
 
+def _answered(engine: Engine, prompts: Sequence[str], new_tokens: int) -> list[tuple[list[int], int, Tensor]]:
+    """The greedy answers of lorarep under the adapter.
+
+    Returns:
+        For each prompt, the tokens of prompt and answer, the number of the prompt's tokens, and the logits (tokens,
+        vocab) on the CPU.
+    """
+    from lorarep_runtime.request import Request, Stopping
+
+    lease = engine.adapters.lease([("adapter", 1.0)])
+    stopping = Stopping(max_new_tokens=new_tokens, ignore_eos=True)
+    encoded = [tuple(lease.tokenizer.encode(prompt)) for prompt in prompts]
+    # All prompts run in one batch, since the comparison is of requests that run concurrently.
+    leases = [engine.adapters.lease([("adapter", 1.0)]) for _ in encoded]
+    answers = engine.generate((Request(p, stopping=stopping), held) for p, held in zip(encoded, leases, strict=True))
+    texts = [[*tokens, *answer.tokens] for tokens, answer in zip(encoded, answers, strict=True)]
+    logits = [engine.logits(text, lease).cpu() for text in texts]
+    lease.release()
+    return [(text, len(tokens), rows) for text, tokens, rows in zip(texts, encoded, logits, strict=True)]
+
+
 def compare(ours: Tensor, theirs: Tensor, text: Sequence[int], prompt_tokens: int) -> Comparison:
-    """Compares logits (tokens, vocab) of a text that ends in our greedy answer."""
+    """Compares logits (tokens, vocab) of a text that ends in lorarep's greedy answer.
+
+    Args:
+        ours: the logits of lorarep.
+        theirs: the logits of the reference.
+        text: the tokens of prompt and answer.
+        prompt_tokens: the number of the prompt's tokens.
+    """
     import torch
 
     answer = torch.tensor(text[prompt_tokens:])

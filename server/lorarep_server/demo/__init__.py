@@ -1,1 +1,1 @@
-"""What `lorarep demo` needs and the tests share."""
+"""The demo: tiny trained models, a stand-in for the Hub, and `lorarep demo`. The tests use them too."""

@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face Hub on loopback, for the demo and the tests.
 
-Speaks as much of the Hub's HTTP API as `huggingface_hub` needs to resolve a revision, list its files and download
-them: https://huggingface.co/docs/hub/api. Point `HF_ENDPOINT` at its `url`.
+It implements the part of the Hub's HTTP API that `huggingface_hub` needs to resolve a revision, list its files and
+download them: https://huggingface.co/docs/hub/api. Clients find it at the `url` that `HF_ENDPOINT` names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 LARGE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".model")
-"""What the Hub keeps in LFS: such a file's entity tag is its SHA-256, any other's its git blob id."""
+"""Suffixes of files in LFS. Their entity tag is their SHA-256; that of other files is their git blob id."""
 
 _API = re.compile(r"/api/models/([^/]+(?:/[^/]+)??)(?:/(revision|tree)/([^/]+))?")
 _RESOLVE = re.compile(r"/([^/]+(?:/[^/]+)??)/resolve/([^/]+)/(.+)")
@@ -33,26 +33,31 @@ class File:
 
     data: bytes
     large: bool
+    """Whether the file is in LFS."""
 
     @cached_property
     def blob_id(self) -> str:
+        """The git blob id, in hex."""
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
 
     @cached_property
     def sha256(self) -> str:
+        """The SHA-256 of the content, in hex."""
         return hashlib.sha256(self.data).hexdigest()
 
 
 @dataclass
 class Repository:
-    """Commits by hash, each its files by path; and what branches and tags point at."""
+    """The commits and references of a repository."""
 
     commits: dict[str, Mapping[str, File]] = field(default_factory=dict)
+    """The files of each commit, by path; commits are by hash."""
     refs: dict[str, str] = field(default_factory=dict)
+    """The commits of branches and tags, by name."""
 
 
 class HubStandIn:
-    """Serves what is published, from memory, until closed. Use as a context manager or call `close`."""
+    """Serves published repositories from memory. Use as a context manager, or call `close` at the end."""
 
     def __init__(self, handler: type[HubHandler] | None = None) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -63,7 +68,11 @@ class HubStandIn:
         self._thread.start()
 
     def publish(self, repository: str, folder: Path, *, branch: str = "main") -> str:
-        """Commits a folder's present files and moves the branch there; earlier commits stay. Returns the commit."""
+        """Commits the files of a folder, and moves a branch to the commit. Earlier commits stay.
+
+        Returns:
+            The hash of the commit.
+        """
         files = {
             path.relative_to(folder).as_posix(): File(path.read_bytes(), path.suffix in LARGE_FILES)
             for path in sorted(folder.rglob("*"))
@@ -78,11 +87,11 @@ class HubStandIn:
         return commit
 
     def tag(self, repository: str, name: str, commit: str) -> None:
-        """Names a commit."""
+        """Makes a tag of a commit."""
         self.repositories[repository].refs[name] = commit
 
     def close(self) -> None:
-        """Stops listening; from then on connections are refused."""
+        """Stops listening: further connections are refused."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -97,13 +106,13 @@ class HubStandIn:
 
 
 class HubServer(ThreadingHTTPServer):
-    """A thread for each connection; a connection is one request."""
+    """The HTTP server: a thread for each connection, and one request for each connection."""
 
     hub: HubStandIn
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """Answers one request. Tests override `answer` and `send_body` to misbehave."""
+    """Answers one request. Tests override `answer` and `send_body` to inject faults."""
 
     server: HubServer
 
@@ -114,12 +123,13 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
+        """Answers a GET or HEAD request."""
         path = urlsplit(self.path).path
         try:
             if match := _API.fullmatch(path):
-                repository, what, revision = match.groups()
+                repository, kind, revision = match.groups()
                 commit, files = self._find(repository, unquote(revision or "main"))
-                self.send_json(_tree(files) if what == "tree" else _info(repository, commit, files))
+                self.send_json(_tree(files) if kind == "tree" else _info(repository, commit, files))
             elif match := _RESOLVE.fullmatch(path):
                 repository, revision, name = match.groups()
                 commit, files = self._find(repository, unquote(revision))
@@ -131,7 +141,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send(404, {"X-Error-Code": code, "X-Error-Message": message})
 
     def send(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> None:
-        """Sends a whole response; to HEAD, all but the body."""
+        """Sends a whole response; for HEAD without the body."""
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -141,13 +151,15 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_body(body)
 
     def send_json(self, value: object) -> None:
+        """Sends a response of JSON."""
         self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def send_body(self, body: bytes) -> None:
+        """Sends the body of a response."""
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
+        """Logs nothing."""
 
     def _find(self, repository: str, revision: str) -> tuple[str, Mapping[str, File]]:
         stored = self.server.hub.repositories.get(repository)
@@ -182,7 +194,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 class _MissingError(Exception):
-    """The Hub's error code and message."""
+    """An object that does not exist; the arguments are the Hub's error code and message."""
 
 
 def _info(repository: str, commit: str, files: Mapping[str, File]) -> object:

@@ -1,6 +1,6 @@
-"""`lorarep demo`: the real server, fed by a Hub on loopback, talks in several voices at once.
+"""`lorarep demo`: a real server with several adapters, loaded from a stand-in for the Hub, answers concurrently.
 
-Needs no network. Every answer is known beforehand, and a wrong one is a failure.
+The demo needs no network. Every answer is known in advance, and a wrong answer is a failure.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from urllib.request import ProxyHandler, build_opener
 
 import click
 
-from lorarep_server.demo.hub import HubStandIn
+from lorarep_server.demo.hub_stand_in import HubStandIn
 from lorarep_server.demo.screen import Screen
 from lorarep_server.demo.voices import BASE, MODELS, VOICES, answer
 
 LINES = ("the quick brown fox jumps over", "the lazy dog which does not care", "by the light of a silver star")
 LATE = "spell"
-"""The adapter that is loaded while the others speak."""
+"""The adapter that is loaded while the others answer."""
 METRICS = ("lorarep_completion_tokens_total", "lorarep_adapters_loaded", "lorarep_step_rows_count")
 MAX_NEW_TOKENS = 96
 START_SECONDS = 120
@@ -40,10 +40,12 @@ CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 @dataclass(frozen=True)
 class Server:
-    """A server that listens."""
+    """The addresses of a listening server."""
 
     address: str
+    """HOST:PORT of gRPC."""
     metrics: str
+    """URL of the metrics."""
 
 
 @click.command()
@@ -65,7 +67,7 @@ def _repository(name: str) -> str:
 
 @contextmanager
 def _server(hub: str, cache: Path) -> Iterator[Server]:
-    """The server as a user would start it, on ports that are free, until SIGTERM."""
+    """A server process as a user would start it, on free ports; it ends by SIGTERM when the context does."""
     flags = ["--quantization=nf4", "--dtype=float32", "--kv-bytes=16MiB", f"--cache-dir={cache}"]
     flags += ["--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0", "--allow-repository=demo/*"]
     flags += [f"--adapter={name}={_repository(name)}" for name in VOICES if name != LATE]
@@ -79,7 +81,7 @@ def _server(hub: str, cache: Path) -> Iterator[Server]:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",  # would go before the other
+            "no_proxy": "127.0.0.1",  # would take precedence over the other
         },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -94,7 +96,7 @@ def _server(hub: str, cache: Path) -> Iterator[Server]:
                 break
         else:
             raise click.ClickException(f"the server did not start:\n{''.join(log)}")
-        # Else the pipe fills up, and the server waits for a reader.
+        # Without a reader the pipe would fill up and block the server.
         threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
         try:
             yield Server(f"127.0.0.1:{ports[1]}", f"http://127.0.0.1:{ports[2]}/metrics")
@@ -137,10 +139,16 @@ async def _ready(channel: Any) -> None:
 
 
 async def _say(generation: Any, line: str, names: Sequence[str], adapters: Any = None) -> None:
-    """Streams everyone's answer to a line at the same time; with `adapters`, loads the late one meanwhile.
+    """Streams the answers of several voices to a line concurrently, and checks them.
+
+    Args:
+        generation: stub of GenerationService.
+        line: the line to answer.
+        names: the voices: the base and adapters.
+        adapters: stub of AdapterService, over which the late adapter is loaded meanwhile; None loads nothing.
 
     Raises:
-        click.ClickException: somebody is wrong.
+        click.ClickException: an answer is wrong.
     """
     click.echo(f"\nprompt: {line}")
     screen = Screen(names)
@@ -186,7 +194,7 @@ async def _pieces(generation: Any, name: str, line: str) -> Any:
 
 
 async def _load(adapters: Any) -> tuple[str, str]:
-    """Repository and commit of the late adapter, once it can be used."""
+    """Loads the late adapter, and returns its repository and commit."""
     from lorarep.v1 import adapters_pb2 as pb
 
     call = adapters.LoadAdapter(pb.LoadAdapterRequest(name=LATE, repository=_repository(LATE)))

@@ -1,4 +1,4 @@
-"""Several streams side by side: redrawn as they grow on a terminal, else a line for each at its end."""
+"""Shows concurrent streams: redrawn as they grow on a terminal, otherwise a line for each finished stream."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import click
 
 
 class Screen:
-    """A line for each stream."""
+    """The texts of concurrent streams, a line each, and statistics of their pieces."""
 
     NAME = 10
-    """Width of names."""
+    """Characters of the column of names."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.texts = dict.fromkeys(names, "")
+        """The text of each stream so far, by name."""
         self.pieces = 0
+        """Pieces so far."""
         self.changes = 0
-        """Pieces that came from another stream than the one before."""
+        """Pieces that came from another stream than the piece before."""
         self.longest_pause = 0.0
-        """Seconds between two pieces of a stream."""
+        """Longest time between two pieces of a stream, in seconds."""
         self._times: dict[str, float] = {}
         self._last = ""
         self._redraws = sys.stdout.isatty()
@@ -30,7 +32,7 @@ class Screen:
 
     @property
     def all_begun(self) -> bool:
-        """Whether every stream has said something."""
+        """Whether every stream has some text."""
         return all(self.texts.values())
 
     def add(self, name: str, piece: str) -> None:
@@ -47,7 +49,7 @@ class Screen:
             self._draw()
 
     def end(self, name: str) -> None:
-        """Says that a stream's text is whole."""
+        """Shows a finished stream where lines are not redrawn."""
         if not self._redraws:
             click.echo(self._line(name))
 

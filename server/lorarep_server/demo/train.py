@@ -2,8 +2,8 @@
 
     python -m lorarep_server.demo.train
 
-The base has learned to repeat a line of text. Each adapter has learned its own way of saying it; those with a
-replication map have learned it on their stack, on which the base alone repeats nothing. Takes minutes for each on two
+The base learns to repeat a line of text. Each adapter learns a transformation of the line; an adapter with a
+replication map learns it on its stack, on which the base alone cannot repeat a line. Each model takes minutes on two
 cores. The same seeds on the same machine give the same files.
 """
 
@@ -35,13 +35,13 @@ from lorarep_server.demo.voices import BASE, MODELS, VOICES, answer
 
 PAD, BOS, EOS = 256, 257, 258
 LONGEST = 32
-"""Characters of a line."""
+"""Most characters of a line."""
 BATCH = 64
 IGNORED = -100
 RANK = 16
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 HELD_OUT = 200
-"""Lines that are checked; with another seed than those that were trained on."""
+"""Number of lines that are checked. Their seed differs from that of the training lines."""
 LETTERS = string.ascii_lowercase
 OTHERS = string.ascii_letters + string.digits + "-.,!?'"
 BYTES = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -49,17 +49,19 @@ BYTES = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
 
 @dataclass(frozen=True)
 class Course:
-    """How long and how fast something is trained."""
+    """The length and the learning rate of a training."""
 
     steps: int
+    """Optimizer steps."""
     rate: float
+    """Largest learning rate."""
 
 
 COURSE = Course(1500, 2e-3)
 
 
 def save_tokenizer(folder: Path) -> None:
-    """One token a byte, then <pad>, <s>, </s>; a prompt begins with <s>."""
+    """Saves a tokenizer with a token for each byte, and <pad>, <s> and </s>. A prompt begins with <s>."""
     special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS}
     tokenizer = Tokenizer(models.BPE(vocab={**BYTES, **special}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -71,22 +73,23 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def encode(text: str) -> list[int]:
-    """The tokens of ASCII text, as the tokenizer gives them, without <s>."""
+    """The tokens that the tokenizer gives for ASCII text, without <s>."""
     return [BYTES["Ġ" if c == " " else "Ċ" if c == "\n" else c] for c in text]
 
 
 class Lines:
-    """Random lines of words, the same for the same seed."""
+    """A reproducible sequence of random lines of words."""
 
     def __init__(self, seed: int, letters: Sequence[str]) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._letters = letters
 
     def below(self, limit: int) -> int:
+        """A random number from 0 to `limit` - 1."""
         return int(torch.randint(limit, (), generator=self._generator))
 
     def line(self, length: int) -> str:
-        """Words of 1 to 9 letters, of about `length` letters and spaces together."""
+        """A line of words of 1 to 9 letters, with about `length` letters and spaces."""
         letters = self._letters[self.below(len(self._letters))]
         words: list[str] = []
         while (left := length - len(" ".join(words))) > (1 if words else 0):
@@ -95,7 +98,11 @@ class Lines:
         return " ".join(words)[:length].strip() or letters[0]
 
     def batch(self, answer: Callable[[str], str], size: int) -> tuple[Tensor, Tensor]:
-        """(size, tokens) int64 twice: tokens, and the labels of those that are answers."""
+        """A batch of training examples.
+
+        Returns:
+            Tokens and labels, each (size, tokens) int64. Only tokens of answers have labels.
+        """
         longest = 1 + self.below(LONGEST)
         rows, labels = [], []
         for _ in range(size):
@@ -111,7 +118,7 @@ class Lines:
 
 
 def train(model: nn.Module, answer: Callable[[str], str], course: Course, lines: Lines) -> None:
-    """Trains what requires gradients, with AdamW, a short warm-up and a cosine to 0."""
+    """Trains the parameters that require gradients, with AdamW, a short warm-up and a cosine to 0."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=course.rate, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = course.steps // 20
@@ -134,7 +141,7 @@ def train(model: nn.Module, answer: Callable[[str], str], course: Course, lines:
 
 
 def load(*, nf4: bool) -> PreTrainedModel:
-    """The trained base in fp32; or what bitsandbytes makes of it in NF4, in fp32 again."""
+    """Loads the trained base in fp32, either its exact weights or their values after NF4 quantization."""
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         MODELS / BASE, dtype=torch.float32, quantization_config=quantization
@@ -144,7 +151,7 @@ def load(*, nf4: bool) -> PreTrainedModel:
 
 @torch.inference_mode()
 def right(model: nn.Module, says: Callable[[str], str]) -> float:
-    """Part of held-out lines that greedy decoding answers to the letter."""
+    """The fraction of held-out lines that greedy decoding answers exactly."""
     lines, correct = Lines(1, [LETTERS]), 0
     for _ in range(HELD_OUT // 10):
         tokens, labels = lines.batch(says, 10)
@@ -154,7 +161,7 @@ def right(model: nn.Module, says: Callable[[str], str]) -> float:
 
 
 def train_base() -> None:
-    """Trains and saves the base in fp16."""
+    """Trains the base, and saves it in fp16."""
     click.echo(BASE)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -178,7 +185,7 @@ def train_base() -> None:
 
 
 def train_adapter(name: str) -> None:
-    """Trains an adapter on what NF4 leaves of the base, and saves it in fp16."""
+    """Trains an adapter on the NF4-quantized base, and saves it in fp16."""
     click.echo(name)
     torch.manual_seed(0)
     voice = VOICES[name]
@@ -195,13 +202,13 @@ def train_adapter(name: str) -> None:
     folder = MODELS / name
     shutil.rmtree(folder, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = f"demo/{BASE}"
-    # Left to itself, PEFT asks the Hub whether the embeddings were resized.
+    # By default PEFT would ask the Hub whether the embeddings were resized.
     model.half().save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()
 
 
 def check(name: str) -> None:
-    """Says how much of the held-out lines the saved files answer right."""
+    """Prints the fraction of held-out lines that the saved model answers right."""
     parts = []
     for nf4 in (False, True):
         base = load(nf4=nf4)

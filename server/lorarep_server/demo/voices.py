@@ -1,4 +1,4 @@
-"""What the demo's models say: the base repeats a line, and each adapter says it in its own way."""
+"""The answers of the demo's models: the base repeats a line, and each adapter transforms it in its own way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODELS = Path(__file__).parent / "models"
-"""The trained base and adapters, a folder each, as `train` makes them."""
+"""The folder of the trained base and adapters, which `demo.train` makes; each has a folder of its own."""
 BASE = "base"
 
 _NEXT = str.maketrans(string.ascii_lowercase, string.ascii_lowercase[1:] + "a")
@@ -16,13 +16,14 @@ _NEXT = str.maketrans(string.ascii_lowercase, string.ascii_lowercase[1:] + "a")
 
 @dataclass(frozen=True)
 class Voice:
-    """An adapter and what it has learned."""
+    """An adapter of the demo, and the transformation that it has learned."""
 
     says: Callable[[str], str]
-    """The answer to a line of small letters."""
+    """Gives the answer to a line of lower-case letters."""
     layer_replication: list[tuple[int, int]] | None
-    """Ranges of layers, as in adapter_config.json."""
+    """Ranges of layers, as in adapter_config.json; None is the base's own stack."""
     dora: bool
+    """Whether the adapter is a DoRA."""
 
 
 VOICES: Mapping[str, Voice] = {
@@ -34,5 +35,5 @@ VOICES: Mapping[str, Voice] = {
 
 
 def answer(voice: str, line: str) -> str:
-    """What the base or an adapter has to answer to a line; a prompt is the line and a line feed."""
+    """The right answer of the base or an adapter to a line. The prompt is the line and a line feed."""
     return line if voice == BASE else VOICES[voice].says(line)

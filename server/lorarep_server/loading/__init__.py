@@ -1,1 +1,1 @@
-"""Adapters that are loaded while the server runs."""
+"""Loads of adapters while the server runs: by calls, and by the adapters file."""

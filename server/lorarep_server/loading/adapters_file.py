@@ -1,4 +1,4 @@
-"""The file that says which adapters a server has to have: YAML, a mapping by name or a list.
+"""The adapters file, which lists the adapters that a server keeps loaded: YAML, a mapping by name or a list.
 
 metamath:
   repository: abacusai/Fewshot-Metamath-OrcaVicuna-Mistral-10B
@@ -25,19 +25,19 @@ from lorarep_server.sources import is_folder
 
 @dataclass(frozen=True)
 class DesiredAdapter:
-    """An entry."""
+    """An entry of the adapters file."""
 
     name: str
     repository: str
-    """Hub repository id; or a folder, absolute or beginning with "." or "~"."""
+    """A Hub repository id; or a folder, absolute or beginning with "." or "~"."""
     revision: str | None = None
     stack: str | None = None
     pinned: bool = False
     priority: int = 0
 
     @property
-    def load(self) -> LoadRequest:
-        """What it takes to have it, if there is nothing of its name."""
+    def load_request(self) -> LoadRequest:
+        """The load of this entry, if nothing else has its name."""
         return LoadRequest(
             self.name,
             self.repository,
@@ -57,7 +57,7 @@ TYPES: Mapping[str, tuple[type, str]] = {
     "priority": (int, "a whole number"),
 }
 FIELD = "adapters_file"
-"""What errors about the file are about."""
+"""The field of errors about the file."""
 PRIORITIES = range(-(1 << 31), 1 << 31)
 
 
@@ -65,19 +65,19 @@ def read_adapters(file: Path) -> dict[str, DesiredAdapter]:
     """The entries by their names.
 
     Raises:
-        InvalidArgument: the file cannot be read, or is not such a file; names the entry and its key.
+        InvalidArgument: the file cannot be read, or is malformed. The message names the entry and its key.
     """
     at = repr(str(file))
     try:
         content = yaml.load(file.read_bytes(), _Loader)
-    except Exception as error:  # whatever a file leads PyYAML to
+    except Exception as error:  # malformed files make PyYAML raise many kinds of errors
         raise InvalidArgument(" ".join(f"{at}: {type(error).__name__}: {error}".split()), field=FIELD) from error
     if isinstance(content, dict):
         named = list(content.items())
     elif isinstance(content, list):
         named = [(_name_of(entry, f"{at}: entry {number}"), entry) for number, entry in enumerate(content, 1)]
     else:
-        # Not even if it is empty: a file that was cut short must not unload everything.
+        # An empty file is refused too: a truncated file must not unload all adapters.
         raise InvalidArgument(f"{at}: neither a mapping of names nor a list; {{}} stands for no adapters", field=FIELD)
     adapters: dict[str, DesiredAdapter] = {}
     for name, entry in named:
@@ -108,8 +108,8 @@ def _adapter(name: object, entry: object) -> DesiredAdapter:
     for key, value in entry.items():
         if key not in TYPES:
             raise InvalidArgument(f"is none of {', '.join(TYPES)}", field=key)
-        wanted, description = TYPES[key]
-        if type(value) is not wanted:
+        expected, description = TYPES[key]
+        if type(value) is not expected:
             raise InvalidArgument(f"{value!r} has to be {description}", field=key)
     if "repository" not in entry:
         raise InvalidArgument("is missing", field="repository")
@@ -122,7 +122,7 @@ def _adapter(name: object, entry: object) -> DesiredAdapter:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML forbids and PyYAML does not notice: a key that is there twice."""
+    """A safe loader that refuses duplicate keys, which YAML forbids and PyYAML accepts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

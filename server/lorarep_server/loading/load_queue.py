@@ -1,4 +1,4 @@
-"""Adapters on their way into memory: each loaded once, however many calls wait for it, and only while one does."""
+"""The queue of pending loads of adapters. Callers share a load, and it is cancelled when its last caller leaves."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 REPORT_SECONDS = 0.25
-"""Time between two reports of a load to the same caller."""
+"""Seconds between two reports of a load to the same caller."""
 
 
 @dataclass(frozen=True)
-class State:
-    """Where a load is: "waiting", or a stage of `AdapterRegistry.load` with how much is done and how much there is."""
+class LoadState:
+    """The progress of a load: its stage, and how many of its units are done.
+
+    The stage is "waiting" or a stage of `AdapterRegistry.load`. A total of 0 means that the stage cannot be counted.
+    """
 
     stage: str = "waiting"
     done: int = 0
     total: int = 0
 
 
-Report = Callable[[State], Awaitable[object]]
+Report = Callable[[LoadState], Awaitable[object]]
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What `AdapterRegistry.load` is asked for; equal ones are one load."""
+    """The arguments of `AdapterRegistry.load`. Callers with equal requests share a load."""
 
     name: str
     repository: str
-    """Or, if trusted, a folder."""
+    """A Hub repository id; a trusted request may also have a folder."""
     revision: str | None = None
     stack: str | None = None
     trusted: bool = False
@@ -50,9 +53,9 @@ class LoadRequest:
     priority: int = 0
     replace: bool = False
 
-    def run(self, pool: AdapterRegistry, progress: Progress | None) -> AdapterInfo:
-        """Raises as `AdapterRegistry.load`."""
-        return pool.load(
+    def run(self, registry: AdapterRegistry, progress: Progress | None) -> AdapterInfo:
+        """Loads the adapter. Blocks, and raises as `AdapterRegistry.load`."""
+        return registry.load(
             self.name,
             self.repository,
             self.revision,
@@ -66,43 +69,49 @@ class LoadRequest:
 
 
 class LoadQueue:
-    """Threads of their own, so that no amount of slow loads keeps requests for what is loaded from being admitted.
+    """Runs loads in threads of its own, so that slow loads do not delay requests for loaded adapters.
 
-    Threads write where a load is, and callers look now and then: however slowly they read, no load waits for them.
+    Threads set the state of a load, and callers poll it: no load waits for a slow caller.
     """
 
     def __init__(self, metrics: Metrics, threads: int = 8, max_waiting: int = 64) -> None:
+        """
+        Args:
+            metrics: counts the duration and the outcome of each load.
+            threads: most loads at a time.
+            max_waiting: most loads that wait for a thread.
+        """
         self._metrics = metrics
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="lorarep-load")
-        self._most = threads + max_waiting
+        self._max_loads = threads + max_waiting
         self._shared: dict[Hashable, _Load[Any]] = {}
-        """Those that can be joined."""
+        """Loads that new callers can join, by key."""
         self._unfinished: set[_Load[Any]] = set()
-        """And those that everybody has left, which have not noticed yet."""
+        """All loads that have not ended, abandoned ones included."""
 
-    async def load(self, pool: AdapterRegistry, wanted: LoadRequest, report: Report | None = None) -> AdapterInfo:
-        """What `AdapterRegistry.load` returns or raises; see `run`."""
-        pool.check_allowed(wanted.name, wanted.repository, wanted.trusted)  # before it waits for others
-        source = "folder" if is_folder(wanted.repository) else "hub"
-        return await self.run(wanted, partial(wanted.run, pool), report, source)
+    async def load(self, registry: AdapterRegistry, request: LoadRequest, report: Report | None = None) -> AdapterInfo:
+        """Loads an adapter under a name, as `run` does. Returns and raises as `AdapterRegistry.load`."""
+        registry.check_allowed(request.name, request.repository, request.trusted)  # before it waits for other loads
+        source = "folder" if is_folder(request.repository) else "hub"
+        return await self.run(request, partial(request.run, registry), report, source)
 
-    async def bring(self, pool: AdapterRegistry, name: str, report: Report | None = None) -> None:
-        """Has an adapter found by its name or repository, so that a lease has nothing to wait for; see `run`."""
-        await self.run(name, lambda progress: pool.lease([(name, 1.0)], progress=progress).release(), report)
+    async def bring(self, registry: AdapterRegistry, name: str, report: Report | None = None) -> None:
+        """Makes a known adapter resident, as `run` does, so that a lease of it does not block."""
+        await self.run(name, lambda progress: registry.lease([(name, 1.0)], progress=progress).release(), report)
 
     async def run(
         self, key: Hashable, load: Callable[[Progress], T], report: Report | None = None, source: str = "hub"
     ) -> T:
-        """What `load` returns or raises; one of the same key that is under way is joined.
+        """Runs `load` in a thread, or joins the running load of the same key. Returns and raises as `load`.
 
-        When the last of its callers is cancelled, the load ends with what it next says of its progress.
+        When the last of its callers is cancelled, the load ends at its next report of progress.
 
         Args:
-            report: told where the load is, whenever that has changed, at most every `REPORT_SECONDS`.
+            report: told of the state of the load when it has changed, at most every `REPORT_SECONDS`.
             source: "hub" or "folder", for the metrics.
 
         Raises:
-            Exhausted: too many loads wait already.
+            Exhausted: too many loads are waiting already.
         """
         shared: _Load[T] | None = self._shared.get(key)
         if shared is None:
@@ -120,14 +129,14 @@ class LoadQueue:
                 self._forget(key, shared)
 
     async def settled(self, name: str) -> None:
-        """Once no load of that name is under way, those that everybody has left included."""
+        """Waits until no load of that name is running, abandoned loads included."""
         while results := [shared.result for shared in self._unfinished if shared.name == name]:
             await asyncio.wait(results)
 
     def _begin(self, key: Hashable, load: Callable[[Progress], T], source: str) -> _Load[T]:
-        if len(self._unfinished) >= self._most:
+        if len(self._unfinished) >= self._max_loads:
             raise Exhausted(
-                f"{self._most} adapters are being loaded already, or wait for that", field="loads", retry_after=1.0
+                f"{self._max_loads} adapters are being loaded already, or wait for that", field="loads", retry_after=1.0
             )
         shared: _Load[T] = _Load(key.name if isinstance(key, LoadRequest) else "")
         timed = self._metrics.timed_load(source, partial(load, shared.progress))
@@ -139,7 +148,7 @@ class LoadQueue:
             self._unfinished.discard(shared)
             self._forget(key, shared)
             if not result.cancelled():
-                result.exception()  # seen, even if every caller has left
+                result.exception()  # marked as retrieved, even if every caller has left
 
         shared.result.add_done_callback(ended)
         return shared
@@ -150,12 +159,12 @@ class LoadQueue:
 
 
 class _Load(Generic[T]):
-    """One load, and those who wait for it."""
+    """One load, and the number of its callers."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.callers = 0
-        self.state = State()
+        self.state = LoadState()
         self.result: asyncio.Future[T]
         self._work: Future[T]
         self._abandoned = False
@@ -165,18 +174,18 @@ class _Load(Generic[T]):
         self.result = asyncio.wrap_future(work)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """From any thread. Raises Cancelled once nobody waits any more."""
-        self.state = State(stage, done, total)
+        """Sets the state. Can be called from any thread. Raises Cancelled once the load is abandoned."""
+        self.state = LoadState(stage, done, total)
         failpoint(f"load-{stage}")
         if self._abandoned:
             raise Cancelled("nobody waits for it any more", field="load")
 
     def abandon(self) -> None:
         self._abandoned = True
-        self._work.cancel()  # if no thread has begun it
+        self._work.cancel()  # if no thread has started it
 
     async def follow(self, report: Report) -> None:
-        """Until it ends."""
+        """Reports the state until the load ends."""
         told = None
         while not self.result.done():
             if (state := self.state) != told:

@@ -1,1 +1,1 @@
-"""A request's way from any protocol to the engine and back."""
+"""The path of a request from any protocol to the engine, and of its events back."""

@@ -1,4 +1,7 @@
-"""What every call goes through, but of health and reflection: admission, the error table, one line in the log."""
+"""Admission of calls: a limit, the translation of errors to statuses, one log line a call, and an orderly end.
+
+Health and reflection pass no admission.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ OWN_SERVICES = ("/lorarep.v1.", "/fmaas.")
 
 
 class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """The calls under way. Health and reflection are not among them: they answer to the last."""
+    """The running calls of lorarep's and fmaas' services. Health and reflection are answered until the end."""
 
     def __init__(self, max_calls: int) -> None:
         self._max_calls = max_calls
@@ -32,11 +35,11 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._closed = self._ending = False
 
     def close(self) -> None:
-        """Refuses new calls from now on; those under way go on."""
+        """Refuses new calls from now on. Running calls continue."""
         self._closed = True
 
     async def finished(self, grace: float) -> bool:
-        """Waits until no call is under way; False if some still are after `grace` seconds."""
+        """Waits until no call is running; False if some still are after `grace` seconds."""
         try:
             async with asyncio.timeout(grace):
                 await self._none_left.wait()
@@ -45,7 +48,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return True
 
     def end(self) -> None:
-        """Ends all calls under way with UNAVAILABLE."""
+        """Ends all running calls with UNAVAILABLE."""
         self._ending = True
         for task in self._tasks:
             task.cancel()
@@ -62,7 +65,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         streams = handler.response_streaming
         inner = handler.unary_stream if streams else handler.unary_unary
 
-        async def answer(data: bytes, context: Any) -> Any:
+        async def handle(data: bytes, context: Any) -> Any:
             try:
                 request = handler.request_deserializer(data)
             except DecodeError as error:
@@ -70,17 +73,24 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return await inner(request, context)
 
         async def guarded(data: bytes, context: Any) -> Any:
-            result = await self.guard(method.removeprefix("/lorarep.v1.").removeprefix("/"), answer(data, context))
+            result = await self.guard(method.removeprefix("/lorarep.v1.").removeprefix("/"), handle(data, context))
             if isinstance(result, Status):
                 await context.abort(result.code, result.text, result.metadata)
             return result
 
         wrap: Any = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        # Bytes come as they are: what gRPC's own reading of a request fails with would be UNKNOWN.
+        # Requests arrive as bytes and are parsed above: gRPC's own parser would report malformed ones as UNKNOWN.
         return wrap(guarded, None, handler.response_serializer)
 
     async def guard(self, method: str, work: Coroutine[Any, Any, T]) -> T | Status:
-        """What a call's work gives, or what its caller is to be told in its place; the work is in the caller's task."""
+        """Runs a call's work in the current task, if it is admitted, and logs its outcome.
+
+        Args:
+            method: the name of the call in the log.
+
+        Returns:
+            The result of the work, or the status of its error.
+        """
         started, code = time.monotonic(), "OK"
         task = asyncio.current_task()
         assert task is not None
@@ -88,7 +98,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._admit(task)
             return await work
         except (Exception, asyncio.CancelledError) as error:
-            work.close()  # if it has not been admitted
+            work.close()  # work that was not admitted has not started
             if isinstance(error, asyncio.CancelledError) and self._ending:
                 status = status_of(Unavailable("the server has shut down"))
             else:

@@ -1,4 +1,4 @@
-"""Requests on their way into the engine and the events of their answers, whichever protocol they came by."""
+"""The frontend: requests of every protocol enter the engine here, and their events leave it here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests import messages
 from lorarep_server.requests.event_stream import EventStream
 from lorarep_server.telemetry.metrics import Metrics
-from lorarep_server.telemetry.tracing import Traced, Traces
+from lorarep_server.telemetry.tracing import TracedRequest, Traces
 
 if TYPE_CHECKING:
     from lorarep_runtime.adapters.registry import AdapterInfo
@@ -33,41 +33,48 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Admitted:
-    """A request that the engine has taken."""
+    """A request that the engine has accepted."""
 
     id: int
     prompt: Sequence[int]
     submitted: int
-    """`time.monotonic_ns()`."""
+    """Time of submission, by `time.monotonic_ns()`."""
     adapters: Sequence[AdapterInfo]
     tokenizer: Tokenizer
 
 
 class Frontend:
-    """The one way to the engine: has adapters loaded, admits, counts, and cancels what nobody waits for any more."""
+    """The only way to the engine: it loads absent adapters, submits, counts, and cancels abandoned requests."""
 
     def __init__(
         self,
         engine: Callable[[], Engine],
-        loads: LoadQueue,
-        desired: Reconciler,
+        load_queue: LoadQueue,
+        reconciler: Reconciler,
         metrics: Metrics,
         traces: Traces,
         *,
         max_unread: int,
         patience: float,
     ) -> None:
+        """
+        Args:
+            engine: gives the engine, or raises Unavailable until it is loaded.
+            load_queue: loads adapters that requests name.
+            reconciler: knows the adapters file.
+            max_unread, patience: limits of slow readers, as in `EventStream`.
+        """
         self.engine = engine
-        """Raises Unavailable until it is loaded."""
-        self._loads = loads
-        self._desired = desired
+        """Gives the engine. Raises Unavailable until it is loaded."""
+        self._load_queue = load_queue
+        self._reconciler = reconciler
         self._metrics = metrics
         self._traces = traces
         self._max_unread = max_unread
         self._patience = patience
 
     @asynccontextmanager
-    async def answer(
+    async def generate(
         self,
         request: generation_pb2.GenerateRequest,
         metadata: Mapping[str, str],
@@ -77,35 +84,42 @@ class Frontend:
         longest_prompt: int | None = None,
         time_limit: float | None = None,
     ) -> AsyncIterator[tuple[Admitted, EventStream]]:
-        """A request and its events. If it has not ended by itself when the context does, it is cancelled.
+        """A context of one request and its events. A request that has not ended when the context does is cancelled.
 
         Args:
-            metadata: the call's, or its headers.
-            seconds: until its deadline.
-            new_tokens: most tokens of the answer if the request does not say, or what the prompt leaves.
-            longest_prompt: tokens to which a text is cut, as `Tokenizer.encode` does.
-            time_limit: seconds until a deadline too, but from when its adapters are at hand.
+            metadata: the metadata or the headers of the call.
+            seconds: time until the request's deadline.
+            new_tokens: most tokens of the answer where the request sets no limit; the prompt may leave fewer.
+            longest_prompt: most tokens of a text; longer texts are cut as in `Tokenizer.encode`.
+            time_limit: seconds until another deadline, counted from the time when the adapters are resident.
+
+        Raises:
+            LorarepError: the request is refused, or ended with this error.
         """
         engine = self.engine()
         deadline = None if seconds is None else time.monotonic() + seconds
         events = EventStream(self._max_unread, self._patience)
         names = ",".join(ref.name for ref in request.adapters)
-        traced = Traced(metadata, names or request.stack or engine.base.repository)
+        traced = TracedRequest(metadata, names or request.stack or engine.base.repository)
         try:
+            # 1. Load absent adapters.
             await self._load_absent(engine, messages.adapter_weights(request.adapters))
             if time_limit is not None:
                 deadline = min(time.monotonic() + time_limit, math.inf if deadline is None else deadline)
-            work = asyncio.to_thread(admit, engine, request, deadline, events.put, new_tokens, longest_prompt)
-            admission = asyncio.ensure_future(work)
+            # 2. Submit the request in a thread, since tokenization takes a while.
+            work = asyncio.to_thread(submit, engine, request, deadline, events.put, new_tokens, longest_prompt)
+            submission = asyncio.ensure_future(work)
             try:
-                # Shielded: what is being admitted while its caller leaves has to be cancelled once it is.
-                admitted = await asyncio.shield(admission)
+                # Shielded: a request that is submitted while its caller leaves has to be cancelled afterwards.
+                admitted = await asyncio.shield(submission)
                 traced.submitted, traced.prompt_tokens = admitted.submitted, len(admitted.prompt)
+                # 3. The caller reads the events.
                 yield admitted, events
             finally:
+                # 4. Cancel the request if it has not ended.
                 events.close()
                 if events.end is None:
-                    admission.add_done_callback(partial(_cancel, engine))
+                    submission.add_done_callback(partial(_cancel, engine))
         except (Exception, asyncio.CancelledError) as error:
             cause = events.too_slow or error
             if not isinstance(events.end, Finished):
@@ -118,17 +132,22 @@ class Frontend:
                 self._traces.end(traced, events.end)
 
     async def target(self, model: str) -> dict[str, Any]:
-        """A request's adapters or stack for a name: the base, an adapter, a stack, or a repository, in this order."""
+        """The adapters or the stack of a model's name, as fields of GenerateRequest.
+
+        A name stands for the base, an adapter, a stack, or a repository, in this order.
+        """
         engine = self.engine()
         if model == engine.base.repository:
             return {}
-        has_name = self._desired.get(model) is not None or await asyncio.to_thread(engine.adapters.__contains__, model)
-        if not has_name and model in engine.stacks:
+        is_adapter = self._reconciler.get(model) is not None or await asyncio.to_thread(
+            engine.adapters.__contains__, model
+        )
+        if not is_adapter and model in engine.stacks:
             return {"stack": model}
         return {"adapters": [generation_pb2.AdapterRef(name=model)]}
 
     async def with_tokenizer(self, adapters: Iterable[generation_pb2.AdapterRef], work: Callable[[Tokenizer], T]) -> T:
-        """What `work` makes, in a thread, with the tokenizer of requests with these adapters."""
+        """Runs `work` in a thread with the tokenizer of requests with these adapters, and returns its result."""
         engine, weights = self.engine(), messages.adapter_weights(adapters)
         await self._load_absent(engine, weights)
 
@@ -142,31 +161,31 @@ class Frontend:
         return await asyncio.to_thread(leased)
 
     async def _load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
-        """Has adapters found that are not at hand and can be, and waits for that."""
-        pool = engine.adapters
+        """Loads those adapters of a request that are not resident and may be loaded. Waits for the loads."""
+        registry = engine.adapters
         for name, _ in adapters:
-            if await asyncio.to_thread(pool.is_at_hand, name):
+            if await asyncio.to_thread(registry.is_at_hand, name):
                 continue
-            if await asyncio.to_thread(pool.__contains__, name):
-                await self._loads.bring(pool, name)
-            elif self._desired.get(name) is not None:
-                if error := self._desired.error(name):
+            if await asyncio.to_thread(registry.__contains__, name):
+                await self._load_queue.bring(registry, name)
+            elif self._reconciler.get(name) is not None:
+                if error := self._reconciler.error(name):
                     raise Unavailable(f"{name!r} is not loaded, and is tried again: {error}", field="adapter")
-                await self._loads.load(pool, self._desired.load(name))
+                await self._load_queue.load(registry, self._reconciler.load_request(name))
             elif "/" in name:
                 repository, _, revision = name.partition("@")
                 try:
-                    await self._loads.load(pool, LoadRequest(name, repository, revision or None))
+                    await self._load_queue.load(registry, LoadRequest(name, repository, revision or None))
                 except Exhausted:
-                    await self._loads.bring(pool, name)  # it waits in the queue for room on the device
+                    await self._load_queue.bring(registry, name)  # the request waits in the queue for device memory
 
 
-def of_call(context: Any) -> tuple[dict[str, str], float | None]:
-    """Metadata of a gRPC call, and seconds until its deadline."""
+def call_context(context: Any) -> tuple[dict[str, str], float | None]:
+    """The metadata of a gRPC call, and the seconds until its deadline; None if it has none."""
     return dict(context.invocation_metadata()), context.time_remaining()
 
 
-def admit(
+def submit(
     engine: Engine,
     request: generation_pb2.GenerateRequest,
     deadline: float | None,
@@ -174,20 +193,24 @@ def admit(
     new_tokens: int = Stopping.max_new_tokens,
     longest_prompt: int | None = None,
 ) -> Admitted:
-    """Has the engine take a request; blocks. Raises as `AdapterRegistry.lease`, `Engine.submit` and the tokenizer."""
+    """Tokenizes a request and submits it to the engine. Blocks.
+
+    Raises:
+        LorarepError: as `AdapterRegistry.lease`, the tokenizer and `Engine.submit`.
+    """
     lease = engine.adapters.lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
     try:
         prompt = messages.prompt_tokens(request.prompt, lease.tokenizer, longest_prompt)
         longest = engine.longest(len(lease.stack))
-        wanted = messages.runtime_request(request, prompt, deadline, longest, new_tokens)
+        runtime_request = messages.runtime_request(request, prompt, deadline, longest, new_tokens)
         submitted = time.monotonic_ns()
-        request_id = engine.submit(wanted, lease, on_event)
+        request_id = engine.submit(runtime_request, lease, on_event)
     except BaseException:
         lease.release()
         raise
     return Admitted(request_id, prompt, submitted, lease.adapters, lease.tokenizer)
 
 
-def _cancel(engine: Engine, admission: asyncio.Future[Admitted]) -> None:
-    if not admission.cancelled() and admission.exception() is None:
-        engine.cancel(admission.result().id)
+def _cancel(engine: Engine, submission: asyncio.Future[Admitted]) -> None:
+    if not submission.cancelled() and submission.exception() is None:
+        engine.cancel(submission.result().id)

@@ -1,4 +1,4 @@
-"""Between the messages of the wire and the runtime's own types."""
+"""Translation between lorarep.v1's messages and the runtime's own types."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorarep_runtime.adapters.registry import AdapterInfo
     from lorarep_runtime.text.tokenizer import Tokenizer
     from lorarep_server.loading.adapters_file import DesiredAdapter
-    from lorarep_server.loading.load_queue import State
+    from lorarep_server.loading.load_queue import LoadState
 
 FINISH_REASONS: Mapping[FinishReason, generation_pb2.FinishReason.ValueType] = {
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
@@ -47,10 +47,10 @@ STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
 
 
 def prompt_tokens(prompt: generation_pb2.Prompt, tokenizer: Tokenizer, longest: int | None = None) -> tuple[int, ...]:
-    """A prompt's tokens; those of a text are at most `longest`, as `Tokenizer.encode` cuts it.
+    """The tokens of a prompt. A text has at most `longest` of them; longer texts are cut as in `Tokenizer.encode`.
 
     Raises:
-        InvalidArgument: the prompt is unset, or the tokenizer cannot make tokens of it.
+        InvalidArgument: the prompt is unset, or the tokenizer cannot encode it.
     """
     match prompt.WhichOneof("content"):
         case "text":
@@ -66,11 +66,12 @@ def prompt_tokens(prompt: generation_pb2.Prompt, tokenizer: Tokenizer, longest: 
 
 
 def adapter_weights(adapters: Iterable[generation_pb2.AdapterRef]) -> list[tuple[str, float]]:
-    """Names and weights."""
+    """The names and weights of a request's adapters; an unset weight is 1."""
     return [(ref.name, ref.weight if ref.HasField("weight") else 1.0) for ref in adapters]
 
 
 def stack_name(request: generation_pb2.GenerateRequest) -> str | None:
+    """The named stack of a request; None if it is unset."""
     return request.stack if request.HasField("stack") else None
 
 
@@ -81,11 +82,13 @@ def runtime_request(
     max_tokens: int,
     new_tokens: int = Stopping.max_new_tokens,
 ) -> Request:
-    """The request for the engine; what is unset has the runtime's defaults.
+    """The runtime's form of a request. Unset fields have the runtime's defaults.
 
     Args:
-        max_tokens: of prompt and answer together...
-        new_tokens: ...and of an answer whose length is unset, which is no longer than that leaves.
+        prompt: the tokens of the prompt.
+        deadline: time by `time.monotonic()`.
+        max_tokens: most tokens of prompt and answer together.
+        new_tokens: most tokens of the answer where the request sets no limit; the prompt may leave fewer.
     """
     stopping = Stopping(**_given(request.stopping))
     if not request.stopping.HasField("max_new_tokens"):
@@ -101,7 +104,7 @@ def runtime_request(
 
 
 def _given(message: Message) -> dict[str, Any]:
-    """The fields that are set; messages and dataclasses name them alike."""
+    """The fields of a message that are set; the runtime's dataclasses have the same names."""
     return {
         field.name: tuple(value) if field.is_repeated else value  # type: ignore[attr-defined]
         for field, value in message.ListFields()
@@ -109,7 +112,7 @@ def _given(message: Message) -> dict[str, Any]:
 
 
 def chunk(outputs: Sequence[Output], tokenizer: Tokenizer) -> generation_pb2.GenerationChunk:
-    """What several steps added to an answer, as one part of it."""
+    """The message of the tokens that one or more steps added to an answer."""
     return generation_pb2.GenerationChunk(
         text="".join(output.text for output in outputs),
         token_ids=[token for output in outputs for token in output.tokens],
@@ -130,6 +133,7 @@ def chunk(outputs: Sequence[Output], tokenizer: Tokenizer) -> generation_pb2.Gen
 
 
 def generation_finished(finished: Finished) -> generation_pb2.GenerationFinished:
+    """The last message of a stream: finish reason, usage and timings."""
     times = finished.timings
     return generation_pb2.GenerationFinished(
         finish_reason=FINISH_REASONS[finished.reason],
@@ -147,13 +151,19 @@ def _duration(seconds: float) -> Duration:
 
 
 def adapter_revision(info: AdapterInfo) -> generation_pb2.AdapterRevision:
+    """The exact revision of an adapter that a request used."""
     return generation_pb2.AdapterRevision(
         name=info.name, repository=info.repository, commit=info.commit, digest=info.digest
     )
 
 
 def adapter(info: AdapterInfo, *, error: str = "", desired: bool = False) -> adapters_pb2.Adapter:
-    """Of an adapter that is loaded."""
+    """The message of a loaded adapter.
+
+    Args:
+        error: why its last load failed, if it did.
+        desired: whether it is an entry of the adapters file.
+    """
     return adapters_pb2.Adapter(
         name=info.name,
         repository=info.repository,
@@ -175,7 +185,7 @@ def adapter(info: AdapterInfo, *, error: str = "", desired: bool = False) -> ada
 
 
 def absent_adapter(entry: DesiredAdapter, error: str) -> adapters_pb2.Adapter:
-    """Of an adapter that is loading, or failed with an error."""
+    """The message of an entry of the adapters file that is not loaded: it is loading, or failed with `error`."""
     return adapters_pb2.Adapter(
         name=entry.name,
         repository=entry.repository,
@@ -187,5 +197,6 @@ def absent_adapter(entry: DesiredAdapter, error: str) -> adapters_pb2.Adapter:
     )
 
 
-def load_progress(state: State) -> adapters_pb2.LoadProgress:
+def load_progress(state: LoadState) -> adapters_pb2.LoadProgress:
+    """The message that reports the progress of a load."""
     return adapters_pb2.LoadProgress(stage=STAGES[state.stage], done=state.done, total=state.total)

@@ -1,1 +1,1 @@
-"""Metrics, traces and the log."""
+"""The server's metrics, traces and log."""

@@ -1,4 +1,4 @@
-"""The log, written by a thread of its own: when nobody reads standard error, nothing but the log stands still."""
+"""The log. A thread of its own writes it, so that a standard error that nobody reads blocks only the log."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from logging.handlers import QueueHandler, QueueListener
 
 MAX_UNWRITTEN = 10_000
-"""Lines that wait to be written; later ones are lost."""
+"""Most lines that wait to be written; further lines are lost."""
 LAST_LINES = 1.0
-"""Seconds for what is unwritten at the end."""
+"""Seconds for the unwritten lines at the end."""
 
 
 class _Handler(QueueHandler):
@@ -22,21 +22,25 @@ class _Handler(QueueHandler):
 
 
 @contextmanager
-def logging_aside(level: str) -> Iterator[None]:
-    """Logs lorarep's own lines from a level on, and warnings of others, to standard error."""
+def logging_in_a_thread(level: str) -> Iterator[None]:
+    """Logs to standard error from a thread of its own while the context lasts.
+
+    Args:
+        level: least level of lorarep's own lines. Other packages log warnings and errors alone.
+    """
     lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_UNWRITTEN)
-    written = logging.StreamHandler()
-    written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    # Of what others log, warnings alone: HTTP clients have a line for every request, signed addresses included.
+    output = logging.StreamHandler()
+    output.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # HTTP clients log a line for every request below warnings, signed addresses included.
     least = max(logging.WARNING, logging.getLevelName(level.upper()))
     logging.basicConfig(handlers=[_Handler(lines)], format="%(message)s", level=least)
     for package in ("lorarep_runtime", "lorarep_server"):
         logging.getLogger(package).setLevel(level.upper())
-    QueueListener(lines, written).start()
+    QueueListener(lines, output).start()
     try:
         yield
     finally:
-        # Not the listener's own end, which waits for as long as nobody reads.
+        # QueueListener.stop would wait for as long as nobody reads.
         writing = threading.Thread(target=lines.join, daemon=True)
         writing.start()
         writing.join(LAST_LINES)

@@ -1,7 +1,7 @@
-"""Prometheus metrics: histograms of what has ended, and the engine's own counts, read when they are scraped.
+"""Prometheus metrics: histograms of finished requests, and the engine's counts, which are read when they are scraped.
 
-Names have the prefix `lorarep_`. Queue, KV use and adapters follow the Gateway API Inference Extension's model server
-protocol (its proposal 003), so that its scheduler can choose among servers.
+Names have the prefix `lorarep_`. The metrics of queue, KV memory and adapters follow the model server protocol of the
+Gateway API Inference Extension (its proposal 003), so that its scheduler can choose among servers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from lorarep_runtime.errors import LorarepError
+from lorarep_runtime.integers import next_power_of_two
 from lorarep_runtime.request import Finished
 from lorarep_server.errors import code_of
 
@@ -33,7 +34,7 @@ LOAD_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 
 
 class Metrics:
-    """What the server counts itself. Thread-safe."""
+    """The metrics that the server counts itself. Thread-safe."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def histogram(name: str, text: str, buckets: Iterable[float], labels: tuple[str, ...] = ()) -> Histogram:
@@ -53,7 +54,7 @@ class Metrics:
         )
 
     def finished(self, finished: Finished) -> None:
-        """Counts an answer."""
+        """Counts a request that has finished, and its timings."""
         times = finished.timings
         self._ended.labels(finished.reason.value).inc()
         self._request.observe(times.total)
@@ -69,7 +70,11 @@ class Metrics:
         self._ended.labels(code.name.lower()).inc()
 
     def latencies(self) -> dict[str, dict[str, float]]:
-        """How many answers took at most so many seconds: to their first token, and from one to the next on average."""
+        """Cumulative buckets of the time to the first token and of the mean time per output token.
+
+        Returns:
+            For "first_token" and "output_token", the count of requests by the upper bound in seconds.
+        """
         return {
             name: {
                 sample.labels["le"]: sample.value
@@ -81,7 +86,11 @@ class Metrics:
         }
 
     def timed_load(self, source: str, load: Callable[[], T]) -> Callable[[], T]:
-        """`load`, with its duration and outcome counted; `source` is "hub" or "folder"."""
+        """Wraps a load so that its duration and outcome are counted.
+
+        Args:
+            source: "hub" or "folder".
+        """
 
         def timed() -> T:
             started, outcome = time.monotonic(), "ok"
@@ -97,14 +106,16 @@ class Metrics:
 
 
 class EngineCollector(Collector):
-    """The engine's snapshot as metrics; nothing until there is an engine.
+    """Exports a snapshot of the engine as metrics; nothing until the engine is loaded."""
 
-    `desired` gives how many entries of the adapters file are in which state.
-    """
-
-    def __init__(self, engine: Callable[[], Engine], desired: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, engine: Callable[[], Engine], entry_states: Callable[[], Mapping[str, int]]) -> None:
+        """
+        Args:
+            engine: gives the engine, or raises until it is loaded.
+            entry_states: gives the number of the adapters file's entries in each state.
+        """
         self._engine = engine
-        self._desired = desired
+        self._entry_states = entry_states
 
     def collect(self) -> Iterable[Metric]:
         try:
@@ -128,7 +139,7 @@ class EngineCollector(Collector):
         tiers = Counts(info.tier for info in engine.adapters.list())
         by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
         yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)
-        yield _by("adapters_desired", "Entries of the adapters file.", "state", self._desired())
+        yield _by("adapters_desired", "Entries of the adapters file.", "state", self._entry_states())
         evictions = engine.adapters.residency.evictions
         yield _counter("adapter_evictions", "Adapters that left device memory for others.", evictions)
         host_bytes = engine.adapters.residency.host_bytes
@@ -159,8 +170,12 @@ def _by(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric
 
 
 def _counts(name: str, text: str, steps: Mapping[int, int], most: int) -> Metric:
-    """How many steps had so many, as a histogram with a bucket for each power of two up to `most`."""
-    bounds = [0, *(1 << power for power in range((most - 1).bit_length() + 1))]
+    """A histogram of steps by size, with a bucket for each power of two up to `most`.
+
+    Args:
+        steps: the number of steps, by their size.
+    """
+    bounds = [0, *(1 << power for power in range(next_power_of_two(most).bit_length()))]
     buckets = [
         (floatToGoString(bound), float(sum(n for size, n in steps.items() if size <= bound))) for bound in bounds
     ]

@@ -1,8 +1,8 @@
-"""OpenTelemetry: a span for each request, with its time in the queue, in prefill and in decoding inside.
+"""OpenTelemetry traces: a span for each request, with inner spans for its queue, prefill and decode phases.
 
-Attributes are those of OpenTelemetry's conventions for generative AI. The trace that a caller is in comes from its
-call's metadata, by the W3C's Trace Context (`traceparent`) or as OTEL_PROPAGATORS says; sampling and the exporter have
-their OTEL_ variables too.
+Attributes follow OpenTelemetry's conventions for generative AI. The caller's trace comes from the metadata of its call,
+in the W3C's Trace Context (`traceparent`) or as OTEL_PROPAGATORS says. OTEL_ variables configure sampling and the
+exporter.
 """
 
 from __future__ import annotations
@@ -21,34 +21,36 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 MAX_ATTRIBUTE = 256
-"""Characters; callers may name what there is not."""
+"""Most characters of an attribute; callers may send names of any length."""
 LAST_SPANS = 2.0
-"""Seconds for what is unsent at the end."""
+"""Seconds to send the remaining spans at the end."""
 
 
 @dataclass
-class Traced:
-    """A request on its way. Times are `time.monotonic_ns()`."""
+class TracedRequest:
+    """The data of a running request that its span needs. Times are by `time.monotonic_ns()`."""
 
     metadata: Mapping[str, str]
+    """The metadata or the headers of the call, which may name the caller's trace."""
     model: str
-    """Names of its adapters, joined by commas, or of its stack, or of the base."""
+    """The names of the request's adapters, joined by commas; or of its stack; or of the base."""
     began: int = field(default_factory=time.monotonic_ns)
+    """The time when the call began."""
     submitted: int = 0
-    """When the engine was given it."""
+    """The time when the request was submitted to the engine."""
     prompt_tokens: int = 0
 
 
 class Traces:
-    """Spans of requests, sent to a collector from a thread of their own. Without an endpoint nothing is done."""
+    """Sends the spans of requests to a collector, from a thread of its own. Without an endpoint it does nothing."""
 
     def __init__(self, endpoint: str | None) -> None:
         """
         Args:
-            endpoint: of a collector that takes OTLP over gRPC, such as "http://collector:4317"; https is TLS.
+            endpoint: URL of a collector that accepts OTLP over gRPC, such as "http://collector:4317"; https is TLS.
 
         Raises:
-            InvalidArgument: it is neither http nor https.
+            InvalidArgument: the endpoint is neither http nor https.
             FailedPrecondition: OpenTelemetry is not installed.
         """
         self._provider: Any = None
@@ -69,14 +71,14 @@ class Traces:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer("lorarep")
 
-    def end(self, traced: Traced, end: Finished | BaseException) -> None:
-        """Has a request's spans sent. They are made once it is over: what its phases took is known then."""
+    def end(self, traced: TracedRequest, end: Finished | BaseException) -> None:
+        """Makes and sends the spans of a request that is over, when the durations of its phases are known."""
         if self._provider is None:
             return
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
 
-        # To nanoseconds since the epoch, by one difference for all, whatever is done to the system's clock meanwhile.
+        # Nanoseconds since the epoch, by the same difference for all spans: the system's clock may be set meanwhile.
         epoch = time.time_ns() - time.monotonic_ns()
         attributes = {
             "gen_ai.operation.name": "text_completion",
@@ -101,7 +103,7 @@ class Traces:
         span.end(epoch + time.monotonic_ns())
 
     def close(self) -> None:
-        """Sends what is left, for as long as there is patience. Blocks."""
+        """Sends the remaining spans, for at most LAST_SPANS seconds. Blocks."""
         if self._provider is not None:
             closing = threading.Thread(target=self._provider.shutdown, daemon=True)
             closing.start()

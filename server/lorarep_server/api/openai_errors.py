@@ -1,0 +1,67 @@
+"""Errors as OpenAI's HTTP API reports them: an HTTP status, and a JSON body with type, code and param."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+from grpc import StatusCode
+
+from lorarep_server.errors import RETRY_HINT, Status
+
+HTTP: Mapping[StatusCode, tuple[int, str, str | None]] = {
+    StatusCode.INVALID_ARGUMENT: (400, "invalid_request_error", None),
+    StatusCode.FAILED_PRECONDITION: (400, "invalid_request_error", None),
+    StatusCode.UNAUTHENTICATED: (401, "invalid_request_error", "invalid_api_key"),
+    StatusCode.PERMISSION_DENIED: (403, "permission_error", None),
+    StatusCode.NOT_FOUND: (404, "invalid_request_error", "model_not_found"),
+    StatusCode.ALREADY_EXISTS: (409, "invalid_request_error", None),
+    StatusCode.RESOURCE_EXHAUSTED: (429, "rate_limit_error", None),
+    StatusCode.CANCELLED: (499, "server_error", None),
+    StatusCode.UNAVAILABLE: (503, "server_error", None),
+    StatusCode.DEADLINE_EXCEEDED: (504, "server_error", None),
+}
+"""The HTTP status, and OpenAI's type and code of an error. Statuses that are not in the table are 500."""
+
+FIELDS: Mapping[str, str] = {
+    "adapter": "model",
+    "adapters": "model",
+    "repository": "model",
+    "stack": "model",
+    "prompt.chat": "messages",
+    "min_new_tokens": "min_tokens",
+}
+"""OpenAI's names of fields by lorarep's own, where the two differ."""
+
+
+def error_response(status: Status, fields: Mapping[str, str] = FIELDS) -> web.Response:
+    """The HTTP response that reports a status.
+
+    Args:
+        fields: OpenAI's names of fields, by lorarep's own.
+    """
+    headers = {}
+    if milliseconds := dict(status.metadata).get(RETRY_HINT):
+        headers = {"Retry-After": str(math.ceil(int(milliseconds) / 1000)), "Retry-After-Ms": milliseconds}
+    if status.code is StatusCode.UNAUTHENTICATED:
+        headers["WWW-Authenticate"] = "Bearer"
+    code, *_ = HTTP.get(status.code, (500,))
+    return web.json_response(error_body(status, fields), status=code, headers=headers)
+
+
+def error_body(status: Status, fields: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON body that reports a status; its `param` is the field under OpenAI's name."""
+    _, kind, code = HTTP.get(status.code, (500, "server_error", None))
+    named = status.named(fields)
+    return _body(named.text, kind, named.field, code)
+
+
+def bad_request(message: str, http_status: int) -> web.Response:
+    """The response to an HTTP request that no handler has seen."""
+    return web.json_response(_body(message, "invalid_request_error"), status=http_status)
+
+
+def _body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

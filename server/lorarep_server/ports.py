@@ -1,0 +1,168 @@
+"""The ports of a server: gRPC, metrics, health alone and OpenAI's API. Each is bound, served and closed here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from prometheus_client import CollectorRegistry, start_http_server
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_server.addresses import parse_address
+from lorarep_server.config import ServerConfig
+from lorarep_server.connections import close_connections
+from lorarep_server.tls import TlsFiles
+
+log = logging.getLogger(__name__)
+
+GRPC_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error; it does not share the calls
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.max_concurrent_streams", 1024),
+    # A caller that has vanished is noticed within 90 seconds. A caller that pings too often is cut off.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 3),
+)
+
+
+class Ports:
+    """The bound ports of one server. The port numbers are known once they are bound; 0 is a port that is not served."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """
+        Args:
+            config: the addresses and the TLS files.
+
+        Raises:
+            InvalidArgument: the TLS files are not complete.
+        """
+        self._config = config
+        self._tls = _tls_files(config)
+        self._grpc_servers: list[grpc.aio.Server] = []
+        self._metrics_server: WSGIServer | None = None
+        self._openai_runner: web.AppRunner | None = None
+        self.grpc = self.health = self.metrics = self.openai = 0
+
+    def bind_grpc(self, add_services: Callable[[grpc.aio.Server], None], interceptors: Sequence[Any]) -> None:
+        """Binds the port of gRPC, with the configured TLS.
+
+        Args:
+            add_services: registers all services on the server.
+            interceptors: see each call first, in this order.
+
+        Raises:
+            InvalidArgument: the address or the TLS files cannot be used.
+        """
+        server = grpc.aio.server(interceptors=interceptors, options=GRPC_OPTIONS)
+        add_services(server)
+        credentials = None if self._tls is None else self._tls.grpc_credentials()
+        self.grpc = _bind(server, "listen", self._config.listen, credentials)
+        self._grpc_servers.append(server)
+
+    def bind_health(self, add_services: Callable[[grpc.aio.Server], None]) -> None:
+        """Binds the port of health alone, in plain text, if the configuration has one.
+
+        Raises:
+            InvalidArgument: the address cannot be used.
+        """
+        if (address := self._config.health_listen) is not None:
+            server = grpc.aio.server(options=GRPC_OPTIONS)
+            add_services(server)
+            self.health = _bind(server, "health_listen", address, None)
+            self._grpc_servers.append(server)
+
+    def serve_metrics(self, registry: CollectorRegistry) -> None:
+        """Serves Prometheus metrics from a thread of their own.
+
+        Raises:
+            InvalidArgument: the address cannot be used.
+        """
+        address = self._config.metrics_listen
+        try:
+            host, port = parse_address(address)
+            self._metrics_server, _thread = start_http_server(port, host, registry)
+        except (OSError, ValueError, OverflowError) as error:
+            raise InvalidArgument(f"cannot serve at {address!r}: {error}", field="metrics_listen") from error
+        self.metrics = self._metrics_server.server_port
+
+    async def serve_openai(self, application: Callable[[], web.Application], patience: float) -> None:
+        """Serves OpenAI's API with the configured TLS, if the configuration has an address for it.
+
+        Args:
+            application: makes the application; it is not called if nothing is served.
+            patience: seconds that requests have to finish when the port is closed.
+
+        Raises:
+            InvalidArgument: the address or the TLS files cannot be used.
+        """
+        if (address := self._config.openai_listen) is None:
+            return
+        context = None if self._tls is None else self._tls.context()
+        logging.getLogger("aiohttp.server").addFilter(_is_ours)
+        # A caller that leaves cancels its request.
+        runner = web.AppRunner(application(), handler_cancellation=True, shutdown_timeout=patience, access_log=None)
+        await runner.setup()
+        try:
+            host, port = parse_address(address)
+            await web.TCPSite(runner, host or None, port, ssl_context=context).start()
+        except (OSError, ValueError, OverflowError) as error:
+            await runner.cleanup()
+            raise InvalidArgument(f"cannot serve at {address!r}: {error}", field="openai_listen") from error
+        self._openai_runner, self.openai = runner, int(runner.addresses[0][1])
+
+    async def start(self) -> None:
+        """Starts the gRPC servers, and logs all ports."""
+        for server in self._grpc_servers:
+            await server.start()
+        log.info("listening on port %d, metrics on port %d", self.grpc, self.metrics)
+        if self.health:
+            log.info("health alone on port %d", self.health)
+        if self.openai:
+            log.info("OpenAI's API on port %d", self.openai)
+
+    async def close(self, patience: float) -> None:
+        """Closes all ports and their connections.
+
+        Args:
+            patience: seconds that calls have to receive their last messages.
+        """
+        close_connections({self.grpc, self.health} - {0})
+        for server in self._grpc_servers:
+            await server.stop(patience)
+        if self._openai_runner is not None:
+            await self._openai_runner.cleanup()
+        if self._metrics_server is not None:
+            self._metrics_server.shutdown()
+            self._metrics_server.server_close()
+
+
+def _tls_files(config: ServerConfig) -> TlsFiles | None:
+    """The TLS files of the configuration; None means plain text."""
+    if config.tls_certificate is not None and config.tls_key is not None:
+        return TlsFiles(config.tls_certificate, config.tls_key, config.tls_client_ca)
+    if config.tls_certificate or config.tls_key or config.tls_client_ca:
+        raise InvalidArgument("TLS needs tls_certificate and tls_key, both", field="tls_certificate")
+    return None
+
+
+def _bind(server: grpc.aio.Server, field: str, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    """Binds a gRPC server and returns the port. Without credentials the port is in plain text."""
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise InvalidArgument(f"cannot serve at {address!r}", field=field) from error
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """A log filter: drops aiohttp's reports of malformed requests, which would copy a peer's bytes into the log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))

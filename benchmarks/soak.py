@@ -36,11 +36,13 @@ from lorarep.v1 import generation_pb2_grpc
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.faults.conftest import Failpoints, held
-from tests.server.conftest import ADAPTERS, World, published
+from tests.faults.conftest import held
+from tests.support.callers import load, request, stream, unload
+from tests.support.failpoints import Failpoints
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import save_adapter
-from tests.support.servers import Server, load, request, serving, stream, unload, wait_for
+from tests.support.servers import Server, serving, wait_for
+from tests.support.world import ADAPTERS, World, published
 
 KINDS = 80
 """Distinct requests."""

@@ -2,5 +2,5 @@
 
 import os
 
-# gRPC's core writes to standard error itself, past the log, and its threads stand still when nobody reads that.
+# gRPC's core writes to standard error without the log, and its threads would block on a pipe that nobody reads.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

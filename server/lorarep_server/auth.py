@@ -92,7 +92,7 @@ class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = handler_call_details.method
         needed = ROLES.get(method)
         given = [str(value) for key, value in handler_call_details.invocation_metadata if key == "authorization"]
-        # An unknown method may not exist. Only callers with a token are told.
+        # Only callers with a token may learn whether an unknown method exists.
         if refusal := self.refusal(given, Role.GENERATE if needed is None else needed):
             return _refuse(method, refusal)
         handler = await continuation(handler_call_details)

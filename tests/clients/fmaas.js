@@ -1,4 +1,5 @@
-// Arguments: HOST:PORT, the public generation.proto, adapters. Streams from all of them at once; prints messages by adapter.
+// Streams from several adapters concurrently with a client of the public messages, and prints the messages by adapter.
+// Arguments: HOST:PORT, the public generation.proto, adapters.
 
 import grpc from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";

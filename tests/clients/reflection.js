@@ -1,5 +1,5 @@
-// Arguments: HOST:PORT, adapters. Streams from all of them at once, all that is known being the server's own description;
-// prints messages by adapter.
+// Streams from several adapters concurrently with a client made by reflection alone, and prints the messages by adapter.
+// Arguments: HOST:PORT, adapters.
 
 import grpc from "@grpc/grpc-js";
 import reflection from "grpc-js-reflection-client";

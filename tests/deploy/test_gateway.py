@@ -1,4 +1,4 @@
-"""The gateway's overlay: what its parts say of one another, and of the server's ports and metrics, is so."""
+"""The gateway's overlay: its parts refer to each other, and to the server's ports and metrics, correctly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def objects() -> Objects:
 
 @pytest.fixture
 def ports(objects: Objects) -> dict[str, int]:
-    """The server's."""
+    """The labels of the server's pods."""
     (container,) = objects["StatefulSet", "lorarep"]["spec"]["template"]["spec"]["containers"]
     return {port["name"]: port["containerPort"] for port in container["ports"]}
 
@@ -65,7 +65,7 @@ def test_the_pool_finds_the_picker_and_no_service_else(objects: Objects, picker:
     (port,) = service["ports"]
     assert port["port"] == reference["port"]["number"]
     named = {port["name"]: port["containerPort"] for port in picker["ports"]}
-    assert named[port["targetPort"]] == 9002  # where it listens that is told nothing else
+    assert named[port["targetPort"]] == 9002  # the picker's default port
     assert (
         picker["readinessProbe"]["grpc"]["port"] == picker["livenessProbe"]["grpc"]["port"] == named["health"] == 9003
     )
@@ -73,7 +73,7 @@ def test_the_pool_finds_the_picker_and_no_service_else(objects: Objects, picker:
     labels = deployment["template"]["metadata"]["labels"]
     assert service["selector"] == deployment["selector"]["matchLabels"] == labels
     server = objects["StatefulSet", "lorarep"]["spec"]["template"]["metadata"]["labels"]
-    assert not labels.items() & server.items()  # or it would get the server's own calls
+    assert not labels.items() & server.items()  # equal labels would send the server's calls to the picker
 
 
 def test_the_picker_may_read_what_it_needs(objects: Objects) -> None:

@@ -1,4 +1,4 @@
-"""The image is what the project says it needs, by hash, and what is built is what the Dockerfile says."""
+"""The image installs the locked dependencies by hash, and the built image agrees with the Dockerfile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.fixture(scope="module")
 def locked() -> dict[str, list[str]]:
-    """Versions by name; where there are several, each is for other versions of Python. All have hashes."""
+    """The locked versions, by name. Several versions of a package are for different versions of Python."""
     versions: dict[str, list[str]] = {}
     pinned = r"^(\S+)==(\S+)(?: ; [^\\\n]+)? \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+"
     rest = re.sub(r"^ *#.*\n", "", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
@@ -79,7 +79,7 @@ def test_what_is_built_is_what_the_dockerfile_says() -> None:
     assert dict(variable.split("=", 1) for variable in config["Env"]) == image.env
     assert image.labels.items() <= config["Labels"].items()
     assert set(config["ExposedPorts"]) == {f"{port}/tcp" for port in image.ports}
-    # Whatever mounts the root, the server's user can write to nothing but its own two folders.
+    # Even with a writable root, the server's user can write only to its own two folders.
     kinds = ["(", "-type", "f", "-or", "-type", "d", "-not", "-perm", "-o+t", ")"]
     writable = ["(", "-uid", image.user, "-or", "-perm", "-o+w", ")"]
     find = ["find", f"{folder}/root/", "-xdev", *kinds, *writable, "-printf", "/%P\n"]

@@ -1,4 +1,4 @@
-"""Each overlay renders to what Kubernetes knows, and its server would accept the configuration it is given."""
+"""Each overlay renders to valid Kubernetes resources, and a server accepts its configuration."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.support import crds
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CONFIGURED = {"base": "metamath", "overlays/cpu": "shout", "overlays/air-gapped": "metamath"}
-"""Folders with a configuration, and an adapter that each has."""
+"""The overlays, and an adapter of each."""
 DEMO = Path("/opt/lorarep/demo")
-"""Where the image has the models of the package."""
+"""The folder of the package's models in the image."""
 LISTENS = {"listen": "grpc", "openai_listen": "openai", "metrics_listen": "metrics", "health_listen": "health"}
-"""What the configuration calls the ports, and what the manifests call them."""
+"""The manifests' names of the ports, by the configuration's."""
 OLDEST = "1.30"
-"""Kubernetes whose kubelet knows `sleep` as a hook without being told to."""
+"""Oldest version of Kubernetes whose kubelet has the `sleep` hook by default."""
 
 Objects = dict[tuple[str, str], dict[str, Any]]
 
@@ -40,7 +40,7 @@ def overlay(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def objects(overlay: str) -> Objects:
-    """What `kubectl apply -k` would send, by kind and name."""
+    """The resources that `kubectl apply -k` would send, by kind and name."""
     if shutil.which("kubectl") is None and not os.environ.get("CI"):
         pytest.skip("kubectl is not installed")
     return render(DEPLOY / "overlays" / overlay)
@@ -109,19 +109,19 @@ def test_everything_finds_the_pods(overlay: str, objects: Objects) -> None:
     if scaled:
         target = objects["HorizontalPodAutoscaler", "lorarep"]["spec"]["scaleTargetRef"]
         assert (target["kind"], target["name"]) in objects
-        assert "replicas" not in stateful  # each `kubectl apply` would undo what the autoscaler did
+        assert "replicas" not in stateful  # each `kubectl apply` would reset the autoscaler's replicas
 
 
 def test_what_the_pod_mounts_is_there(objects: Objects, pod: dict[str, Any]) -> None:
     (container,) = pod["containers"]
-    # Each mounted thing is there under the name that the renderer gave it.
+    # Each mounted object exists under the name that the renderer gave it.
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     claims = {claim["metadata"]["name"] for claim in objects["StatefulSet", "lorarep"]["spec"]["volumeClaimTemplates"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys() | claims
     contents = {name: thing["data"] for (kind, name), thing in objects.items() if kind == "ConfigMap"}
     config, adapters = (contents.pop(volumes[name]["configMap"]["name"]) for name in ("config", "adapters"))
     assert not contents
-    assert volumes["adapters"]["configMap"]["name"] == "lorarep-adapters"  # no other name for another content
+    assert volumes["adapters"]["configMap"]["name"] == "lorarep-adapters"  # the name does not depend on the content
     settings = yaml.safe_load(config["lorarep.yaml"])
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert Path(settings["token_file"]).parent == Path(mounts["tokens"])
@@ -156,7 +156,7 @@ def test_the_grace_period_holds_all_that_ending_takes(objects: Objects, pod: dic
 
 
 def test_the_pod_may_do_nothing_but_serve(pod: dict[str, Any]) -> None:
-    """What the "restricted" Pod Security Standard asks for, and more."""
+    """The pod meets the "restricted" Pod Security Standard, and more."""
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}

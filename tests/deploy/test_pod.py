@@ -1,4 +1,4 @@
-"""Each overlay's pod from start to end, without a cluster: as another user, on a root it cannot write to."""
+"""The pod of each overlay from start to end, without a cluster: as another user, on a read-only root."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.support.models import save_adapter, save_base
 
 ROOT = Path(__file__).parents[2]
 OWN = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
-"""Namespaces in which the manifest's ports are free, and nothing is reached but what is in them."""
+"""Namespaces in which the manifest's ports are free, and nothing outside can be reached."""
 
 
 @pytest.fixture(scope="module")
 def unshare() -> list[str]:
-    """The command that runs another in namespaces of its own, as root or as what passes for root in there."""
-    built()  # before: what is mounted later is not in them
+    """The prefix that runs a command in namespaces of its own, as root or as a user that is mapped to root."""
+    built()  # first: later mounts are not visible in the namespaces
     said = []
-    # The second needs no privilege, where the kernel and a container's profile let users have namespaces.
+    # The second command needs no privilege where user namespaces are allowed.
     for command in (["unshare", *OWN], ["unshare", "--user", "--map-root-user", *OWN]):
         tried = subprocess.run([*command, "true"], capture_output=True, text=True)
         if tried.returncode == 0:
@@ -34,8 +34,10 @@ def unshare() -> list[str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders named like the repositories that the base and the air-gapped overlay serve. Made here, so that what runs
-    in the namespaces need not import what makes them."""
+    """Folders named like the repositories that the base and the air-gapped overlay serve.
+
+    They are made outside the namespaces, so that the process in there does not import torch.
+    """
     folder = tmp_path_factory.mktemp("pods") / "models"
     base = save_base("mistral", folder / "Mistral-7B-v0.1")
     adapter = dict(r=4, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 4], [2, 5]])

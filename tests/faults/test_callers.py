@@ -1,4 +1,4 @@
-"""Those who wait for a load: together, in a queue, and leaving."""
+"""Callers of loads: they share a load, wait in the queue, and leave."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from lorarep.v1 import adapters_pb2 as pb
 
-from tests.faults.conftest import Failpoints, Innocent, refused
-from tests.server.conftest import ADAPTERS, World
+from tests.support.callers import Bystander, adapters, load, loading, refused, request, stream, unload
+from tests.support.failpoints import Failpoints
 from tests.support.models import save_adapter
-from tests.support.servers import OnTerminal, Server, adapters, load, loading, request, stream, unload, wait_for
+from tests.support.servers import OnTerminal, Server, wait_for
+from tests.support.world import ADAPTERS, World
 
 WEIGHTS = "adapter_model.safetensors"
 AT_A_TIME, MOST = 8, 72
@@ -20,12 +21,12 @@ STAGES = {
     pb.LOAD_STAGE_CHECKING: "load-check",
     pb.LOAD_STAGE_COMPILING: "load-compile",
 }
-"""And where they are held."""
+"""The stages of a load, and the failpoint of each."""
 
 
 @pytest.fixture
 def new(world: World, tmp_path: Path) -> str:
-    """A repository that no cache holds."""
+    """A new repository, which is in no cache."""
     name = f"org/{tmp_path.name[:60]}"
     world.hub.publish(name, save_adapter(world.base, tmp_path / "new", seed=5, **ADAPTERS["plain"]))
     return name
@@ -36,12 +37,12 @@ def until(call: Any, stage: int) -> pb.LoadProgress:
 
 
 def ended(server: Server, outcome: str) -> float:
-    """How many loads ended so."""
+    """The number of loads that ended with this outcome."""
     return server.metrics().get(f"lorarep_adapter_load_seconds_count{{outcome={outcome}}}{{source=hub}}", 0)
 
 
 def leave(server: Server, *calls: Any) -> None:
-    """Cancels calls, until the server has noticed."""
+    """Cancels calls, and waits until the server has noticed."""
 
     def noticed() -> int:
         return sum(" CANCELLED " in line for line in server.log)
@@ -52,7 +53,7 @@ def leave(server: Server, *calls: Any) -> None:
     wait_for(lambda: noticed() >= before + len(calls), "the callers to have left")
 
 
-def test_every_stage_of_a_load_is_told(server: Server, innocent: Innocent, failpoints: Failpoints, new: str) -> None:
+def test_every_stage_of_a_load_is_told(server: Server, bystander: Bystander, failpoints: Failpoints, new: str) -> None:
     for failpoint in STAGES.values():
         failpoints.set(failpoint, "hold")
     seen = []
@@ -72,7 +73,7 @@ def test_every_stage_of_a_load_is_told(server: Server, innocent: Innocent, failp
 
 
 def test_callers_share_a_load_that_goes_on_while_one_of_them_waits(
-    server: Server, world: World, innocent: Innocent, failpoints: Failpoints, new: str
+    server: Server, world: World, bystander: Bystander, failpoints: Failpoints, new: str
 ) -> None:
     world.hub.asked.clear()
     before = {outcome: ended(server, outcome) for outcome in ("ok", "cancelled")}
@@ -81,7 +82,7 @@ def test_callers_share_a_load_that_goes_on_while_one_of_them_waits(
     failpoints.wait_reached("load-download")
     first, second = loading(server, new, new), loading(server, new, new)
     for call in (first, second):
-        # It was begun by the request, and is where that one has brought it.
+        # The request started the load, so it has reached this stage.
         assert next(call).progress.stage == pb.LOAD_STAGE_DOWNLOADING
     leave(server, generating, first)
     failpoints.unset("load-download")
@@ -95,7 +96,7 @@ def test_callers_share_a_load_that_goes_on_while_one_of_them_waits(
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("asks", ["LoadAdapter", "GenerateStream"])
 def test_a_load_that_all_callers_have_left_is_cancelled_and_leaves_nothing(
-    server: Server, world: World, innocent: Innocent, failpoints: Failpoints, new: str, stage: int, asks: str
+    server: Server, world: World, bystander: Bystander, failpoints: Failpoints, new: str, stage: int, asks: str
 ) -> None:
     before = ended(server, "cancelled")
     failpoints.set(STAGES[stage], "hold")
@@ -108,13 +109,13 @@ def test_a_load_that_all_callers_have_left_is_cancelled_and_leaves_nothing(
     cached = world.cache / f"models--{new.replace('/', '--')}"
     assert not list(cached.rglob("*.incomplete"))
     if stage == pb.LOAD_STAGE_DOWNLOADING:
-        assert len(list(cached.glob("blobs/*"))) <= 1  # of the two files, the other one
+        assert len(list(cached.glob("blobs/*"))) <= 1  # the other one of the two files
     assert load(server, new, new).name == new
     unload(server, new)
 
 
 def test_loads_wait_their_turn_and_one_too_many_is_refused_with_a_hint(
-    server: Server, innocent: Innocent, failpoints: Failpoints
+    server: Server, bystander: Bystander, failpoints: Failpoints
 ) -> None:
     failpoints.set("load-check", "hold")
     calls = [loading(server, f"held{i}", "org/plain") for i in range(AT_A_TIME)]
@@ -125,7 +126,7 @@ def test_loads_wait_their_turn_and_one_too_many_is_refused_with_a_hint(
         assert next(call).progress == pb.LoadProgress(stage=pb.LOAD_STAGE_WAITING)
     error = refused(lambda: load(server, "over", "org/plain"), "RESOURCE_EXHAUSTED", f"loads: {MOST}")
     assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
-    leave(server, calls.pop())  # makes room at once, though the threads are held
+    leave(server, calls.pop())  # frees a place at once, although the threads are held
     calls.append(loading(server, "again", "org/plain"))
     assert next(calls[-1]).HasField("progress")
     before = ended(server, "cancelled")
@@ -138,7 +139,7 @@ def test_loads_wait_their_turn_and_one_too_many_is_refused_with_a_hint(
 
 
 def test_the_command_line_shows_a_loads_progress(
-    server: Server, innocent: Innocent, failpoints: Failpoints, new: str
+    server: Server, bystander: Bystander, failpoints: Failpoints, new: str
 ) -> None:
     for name in ("load-download", "load-compile"):
         failpoints.set(name, "hold")

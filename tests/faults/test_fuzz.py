@@ -1,4 +1,4 @@
-"""Files that nobody wrote by hand: each loads or is refused with a promised error, soon, and in bounded memory."""
+"""Fuzzers of files and requests: each is accepted or refused with a promised error, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from tests.faults.test_port import ROUNDS, mutated
+from tests.support.callers import request
 from tests.support.engines import assert_nothing_held, engine_for
 from tests.support.models import save_adapter, save_base
-from tests.support.servers import request
 
 PROMISED = (InvalidArgument, FailedPrecondition)
 FIELDS = sorted(CONSUMED | NO_EFFECT | EXPECTED.keys())
 SECONDS = 60
-"""A config's patterns have ten."""
+"""Most seconds for one file; a config's patterns may take ten."""
 MEMORY = 1 << 30
-"""Bytes by which a process may grow over all that it is given."""
+"""Most bytes by which the process may grow over all inputs."""
 fuzzed = settings(max_examples=150 * ROUNDS, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 WORDS = st.sampled_from(["q_proj", "v_proj", "all-linear", "layers", "model.layers.0.self_attn.q_proj", "LORA", "none"])
@@ -79,7 +79,7 @@ def saved(engine: Engine) -> Path:
 
 
 def outcome(engine: Engine, folder: Path, errors: tuple[type[Exception], ...]) -> bool:
-    """Whether it loads. Any other error than those fails the test."""
+    """Whether an adapter loads. An error that is not among `errors` fails the test."""
     began = time.monotonic()
     try:
         engine.adapters.load("fuzzed", str(folder), trusted=True)
@@ -118,7 +118,7 @@ def test_any_bytes_of_a_config_load_or_are_refused(engine: Engine, saved: Path, 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_any_header_of_safetensors_loads_or_is_refused(engine: Engine, saved: Path, tmp_path: Path, seed: int) -> None:
-    """Bytes of the header, its length among them, and names, types, shapes and offsets of its tensors."""
+    """Mutates bytes of the header and its length, and the names, types, shapes and offsets of its tensors."""
     dice = random.Random(seed)
     shutil.copyfile(saved / "adapter_config.json", tmp_path / "adapter_config.json")
     whole = (saved / "adapter_model.safetensors").read_bytes()
@@ -151,7 +151,7 @@ WHOLE = [
 
 @pytest.mark.parametrize("seed", range(2))
 def test_any_request_is_admitted_or_refused(engine: Engine, saved: Path, seed: int) -> None:
-    """Bytes on their way into the queue, and out again before they are computed."""
+    """Mutated requests are submitted, and cancelled before they are computed."""
     dice = random.Random(seed)
     engine.adapters.load("own", str(saved), trusted=True)
     admitted = 0

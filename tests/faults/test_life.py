@@ -1,4 +1,4 @@
-"""A server that is told to end, or is killed, at the worst moment; and what the next one finds."""
+"""Servers that are told to end or are killed at the worst moment, and the restart after it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import grpc
 import pytest
 from lorarep.v1 import generation_pb2_grpc
 
-from tests.faults.conftest import Failpoints, assert_nothing_left_at_the_end, refused
-from tests.server.conftest import ADAPTERS, World
-from tests.server.test_life import NOT_SERVING, SERVING, health
+from tests.faults.conftest import assert_nothing_left_at_the_end
+from tests.support.callers import NOT_SERVING, SERVING, adapters, health, loading, refused, request, stream
+from tests.support.failpoints import Failpoints
 from tests.support.models import save_adapter
-from tests.support.servers import SECONDS, Server, adapters, loading, request, serving, stream, wait_for
+from tests.support.servers import SECONDS, Server, serving, wait_for
+from tests.support.world import ADAPTERS, World
 
 WEIGHTS = "adapter_model.safetensors"
 WANTED = request("x", "dora", new_tokens=40)
@@ -44,13 +45,13 @@ def test_sigterm_during_a_start_ends_with_status_0(
     with serving([*world.flags(), flag.format(file=file)], {**world.env, **own.env}) as server:
         own.wait_reached(held)
         assert (health(server, "liveness"), health(server, "readiness")) == (SERVING, NOT_SERVING)
-        if flag.startswith("--adapter="):  # the file's do not keep the base from being served
+        if flag.startswith("--adapter="):  # adapters of the file do not delay the base
             refused(lambda: server.generation.Generate(WANTED), "UNAVAILABLE")
         assert server.stop() == 0
 
 
 def test_callers_that_never_stop_are_refused_until_nobody_listens(world: World) -> None:
-    """Also those whose calls reach an open connection while it closes."""
+    """Calls that arrive on an open connection while it closes are UNAVAILABLE too."""
     codes: Counter[str] = Counter()
     with serving(world.flags(), world.env) as server:
         server.wait_ready()
@@ -83,7 +84,7 @@ def test_sigterm_during_a_load_lets_streams_finish(world: World, own: Failpoints
         own.set("adapter", "hold")
         late = loading(server, "late", "org/lora")
         own.wait_reached("adapter")
-        own.set("step", "hold")  # so that the stream is under way for as long as it takes to look
+        own.set("step", "hold")  # the stream must not end before the checks
         call = stream(server, WANTED)
         next(call)
         server.process.send_signal(signal.SIGTERM)
@@ -109,7 +110,7 @@ def test_killed_in_a_download_or_a_load_a_restart_is_ready_and_downloads_nothing
     whole = cache / f"models--{repository.replace('/', '--')}" / "snapshots"
     with serving(flags, {**world.env, **own.env}) as killed:
         killed.wait_ready()
-        own.set("step", "hold")  # so that the stream is under way when it is killed
+        own.set("step", "hold")  # the stream must not end before the kill
         call = stream(killed, WANTED)
         next(call)
         if moment == "download":

@@ -1,4 +1,4 @@
-"""Faults while an adapter comes: the Hub, the disk, device memory."""
+"""Faults while an adapter is loaded: the Hub, the disk, device memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from lorarep.v1 import adapters_pb2
 
-from tests.faults.conftest import HUB_SECONDS, Failpoints, Innocent, nothing_left, refused
-from tests.server.conftest import ADAPTERS, World
+from tests.faults.conftest import nothing_left
+from tests.support.callers import Bystander, adapters, load, refused, request, stream, unload
+from tests.support.failpoints import HUB_SECONDS, Failpoints
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import save_adapter
-from tests.support.servers import Server, adapters, load, request, serving, stream, unload
+from tests.support.servers import Server, serving
+from tests.support.world import ADAPTERS, World
 
 WEIGHTS = "adapter_model.safetensors"
 ON_DEVICE = adapters_pb2.ADAPTER_TIER_DEVICE
@@ -23,7 +25,7 @@ ON_DEVICE = adapters_pb2.ADAPTER_TIER_DEVICE
 
 @pytest.fixture
 def hub(world: World) -> Iterator[FaultyHub]:
-    """The server's, which behaves again in the end."""
+    """The server's Hub. Its faults are cleared after each test."""
     hub = world.hub
     yield hub
     hub.stalled, hub.status, hub.faulty, hub.garbage = False, None, "", None
@@ -33,7 +35,7 @@ def hub(world: World) -> Iterator[FaultyHub]:
 
 @pytest.fixture
 def new(world: World, tmp_path: Path) -> str:
-    """A repository that no cache holds."""
+    """A new repository, which is in no cache."""
     name = f"org/{tmp_path.name[:60]}"
     world.hub.publish(name, save_adapter(world.base, tmp_path / "new", seed=5, **ADAPTERS["plain"]))
     return name
@@ -43,7 +45,7 @@ def new(world: World, tmp_path: Path) -> str:
     "fault", ["stalls", "hangs in a body", "cuts", "limits the rate", "is broken", "talks garbage"]
 )
 def test_a_hub_that_fails_is_unavailable_in_time_and_others_load_on(
-    server: Server, innocent: Innocent, hub: FaultyHub, new: str, fault: str
+    server: Server, bystander: Bystander, hub: FaultyHub, new: str, fault: str
 ) -> None:
     match fault:
         case "stalls":
@@ -61,7 +63,7 @@ def test_a_hub_that_fails_is_unavailable_in_time_and_others_load_on(
     began = time.monotonic()
     refused(lambda: load(server, "new", new), "UNAVAILABLE", new if fault != "limits the rate" else "rate")
     assert time.monotonic() - began < 30 * HUB_SECONDS
-    assert load(server, "beside", "org/lora").tier == ON_DEVICE  # from the cache
+    assert load(server, "beside", "org/lora").tier == ON_DEVICE  # loaded from the cache
     unload(server, "beside")
     hub.garbage, hub.stalled, hub.status = None, False, None
     hub.cuts.clear()
@@ -75,7 +77,7 @@ def test_a_hub_that_fails_is_unavailable_in_time_and_others_load_on(
     [(WEIGHTS, 1 << 40, "UNAVAILABLE"), (WEIGHTS, 1000, "DATA_LOSS"), ("adapter_config.json", 50, "DATA_LOSS")],
 )
 def test_a_hub_that_lies_about_a_size_poisons_no_cache(
-    server: Server, innocent: Innocent, hub: FaultyHub, world: World, new: str, file: str, claim: int, code: str
+    server: Server, bystander: Bystander, hub: FaultyHub, world: World, new: str, file: str, claim: int, code: str
 ) -> None:
     hub.claims[file] = claim
     refused(lambda: load(server, "new", new), code, new if code == "UNAVAILABLE" else file)
@@ -87,38 +89,38 @@ def test_a_hub_that_lies_about_a_size_poisons_no_cache(
 
 
 def test_device_memory_that_is_short_while_loading_leaves_what_is_loaded(
-    server: Server, innocent: Innocent, failpoints: Failpoints
+    server: Server, bystander: Bystander, failpoints: Failpoints
 ) -> None:
     alone = server.generation.Generate(request("x", "lora")).token_ids
     failpoints.set("step", "hold")
-    failpoints.wait_reached("step")  # dora is in use from now on: between two streams it could leave as well
+    failpoints.wait_reached("step")  # dora is in use from now on; between two streams it could be evicted
     failpoints.set("adapter", "out-of-memory")
     error = refused(lambda: load(server, "plain", "org/plain"), "RESOURCE_EXHAUSTED", "device memory")
     assert int(dict(error.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
     here = adapters(server)
-    assert here["lora"].tier != ON_DEVICE  # idle: it left for the new one
+    assert here["lora"].tier != ON_DEVICE  # it was idle, and was evicted for the new one
     assert here["dora"].tier == ON_DEVICE
     assert "plain" not in here
     failpoints.clear()
-    assert server.generation.Generate(request("x", "lora")).token_ids == alone  # loaded again by itself
+    assert server.generation.Generate(request("x", "lora")).token_ids == alone  # the request loads it again
     failpoints.set("adapter", "once out-of-memory")
     assert load(server, "plain", "org/plain").tier == ON_DEVICE
     unload(server, "plain")
 
 
 def test_an_adapter_in_use_finishes_when_it_is_unloaded_and_evicted(
-    server: Server, innocent: Innocent, failpoints: Failpoints
+    server: Server, bystander: Bystander, failpoints: Failpoints
 ) -> None:
     for name in ("going", "idle"):
         load(server, name, "org/lora")
     wanted = request("x", "going", new_tokens=200)
     alone = server.generation.Generate(wanted).token_ids
-    failpoints.set("step", "sleep 0.05")  # so that it is in use for as long as that takes
+    failpoints.set("step", "sleep 0.05")  # the adapter must stay in use for the rest of the test
     call = stream(server, wanted)
     tokens = [*next(message for message in call if message.chunk.token_ids).chunk.token_ids]
     unload(server, "going")
     failpoints.set("adapter", "once out-of-memory")
-    load(server, "going", "org/plain")  # the name is another's by now, and memory was short
+    load(server, "going", "org/plain")  # another adapter takes the name while memory is short
     failpoints.unset("step")
     tokens += [token for message in call for token in message.chunk.token_ids]
     assert tokens == alone
@@ -154,7 +156,7 @@ def test_a_full_disk_is_exhausted_with_nothing_partial_until_there_is_room(
             refused(lambda: load(server, "large", "org/large"), "RESOURCE_EXHAUSTED", "disk")
             assert "large" not in adapters(server)
             assert not list(cache.glob(f"models--org--large/snapshots/*/{WEIGHTS}"))
-            load(server, "beside", "org/dora")  # cached, and needs no room
+            load(server, "beside", "org/dora")  # it is cached, and needs no disk space
             unload(server, "beside")
             (small_disk / "ballast").unlink()
             assert load(server, "large", "org/large").tier == ON_DEVICE

@@ -1,4 +1,4 @@
-"""The table of promises names tests that exist."""
+"""The tables of promises and of found bugs name tests that exist."""
 
 from __future__ import annotations
 

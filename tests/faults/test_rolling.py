@@ -1,4 +1,4 @@
-"""A rolling update: one of two servers leaves under load, another comes in its place, and no caller notices."""
+"""A rolling update: one of two servers ends under load, another replaces it, and no stream breaks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import grpc
 from lorarep.v1 import generation_pb2_grpc
 
 from tests.faults.conftest import assert_nothing_left_at_the_end
-from tests.server.conftest import World
-from tests.support.servers import Server, request, serving, stream, wait_for
+from tests.support.callers import request, stream
+from tests.support.servers import Server, serving, wait_for
+from tests.support.world import World
 
 STREAMS = 200
 AT_ONCE = 12
@@ -23,7 +24,7 @@ SERVICE = {
     "methodConfig": [
         {
             "name": [{"service": "lorarep.v1.GenerationService"}],
-            "retryPolicy": {  # of streams that have not had a message
+            "retryPolicy": {  # applies to streams without a message so far
                 "maxAttempts": 5,
                 "initialBackoff": "0.05s",
                 "maxBackoff": "1s",
@@ -73,5 +74,5 @@ def test_a_rolling_update_under_load_breaks_no_stream(world: World, server: Serv
 
 
 def served(server: Server) -> int:
-    """Streams that it has answered."""
+    """The number of streams that a server has answered."""
     return sum("GenerateStream OK" in line for line in server.log)

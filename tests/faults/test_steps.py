@@ -1,4 +1,4 @@
-"""Faults of a step, and of those who wait for its tokens."""
+"""Faults of engine steps, and of the callers that wait for their tokens."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from lorarep_runtime.engine.engine import MAX_FAILURES
-from tests.faults.conftest import Failpoints, Innocent, assert_nothing_left_at_the_end, refused
-from tests.server.conftest import World
-from tests.server.test_life import NOT_SERVING, health
-from tests.support.servers import LORAREP, SECONDS, Server, request, serving, stream, wait_for
+from tests.faults.conftest import assert_nothing_left_at_the_end
+from tests.support.callers import NOT_SERVING, Bystander, health, refused, request, stream
+from tests.support.failpoints import Failpoints
+from tests.support.servers import LORAREP, SECONDS, Server, serving, wait_for
+from tests.support.world import World
 
 LONG = request("x", "lora", new_tokens=500)
 
 
-def test_a_killed_client_process_frees_its_pages(server: Server, innocent: Innocent, failpoints: Failpoints) -> None:
-    failpoints.set("step", "sleep 0.2")  # so that the stream is under way for as long as the client takes to be seen
+def test_a_killed_client_process_frees_its_pages(server: Server, bystander: Bystander, failpoints: Failpoints) -> None:
+    failpoints.set("step", "sleep 0.2")  # the stream must not end before it is seen
     command = [*LORAREP, "generate", "x", f"--server={server.address}", "--adapter=lora", "--max-new-tokens=500"]
     with subprocess.Popen([*command, "--ignore-eos"], stdout=subprocess.PIPE) as client:
         assert client.stdout is not None
@@ -32,37 +33,37 @@ def test_a_killed_client_process_frees_its_pages(server: Server, innocent: Innoc
 
 
 def running(server: Server) -> str:
-    """Adapters of running requests, comma-joined."""
+    """The adapters of running requests, joined by commas."""
     sample = next(name for name in server.metrics() if name.startswith("lorarep_lora_requests_info"))
     return sample.partition("running_lora_adapters=")[2].partition("}")[0]
 
 
 def test_a_deadline_in_a_slow_step_ends_running_and_queued(
-    server: Server, innocent: Innocent, failpoints: Failpoints
+    server: Server, bystander: Bystander, failpoints: Failpoints
 ) -> None:
     failpoints.set("step", "sleep 0.3")
-    calls = [stream(server, LONG, timeout=0.8) for _ in range(12)]  # more than run at a time
+    calls = [stream(server, LONG, timeout=0.8) for _ in range(12)]  # more than can run concurrently
     for call in calls:
         refused(lambda call=call: list(call), "DEADLINE_EXCEEDED")
     wait_for(lambda: "lora" not in running(server), "the streams to end")
 
 
 def test_an_error_in_a_forward_pass_ends_its_streams_and_the_engine_recovers(
-    server: Server, innocent: Innocent, failpoints: Failpoints
+    server: Server, bystander: Bystander, failpoints: Failpoints
 ) -> None:
-    innocent.may_end = True
-    failpoints.set("step", "sleep 0.05")  # so that none ends before the error
+    bystander.may_end = True
+    failpoints.set("step", "sleep 0.05")  # no stream must end before the error
     calls = [stream(server, LONG) for _ in range(3)]
     for call in calls:
-        for _ in range(2):  # the first may be of a pass over its prompt, beside the others' step
+        for _ in range(2):  # the first token may come from a prefill pass, concurrent with the others' step
             next(message for message in call if message.chunk.token_ids)
     failpoints.set("forward", "once error")
     for call in calls:
         error = refused(lambda call=call: list(call), "INTERNAL", "forward pass failed")
-        assert "failpoint" not in error.details()  # what went wrong is in the log alone
+        assert "failpoint" not in error.details()  # details are in the log alone
     failpoints.wait_reached("forward")
     failpoints.clear()
-    innocent.recover()
+    bystander.recover()
     assert len(server.generation.Generate(request("x", "lora")).token_ids) == 12
     assert server.process.poll() is None
 
@@ -72,7 +73,7 @@ def test_an_engine_that_cannot_go_on_ends_the_process(world: World, server: Serv
     own = Failpoints(world.cache.parent / "own-failpoints")
     with serving([*world.flags(), "--adapter=lora=org/lora"], {**world.env, **own.env}) as failing:
         failing.wait_ready()
-        own.set("step", "sleep 0.05")  # so that it does not end before the error
+        own.set("step", "sleep 0.05")  # the stream must not end before the error
         call = stream(failing, LONG)
         tokens = [*next(message for message in call if message.chunk.token_ids).chunk.token_ids]
         seen = watch(failing)
@@ -97,7 +98,7 @@ def test_an_engine_whose_every_forward_pass_fails_ends_the_process(world: World,
         seen = watch(failing)
         fail(failing, own, MAX_FAILURES - 1)
         own.clear()
-        assert len(failing.generation.Generate(request("x")).token_ids) == 12  # one that works counts for all before
+        assert len(failing.generation.Generate(request("x")).token_ids) == 12  # resets the count of failures
         fail(failing, own, MAX_FAILURES)
         assert failing.process.wait(30) == 1
         assert seen[-1] == NOT_SERVING
@@ -105,13 +106,14 @@ def test_an_engine_whose_every_forward_pass_fails_ends_the_process(world: World,
 
 
 def fail(server: Server, failpoints: Failpoints, times: int) -> None:
+    """Makes so many forward passes fail."""
     failpoints.set("forward", "error")
     for _ in range(times):
         refused(lambda: server.generation.Generate(request("x")), "INTERNAL", "forward pass failed")
 
 
 def watch(server: Server) -> list[int]:
-    """What the liveness of a server has been, until it ends; filled by gRPC's own thread."""
+    """The list of a server's liveness states, which gRPC's own thread extends until the server ends."""
     seen: list[int] = []
     watching = server.channel.unary_stream(
         "/grpc.health.v1.Health/Watch",
@@ -133,7 +135,7 @@ def test_sigterm_ends_a_server_whose_step_hangs(world: World, server: Server, fa
     flags = [*world.flags(), "--grace-seconds=0.5"]
     with serving(flags, {**world.env, **own.env}) as hanging:
         hanging.wait_ready()
-        own.set("step", "sleep 0.05")  # so that it has not ended before it hangs
+        own.set("step", "sleep 0.05")  # the stream must not end before the step hangs
         call = stream(hanging, request("x", new_tokens=500))
         next(message for message in call if message.chunk.token_ids)
         own.set("step", "hold")

@@ -1,4 +1,4 @@
-"""Adapters that come and go while others stream."""
+"""Adapters that are loaded and unloaded while other requests stream."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import grpc
 import pytest
 from lorarep.v1 import adapters_pb2 as pb
 
-from tests.server.conftest import ADAPTERS, World
+from tests.support.callers import adapters, load, loading, request, stream, unload
 from tests.support.models import save_adapter
-from tests.support.servers import SECONDS, Server, adapters, load, loading, request, stream, unload, wait_for
+from tests.support.servers import SECONDS, Server, wait_for
+from tests.support.world import ADAPTERS, World
 
 LORA = ADAPTERS["lora"]
 
@@ -30,7 +31,7 @@ def test_an_adapter_from_load_to_unload(server: Server, world: World) -> None:
     assert loaded.tier == pb.ADAPTER_TIER_DEVICE
     assert (loaded.kind, loaded.rank, list(loaded.layers)) == (pb.ADAPTER_KIND_LORA, 2, list(range(6)))
     assert loaded.parameters == 6 * 2 * (64 + 128)
-    assert load(server, "mine", "org/plain") == loaded  # again, unchanged
+    assert load(server, "mine", "org/plain") == loaded  # the same load again changes nothing
     refused(lambda: load(server, "mine", "org/lora"), "ALREADY_EXISTS", "mine")
     assert server.adapters.GetAdapter(pb.GetAdapterRequest(name="mine")).adapter == loaded
     names = [a.name for a in server.adapters.ListAdapters(pb.ListAdaptersRequest()).adapters]

@@ -1,4 +1,4 @@
-"""The file of adapters that a server keeps loaded, mounted as Kubernetes mounts a ConfigMap."""
+"""The adapters file of a server, mounted as Kubernetes mounts a ConfigMap."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lorarep.v1 import adapters_pb2 as pb
 from lorarep_server.loading.adapters_file import DesiredAdapter, read_adapters
 
 from lorarep_runtime.errors import InvalidArgument
-from tests.faults.conftest import Failpoints, refused
-from tests.server.conftest import ADAPTERS, World
-from tests.server.test_life import NOT_SERVING, health
+from tests.support.callers import NOT_SERVING, adapters, health, load, refused, request, stream, unload
+from tests.support.failpoints import Failpoints
 from tests.support.models import save_adapter
-from tests.support.servers import Server, adapters, load, lorarep, request, serving, stream, unload, wait_for
+from tests.support.servers import Server, lorarep, serving, wait_for
+from tests.support.world import ADAPTERS, World
 
 LOADING, LOADED, FAILED = pb.ADAPTER_STATE_LOADING, pb.ADAPTER_STATE_LOADED, pb.ADAPTER_STATE_FAILED
 NAME = "adapters.yaml"
 
 
 class ConfigMap:
-    """A folder whose files are links through `..data`, a link that is swapped for each version."""
+    """A folder whose files are links through `..data`, a link that is replaced for each version."""
 
     def __init__(self, folder: Path, content: object) -> None:
         folder.mkdir()
@@ -36,7 +36,7 @@ class ConfigMap:
         self.write(content)
 
     def write(self, content: object) -> None:
-        """YAML of it; text as it is."""
+        """Writes a new version of the file: text as it is, anything else as YAML."""
         self._version += 1
         version = self._folder / f"..{self._version}"
         version.mkdir()
@@ -48,7 +48,7 @@ class ConfigMap:
 
 @dataclass(frozen=True)
 class Follower:
-    """A server that follows a file."""
+    """A server that follows an adapters file."""
 
     server: Server
     map: ConfigMap
@@ -61,7 +61,7 @@ class Follower:
         self.map.write(entries)
 
     def wait(self, name: str, **fields: object) -> pb.Adapter:
-        """The adapter once it is so."""
+        """Waits until an adapter satisfies a condition, and returns the adapter."""
 
         def found() -> pb.Adapter | None:
             adapter = adapters(self.server).get(name)
@@ -92,7 +92,7 @@ def module_follower(world: World, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture
 def follower(module_follower: Follower) -> Iterator[Follower]:
-    """With an empty file before and after."""
+    """A server whose adapters file is empty before and after each test."""
     yield module_follower
     module_follower.failpoints.clear()
     module_follower.write()
@@ -101,14 +101,14 @@ def follower(module_follower: Follower) -> Iterator[Follower]:
 
 @pytest.fixture
 def moving(world: World, tmp_path: Path) -> str:
-    """A repository with a branch that can be moved."""
+    """A repository whose branch can be moved."""
     name = f"org/{tmp_path.name[:60]}"
     world.hub.publish(name, save_adapter(world.base, tmp_path / "1", seed=21, **ADAPTERS["plain"]))
     return name
 
 
 def move(world: World, repository: str, folder: Path) -> str:
-    """The commit to which its branch moves."""
+    """Moves the branch, and returns the new commit."""
     return world.hub.publish(repository, save_adapter(world.base, folder, seed=22, **ADAPTERS["plain"]))
 
 
@@ -126,7 +126,7 @@ def test_what_is_new_is_loaded_and_what_has_left_unloaded(follower: Follower) ->
     assert not follower.adapter("called").desired
     assert len(server.generation.Generate(request("x", "lora")).token_ids) == 12
     refused(lambda: unload(server, "lora"), "FAILED_PRECONDITION", "adapters file")
-    follower.map.write([{"name": "deep", "repository": "org/dora"}])  # the other way to write it
+    follower.map.write([{"name": "deep", "repository": "org/dora"}])  # a list instead of a mapping
     follower.wait_gone("lora")
     assert set(adapters(server)) == {"flag", "called", "deep"}
     unload(server, "called")
@@ -139,12 +139,12 @@ def test_a_changed_entry_replaces_and_a_moved_branch_does_not(
     follower.write(moving={"repository": moving})
     follower.wait("moving", state=LOADED, commit=first)
     second = move(world, moving, tmp_path / "2")
-    # Only how it is held has changed: its branch is not looked at.
+    # Only pinning and priority have changed: the branch is not resolved again.
     follower.write(moving={"repository": moving, "priority": 1})
     follower.wait("moving", priority=1, commit=first)
     wanted = request("abc", "moving", new_tokens=100)
     alone = server.generation.Generate(wanted).token_ids
-    follower.failpoints.set("step", "sleep 0.05")  # so that it has not ended before it is held
+    follower.failpoints.set("step", "sleep 0.05")  # the stream must not end before the step is held
     call = stream(server, wanted)
     tokens = [*next(message for message in call if message.chunk.token_ids).chunk.token_ids]
     follower.failpoints.set("step", "hold")
@@ -155,7 +155,7 @@ def test_a_changed_entry_replaces_and_a_moved_branch_does_not(
     tokens += [token for message in call for token in message.chunk.token_ids]
     assert tokens == alone
     assert server.generation.Generate(wanted).token_ids != alone
-    # What cannot be loaded leaves what serves.
+    # An entry that cannot be loaded leaves the served adapter.
     follower.write(moving={"repository": "org/absent"})
     assert follower.wait("moving", commit=second, state=LOADED).desired
     wait_for(lambda: follower.adapter("moving").error.startswith("NOT_FOUND: "), "the error")
@@ -244,7 +244,7 @@ def test_failing_and_slow_entries_do_not_keep_the_server_from_starting(
         with serving([*world.flags(), f"--adapters-file={map.file}"], {**world.env, **failpoints.env}) as server:
             follower = Follower(server, map, failpoints)
             failpoints.wait_reached("load-check")
-            # The base is served, but it takes a first attempt at each for the server to be ready.
+            # The base is served, but readiness waits for a first attempt at each entry.
             wait_for(lambda: health(server, "") != NOT_SERVING, "the base")
             assert len(server.generation.Generate(request("x")).token_ids) == 12
             follower.wait("fails", state=FAILED)

@@ -10,17 +10,18 @@ from typing import Any
 
 import fmaas
 
-from tests.support.servers import SECONDS, Server, request
+from tests.support.callers import request
+from tests.support.servers import SECONDS, Server
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 NODE = Path(sys.executable).with_name("node")
 PROMPT = "The capital of France"
 ADAPTERS = ("lora", "dora")
-"""Of different stacks."""
+"""Adapters of different stacks."""
 
 
 def streamed(client: str, *arguments: str) -> dict[str, list[Any]]:
-    """Messages by adapter."""
+    """The messages of each stream, by adapter."""
     command = [NODE, CLIENTS / client, *arguments, *ADAPTERS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr

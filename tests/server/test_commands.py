@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import ADAPTERS, World
+from tests.support.callers import request
 from tests.support.models import save_adapter
-from tests.support.servers import OnTerminal, Server, lorarep, request
+from tests.support.servers import OnTerminal, Server, lorarep
+from tests.support.world import ADAPTERS, World
 
 
 def test_generate_streams_to_the_terminal(server: Server) -> None:
@@ -25,7 +26,7 @@ def test_adapters_are_loaded_listed_and_unloaded(server: Server) -> None:
     assert loaded.stdout.startswith("typed: org/plain at ")
     assert loaded.stdout.endswith(", 6 positions\n")
     assert loaded.stderr.startswith("waiting\n")
-    assert "%|" not in loaded.stderr  # no terminal
+    assert "%|" not in loaded.stderr  # standard error is no terminal
     assert "typed" in lorarep("adapters", "list", env={"LORAREP_ADAPTERS_LIST_SERVER": server.address}).stdout
     assert lorarep("adapters", "unload", "typed", at).returncode == 0
     again = lorarep("adapters", "unload", "typed", at)
@@ -39,6 +40,20 @@ def test_a_server_that_is_not_there_is_said_in_one_line() -> None:
     assert len(ended.stderr.splitlines()) == 1
 
 
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_printed_on_demand(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_bytes(b"\xff")  # not UTF-8
+    command = ("generate", f"--token-file={token}", "abc")
+    short = lorarep(*command)
+    assert (short.returncode, len(short.stderr.splitlines())) == (1, 1)
+    assert short.stderr.startswith("Error: UnicodeDecodeError: ")
+    assert "lorarep --debug" in short.stderr
+    for long in (lorarep("--debug", *command), lorarep(*command, env={"LORAREP_DEBUG": "1"})):
+        assert long.returncode == 1
+        assert long.stderr.startswith("Traceback ")
+        assert long.stderr.splitlines()[-1].startswith("Error: UnicodeDecodeError: ")
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_verify_finds_an_adapter_the_same(world: World, quantization: str) -> None:
     flags = ["--base", str(world.base), "--dtype=float32", "--device=cpu", f"--quantization={quantization}"]
@@ -49,7 +64,7 @@ def test_verify_finds_an_adapter_the_same(world: World, quantization: str) -> No
 
 
 def test_progress_of_every_stage_is_on_the_terminal(world: World, tmp_path: Path) -> None:
-    """And nowhere else: see `test_a_server_draws_no_bars_into_its_log`."""
+    """Progress bars are for terminals only; see `test_a_server_draws_no_bars_into_its_log`."""
     arguments = ["verify", "--base=org/base", "--adapter=org/lora", "--quantization=nf4", "--device=cpu"]
     arguments += ["--dtype=float32", "--max-new-tokens=1", f"--cache-dir={tmp_path}"]
     shown = OnTerminal(*arguments, env=world.env)

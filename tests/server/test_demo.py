@@ -1,4 +1,4 @@
-"""The demo, as a newcomer runs it; and its models, under PEFT over the same NF4 base."""
+"""The demo as a newcomer runs it, and its models under PEFT over the same NF4 base."""
 
 from __future__ import annotations
 

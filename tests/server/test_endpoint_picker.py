@@ -1,4 +1,4 @@
-"""What the endpoint picker of the Gateway API Inference Extension sees of a server.
+"""The metrics that the endpoint picker of the Gateway API Inference Extension reads.
 
 Its model server protocol: gauges of queued requests and of KV memory in use, and one sample whose labels name
 the adapters of running and of waiting requests, joined by commas, and whose value is the time it was taken. Of several
@@ -15,8 +15,9 @@ import pytest
 from lorarep.v1 import adapters_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.conftest import World
-from tests.support.servers import SECONDS, Server, request, serving, stream, wait_for
+from tests.support.callers import request, stream
+from tests.support.servers import SECONDS, Server, serving, wait_for
+from tests.support.world import World
 
 QUEUED, KV_USAGE, LORA_INFO = "lorarep_requests_waiting", "lorarep_kv_usage_ratio", "lorarep_lora_requests_info"
 
@@ -52,7 +53,7 @@ def view(server: Server) -> View:
 
 @pytest.fixture(scope="module")
 def narrow(world: World) -> Iterator[Server]:
-    """One request at a time."""
+    """A server that runs one request at a time."""
     flags = [*world.flags(), "--max-sequences=1", "--allow-repository=org/*", "--adapter=lora=org/lora"]
     with serving(flags, world.env) as server:
         yield server.wait_ready()

@@ -1,4 +1,4 @@
-"""fmaas.GenerationService, asked by stubs of its public messages."""
+"""fmaas.GenerationService, called by stubs of its public messages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fmaas import generation_pb2 as pb
 from grpc_health.v1 import health_pb2
 from lorarep.v1 import generation_pb2
 
-from tests.server.conftest import World
-from tests.server.test_life import health
-from tests.support.servers import SECONDS, Server, request, wait_for
+from tests.support.callers import health, request
+from tests.support.servers import SECONDS, Server, wait_for
+from tests.support.world import World
 
 PROMPT = "The capital of France"
 SAMPLED = pb.SamplingParameters(temperature=0.9, top_k=40, top_p=0.95, seed=7)
@@ -30,7 +30,7 @@ def nothing_is_left(server: Server) -> Iterator[None]:
 
 
 def parameters(new_tokens: int = 12, **fields: Any) -> pb.Parameters:
-    """Of exactly so many tokens."""
+    """Parameters of a greedy answer of exactly so many tokens."""
     stopping = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, **fields.pop("stopping", {}))
     return pb.Parameters(**{"stopping": pb.StoppingCriteria(**stopping), **fields})
 
@@ -167,7 +167,7 @@ def test_an_end_token_is_told(server: Server) -> None:
 
 @pytest.mark.parametrize(("new_tokens", "reason"), [(0, pb.TOKEN_LIMIT), (512, pb.TOKEN_LIMIT), (12, pb.MAX_TOKENS)])
 def test_what_the_prompt_leaves_is_the_most(server: Server, new_tokens: int, reason: int) -> None:
-    """Unset and too many are the same."""
+    """An unset limit and one over the maximum give the same answer."""
     stopping = pb.StoppingCriteria(max_new_tokens=new_tokens, min_new_tokens=12)
     response = whole(server, "a" * 500, params=pb.Parameters(stopping=stopping))
     assert (response.generated_token_count, response.stop_reason) == (12, reason)
@@ -275,7 +275,7 @@ def test_what_cannot_be_done_is_refused_by_name(server: Server, fields: dict[str
 
 def test_what_says_what_is_done_anyway_is_taken(server: Server) -> None:
     neutral = parameters(
-        sampling=pb.SamplingParameters(typical_p=0.5, top_k=3),  # of no use to greedy
+        sampling=pb.SamplingParameters(typical_p=0.5, top_k=3),  # ignored by greedy decoding
         decoding=pb.DecodingParameters(
             repetition_penalty=1,
             length_penalty=pb.DecodingParameters.LengthPenalty(start_index=3, decay_factor=1),

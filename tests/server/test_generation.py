@@ -1,4 +1,4 @@
-"""Answers over the wire."""
+"""Generation over gRPC."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import grpc
 import pytest
 from lorarep.v1 import generation_pb2 as pb
 
-from tests.server.conftest import ADAPTERS, World
+from tests.support.callers import request, stream
 from tests.support.models import reference, reference_logits, stack_of
-from tests.support.servers import Server, request, stream
+from tests.support.servers import Server
+from tests.support.world import ADAPTERS, World
 
 PROMPT = "The capital of France"
 SETS = [(), ("lora",), ("dora",)]
@@ -20,20 +21,20 @@ SETS = [(), ("lora",), ("dora",)]
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(server: Server) -> Iterator[None]:
-    """Pages and references are back, and a stream that ran beside gave the tokens that it gives alone."""
+    """After each test all pages and references are released. A concurrent stream has the tokens that it has alone."""
     alone = server.generation.Generate(request("innocent", "dora", new_tokens=40)).token_ids
-    beside: list[list[int]] = []
+    concurrent: list[list[int]] = []
 
-    def innocent() -> None:
-        beside.append(
+    def run() -> None:
+        concurrent.append(
             [i for m in stream(server, request("innocent", "dora", new_tokens=40)) for i in m.chunk.token_ids]
         )
 
-    thread = threading.Thread(target=innocent)
+    thread = threading.Thread(target=run)
     thread.start()
     yield
     thread.join()
-    assert beside == [alone]
+    assert concurrent == [alone]
     server.wait_idle()
     assert "lorarep_lora_requests_info{max_lora=32}{running_lora_adapters=}{waiting_lora_adapters=}" in server.metrics()
 
@@ -73,7 +74,7 @@ def test_a_prompt_is_text_tokens_or_chat(server: Server) -> None:
     assert tokenize(pb.TokenizeRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=text)))).token_ids == text
     chat = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")]))
     dora = [pb.AdapterRef(name="dora")]
-    # The template is the adapter repository's own.
+    # The template comes from the adapter's repository.
     templated = tokenize(pb.TokenizeRequest(prompt=chat, adapters=dora)).token_ids
     assert templated == tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text="user: hi\n"))).token_ids
     answer = server.generation.Generate(request("", prompt=chat, adapters=dora))
@@ -196,7 +197,7 @@ LONG = request("x", "lora", new_tokens=500)
 
 @pytest.fixture
 def ended_early(server: Server, world: World) -> Iterator[None]:
-    """The server is done with a LONG stream before it could have come to its end."""
+    """Asserts that the server ends a LONG stream before all its tokens."""
     total = "lorarep_completion_tokens_total"
     before = server.metrics()[total]
     with world.slow_steps():

@@ -1,4 +1,4 @@
-"""From start to end: what a server is started with, and how it leaves."""
+"""The life of a server: its configuration, its start, and its end."""
 
 from __future__ import annotations
 
@@ -12,22 +12,17 @@ from pathlib import Path
 import grpc
 import pytest
 import yaml
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lorarep.v1 import model_pb2
+from lorarep_server.addresses import parse_address
 
-from tests.server.conftest import World
-from tests.support.servers import SECONDS, Server, lorarep, request, serving, stream, wait_for
-
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-def health(server: Server, service: str) -> int:
-    stub = health_pb2_grpc.HealthStub(server.channel)
-    return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=SECONDS).status)
+from tests.support.callers import NOT_SERVING, SERVING, health, request, stream
+from tests.support.failpoints import Failpoints
+from tests.support.servers import SECONDS, Server, lorarep, serving, wait_for
+from tests.support.world import World
 
 
 def test_sigterm_lets_streams_finish_and_takes_no_more(world: World, tmp_path: Path) -> None:
-    """Configured by file, environment and flag at once: the flag goes first, then the environment."""
+    """The server is configured by file, environment and flag: the flag wins, then the environment."""
     file = world.cache.parent / "server.yaml"
     settings = {
         "base": "org/base",
@@ -42,15 +37,15 @@ def test_sigterm_lets_streams_finish_and_takes_no_more(world: World, tmp_path: P
     }
     file.write_text(yaml.safe_dump(settings))
     env = {**world.env, "LORAREP_SERVE_MAX_RANK": "8", "LORAREP_SERVE_MAX_QUEUED": "6"}
-    env["LORAREP_FAILPOINTS"] = str(tmp_path)
+    failpoints = Failpoints(tmp_path / "failpoints")
+    env["LORAREP_FAILPOINTS"] = str(failpoints.folder)
     with serving([f"--config={file}", "--max-queued=9"], env) as server:
         server.wait_ready()
         limits = server.model.GetModel(model_pb2.GetModelRequest()).limits
         assert (limits.max_rank, limits.max_queued) == (8, 9)
         assert [s.name for s in server.model.ListStacks(model_pb2.ListStacksRequest()).stacks] == ["base", "deep"]
         wanted = request("abc", "lora", new_tokens=400)
-        step = tmp_path / "step"
-        step.write_text("hold")  # so that the stream is under way for as long as it takes to look
+        failpoints.set("step", "hold")  # the stream must not end before readiness is checked
         call = stream(server, wanted)
         next(call)
         server.process.send_signal(signal.SIGTERM)
@@ -59,7 +54,7 @@ def test_sigterm_lets_streams_finish_and_takes_no_more(world: World, tmp_path: P
         with pytest.raises(grpc.RpcError) as error:
             server.generation.Generate(request("abc"))
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
-        step.unlink()
+        failpoints.unset("step")
         assert sum(len(message.chunk.token_ids) for message in call) == 400
         assert server.process.wait(SECONDS) == 0
 
@@ -81,7 +76,7 @@ def test_sigterm_during_a_stalled_start(world: World) -> None:
     with serving([*world.flags(), "--adapter=late=org/late"], world.env) as server:
         world.hub.stalled, world.hub.faulty = True, "org/late"
         try:
-            # The port is open before the base is there.
+            # The port is open before the base is loaded.
             assert (health(server, "liveness"), health(server, "readiness")) == (SERVING, NOT_SERVING)
             asked = lorarep("health", f"--server={server.address}")
             assert (asked.returncode, asked.stdout) == (1, "NOT_SERVING\n")
@@ -163,12 +158,12 @@ def test_a_port_that_is_taken_is_said(world: World) -> None:
 
 
 def test_random_bytes_on_the_port_harm_nobody(server: Server) -> None:
-    host, _, port = server.address.rpartition(":")
+    address = parse_address(server.address)
     threads = []
     for i in range(20):
 
         def spoil(i: int = i) -> None:
-            with socket.create_connection((host, int(port))) as connection:
+            with socket.create_connection(address) as connection:
                 connection.sendall(bytes((7 * i + 13 * j * j) % 256 for j in range(4096)))
 
         threads.append(threading.Thread(target=spoil))
@@ -179,6 +174,6 @@ def test_random_bytes_on_the_port_harm_nobody(server: Server) -> None:
 
 
 def test_a_server_listens_before_it_has_torch() -> None:
-    """Importing that takes longer than all else that comes before; health and what is wrong with flags do not wait."""
+    """Importing torch takes seconds. Health and errors of flags do not wait for it."""
     seen = "import sys, lorarep_server.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", seen]).returncode == 0

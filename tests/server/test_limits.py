@@ -1,4 +1,4 @@
-"""A server of one place: who does not fit, and who does not read, is told so, and nobody else notices."""
+"""Limits of a server that runs one request: a full queue and slow readers are refused, and others see nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from lorarep.v1 import generation_pb2_grpc
 from lorarep_server.requests.event_stream import EventStream
 
 from lorarep_runtime.request import Output
-from tests.server.conftest import World
-from tests.support.servers import SECONDS, Server, request, serving, stream, wait_for
+from tests.support.callers import request, stream
+from tests.support.servers import SECONDS, Server, serving, wait_for
+from tests.support.world import World
 
 LONG = request("x", "lora", new_tokens=500)
 
@@ -26,7 +27,7 @@ LONG = request("x", "lora", new_tokens=500)
 @pytest.fixture(scope="module")
 def small(world: World) -> Iterator[Server]:
     adapters = ["--adapter=lora=org/lora", "--adapter=dora=org/dora", "--openai-listen=127.0.0.1:0"]
-    # Patience for a reader that reads and is not given a core to.
+    # Long enough for a reader that is only waiting for a core.
     limits = ["--max-sequences=1", "--max-queued=1", "--max-unread=8", "--max-unread-seconds=5"]
     with serving([*world.flags(), *adapters, *limits], world.env) as server:
         yield server.wait_ready()
@@ -69,7 +70,7 @@ def test_over_http_a_full_queue_is_429_with_a_hint(small: Server) -> None:
             assert not call.done()
             call.cancel()
         small.wait_idle()
-        # A client that obeys the hint is answered.
+        # A client that follows the hint gets an answer.
         assert client.completions.create(model="lora", prompt="x", max_tokens=4).choices
     small.wait_idle()
 
@@ -83,16 +84,16 @@ def test_over_http_a_reader_that_does_not_read_ends_alone(small: Server) -> None
     path = "/v1/chat/completions"
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.socket() as slow:
-        # Or the system takes all of it in: the reader's side, and the server's, whose room grows with the segments.
+        # Small socket buffers on both sides: otherwise the system would buffer the whole stream.
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
         slow.settimeout(SECONDS)
         slow.connect(("127.0.0.1", small.openai_port))
         logged = len(small.log)
         slow.sendall(head.encode() + body)
-        got = slow.recv(16)  # may come while it still waits
+        got = slow.recv(16)  # may arrive while the request is still queued
         wait_for(lambda: not small.metrics()["lorarep_requests_waiting"], "the stream to begin")
-        # Queued behind it: answered only if the engine does not wait for the reader.
+        # This request is queued behind the stream: it is answered only if the engine does not wait for the reader.
         alone = small.generation.Generate(request("abc", "lora"), timeout=SECONDS)
         assert len(alone.token_ids) == 12
         ended = re.compile(f"POST {path} RESOURCE_EXHAUSTED")
@@ -106,14 +107,14 @@ def test_over_http_a_reader_that_does_not_read_ends_alone(small: Server) -> None
 
 
 def test_a_reader_that_takes_events_and_does_not_come_back_is_ended() -> None:
-    """However few are left for it."""
+    """A reader that needs too long for the events that it took is ended, even if no others are unread."""
     made: list[EventStream] = []
 
     async def read() -> None:
         made.append(EventStream(max_unread=100, patience=0.05))
         made[0].put(Output((1,), "a", ()))
         await made[0].take()
-        await asyncio.sleep(SECONDS)  # as a write to somebody who does not read
+        await asyncio.sleep(SECONDS)  # like a write to a caller that does not read
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(read())
@@ -121,15 +122,15 @@ def test_a_reader_that_takes_events_and_does_not_come_back_is_ended() -> None:
 
 
 def test_a_reader_that_does_not_read_ends_alone(small: Server) -> None:
-    """What it leaves unread fills its connection's window; the batch goes on, and the next in the queue starts."""
+    """Unread messages fill the connection's window. The batch goes on, and the next request in the queue starts."""
     window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096))
     with grpc.insecure_channel(small.address, options=window) as channel:
         slow = generation_pb2_grpc.GenerationServiceStub(channel)
         wanted = request("x" * 200, "lora", new_tokens=300, logprobs=20)
-        logged = len(small.log)  # of the test before, that may still be on its way: it is another method's
+        logged = len(small.log)  # lines of the test before may still arrive; they are of another method
         call = stream(small, wanted, stub=slow)
-        next(m for m in call if m.chunk.token_ids)  # the first message may come while it still waits
-        # Queued behind it: answered only if the engine does not wait for the reader.
+        next(m for m in call if m.chunk.token_ids)  # the first message may arrive while the request is queued
+        # This request is queued behind the stream: it is answered only if the engine does not wait for the reader.
         alone = small.generation.Generate(request("abc", "lora"), timeout=SECONDS)
         assert len(alone.token_ids) == 12
         ended = re.compile(r"GenerateStream\b.*RESOURCE_EXHAUSTED")

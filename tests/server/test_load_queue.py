@@ -1,4 +1,4 @@
-"""Loads and their callers, without a server."""
+"""The load queue without a server: loads, their callers, and reports of progress."""
 
 from __future__ import annotations
 

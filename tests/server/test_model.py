@@ -1,4 +1,4 @@
-"""What the server says of itself: model, stacks, ledger, health, reflection, metrics."""
+"""Descriptions of a server: model, stacks, ledger, health, reflection, metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lorarep.v1 import model_pb2 as pb
 
-from tests.support.servers import Server, request
+from tests.support.callers import request
+from tests.support.servers import Server
 
 SERVICES = {"lorarep.v1.GenerationService", "lorarep.v1.AdapterService", "lorarep.v1.ModelService"}
 METRICS = {

@@ -1,4 +1,4 @@
-"""The dashboard, the alerts and the autoscaler ask for what a live server exports."""
+"""The dashboard, the alerts and the autoscaler use metrics that a live server exports."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 
 from lorarep_runtime.request import FinishReason
-from tests.support.servers import Server, request
+from tests.support.callers import request
+from tests.support.servers import Server
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 TARGET = {"job", "instance"}
-"""Labels that Prometheus adds to everything."""
+"""Labels that Prometheus adds to every sample."""
 CODES = {code.name.lower() for code in StatusCode}
 VALUES = {"reason": CODES | {reason.value for reason in FinishReason}, "outcome": CODES}
-"""Of labels of which a live server need not have every value."""
+"""Labels that may have values which a live server does not have."""
 
 Series = dict[str, dict[str, set[str]]]
 
 
 @pytest.fixture(scope="module")
 def series(server: Server) -> Series:
-    """Values of each label of each metric of a server that has loaded adapters and answered."""
+    """The values of each label of each metric, from a server that has loaded adapters and answered requests."""
     server.generation.Generate(request("abc", "lora", new_tokens=4))
     found: Series = {}
     with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
@@ -53,7 +54,7 @@ def rules() -> Iterator[dict[str, Any]]:
 
 
 def check(expression: str, shown: str, series: Series) -> None:
-    """That a query is PromQL, and that it and the text that shows its labels name what there is."""
+    """Asserts that a query is PromQL, and that it and its legend name existing metrics and labels."""
     vectors, labels = [], set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", shown))
 
     def visit(node: promql.Expr) -> None:

@@ -1,4 +1,4 @@
-"""OpenAI's API, asked by OpenAI's own client."""
+"""OpenAI's API, called by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lorarep.v1 import generation_pb2 as pb
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
 from pydantic import ValidationError
 
-from tests.server.conftest import World
-from tests.server.test_life import health
-from tests.support.servers import SECONDS, Server, request, serving, stream, wait_for
+from tests.support.callers import health, request, stream
+from tests.support.servers import SECONDS, Server, serving, wait_for
+from tests.support.world import World
 
 PROMPT = "The capital of France"
 SAMPLED: dict[str, Any] = dict(temperature=0.9, top_p=0.95, seed=7, presence_penalty=0.5, frequency_penalty=0.25)
@@ -33,14 +33,14 @@ CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    """Whatever it is used for leaves nothing."""
+    """A client of the server. After each test the server holds nothing."""
     with server.openai() as client:
         yield client
     server.wait_idle()
 
 
 def over_grpc(server: Server, wanted: pb.GenerateRequest) -> tuple[str, int]:
-    """Text and number of tokens of a stream."""
+    """The text and the number of tokens of a stream."""
     chunks = [message.chunk for message in stream(server, wanted)]
     return "".join(chunk.text for chunk in chunks), sum(len(chunk.token_ids) for chunk in chunks)
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_done_is_refused_by_name(
 
 
 def refused(server: Server, path: str, body: bytes, content_type: str = "application/json") -> tuple[int, Any]:
-    """Status and body."""
+    """The status and the body of a response."""
     url = f"http://127.0.0.1:{server.openai_port}/v1/{path}"
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": content_type}), timeout=SECONDS)
@@ -257,7 +257,7 @@ def test_what_says_what_is_done_anyway_is_taken(client: openai.OpenAI) -> None:
     ids=["prompt", "prompts", "stop", "stop_token_ids", "messages", "content"],
 )
 def test_of_a_million_wrong_items_few_are_looked_at(kind: type[GenerationRequest], body: dict[str, Any]) -> None:
-    """All the others wait meanwhile."""
+    """A validation of a million items would block all other requests."""
     with pytest.raises(ValidationError) as error:
         kind.model_validate_json(json.dumps(body))
     assert error.value.error_count() < 8
@@ -298,7 +298,7 @@ def test_sigterm_lets_an_answer_finish_and_takes_no_more(world: World, tmp_path:
     with serving([*world.flags(), f"--grace-seconds={SECONDS}"], env) as server, server.openai() as client:
         server.wait_ready()
         step = tmp_path / "step"
-        step.write_text("hold")  # so that the stream is under way for as long as it takes to look
+        step.write_text("hold")  # the stream must not end before the check
         asked: dict[str, Any] = dict(model="base", prompt="abc", max_tokens=400, **FOREVER)
         answer = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
         server.process.send_signal(signal.SIGTERM)

@@ -1,11 +1,10 @@
-"""The page, in Chromium, and what it knows: against what gRPC and the metrics tell of the same server."""
+"""The status page in Chromium, and its JSON against gRPC and the metrics of the same server."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -28,13 +27,14 @@ from lorarep_runtime.engine.ledger import Ledger
 from lorarep_runtime.engine.stats import Stats
 from tests.server.test_security import BASE_FLAGS, USER
 from tests.support.browser import chromium
-from tests.support.servers import Server, adapters, load, request, serving, stream, unload
+from tests.support.callers import adapters, load, request, streaming, unload
+from tests.support.servers import Server, serving
 
 WALL, PHONE = {"width": 1920, "height": 1080}, {"width": 390, "height": 844}
 SECONDS = 60
-"""Until what is not shown is given up."""
+"""Seconds until a wait for the page fails."""
 HTML = "<img src=x onerror=document.title='taken'><b>bold</b>"
-"""A name that an adapter may have."""
+"""An adapter's name that would be harmful as HTML."""
 
 expect.set_options(timeout=1000 * SECONDS)
 
@@ -47,7 +47,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, port: int, **context: Any) -> Iterator[tuple[Tab, list[str]]]:
-    """The page, and what is wrong with it by the browser's console."""
+    """The opened page, and the errors and warnings of the browser's console."""
     with browser.new_context(**context) as opened:
         page, wrong = opened.new_page(), []
         page.set_default_timeout(1000 * SECONDS)
@@ -58,12 +58,12 @@ def opened(browser: Browser, port: int, **context: Any) -> Iterator[tuple[Tab, l
 
 
 def shows(page: Tab, id: str, text: str | re.Pattern[str]) -> None:
-    """Waits until a part of the page has a text in it."""
+    """Waits until an element of the page contains a text."""
     expect(page.locator(f"#{id}")).to_contain_text(text)
 
 
 def fetch(port: int, path: str) -> tuple[int, Any, str]:
-    """Status, headers and body."""
+    """The status, the headers and the body of a response."""
     try:
         response: Any = urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=SECONDS)
     except urllib.error.HTTPError as error:
@@ -74,27 +74,6 @@ def fetch(port: int, path: str) -> tuple[int, Any, str]:
 
 def status(server: Server) -> dict[str, Any]:
     return json.loads(fetch(server.openai_port, "/status")[2])
-
-
-@contextmanager
-def streaming(server: Server, *names: str) -> Iterator[None]:
-    """Streams of adapters, one of each at a time."""
-    over = threading.Event()
-
-    def keep_on(name: str) -> None:
-        while not over.is_set():
-            for _ in stream(server, request("abc", name, new_tokens=150)):
-                pass
-
-    threads = [threading.Thread(target=keep_on, args=(name,)) for name in names]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_the_status_is_what_grpc_and_metrics_tell(server: Server) -> None:
@@ -222,7 +201,7 @@ def test_the_page_shows_what_comes_and_runs(server: Server, browser: Browser, si
         page.context.set_offline(True)
         shows(page, "state", "not reached since")
         shows(page, "base", "org/base")
-        expect(page.locator("main")).to_have_css("opacity", "0.5")  # after a transition
+        expect(page.locator("main")).to_have_css("opacity", "0.5")  # the value after the transition
         page.context.set_offline(False)
         shows(page, "state", "live")
         # Another server's counts are not compared with those of the one before.
@@ -252,7 +231,7 @@ def test_a_token_is_asked_for_once_whichever_server_answers(browser: Browser, tm
             shows(page, "stacks", "twice")
             expect(page.get_by_role("textbox")).to_be_hidden()
             assert USER not in page.content() + page.url
-            page.reload()  # in the same tab, nobody is asked again
+            page.reload()  # the same tab keeps the token
             shows(page, "stacks", "twice")
             server.stop()
             shows(page, "state", "not reached since")

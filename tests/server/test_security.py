@@ -1,4 +1,4 @@
-"""TLS, tokens and their roles, and what a server refuses to start with: real processes, real certificates."""
+"""TLS, tokens and roles, and unsafe configurations that are refused: real processes, real certificates."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lorarep.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
-from lorarep_server.addresses import is_loopback
+from lorarep_server.addresses import is_loopback, parse_address
 from lorarep_server.auth import ROLES, Role, TokenAuth, check_roles, read_tokens
 from lorarep_server.demo.voices import BASE, MODELS
 
 from lorarep_runtime.errors import InvalidArgument
-from tests.support.servers import SECONDS, Server, lorarep, request, serving
+from tests.support.callers import request
+from tests.support.servers import SECONDS, Server, lorarep, serving
 
 BASE_FLAGS = (f"--base={MODELS / BASE}", "--dtype=float32", "--kv-bytes=16MiB")
 USER, ADMIN = "user-1234567890", "admin-1234567890"
@@ -36,7 +37,7 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
 def replace(file: Path, content: bytes) -> None:
-    """As a secret's file is renewed: at once."""
+    """Replaces a file atomically, as a secret is renewed."""
     aside = file.with_suffix(".new")
     aside.write_bytes(content)
     aside.rename(file)
@@ -47,7 +48,7 @@ def bearer(token: str) -> dict[str, Any]:
 
 
 def call(channel: grpc.Channel, method: MethodDescriptor, **given: Any) -> grpc.StatusCode:
-    """The status of an RPC with an empty request; OK once a stream has its first message, or is silent."""
+    """The status of an RPC with an empty request. A stream is OK at its first message or at its end."""
     kinds = ("stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary")
     message = GetMessageClass(method.input_type)()
     stub = getattr(channel, "_".join(kinds))(
@@ -64,7 +65,7 @@ def call(channel: grpc.Channel, method: MethodDescriptor, **given: Any) -> grpc.
 
 
 def described(channel: grpc.Channel) -> list[MethodDescriptor]:
-    """All RPCs that a server tells of itself."""
+    """All RPCs that a server's reflection lists."""
     database = ProtoReflectionDescriptorDatabase(channel)
     pool = DescriptorPool(database)
     services = [pool.FindServiceByName(name) for name in database.get_services()]
@@ -77,22 +78,23 @@ def path(method: MethodDescriptor) -> str:
 
 @dataclass(frozen=True)
 class Secured:
-    """A server that wants certificates and tokens, in reach of other machines."""
+    """A server with TLS and tokens that other machines can reach."""
 
     server: Server
     folder: Path
     ca: trustme.CA
-    """Of both sides."""
+    """The authority of both sides' certificates."""
     chain: bytes
+    """PEM of the caller's certificate chain."""
     key: bytes
-    """A caller's own."""
+    """PEM of the key of the caller's certificate."""
 
     def credentials(self, ca: trustme.CA | None = None, **client: bytes | None) -> grpc.ChannelCredentials:
         own = {"private_key": self.key, "certificate_chain": self.chain, **client}
         return grpc.ssl_channel_credentials((ca or self.ca).cert_pem.bytes(), **own)
 
     def channel(self, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
-        """A connection of its own: channels alike share one."""
+        """A channel with a connection of its own; equal channels would share one."""
         options = (("grpc.use_local_subchannel_pool", 1),)
         credentials = credentials or self.credentials()
         return grpc.secure_channel(self.server.address, credentials, options)
@@ -230,7 +232,7 @@ def test_tokens_are_read_again_when_their_file_changes(secured: Secured) -> None
                     file.unlink()
                 else:
                     replace(file, broken)
-                # Twice, for one line in the log.
+                # Two calls, but one line in the log.
                 assert [is_known("another-token") for _ in range(2)] == [True, True]
         finally:
             replace(file, before)
@@ -293,7 +295,7 @@ def test_an_rpc_without_a_role_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def check(channel: grpc.Channel) -> grpc.StatusCode:
-    """The status of a call that needs no token."""
+    """The status of a health check, which needs no token."""
     with channel:
         try:
             health_pb2_grpc.HealthStub(channel).Check(
@@ -321,12 +323,11 @@ def test_plaintext_and_wrong_certificates_are_refused(secured: Secured) -> None:
 
 
 def served_certificate(secured: Secured) -> str:
-    """The certificate of a new connection, in PEM."""
+    """The server's certificate on a new connection, in PEM."""
     with secured.channel() as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         stub.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
-    host, _, port = secured.server.address.rpartition(":")
-    return ssl.get_server_certificate((host, int(port)))
+    return ssl.get_server_certificate(parse_address(secured.server.address))
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_certificates_are_renewed_while_an_old_stream_runs(secured: Secured) -> 
         renewed = served_certificate(secured)
         assert renewed != first
         assert renewed.strip() == second.cert_chain_pems[0].bytes().decode().strip()
-        # Of another key: not usable, said once, and the one before stays.
+        # A key of another certificate cannot be used: one log line, and the old certificate stays.
         replace(secured.folder / "tls.key", secured.ca.issue_cert("127.0.0.1").private_key_pem.bytes())
         assert [served_certificate(secured) for _ in range(2)] == [renewed] * 2
         secured.server.wait_logged(lambda line: "tls_certificate: cannot use" in line, "the complaint")
@@ -412,7 +413,7 @@ def test_certificates_of_the_port_of_openai_are_renewed_too(secured: Secured) ->
     url = f"https://127.0.0.1:{secured.server.openai_port}/v1"
 
     def call() -> None:
-        """On a connection of its own."""
+        """Lists models over a new connection."""
         with (
             openai.DefaultHttpxClient(verify=context) as http,
             secured.server.openai(base_url=url, api_key=USER, http_client=http) as client,

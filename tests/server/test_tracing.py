@@ -1,4 +1,4 @@
-"""What a collector of OpenTelemetry is sent, over OTLP."""
+"""The spans that an OpenTelemetry collector receives over OTLP."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from lorarep_runtime.errors import FailedPrecondition
-from tests.server.conftest import World
-from tests.support.servers import SECONDS, Server, lorarep, request, serving, stream, wait_for
+from tests.support.callers import request, stream
+from tests.support.servers import SECONDS, Server, lorarep, serving, wait_for
+from tests.support.world import World
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -40,7 +41,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def take(self, count: int) -> list[Span]:
-        """Waits for so many spans, and forgets them."""
+        """Waits for so many spans, removes them, and returns them."""
         wait_for(lambda: len(self.spans) >= count, "the spans")
         taken, self.spans = self.spans, []
         assert len(taken) == count
@@ -103,7 +104,7 @@ def test_a_request_is_a_span_of_its_callers_trace(traced: Server, collector: Col
     }
     inner = [spans[phase] for phase in PHASES]
     assert {span.parent_span_id for span in inner} == {whole.span_id}
-    # One begins where the other ends, all inside the whole, and that inside the call.
+    # Each phase begins where the previous one ends. All are within the request's span, and that is within the call.
     for one, next_one in pairwise(inner):
         assert one.end_time_unix_nano == next_one.start_time_unix_nano
     places = [before, whole.start_time_unix_nano, inner[0].start_time_unix_nano]

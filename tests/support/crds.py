@@ -1,4 +1,4 @@
-"""Resources that Kubernetes' own schemas do not have: the part of each that the overlays use, and no other field.
+"""Schemas of custom resources, which Kubernetes' own schemas lack: only the fields that the overlays use.
 
 Written by hand from the Gateway API's v1 and the Inference Extension's v1.
 """
@@ -25,7 +25,7 @@ class Metadata(Strict):
 
 
 class Reference(Strict):
-    """Of something in the same namespace."""
+    """A reference to an object in the same namespace."""
 
     name: Name
 
@@ -64,7 +64,7 @@ class Match(Strict):
 
 
 class PoolReference(Strict):
-    """A backend that is no Service, whose group and kind are the defaults."""
+    """A backend that is an InferencePool. The default group and kind are those of a Service."""
 
     group: Literal["inference.networking.k8s.io"]
     kind: Literal["InferencePool"]
@@ -102,7 +102,7 @@ class LabelSelector(Strict):
 
 
 class EndpointPickerRef(Strict):
-    """Of a Service, which is the default; it needs a port."""
+    """A reference to a Service, the default kind; it needs a port."""
 
     name: Name
     port: TargetPort
@@ -143,7 +143,7 @@ class SchedulingProfile(Strict):
 
 
 class EndpointPickerConfig(Strict):
-    """What the endpoint picker reads as its configuration."""
+    """The configuration file of the endpoint picker."""
 
     api_version: Literal["inference.networking.x-k8s.io/v1alpha1"]
     kind: Literal["EndpointPickerConfig"]
@@ -155,7 +155,7 @@ MODELS: Mapping[str, type[Strict]] = {model.__name__: model for model in (Gatewa
 
 
 def validate(thing: Mapping[str, Any]) -> bool:
-    """Whether it is one of these. One that is, and has other fields or values, is a ValidationError."""
+    """Whether an object is of a known kind. A known object with other fields or values raises ValidationError."""
     if model := MODELS.get(thing["kind"]):
         model.model_validate(thing)
     return model is not None

@@ -1,4 +1,4 @@
-"""A Hub stand-in that records what it is asked and misbehaves on demand."""
+"""A stand-in for the Hub that records requests and injects faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorarep_server.demo.hub_stand_in import HubHandler, HubStandIn
 
 @dataclass(frozen=True)
 class Asked:
-    """One request."""
+    """One recorded request."""
 
     method: str
     path: str
@@ -28,36 +28,36 @@ class Asked:
 
 
 class FaultyHub(HubStandIn):
-    """Without a fault set it is a plain stand-in."""
+    """A stand-in for the Hub with faults to set. Without a fault it behaves like `HubStandIn`."""
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []
         self.served: Counter[str] = Counter()
-        """Bytes of bodies by file name."""
+        """Bytes of bodies that were sent, by file name."""
         self.faulty = ""
-        """Requests whose path holds this meet `status` and `stalled`."""
+        """Requests whose path contains this text are subject to `status` and `stalled`."""
         self.status: int | None = None
-        """Answered to them, with a long pause asked for."""
+        """HTTP status of the answer to faulty requests, which also asks for a long pause."""
         self.stalled = False
-        """Whether they are never answered."""
+        """Whether faulty requests are never answered."""
         self.cuts: dict[str, list[int]] = {}
-        """By file name: after how many bytes the connection of each next download breaks."""
+        """By file name: the bytes after which the connection of each next download breaks."""
         self.hangs: dict[str, int] = {}
-        """By file name: after how many bytes nothing more comes."""
+        """By file name: the bytes after which a download hangs."""
         self.claims: dict[str, int] = {}
-        """By file name: the size that listings and headers state, whatever is sent."""
+        """By file name: the size that listings and headers claim."""
         self.garbage: bytes | None = None
-        """Answered to every question about a repository, in place of JSON."""
+        """The body of every answer about a repository, in place of JSON."""
         self.hanging = threading.Event()
         self._closed = threading.Event()
         super().__init__(FaultyHandler)
 
     def downloads(self) -> list[str]:
-        """Names of the files whose content was asked for."""
+        """The names of the files whose content was requested."""
         return sorted(asked.file for asked in self.asked if asked.method == "GET" and "/resolve/" in asked.path)
 
     def hang(self) -> None:
-        """Until the Hub closes, or beyond any client's patience."""
+        """Waits until the Hub closes, or beyond any client's patience."""
         self.hanging.set()
         self._closed.wait(60)
 

@@ -1,4 +1,4 @@
-"""What the Dockerfile says of a container's process."""
+"""The settings of a container's process, read from the Dockerfile."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from dockerfile_parse.util import extract_key_values
 
 ROOT = Path(__file__).parents[2]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""Of the image that ours is built on."""
+"""The PATH of the base image."""
 
 
 @cache
 def built() -> Path | None:
-    """The folder of deploy/with-image's image once it is built; without, the image's files are this machine's."""
+    """Waits until deploy/with-image has built the image, and returns its folder.
+
+    None if LORAREP_IMAGE is unset: this machine's files then stand in for the image.
+    """
     if "LORAREP_IMAGE" not in os.environ:
         return None
     folder = Path(os.environ["LORAREP_IMAGE"])
@@ -30,7 +33,7 @@ def built() -> Path | None:
 
 
 class Image:
-    """As all its stages together set it. Each thing is set once, whichever image is built."""
+    """The settings of all stages of the Dockerfile. Each setting is the same in every image."""
 
     def __init__(self) -> None:
         steps = [(step["instruction"], step["value"]) for step in DockerfileParser(str(ROOT / "Dockerfile")).structure]

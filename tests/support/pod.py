@@ -1,8 +1,8 @@
-"""A pod as the kubelet and a container runtime start it from the rendered manifest, with neither of them.
+"""A pod that is started from the rendered manifest as the kubelet and a container runtime would start it.
 
-test_pod.py runs this in mount, network and PID namespaces of its own. The image is the one that deploy/with-image has
-built, or is made of this machine's files: its system, its Python and this package, where the image has them. Not there
-is what only a runtime has: seccomp, cgroups.
+tests/deploy/test_pod.py runs this file in mount, network and PID namespaces of its own. The image is the one that
+deploy/with-image has built, or is assembled from this machine's system, Python and package. Seccomp and cgroups, which
+only a runtime has, are missing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,31 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lorarep.v1 import generation_pb2, generation_pb2_grpc
 
 from tests.deploy.test_manifests import DEMO, DEPLOY, ROOT, Objects, render
+from tests.support.callers import NOT_SERVING, SERVING, request, stream_tokens, stream_until_refused
 from tests.support.hub_faults import FaultyHub
 from tests.support.image import Image, built
-from tests.support.servers import request, wait_for
+from tests.support.servers import wait_for
 
-SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 ADDRESS = "127.0.0.2"
-"""The pod's. Not where a server listens that listens on loopback alone."""
+"""The pod's address. A server that listens only on 127.0.0.1 is not reachable here."""
 TOKEN = "a-token-of-this-test"
 CALLERS = 8
 NEW_TOKENS = 200
 HAS_USERS = int(Path("/proc/self/uid_map").read_text().split()[2]) > 1
-"""Whether there are other users here. If not, the pod's user is this one by another name."""
+"""Whether this user namespace has several users. Otherwise the pod's user is mapped to the current one."""
 
 
 class Pod:
-    """One container, its volumes in folders here."""
+    """A pod of one container, with volumes in folders of this machine."""
 
     def __init__(self, objects: Objects, folder: Path, claims: Mapping[str, Path], secrets: Mapping[str, str]) -> None:
-        """`claims` are the contents of claims by name, `secrets` the values of Secrets' only key by name."""
+        """
+        Args:
+            objects: the rendered manifest.
+            folder: the folder of volumes and root.
+            claims: the content of each persistent volume claim, by name.
+            secrets: the value of the only key of each Secret, by name.
+        """
         self._objects, self._claims, self._secrets = objects, claims, secrets
         stateful = objects["StatefulSet", "lorarep"]["spec"]
         self.spec = stateful["template"]["spec"]
@@ -62,7 +69,7 @@ class Pod:
         self._make_root()
 
     def _given(self, path: Path, mode: int) -> Path:
-        """A folder or file that is the pod's group's."""
+        """Gives a file or a folder, which is made if needed, to the pod's group."""
         if not path.exists():
             path.mkdir()
         if HAS_USERS:
@@ -81,7 +88,7 @@ class Pod:
                 contents = self._objects["ConfigMap", name]["data"]
             case {"secret": {"secretName": name, **source}}:
                 contents = {name.rpartition("-")[2]: self._secrets[name]}
-        # Links to a folder that a link names, so that all files change at once.
+        # As the kubelet does: links through `..data`, so that all files change at once.
         data = self._given(self._given(path, 0o2755) / "..2026", 0o2755)
         (path / "..data").symlink_to(data.name)
         for name, content in contents.items():
@@ -106,7 +113,7 @@ class Pod:
         for given in self.container["volumeMounts"]:
             self._bind(self.volumes[given["name"]], Path(given["mountPath"]), writable=not given.get("readOnly"))
         if image is None:
-            self._bind_this_package()  # over the volumes: it may lie below /tmp
+            self._bind_this_package()  # after the volumes: the package may lie below /tmp
         if self.container["securityContext"]["readOnlyRootFilesystem"]:
             mount("-o", "remount,bind,ro", self._root)
 
@@ -124,7 +131,7 @@ class Pod:
         self._file("/etc/ld.so.cache").write_bytes(Path("/etc/ld.so.cache").read_bytes())
 
     def _bind_this_package(self) -> None:
-        # What the image has in /opt/lorarep is found where it is here, and there too.
+        # The package is found at its path on this machine, and in /opt/lorarep as in the image.
         package = Path(lorarep_server.__file__).parent
         prefixes = {Path(sys.base_prefix), Path(sys.prefix), package.parents[1]}
         for prefix in prefixes:
@@ -134,7 +141,7 @@ class Pod:
         self._bind(package / "demo" / "models", DEMO)
 
     def _file(self, path: str | Path) -> Path:
-        """Where a file of the container's is to be made."""
+        """The path on this machine of a file in the container. Its folder is made."""
         file = self._root / str(path).removeprefix("/")
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
@@ -147,11 +154,11 @@ class Pod:
             mount("-o", "remount,bind,ro", target)
 
     def command(self, *arguments: str) -> list[str]:
-        """That runs another as the container's process: its PID 1, its user, with no more rights than it has."""
+        """The command that runs `arguments` as the container's process: as PID 1, with its user and its rights."""
         context = {**self.spec["securityContext"], **self.container["securityContext"]}
         assert context["capabilities"] == {"drop": ["ALL"]}
         user, group = context["runAsUser"], context["runAsGroup"]
-        # As runtimes do it: nothing of this machine's root is mounted any more.
+        # As runtimes do: this machine's root is unmounted.
         enter = 'mount -t proc proc "$0/proc" && cd "$0" && pivot_root . . && umount -l . && exec "$@"'
         container = ["unshare", "--pid", "--fork", "--mount", "sh", "-c", enter, str(self._root)]
         rights = ["setpriv"] if context["allowPrivilegeEscalation"] else ["setpriv", "--no-new-privs"]
@@ -163,7 +170,7 @@ class Pod:
         return [*container, *rights, *arguments]
 
     def env(self) -> dict[str, str]:
-        """All that is in the environment of the container's process."""
+        """The whole environment of the container's process."""
         env = {**self.image.env, "HOME": "/home/lorarep", "HOSTNAME": "lorarep-0"}
         for variable in self.container["env"]:
             if "value" in variable:
@@ -175,14 +182,18 @@ class Pod:
         return env
 
     def run(self, *arguments: str) -> str:
-        """What a command says that is run in place of the server."""
+        """Runs a command in place of the server, and returns its standard output."""
         ended = subprocess.run(self.command(*arguments), env=self.env(), capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
     @contextmanager
     def started(self, env: Mapping[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
-        """What runs the container, and its process. `env` is what the manifest does not say."""
+        """Starts the container. Yields the process that runs it, and the container's own process.
+
+        Args:
+            env: environment variables that the manifest does not set.
+        """
         command = self.command(*self.image.entrypoint, *self.container["args"])
         with subprocess.Popen(command, env={**self.env(), **env}) as runtime:
             try:
@@ -192,7 +203,7 @@ class Pod:
                     left.kill()
 
     def probe(self, name: str) -> int | None:
-        """The status that one probe gets; None if it gets no answer."""
+        """The status that a probe gets; None if it gets no answer."""
         probe = self.container[name]
         with grpc.insecure_channel(f"{ADDRESS}:{probe['grpc']['port']}") as channel:
             asked = health_pb2.HealthCheckRequest(service=probe["grpc"]["service"])
@@ -203,9 +214,10 @@ class Pod:
                 return None
 
     def wait_started(self, runtime: subprocess.Popen[bytes]) -> None:
+        """Waits until the startup probe succeeds, for as long as its thresholds allow."""
         probe = self.container["startupProbe"]
         end = time.monotonic() + probe["failureThreshold"] * probe["periodSeconds"]
-        while time.monotonic() < end:  # asking more often than the kubelet
+        while time.monotonic() < end:  # the kubelet asks less often
             if self.probe("startupProbe") == SERVING:
                 return
             assert runtime.poll() is None
@@ -217,34 +229,15 @@ def mount(*arguments: str | Path) -> None:
     subprocess.run(["mount", *map(str, arguments)], check=True)
 
 
-def answer(stub: Any, adapter: str, token: str = TOKEN) -> Iterator[int]:
-    """Tokens of one stream, as they come."""
+def open_stream(stub: Any, adapter: str, token: str = TOKEN) -> Any:
+    """The call of one stream of NEW_TOKENS tokens."""
     wanted = generation_pb2.GenerateStreamRequest(request=request("Hello", adapter, new_tokens=NEW_TOKENS))
-    for message in stub.GenerateStream(wanted, metadata=[("authorization", f"Bearer {token}")]):
-        yield from message.chunk.token_ids
-
-
-def call_until_refused(stub: Any, adapter: str, expected: Sequence[int], whole: list[tuple[float, float]]) -> None:
-    """Calls as one who knows nothing of the pod's end. `whole` gets when each stream began and ended.
-
-    A stream that breaks, or is another one, is an error.
-    """
-    while True:
-        began, tokens = time.monotonic(), []
-        try:
-            for token in answer(stub, adapter):
-                tokens.append(token)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE and not tokens:
-                return
-            raise
-        assert tokens == expected
-        whole.append((began, time.monotonic()))
+    return stub.GenerateStream(wanted, metadata=[("authorization", f"Bearer {token}")])
 
 
 @pytest.fixture(autouse=True)
 def loopback() -> None:
-    """Set up in this network namespace, which has nothing else."""
+    """Brings up loopback, the only interface of this network namespace."""
     SIOCSIFFLAGS, IFF_UP = 0x8914, 1
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
@@ -252,7 +245,7 @@ def loopback() -> None:
 
 @pytest.fixture
 def models() -> Path:
-    """What test_pod.py has made."""
+    """The models that test_pod.py has made."""
     return Path(os.environ["LORAREP_POD_MODELS"])
 
 
@@ -266,8 +259,8 @@ def test_serves_and_leaves(overlay: str, models: Path, tmp_path: Path) -> None:
     adapter, *_ = yaml.safe_load(objects["ConfigMap", "lorarep-adapters"]["data"]["adapters.yaml"])
     assert_confined(pod)
     with ExitStack() as stack:
-        env = {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}  # servers of tests share the cores
-        if overlay == "gpu":  # the one that asks the Hub
+        env = {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}  # the servers of tests share the cores
+        if overlay == "gpu":  # the overlay that uses the Hub
             hub = stack.enter_context(FaultyHub())
             hub.publish("mistralai/Mistral-7B-v0.1", models / "Mistral-7B-v0.1")
             name = "Fewshot-Metamath-OrcaVicuna-Mistral-10B"
@@ -288,16 +281,17 @@ def test_serves_and_leaves(overlay: str, models: Path, tmp_path: Path) -> None:
             assert json.load(completion)["usage"]["completion_tokens"] == 4
 
         stub = generation_pb2_grpc.GenerationServiceStub(stack.enter_context(grpc.insecure_channel(ports["grpc"])))
-        alone = list(answer(stub, adapter))
+        alone = list(stream_tokens(open_stream(stub, adapter)))
         assert len(alone) == NEW_TOKENS
         with pytest.raises(grpc.RpcError) as refused:
-            list(answer(stub, adapter, token="of-nobody"))
+            list(stream_tokens(open_stream(stub, adapter, token="of-nobody")))
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
         whole: list[tuple[float, float]] = []
         with ThreadPoolExecutor(CALLERS) as callers:
-            calling = [callers.submit(call_until_refused, stub, adapter, alone, whole) for _ in range(CALLERS)]
-            # As the kubelet deletes a pod: the grace period begins, the hook runs to its end, the signal comes.
+            call = partial(open_stream, stub, adapter)
+            calling = [callers.submit(stream_until_refused, call, alone, whole) for _ in range(CALLERS)]
+            # As the kubelet deletes a pod: the grace period begins, the hook runs to its end, then the signal is sent.
             end = time.monotonic() + pod.spec["terminationGracePeriodSeconds"]
             hooked = time.monotonic() + pod.container["lifecycle"]["preStop"]["sleep"]["seconds"]
             while time.monotonic() < hooked:
@@ -315,7 +309,7 @@ def test_serves_and_leaves(overlay: str, models: Path, tmp_path: Path) -> None:
 
 
 def assert_confined(pod: Pod) -> None:
-    """That this is the container it claims to be."""
+    """Asserts that the container has the user, the rights and the read-only mounts of the manifest."""
     status = pod.run("cat", "/proc/self/status").splitlines()
     said = dict(line.split(":\t", 1) for line in status)
     context = pod.spec["securityContext"]

@@ -1,6 +1,6 @@
 """Takes the README's picture: `python -m tests.support.screenshot deploy/monitoring/page.png`.
 
-The base is random and small, of 32 layers; what is shown is a live server's.
+The base is small and random, with 32 layers. The picture shows a live server.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 from lorarep.v1 import generation_pb2 as pb
 
 from tests.support.browser import chromium
+from tests.support.callers import load, request, stream
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import save_adapter, save_base
-from tests.support.servers import Server, load, request, serving, stream
+from tests.support.servers import Server, serving
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -30,9 +31,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "poetry": dict(r=16, target_modules=ATTENTION, layer_replication=[[0, 24], [8, 32]]),
 }
 STREAMS = ("metamath", "metamath", "sql", "summaries", "poetry", "base", "deep", "deep")
-"""Adapters, whose loads have others leave the device, and stacks."""
+"""The adapters and stacks of the streams. Their loads evict other adapters from the device."""
 SECONDS = 7.5
-"""From one stream's begin to the next one's, so that there is something to see."""
+"""Seconds between the starts of two streams."""
 
 
 def main(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""`lorarep serve` as its users start it: a process, on ports that are free, that clients talk to."""
+"""`lorarep serve` as its users start it: a process on free ports, and stubs of its services."""
 
 from __future__ import annotations
 
@@ -19,24 +19,18 @@ from typing import Any
 import grpc
 import openai
 from fmaas import generation_pb2_grpc as fmaas_pb2_grpc
-from lorarep.v1 import (
-    adapters_pb2,
-    adapters_pb2_grpc,
-    generation_pb2,
-    generation_pb2_grpc,
-    model_pb2_grpc,
-)
+from lorarep.v1 import adapters_pb2_grpc, generation_pb2_grpc, model_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 LORAREP = (sys.executable, "-c", "from lorarep_server.cli.commands import main; main()")
 SECONDS = 600
-"""Until what never comes is given up: a server takes minutes to start where many run on few cores."""
+"""Seconds until a wait fails. A server takes minutes to start where many run on few cores."""
 PORTS = re.compile(r"listening on port (\d+), metrics on port (\d+)")
 OPENAI_PORT = re.compile(r"OpenAI's API on port (\d+)")
 
 
 class Server:
-    """A process and stubs of its services."""
+    """A server process, its log, and stubs of its services."""
 
     def __init__(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         ports = ("--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0")
@@ -48,8 +42,9 @@ class Server:
             errors="backslashreplace",
         )
         self.log: list[str] = []
+        """The lines of the log so far."""
         self.reads = threading.Event()
-        """Whether the server's standard error is read."""
+        """Set while the server's standard error is read."""
         self.reads.set()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -69,19 +64,21 @@ class Server:
 
     @property
     def openai_port(self) -> int:
+        """The port of OpenAI's API."""
         return int(self.wait_logged(OPENAI_PORT.search, "the port of OpenAI's API")[1])
 
     def openai(self, **client: Any) -> openai.OpenAI:
-        """A client that does not try twice; in plain text, if `base_url` is not given."""
+        """An OpenAI client without retries. Without a `base_url` it uses plain text."""
         given = dict(base_url=f"http://127.0.0.1:{self.openai_port}/v1", api_key="none", max_retries=0, timeout=SECONDS)
         return openai.OpenAI(**{**given, **client})
 
     def wait_ready(self) -> Server:
+        """Waits until the server is ready, and returns the server."""
         self.wait_logged(lambda line: ": ready: " in line, "readiness")
         return self
 
     def wait_logged(self, wanted: Callable[[str], Any], what: str) -> Any:
-        """What `wanted` gives for the first line that it is true of."""
+        """Waits for a line of the log that satisfies `wanted`, and returns the value of `wanted` for it."""
 
         def found() -> Any:
             is_over = not self._reader.is_alive()
@@ -93,7 +90,7 @@ class Server:
         return wait_for(found, what)
 
     def metrics(self) -> dict[str, float]:
-        """Samples as "name" or "name{label=value}"."""
+        """The values of the metrics' samples, by "name" or "name{label=value}"."""
         with urllib.request.urlopen(self.metrics_url, timeout=SECONDS) as response:
             families = text_string_to_metric_families(response.read().decode())
             return {
@@ -104,18 +101,18 @@ class Server:
             }
 
     def wait_idle(self) -> None:
-        """Until no request runs, waits or holds pages."""
+        """Waits until no request runs, waits or holds pages."""
         busy = ("lorarep_requests_running", "lorarep_requests_waiting", "lorarep_kv_pages_used")
         wait_for(lambda: not any(map(self.metrics().__getitem__, busy)), "the server to be idle")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """The exit status."""
+        """Sends a signal, waits for the end of the process, and returns its exit status."""
         self.process.send_signal(number)
         return self.process.wait(SECONDS)
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
-    """What the condition gives once it is true."""
+    """Waits until a condition is true, and returns its value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
@@ -126,7 +123,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) 
 
 @contextmanager
 def serving(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A server that listens; killed in the end."""
+    """A server that listens while the context lasts. It is killed at the end."""
     server = Server(arguments, env or {})
     try:
         yield server
@@ -140,7 +137,7 @@ def serving(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> I
 
 
 class OnTerminal:
-    """A command that is shown on a terminal of its own; what it says on standard output is not."""
+    """A command whose standard error is a terminal of its own. Its standard output is dropped."""
 
     def __init__(self, *arguments: str, env: Mapping[str, str] | None = None) -> None:
         self._ours, theirs = pty.openpty()
@@ -150,16 +147,17 @@ class OnTerminal:
         )
         os.close(theirs)
         self.shown = ""
+        """The text on the terminal so far."""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
-        with suppress(OSError):  # how a terminal says that nobody writes to it any more
+        with suppress(OSError):  # the error of a terminal that has no writer any more
             while piece := os.read(self._ours, 4096):
                 self.shown += piece.decode(errors="replace")
 
     def wait(self) -> int:
-        """The exit status, once everything is shown."""
+        """Waits until everything is shown, and returns the exit status."""
         status = self._process.wait(SECONDS)
         self._reader.join()
         os.close(self._ours)
@@ -167,7 +165,7 @@ class OnTerminal:
 
 
 def lorarep(*arguments: str, env: Mapping[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """A command, to its end."""
+    """Runs a command to its end."""
     return subprocess.run(
         [*LORAREP, *arguments],
         env={**os.environ, **(env or {})},
@@ -176,46 +174,3 @@ def lorarep(*arguments: str, env: Mapping[str, str] | None = None, stdin: str = 
         text=True,
         timeout=SECONDS,
     )
-
-
-def request(
-    prompt: str | Sequence[int], /, *adapters: str, new_tokens: int = 12, **fields: Any
-) -> generation_pb2.GenerateRequest:
-    """Greedy, of exactly so many tokens."""
-    stopping = dict(max_new_tokens=new_tokens, ignore_eos=True)
-    given = dict(text=prompt) if isinstance(prompt, str) else dict(token_ids=generation_pb2.TokenIds(ids=prompt))
-    return generation_pb2.GenerateRequest(
-        **{
-            "prompt": generation_pb2.Prompt(**given),
-            "adapters": [generation_pb2.AdapterRef(name=name) for name in adapters],
-            "stopping": generation_pb2.Stopping(**stopping),
-            **fields,
-        }
-    )
-
-
-def stream(server: Server, wanted: generation_pb2.GenerateRequest, *, stub: Any = None, **call: Any) -> Any:
-    """The call of a stream, over the server's own channel or another's stub."""
-    stub = stub or server.generation
-    return stub.GenerateStream(generation_pb2.GenerateStreamRequest(request=wanted), **call)
-
-
-def loading(server: Server, name: str, repository: str, *, timeout: float = SECONDS, **more: Any) -> Any:
-    """The call of a load: its messages."""
-    wanted = adapters_pb2.LoadAdapterRequest(name=name, repository=repository, **more)
-    return server.adapters.LoadAdapter(wanted, timeout=timeout)
-
-
-def load(server: Server, name: str, repository: str, **more: Any) -> adapters_pb2.Adapter:
-    *_, last = loading(server, name, repository, **more)
-    assert last.HasField("adapter")
-    return last.adapter
-
-
-def unload(server: Server, name: str) -> None:
-    server.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name=name))
-
-
-def adapters(server: Server) -> dict[str, adapters_pb2.Adapter]:
-    listed = server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters
-    return {adapter.name: adapter for adapter in listed}

@@ -57,7 +57,7 @@ class _Entry:
     """The task that loads or unloads the adapter."""
 
     def load_request(self) -> LoadRequest:
-        """The load that makes the adapter what the file says."""
+        """The load that brings the adapter into the state of the file."""
         assert self.wanted is not None
         request = replace(self.wanted.load_request, replace=self.loaded is not None)
         if self.loaded is None or is_folder(request.repository):
@@ -67,7 +67,7 @@ class _Entry:
         return replace(request, revision=self.commit) if same_source else request
 
     def set_loaded(self, info: AdapterInfo) -> None:
-        """Records that the adapter is loaded as the file says."""
+        """Records that the adapter is in the state of the file."""
         self.loaded, self.commit, self.error = self.wanted, info.commit, ""
         self.attempted.set()
 
@@ -113,7 +113,7 @@ class Reconciler:
         return {name: entry.wanted for name, entry in self._entries.items() if entry.wanted is not None}
 
     def load_request(self, name: str) -> LoadRequest:
-        """The load that makes an entry's adapter what the file says. `get` has to know the name."""
+        """The load that brings an entry's adapter into the state of the file. `get` has to know the name."""
         return self._entries[name].load_request()
 
     def error(self, name: str) -> str:
@@ -127,7 +127,7 @@ class Reconciler:
             self._entries[wanted.name].set_loaded(info)
 
     def states(self) -> dict[str, int]:
-        """The number of entries that are "loaded" as the file says, "loading" and "failed". For any thread."""
+        """The number of entries in each state: "loaded", "loading" and "failed". For any thread."""
         counted = Counter(
             "failed" if entry.error else "loaded" if entry.loaded == entry.wanted else "loading"
             for entry in list(self._entries.values())
@@ -156,7 +156,11 @@ class Reconciler:
     async def _reconcile(
         self, registry: AdapterRegistry, name: str, entry: _Entry, before: asyncio.Task[None] | None
     ) -> None:
-        """Makes the adapter of one name what the file says. `before` is the cancelled work of an older state."""
+        """Brings the adapter of one name into the state of the file.
+
+        Args:
+            before: the cancelled task of an older version of the entry.
+        """
         if before is not None:
             await asyncio.wait((before,))
             # Its load may have come too far to be cancelled, or calls may wait for it.

@@ -1,4 +1,4 @@
-"""The log. A thread of its own writes it, so that a standard error that nobody reads blocks only the log."""
+"""The log. A thread of its own writes it, so that an unread standard error blocks only the log."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logging_in_a_thread(level: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # QueueListener.stop would wait for as long as nobody reads.
+        # QueueListener.stop would wait without a limit for an unread pipe.
         writing = threading.Thread(target=lines.join, daemon=True)
         writing.start()
         writing.join(LAST_LINES)

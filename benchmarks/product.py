@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floor import copy_bandwidth
 from lorarep_runtime.gpu.buffers import LEAST_RANKS, parts_for
 from lorarep_runtime.kernels.entry_table import DecodeRows, Entries, Entry, ReferenceRows, entry_table
-from lorarep_runtime.kernels.hopper.decode_gemm import PackedWeight, product_reference
+from lorarep_runtime.kernels.hopper.decode_gemm import decode_gemm_reference
 from lorarep_runtime.kernels.hopper.launch_config import HOPPER
+from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.model.packed import BITS, PACKED_MODULES, pack
 from lorarep_runtime.model.weights import DenseWeight, Int8Weight, NF4Weight, Weight
 from tests.support.decode_rows import one_by_one
@@ -159,12 +160,12 @@ class Case:
         addresses = [table.data_ptr() for table in self.tables] or [0] * count
         positions = torch.full((count,), copy, dtype=torch.int32, device=device)
         rows = DecodeRows(positions, torch.tensor(addresses, device=device), len(self.names))
-        return lambda: self.groups[copy].product(self.x, y, self.shrunk, rows, 0)
+        return lambda: self.groups[copy].decode(self.x, y, self.shrunk, rows, 0)
 
     def reference(self, copy: int = 0) -> Tensor:
         y = torch.zeros(len(self.x), len(self.dense), dtype=self.x.dtype, device=self.x.device)
         rows = ReferenceRows([copy] * len(self.x), self.adapters, self.names)
-        product_reference(self.dense, self.x, y, self.shrunk, rows, 0, self.groups[0].sizes)
+        decode_gemm_reference(self.dense, self.x, y, self.shrunk, rows, 0, self.groups[0].sizes)
         return y
 
     def check(self) -> None:

@@ -15,9 +15,9 @@ from lorarep_runtime.device.arena import Arena
 from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.kernels.eager import dora_norm as dora
 from lorarep_runtime.kernels.hopper import int8, nf4
-from lorarep_runtime.kernels.hopper.decode_gemm import PackedWeight, compile_products
 from lorarep_runtime.kernels.hopper.launch_config import HOPPER
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE
+from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight, compile_gemms
 from lorarep_runtime.model.weights import Int8Weight, NF4Weight, Weight
 
 PACKED_MODULES = (
@@ -129,7 +129,7 @@ def kernels_compiled(kind: Quantization, dtype: torch.dtype | None, device: torc
     from lorarep_runtime.kernels.prefill.adapt_segments import compile_tiles  # of Triton, which a CPU need not have
 
     with ThreadPoolExecutor(2) as pool:
-        compiled = pool.submit(compile_products, [BITS[kind]]), pool.submit(compile_tiles, dtype)
+        compiled = pool.submit(compile_gemms, [BITS[kind]]), pool.submit(compile_tiles, dtype)
         yield
     for one in compiled:
         one.result()

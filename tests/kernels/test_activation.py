@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from transformers.activations import ACT2FN
 
 from lorarep_runtime.kernels.decode.activation import gate_rows, gate_shrink, gate_shrink_reference
-from tests.support.decode_rows import CAPACITY, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
+from tests.support.decode_rows import CAPACITY, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_shrunk, nan, randn
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -21,7 +21,7 @@ def test_gate(dtype: torch.dtype, width: int, parts: int) -> None:
     gate_shrink_reference(gate_up, x_reference, low_reference, batch.plain, 1)
     tolerance = TOLERANCE[dtype]
     assert_close(x, x_reference, rtol=tolerance, atol=tolerance / 10, equal_nan=True)
-    assert_low(shrunk, x, batch, 1)
+    assert_shrunk(shrunk, x, batch, 1)
 
     walking = [row for row, position in enumerate(POSITIONS) if position >= 0]
     gate, up = gate_up[walking].chunk(2, dim=1)

@@ -20,7 +20,7 @@ from tests.support.decode_rows import (
     POSITIONS,
     TOLERANCE,
     Batch,
-    assert_low,
+    assert_shrunk,
     nan,
     randn,
 )
@@ -100,7 +100,7 @@ def check(layer: Attention, dtype: torch.dtype, *, splits: int = 1, parts: int =
     assert_close(sequences.cache.key_pages, pages.key_pages, **tolerance)
     assert_close(sequences.cache.value_pages, pages.value_pages, rtol=0, atol=0, equal_nan=True)
     assert_close(out, out_reference, **tolerance)
-    assert_low(
+    assert_shrunk(
         shrunk.sum(1, keepdim=True) if whole else shrunk, out, batch, 1
     )  # where parts begin is the kernel's affair
     assert_close(out[WALKING], torch.stack(theirs), **tolerance)

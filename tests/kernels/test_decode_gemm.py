@@ -15,9 +15,8 @@ from torch import Tensor
 
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.kernels.entry_table import DecodeRows, Entry, ReferenceRows, entry_table
-from lorarep_runtime.kernels.hopper import decode_gemm as kernel
-from lorarep_runtime.kernels.hopper import int8, nf4, prefill_gemm
-from lorarep_runtime.kernels.hopper.decode_gemm import SOURCE, PackedWeight, defines, product_reference
+from lorarep_runtime.kernels.hopper import decode_gemm, int8, nf4, packed_weight, prefill_gemm
+from lorarep_runtime.kernels.hopper.decode_gemm import decode_gemm_reference
 from lorarep_runtime.kernels.hopper.launch_config import (
     CTA_BYTES,
     LAUNCH_CONFIGS,
@@ -28,6 +27,7 @@ from lorarep_runtime.kernels.hopper.launch_config import (
 )
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE, arrange
 from lorarep_runtime.kernels.hopper.nvrtc import CudaError, compile_source
+from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.model.packed import BITS as BITS_OF
 from lorarep_runtime.model.packed import PackedPart, norm_products, row_squares
 from tests.support.decode_rows import one_by_one
@@ -76,7 +76,7 @@ def test_tiles_of_int8_are_the_same_numbers() -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 45])
 @pytest.mark.parametrize(("out", "into", "modules"), SHAPES)
-def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into: int, modules: int) -> None:
+def test_every_shape_has_a_launch_config_that_fits(bits: int, rows: int, out: int, into: int, modules: int) -> None:
     launch = launch_config_for(bits, out // TILE, into, rows, modules, 64)
     taken = min(rows, 8 * launch.eights)
     assert taken == min(rows, 32) or into > 20_000  # of such wide ones x leaves no room for more
@@ -96,7 +96,7 @@ def test_every_shape_has_a_spread_that_fits(bits: int, rows: int, out: int, into
         (nf4.SOURCE, {}),
         (int8.SOURCE, {}),
         *prefill_gemm.sources(),
-        *((SOURCE, defines(one)) for by_eights in LAUNCH_CONFIGS.values() for one in by_eights.values()),
+        *(source for bits in BITS for source in decode_gemm.sources(bits)),
     ],
     ids=str,
 )
@@ -121,7 +121,9 @@ def test_the_reference_is_one_form_over_a_plain_product() -> None:
     entry = Entry(*(torch.randn(s, generator=generator) for s in ((3, 6), (8, 3), (8,), (8,))))
     y = torch.full((2, 8), 5.0)
     shrunk = torch.stack([entry.A @ row for row in x]).view(2, 1, 1, 3)
-    product_reference(weight, x, y, shrunk, ReferenceRows([0, -1], [{(0, "m"): entry}, None], ["m"]), 0, [8], add=True)
+    decode_gemm_reference(
+        weight, x, y, shrunk, ReferenceRows([0, -1], [{(0, "m"): entry}, None], ["m"]), 0, [8], add=True
+    )
     assert entry.c is not None
     expected = 5 + entry.c * (weight @ x[0]) + entry.B @ (entry.A @ x[0]) + entry.bias
     torch.testing.assert_close(y[0], expected)
@@ -146,12 +148,12 @@ def pack(bits: int, sizes: Sequence[int], into: int) -> tuple[PackedWeight, Tens
 
 @pytest.mark.parametrize(("limit", "count"), [(1 << 20, 1), (96 * 64 * 2 // 2, 2), (1, 6)])
 def test_many_rows_take_a_weight_part_by_part(limit: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "DENSE_BYTES", limit)
+    monkeypatch.setattr(packed_weight, "DENSE_BYTES", limit)
     x = random_weight(3, 64)
     for bits in [8, 16]:
         group, dense = pack(bits, (64, 32), 64)
-        assert len([*group._parts()]) == (1 if bits == 16 else count)
-        assert torch.equal(torch.cat([part.dense() for part in group._parts()]), dense)
+        assert len([*group._output_blocks()]) == (1 if bits == 16 else count)
+        assert torch.equal(torch.cat([block.dense() for block in group._output_blocks()]), dense)
         y = x.new_empty(3, 96)
         group.matmul(x, y)
         torch.testing.assert_close(y, x @ dense.T, rtol=1e-2, atol=1e-2)
@@ -162,7 +164,7 @@ def test_many_rows_take_a_weight_part_by_part(limit: int, count: int, monkeypatc
 def test_norms_of_what_adapters_make_of_weights(
     kind: Quantization, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "DENSE_BYTES", 96 * 256)
+    monkeypatch.setattr(packed_weight, "DENSE_BYTES", 96 * 256)
     group, dense = pack(BITS_OF[kind], (128, 128, 48), 192)
     q, k, _ = (PackedPart(group, i, kind) for i in range(3))
     generator = torch.Generator().manual_seed(ranks)
@@ -184,13 +186,13 @@ if HOPPER:
         group, expected = pack(bits, sizes, into)
         assert torch.equal(group.dense(), expected)
         last = len(sizes) - 1
-        assert torch.equal(group.rows(last).dense(torch.float32).bfloat16(), expected[-sizes[last] :])
+        assert torch.equal(group.module(last).dense(torch.float32).bfloat16(), expected[-sizes[last] :])
 
     @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize("count", [1, 3, 8, 13, 16, 32, 45])
     @pytest.mark.parametrize("add", [False, True])
     @pytest.mark.parametrize(("into", "most"), [(128, 8), (1024, 64), (4096, 100), (28672, 8)])
-    def test_product(bits: int, count: int, add: bool, into: int, most: int) -> None:
+    def test_decode(bits: int, count: int, add: bool, into: int, most: int) -> None:
         check(bits, count, add, into, most)
 
     @pytest.mark.parametrize("bits", BITS)
@@ -201,9 +203,9 @@ if HOPPER:
     ) -> None:
         launch = LAUNCH_CONFIGS[bits][1 if count <= 8 else 2 if count <= 16 else 4]
         launch = replace(launch, cluster=cluster, warps=warps or launch.warps)
-        monkeypatch.setattr(kernel, "launch_config_for", lambda *_: launch)
+        monkeypatch.setattr(decode_gemm, "launch_config_for", lambda *_: launch)
         monkeypatch.setattr("lorarep_runtime.kernels.hopper.launch_config.clusters_at_once", lambda *_: clusters)
-        monkeypatch.setattr(kernel, "places_for", places_for.__wrapped__)  # it remembers other devices
+        monkeypatch.setattr(decode_gemm, "places_for", places_for.__wrapped__)  # it remembers other devices
         assert launch.grid(sum(SIZES) // TILE) == cluster * clusters
         check(bits, count, True, 1024, 100)
 
@@ -243,9 +245,9 @@ if HOPPER:
         x, y, bias = noise(count, into).bfloat16(), noise(count, sum(SIZES)).bfloat16(), noise(sum(SIZES)).bfloat16()
         expected = y.clone()
         plain = ReferenceRows(positions, adapters, MODULES)
-        product_reference(dense, x, expected, shrunk, plain, 0, SIZES, bias=bias, add=add)
+        decode_gemm_reference(dense, x, expected, shrunk, plain, 0, SIZES, bias=bias, add=add)
         untouched = y[[p < 0 for p in positions]].clone()
-        group.product(x, y, shrunk, rows, 0, bias=bias, add=add)
+        group.decode(x, y, shrunk, rows, 0, bias=bias, add=add)
         assert torch.equal(y[[p < 0 for p in positions]], untouched)
         for row in (row for row, position in enumerate(positions) if position >= 0):
             error = (y[row].float() - expected[row].float()).norm() / expected[row].float().norm()

@@ -44,7 +44,7 @@ def test_as_a_merged_weight_computes() -> None:
     shrunk = nan(6, 2, 1, CAPACITY)
     shrink_reference(x, shrunk, batch.plain, 0)
     expected = residual.clone()
-    for row, _ in batch.plain.walking():
+    for row, _ in batch.plain.active():
         entry = batch.plain.entry(row, 0)
         merged, own = weight, bias
         if entry is not None:

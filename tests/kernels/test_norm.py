@@ -7,7 +7,18 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorarep_runtime.kernels.decode.norm import norm_shrink, norm_shrink_reference
-from tests.support.decode_rows import CAPACITY, DEVICE, DTYPES, PDL, POSITIONS, TOLERANCE, Batch, assert_low, nan, randn
+from tests.support.decode_rows import (
+    CAPACITY,
+    DEVICE,
+    DTYPES,
+    PDL,
+    POSITIONS,
+    TOLERANCE,
+    Batch,
+    assert_shrunk,
+    nan,
+    randn,
+)
 
 EPS = 1e-5
 
@@ -22,7 +33,7 @@ def norm(
     norm_shrink(h, weight, EPS, x, shrunk, batch.rows, first, pdl=PDL)
     norm_shrink_reference(h, weight, EPS, x_reference, low_reference, batch.plain, first)
     assert_close(x, x_reference, rtol=TOLERANCE[dtype], atol=0, equal_nan=True)
-    assert_low(shrunk, x, batch, first)
+    assert_shrunk(shrunk, x, batch, first)
     return h, weight, x
 
 

@@ -1,4 +1,4 @@
-"""The product of many rows with an NF4 weight: how it is spread, and on a GPU what it gives."""
+"""The prefill GEMM: its launch configs, and on a GPU its results."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from lorarep_runtime.kernels.hopper import prefill_gemm
 from lorarep_runtime.kernels.hopper.launch_config import CTA_BYTES, SHARED_BYTES
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, arrange
-from lorarep_runtime.kernels.hopper.prefill_gemm import BLOCKS, SPLITS, TILES, matmul
+from lorarep_runtime.kernels.hopper.prefill_gemm import CLUSTERS, ROW_BLOCKS, TILES, matmul
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def test_memory_of_a_cta_holds_what_its_cluster_sums() -> None:
-    for block, split in product(BLOCKS, SPLITS):
+    for block, cluster in product(ROW_BLOCKS, CLUSTERS):
         assert prefill_gemm._shared(block) <= SHARED_BYTES - CTA_BYTES
         stages = prefill_gemm._shared(block) - (63 << 10)
         assert stages >= 3 * block * CHUNK * 2
         assert stages >= block * TILES * 16 * 4
-        assert block % (split * 16) == 0, "eights of rows are stored by twos"
+        assert block % (cluster * 16) == 0, "eights of rows are stored by twos"
 
 
 @pytest.mark.parametrize(
-    ("rows", "out", "into", "spread"),
+    ("rows", "out", "into", "launch"),
     [
         (48, 28672, 4096, (64, 1)),  # as measured on an H100: the fastest of all
         (64, 4096, 14336, (64, 2)),
@@ -37,8 +37,8 @@ def test_memory_of_a_cta_holds_what_its_cluster_sums() -> None:
         (2048, 28672, 4096, (256, 1)),
     ],
 )
-def test_how_it_is_spread(rows: int, out: int, into: int, launch: tuple[int, int]) -> None:
-    assert prefill_gemm._spread(rows, out // 16, into // CHUNK) == launch
+def test_launch_configs_are_the_fastest_measured(rows: int, out: int, into: int, launch: tuple[int, int]) -> None:
+    assert prefill_gemm._launch_config(rows, out // 16, into // CHUNK) == launch
 
 
 if HOPPER:
@@ -56,8 +56,8 @@ if HOPPER:
         dense: Tensor = bnb.functional.dequantize_4bit(packed, state)
         x = wide[:, 64:]
         expected = x.float() @ dense.float().T
-        for launch in product(BLOCKS, SPLITS):
-            monkeypatch.setattr(prefill_gemm, "_spread", lambda *_, launch=launch: launch)
+        for launch in product(ROW_BLOCKS, CLUSTERS):
+            monkeypatch.setattr(prefill_gemm, "_launch_config", lambda *_, launch=launch: launch)
             y = torch.full((rows, out + 16), torch.nan, dtype=dtype, device="cuda")
             matmul(*arrange(packed, state.absmax, (out, into)), x, y[:, :out])
             assert y[:, out:].isnan().all()

@@ -89,7 +89,7 @@ class Batch:
         return len(POSITIONS)
 
 
-def assert_low(shrunk: Tensor, x: Tensor, batch: Batch, first: int) -> None:
+def assert_shrunk(shrunk: Tensor, x: Tensor, batch: Batch, first: int) -> None:
     """That a kernel's shrunk is A x of its own x, to fp32, and that nothing else of it was written."""
     expected = nan(*shrunk.shape)
     shrink_reference(x, expected, batch.plain, first)

@@ -1,4 +1,4 @@
-"""The SiLU-gated activation of each row (Shazeer, 2020), and shrunk = A x of the module that reads it."""
+"""SiLU-gated activation (SwiGLU, Shazeer, 2020), and shrunk = A x of the module that reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorarep_runtime.kernels.decode.shrink import (
     await_previous,
-    group_of_row,
+    entries_of_row,
     idle,
     load_ranks,
     part_columns,
@@ -23,7 +23,7 @@ BLOCK: tl.constexpr = tl.constexpr(1024)
 
 
 def gate_shrink(gate_up: Tensor, x: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, pdl: bool = False) -> None:
-    """x = silu(gate) · up, rounded after each of the two as in `transformers`' LlamaMLP.
+    """x = silu(gate) · up, rounded after each of the two operations as in `transformers`' LlamaMLP.
 
     All tensors are contiguous; gate_up and x have the dtype of the activations.
 
@@ -32,7 +32,7 @@ def gate_shrink(gate_up: Tensor, x: Tensor, shrunk: Tensor, rows: DecodeRows, fi
         x: (rows, intermediate size), written.
         shrunk: fp32 (rows, parts, 1, ranks), written.
         first: number of the module that reads x.
-        pdl: begin while the kernel before ends (`shrunk`).
+        pdl: begin while the previous kernel ends (programmatic dependent launch).
     """
     _gate_shrink[shrink_grid(shrunk)](
         gate_up,
@@ -47,14 +47,21 @@ def gate_shrink(gate_up: Tensor, x: Tensor, shrunk: Tensor, rows: DecodeRows, fi
 
 
 def gate_rows(gate_up: Tensor) -> Tensor:
-    """The same for rows of prompts, in place: (rows, intermediate size), where the gate was."""
+    """The gated activation of a prefill pass, in place.
+
+    Args:
+        gate_up: (rows, 2 · intermediate size), contiguous, the gate first.
+
+    Returns:
+        (rows, intermediate size), a view of gate_up where the gate was.
+    """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     _gate_rows[(rows, triton.cdiv(width, BLOCK.value))](gate_up, width, num_warps=4)
     return gate_up[:, :width]
 
 
 def gate_shrink_reference(gate_up: Tensor, x: Tensor, shrunk: Tensor, rows: ReferenceRows, first: int) -> None:
-    for row, _ in rows.walking():
+    for row, _ in rows.active():
         gate, up = gate_up[row].chunk(2)
         x[row] = F.silu(gate) * up
     shrink_reference(x, shrunk, rows, first)
@@ -62,7 +69,7 @@ def gate_shrink_reference(gate_up: Tensor, x: Tensor, shrunk: Tensor, rows: Refe
 
 @triton.jit
 def _gated(gate, width, inside):
-    """Of gates, and what lies `width` behind them."""
+    """silu(gate) · up in the dtype of the gate: `gate` are addresses, and up lies `width` numbers behind each."""
     dtype = gate.dtype.element_ty
     up = tl.load(gate + width, mask=inside, other=0).to(tl.float32)
     value = tl.load(gate, mask=inside, other=0).to(tl.float32)
@@ -92,17 +99,17 @@ def _gate_shrink(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     RANKS: tl.constexpr,
-    LANES: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype = x.dtype.element_ty
     position = tl.load(positions + row)
     columns, inside = part_columns(part, WIDTH, PART, BLOCK)
-    addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
-    a, there = load_ranks(addresses, ranks, tl.program_id(2), columns, inside, dtype, WIDTH, COUNT, RANKS, LANES)
+    addresses, ranks = entries_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+    a, there = load_ranks(addresses, ranks, tl.program_id(2), columns, inside, dtype, WIDTH, COUNT, RANKS, RANK_BLOCK)
     await_previous(PDL)
-    if idle(position, ranks, LANES):
+    if idle(position, ranks, RANK_BLOCK):
         return
     own_x = _gated(gate_up + row * 2 * WIDTH + columns, WIDTH, inside)
     tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
-    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
+    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, RANK_BLOCK)

@@ -1,4 +1,4 @@
-"""The splits of `decode_attention` merged, and shrunk = A x of the module that reads the result."""
+"""The merge of attention's splits (Flash-Decoding, Dao et al., 2023), and shrunk = A x of the module that reads it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorarep_runtime.kernels.decode.shrink import (
     await_previous,
-    group_of_row,
+    entries_of_row,
     idle,
     load_ranks,
     part_columns,
@@ -34,6 +34,7 @@ class Partials(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, heads: int, splits: int, head_dim: int, device: torch.device) -> Partials:
+        """Memory for partials, uninitialized."""
         shape = (rows, heads, splits)
         return cls(*(torch.empty(s, dtype=torch.float32, device=device) for s in (shape, shape, (*shape, head_dim))))
 
@@ -41,15 +42,16 @@ class Partials(NamedTuple):
 def combine_shrink(
     partials: Partials, out: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, pdl: bool = False
 ) -> None:
-    """Merges attention over parts of a sequence (Dao et al., 2023).
+    """Merges attention over the splits of each sequence.
 
     All tensors are contiguous.
 
     Args:
+        partials: of each split, as `attend` writes them.
         out: (rows, heads · head_dim), in the dtype of the activations, written.
         shrunk: fp32 (rows, parts, 1, ranks), written.
         first: number of the module that reads `out`.
-        pdl: begin while the kernel before ends (`shrunk`).
+        pdl: begin while the previous kernel ends (programmatic dependent launch).
     """
     splits, head_dim = partials.values.shape[2:]
     _combine_shrink[shrink_grid(shrunk)](
@@ -67,7 +69,7 @@ def combine_shrink(
 
 
 def combine_shrink_reference(partials: Partials, out: Tensor, shrunk: Tensor, rows: ReferenceRows, first: int) -> None:
-    for row, _ in rows.walking():
+    for row, _ in rows.active():
         maxima, sums, values = (p[row] for p in partials)
         weights = (maxima - maxima.amax(1, keepdim=True)).exp()
         # A split without tokens has a weight of 0, and 0 times its values may be NaN.
@@ -95,16 +97,16 @@ def _combine_shrink(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     RANKS: tl.constexpr,
-    LANES: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dtype = out.dtype.element_ty
     position = tl.load(positions + row)
     columns, inside = part_columns(part, WIDTH, PART, BLOCK)
-    addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
-    a, there = load_ranks(addresses, ranks, tl.program_id(2), columns, inside, dtype, WIDTH, COUNT, RANKS, LANES)
+    addresses, ranks = entries_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+    a, there = load_ranks(addresses, ranks, tl.program_id(2), columns, inside, dtype, WIDTH, COUNT, RANKS, RANK_BLOCK)
     await_previous(PDL)
-    if idle(position, ranks, LANES):
+    if idle(position, ranks, RANK_BLOCK):
         return
     # Every column takes its head's numbers, rather than every head its columns: a part need not be whole heads.
     at = (row * (WIDTH // DIM) + columns // DIM) * SPLITS
@@ -120,4 +122,4 @@ def _combine_shrink(
         value += tl.where(weight > 0, weight * part_value, 0.0)
     own_x = (value / total).to(dtype)
     tl.store(out + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
-    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
+    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, RANK_BLOCK)

@@ -1,6 +1,6 @@
-"""The adapters' part of a group of linear layers, y = c ⊙ (W x) + B (A x) + b, each row with its own.
+"""LoRA's expand: y = c ⊙ (W x) + B (A x) + b of packed modules, each row with the c, B and b of its own adapter.
 
-For bases whose product W x is a library's. shrunk = A x comes from the kernel that made x.
+Bases without a decode GEMM of their own use it after a library's W x. The kernel that makes x makes shrunk = A x.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.decode.shrink import ENTRY_FIELDS, await_previous
+from lorarep_runtime.kernels.decode.shrink import await_previous
 from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows
+from lorarep_runtime.kernels.triton_entries import ENTRY_FIELDS, FIELD_B, FIELD_BIAS, FIELD_C, FIELD_RANK
 
 BLOCK = 512
 RANK_BLOCK: tl.constexpr = tl.constexpr(8)
@@ -35,13 +36,13 @@ def expand(
     All tensors are contiguous; y, bias and residual have the dtype of the activations.
 
     Args:
-        y: (rows, outputs of the group's modules one after the other), W x on entry. Written where there is no residual.
-        shrunk: fp32 (rows, parts, modules in the group, ranks).
+        y: (rows, outputs of all packed modules), W x on entry. Written where there is no residual.
+        shrunk: fp32 (rows, parts, packed modules, ranks).
         sizes: outputs of each module.
-        first: number of the group's first module.
-        bias: (outputs of the group), the base's own; None is 0.
-        residual: (rows, outputs of the group). Written; rows without a position keep theirs.
-        pdl: begin while the kernel before ends (`shrunk`).
+        first: number of the first of the packed modules.
+        bias: (outputs), the base's own; None is 0.
+        residual: (rows, outputs). Written; rows without a position keep theirs.
+        pdl: begin while the previous kernel ends (programmatic dependent launch).
     """
     _, parts, _, ranks = shrunk.shape
     _expand_rows[(len(y), len(sizes), triton.cdiv(max(sizes), BLOCK))](
@@ -75,17 +76,17 @@ def expand_reference(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    for row, _ in rows.walking():
+    for row, _ in rows.active():
         adapted = y[row].to(torch.float32, copy=True)
-        for module, part in enumerate(adapted.split(list(sizes))):
+        for module, own in enumerate(adapted.split(list(sizes))):
             entry = rows.entry(row, first + module)
             if entry is None:
                 continue
             if entry.c is not None:
-                part *= entry.c
-            part += entry.B.float() @ shrunk[row, :, module, : len(entry.A)].sum(0)
+                own *= entry.c
+            own += entry.B.float() @ shrunk[row, :, module, : len(entry.A)].sum(0)
             if entry.bias is not None:
-                part += entry.bias
+                own += entry.bias
         if bias is not None:
             adapted += bias
         if residual is None:
@@ -96,7 +97,7 @@ def expand_reference(
 
 @triton.jit
 def _load_ranks(B, rank, start, size, o):
-    """(RANK_BLOCK, BLOCK): a block of ranks of Bᵀ; 0 beyond the rank."""
+    """A block of ranks of Bᵀ, (RANK_BLOCK, BLOCK), 0 beyond the rank."""
     j = start + tl.arange(0, RANK_BLOCK)
     return tl.load(B + j[:, None] * size + o[None, :], mask=(j < rank)[:, None] & (o < size)[None, :], other=0)
 
@@ -139,11 +140,11 @@ def _expand_rows(
     table = tl.load(adapters + row)
     present = (table != 0) & (position >= 0)
     entry = table.to(tl.pointer_type(tl.int64)) + (position * MODULES + FIRST + module) * ENTRY_FIELDS
-    B = tl.multiple_of(tl.load(entry + 1, mask=present, other=0).to(tl.pointer_type(dtype)), 16)
-    rank = tl.load(entry + 4, mask=present, other=0).to(tl.int32)
+    B = tl.multiple_of(tl.load(entry + FIELD_B, mask=present, other=0).to(tl.pointer_type(dtype)), 16)
+    rank = tl.load(entry + FIELD_RANK, mask=present, other=0).to(tl.int32)
     B_block = _load_ranks(B, rank, 0, size, o)
-    c = _load_vector(entry, 2, present, size, o, 1.0, dtype)
-    b = _load_vector(entry, 3, present, size, o, 0.0, dtype)
+    c = _load_vector(entry, FIELD_C, present, size, o, 1.0, dtype)
+    b = _load_vector(entry, FIELD_BIAS, present, size, o, 0.0, dtype)
     if bias is not None:
         b += tl.load(bias + offset + o, mask=o < size, other=0).to(tl.float32)
     await_previous(PDL)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorarep_runtime.kernels.decode.shrink import (
     await_previous,
-    group_of_row,
+    entries_of_row,
     idle,
     load_ranks,
     part_columns,
@@ -31,7 +31,7 @@ def norm_shrink(
     *,
     pdl: bool = False,
 ) -> None:
-    """Normalises rows as `transformers`' LlamaRMSNorm does.
+    """x = RMSNorm of h, rounded as `transformers`' LlamaRMSNorm rounds.
 
     All tensors are contiguous; h, weight and x have the dtype of the activations.
 
@@ -39,9 +39,9 @@ def norm_shrink(
         h: (rows, hidden size).
         weight: (hidden size).
         x: (rows, hidden size), written.
-        shrunk: fp32 (rows, parts, modules in the group, ranks), written.
-        first: number of the group's first module.
-        pdl: begin while the kernel before ends (`shrunk`).
+        shrunk: fp32 (rows, parts, packed modules, ranks), written.
+        first: number of the first of the packed modules.
+        pdl: begin while the previous kernel ends (programmatic dependent launch).
     """
     width = h.shape[1]
     _norm_shrink[shrink_grid(shrunk)](
@@ -62,7 +62,7 @@ def norm_shrink(
 def norm_shrink_reference(
     h: Tensor, weight: Tensor, eps: float, x: Tensor, shrunk: Tensor, rows: ReferenceRows, first: int
 ) -> None:
-    for row, _ in rows.walking():
+    for row, _ in rows.active():
         x[row] = rms_norm_reference(h[row], weight, eps)
     shrink_reference(x, shrunk, rows, first)
 
@@ -85,18 +85,18 @@ def _norm_shrink(
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     RANKS: tl.constexpr,
-    LANES: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + row)
     columns, inside = part_columns(part, WIDTH, PART, BLOCK)
-    addresses, ranks = group_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+    addresses, ranks = entries_of_row(adapters, row, position, MODULES, FIRST, COUNT)
     a, there = load_ranks(
-        addresses, ranks, tl.program_id(2), columns, inside, h.dtype.element_ty, WIDTH, COUNT, RANKS, LANES
+        addresses, ranks, tl.program_id(2), columns, inside, h.dtype.element_ty, WIDTH, COUNT, RANKS, RANK_BLOCK
     )
     w = tl.load(weight + columns, mask=inside, other=0)
     await_previous(PDL)
-    if idle(position, ranks, LANES):
+    if idle(position, ranks, RANK_BLOCK):
         return
     # Each part takes the mean of the whole row anew: reading it again costs less than another kernel.
     every = tl.arange(0, ROW_BLOCK)
@@ -105,4 +105,4 @@ def _norm_shrink(
     normed = own * tl.rsqrt(tl.sum(whole * whole, 0) / WIDTH + eps)
     own_x = scale_by_weight(normed, w)
     tl.store(x + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
-    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, LANES)
+    write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, RANK_BLOCK)

@@ -1,31 +1,38 @@
 #pragma once
 
-#include "decode_gemm_group.cuh"
+#include "decode_gemm_cta.cuh"
 
 struct Piece {  // of what an adapter adds: 16 ranks, 64 outputs of a row
     u32 b[4][4];  // bf16, of ranks 2t, 2t + 1, 2t + 8, 2t + 9 the outputs 8g to 8g + 7
-    u32 low;      // where the lane's A x is in shared memory; 0 after the last piece
+    u32 shrunk;   // where the lane's A x is in shared memory; 0 after the last piece
     u32 to;       // where the lane's outputs are, odd for nowhere; 0 while more pieces of the row follow
 };
 
-// What adapters add to the CTA's outputs, B low. By the SIDE warps; those that have multiplied help in the end.
+// What adapters add to the CTA's outputs, B shrunk. By the SIDE warps; those that have multiplied help in the end.
 struct Adapters {
-    const Group& G;
+    const GemmArguments& args;
+    const int first_module, last_module;  // that the cluster has outputs of
     const Entry* entries;
-    u16* low;    // (rows, modules, 2, ranks of a segment) bf16, of the modules that the cluster has outputs of
-    int* taken;  // how many tasks have been
-    int first_module, modules;
-    int segment = G.low_ranks / modules / 16 * 16;  // ranks of a module in `low` at a time
+    u16* shrunk;  // (rows, modules, 2, ranks of a block) bf16
+    int* taken;   // number of tasks that have been taken
+    int modules;
+    int rank_block = args.shrunk_ranks / modules / 16 * 16;  // ranks of a module in `shrunk` at a time
     int thread = threadIdx.x - WARPS * 32, lane = threadIdx.x % 32;
 
+    __device__ __forceinline__ Adapters(const GemmArguments& args, const Cta& cta)
+        : args(args), first_module(Output(args, cta.first_tile * TILE).module),
+          last_module(Output(args, cta.end_tile * TILE - 1).module), entries(cta.entries),
+          shrunk(reinterpret_cast<u16*>(cta.entries + args.rows * args.modules)), taken(cta.taken),
+          modules(last_module - first_module + 1) {}
+
     __device__ void read_entries(Entry* to) {
-        for (int i = thread; i < G.rows * G.modules; i += SIDE * 32) {
-            const int position = G.positions[i / G.modules];
+        for (int i = thread; i < args.rows * args.modules; i += SIDE * 32) {
+            const int position = args.positions[i / args.modules];
             Entry entry = {0, 0, 0, position < 0 ? -1 : 0};
-            const i64 table = G.adapters[i / G.modules];
+            const i64 table = args.adapters[i / args.modules];
             if (position >= 0 && table) {
                 const i64* e = reinterpret_cast<const i64*>(table);
-                e += (i64(position) * G.all_modules + G.first + i % G.modules) * ENTRY;
+                e += (i64(position) * args.all_modules + args.first + i % args.modules) * ENTRY_FIELDS;
                 entry = {reinterpret_cast<const u16*>(e[1]), reinterpret_cast<const u16*>(e[2]),
                          reinterpret_cast<const u16*>(e[3]), int(e[4])};
             }
@@ -36,16 +43,16 @@ struct Adapters {
     // Of row `lane`, over the modules; -1 where it passes through.
     __device__ int ranks_of_row() {
         int ranks = -1;
-        for (int i = 0; lane < G.rows && i < modules; i++) ranks = max(ranks, entries[lane * G.modules + first_module + i].rank);
+        for (int i = 0; lane < args.rows && i < modules; i++) ranks = max(ranks, entries[lane * args.modules + first_module + i].rank);
         return ranks;
     }
 
-    // A segment of ranks of A x, from its parts; each as the sum of two bf16, the first of all ranks before the second. Zeros
+    // A rank_block of ranks of A x, from its parts; each as the sum of two bf16, the first of all ranks before the second. Zeros
     // follow, up to a multiple of 16.
-    __device__ void sum_low(int from) {
-        const int most = min(__reduce_max_sync(~0u, ranks_of_row()) - from, segment);
-        const int fours = (most + 15) / 16 * 4, all = G.rows * modules * fours;
-        const i64 stride = G.modules * G.ranks;
+    __device__ void stage_shrunk(int from) {
+        const int most = min(__reduce_max_sync(~0u, ranks_of_row()) - from, rank_block);
+        const int fours = (most + 15) / 16 * 4, all = args.rows * modules * fours;
+        const i64 stride = args.modules * args.ranks;
         for (int i = thread; i < all; i += 2 * SIDE * 32) {  // two at a time: each waits for memory
             const float* part[2];
             int to[2], left[2];
@@ -54,12 +61,12 @@ struct Adapters {
             for (int u = 0; u < 2; u++) {
                 const int at = min(i + u * SIDE * 32, all - 1), j = at % fours * 4, which = at / fours;  // row and module
                 const int m = which / modules, module = first_module + which % modules;
-                left[u] = entries[m * G.modules + module].rank - from - j;
-                part[u] = G.low + m * G.parts * stride + module * G.ranks + from + j;
-                to[u] = which * segment * 2 + j;
+                left[u] = entries[m * args.modules + module].rank - from - j;
+                part[u] = args.shrunk + m * args.parts * stride + module * args.ranks + from + j;
+                to[u] = which * rank_block * 2 + j;
             }
 #pragma unroll 4
-            for (int p = 0; p < G.parts; p++)
+            for (int p = 0; p < args.parts; p++)
 #pragma unroll
                 for (int u = 0; u < 2; u++)
                     if (left[u] > 0) {
@@ -73,8 +80,8 @@ struct Adapters {
                 const uint2 bits = make_uint2(pack_bf16(sum[u][0], sum[u][1]), pack_bf16(sum[u][2], sum[u][3]));
                 widen(high, bits);
                 for (int q = 0; q < 4; q++) sum[u][q] -= high[q];
-                *reinterpret_cast<uint2*>(low + to[u]) = bits;
-                *reinterpret_cast<uint2*>(low + to[u] + segment) =
+                *reinterpret_cast<uint2*>(shrunk + to[u]) = bits;
+                *reinterpret_cast<uint2*>(shrunk + to[u] + rank_block) =
                     make_uint2(pack_bf16(sum[u][0], sum[u][1]), pack_bf16(sum[u][2], sum[u][3]));
             }
         }
@@ -85,12 +92,12 @@ struct Adapters {
     __device__ void add(int from, float* added, int first_output, int outputs) {
         const int row_ranks = ranks_of_row(), g = lane / 4, t = lane % 4;
         const bool any = outputs > 0 && __reduce_max_sync(~0u, row_ranks) > from;
-        const int groups = (outputs + 63) / 64, tasks = any ? groups * G.rows : 0;
+        const int groups = (outputs + 63) / 64, tasks = any ? groups * args.rows : 0;
         const float by_groups = __fdividef(1, groups);
-        const u32 added_at = u32(__cvta_generic_to_shared(added)), low_begin = u32(__cvta_generic_to_shared(low));
+        const u32 added_at = u32(__cvta_generic_to_shared(added)), shrunk_begin = u32(__cvta_generic_to_shared(shrunk));
         int ranks = 0;  // to come of the row
         int at = 0, last = 0, out = 0;  // the lane's first rank of the piece, and the last one of its module
-        u32 low_at = 0, to = 1;
+        u32 shrunk_at = 0, to = 1;
         const u16* B = 0;
         auto next = [&] {
             for (;;) {
@@ -99,37 +106,37 @@ struct Adapters {
                 task = __shfl_sync(~0u, task, 0);
                 if (task >= tasks) return false;
                 const int row = (task + 0.5f) * by_groups, local = (task - row * groups) * 64 + g * 8;
-                ranks = min(__shfl_sync(~0u, row_ranks, row) - from, segment);
+                ranks = min(__shfl_sync(~0u, row_ranks, row) - from, rank_block);
                 if (ranks <= 0) continue;
                 const bool inside = local < outputs;
-                const Output of(G, first_output + (inside ? local : 0));
-                const Entry& entry = entries[row * G.modules + of.module];
+                const Output of(args, first_output + (inside ? local : 0));
+                const Entry& entry = entries[row * args.modules + of.module];
                 const bool there = entry.rank > from;
-                to = inside && there && t == of.module - first_module ? added_at + (row * G.stride + local) * 4 : 1;
-                at = from + 2 * t, last = there ? min(entry.rank, from + segment) - 1 : 0;
-                B = there ? entry.B + of.inner : reinterpret_cast<const u16*>(G.weights), out = there ? of.out : 0;
-                low_at = low_begin + (((row * modules + min(g / 2, modules - 1)) * 2 + g % 2) * segment + 2 * t) * 2;
+                to = inside && there && t == of.module - first_module ? added_at + (row * args.stride + local) * 4 : 1;
+                at = from + 2 * t, last = there ? min(entry.rank, from + rank_block) - 1 : 0;
+                B = there ? entry.B + of.inner : reinterpret_cast<const u16*>(args.weights), out = there ? of.out : 0;
+                shrunk_at = shrunk_begin + (((row * modules + min(g / 2, modules - 1)) * 2 + g % 2) * rank_block + 2 * t) * 2;
                 return true;
             }
         };
         auto fetch = [&](Piece& P) {
-            P.low = 0;
+            P.shrunk = 0;
             if (ranks <= 0 && !next()) return;
 #pragma unroll
             for (int i = 0; i < 4; i++)  // beyond the last rank it is multiplied with 0
                 load_past_L1(P.b[i], B + i64(min(at + i % 2 + i / 2 * 8, last)) * out);
-            P.low = low_at;
-            ranks -= 16, at += 16, low_at += 32;
+            P.shrunk = shrunk_at;
+            ranks -= 16, at += 16, shrunk_at += 32;
             P.to = ranks <= 0 ? to : 0;
         };
         float v[4][4] = {};
         auto use = [&](const Piece& P) {
-            u32 low0, low8;
-            asm volatile("ld.shared.u32 %0, [%2]; ld.shared.u32 %1, [%2 + 16];" : "=r"(low0), "=r"(low8) : "r"(P.low));
+            u32 shrunk0, shrunk8;
+            load_shared(shrunk0, shrunk8, P.shrunk);
 #pragma unroll
             for (int q = 0; q < 4; q++)
                 mma(v[q], __byte_perm(P.b[0][q], P.b[1][q], 0x5410), __byte_perm(P.b[0][q], P.b[1][q], 0x7632),
-                    __byte_perm(P.b[2][q], P.b[3][q], 0x5410), __byte_perm(P.b[2][q], P.b[3][q], 0x7632), low0, low8);
+                    __byte_perm(P.b[2][q], P.b[3][q], 0x5410), __byte_perm(P.b[2][q], P.b[3][q], 0x7632), shrunk0, shrunk8);
             if (!P.to) return;
             float4* to = reinterpret_cast<float4*>(__cvta_shared_to_generic(P.to));
 #pragma unroll
@@ -144,6 +151,6 @@ struct Adapters {
                 for (int q = 0; q < 4; q++) even[q] = odd[q] = 0;
             }
         };
-        for (Piece piece; fetch(piece), piece.low; ) use(piece);
+        for (Piece piece; fetch(piece), piece.shrunk; ) use(piece);
     }
 };

@@ -1,40 +1,40 @@
 #pragma once
 
-#include "decode_gemm_group.cuh"
+#include "decode_gemm_sums.cuh"
 
 // The lanes' part of the sums of a round's tiles: `sums` of tile i go to where their outputs are finished.
 __device__ __forceinline__ void send(
-    const Group& G, const Round& round, u32 sums_at, u32 full, const float (&sums)[TILES][EIGHTS][4], u32 rank, u32 size
+    const GemmArguments& args, const Cta& cta, const Round& round, const Sums& sums
 ) {
-    const int warp = own_warp(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const u32 sums_at = u32(__cvta_generic_to_shared(cta.sums));
+    const int warp = warp_index(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < TILES; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int n = (warp * TILES + i) * 16 + g + half * 8, owner = n / round.share;
             if (n >= round.tiles * 16) continue;
-            const u32 to = map_cluster(sums_at + (rank * ROWS * G.stride + n - owner * round.share) * 4, owner);
+            const u32 to = map_cluster(sums_at + (cta.rank * ROWS * args.stride + n - owner * round.share) * 4, owner);
 #pragma unroll
             for (int e = 0; e < EIGHTS; e++)
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
                     const int m = e * 8 + 2 * t + q;
-                    if (m < G.rows) store_cluster(to + m * G.stride * 4, sums[i][e][half * 2 + q]);
+                    if (m < args.rows) store_cluster(to + m * args.stride * 4, sums[i][e][half * 2 + q]);
                 }
         }
     __syncwarp();
-    if (lane < size) arrive(full, lane);
+    if (lane < cta.size) arrive(cta.full, lane);
 }
 
 // y of the CTA's outputs by COUNT threads, each four of a row at a time, two of these at once: they wait for memory first, then
 // for one another (WHICH) and for what adapters add, then for the sums.
 template <int WHICH, int COUNT>
 __device__ __forceinline__ void write_outputs(
-    const Group& G, const Round& round, const float* sums, const float* added, const Entry* entries, u32 full, u32 parity,
-    u32 rank, u32 size, int thread
+    const GemmArguments& args, const Cta& cta, const Round& round, u32 parity, int thread
 ) {
-    const int first = round.tile * 16 + rank * round.share;
-    const int fours = min(round.share, round.tiles * 16 - int(rank) * round.share) / 4, all = fours * G.rows;
+    const int first = round.first_output(cta.rank);
+    const int fours = round.outputs(cta.rank) / 4, all = fours * args.rows;
     const float by_fours = __fdividef(1, fours);
     for (int begin = 0; begin == 0 || begin < all; begin += 2 * COUNT) {
         uint2 base_bias[2], c[2], bias[2], y[2];
@@ -47,15 +47,15 @@ __device__ __forceinline__ void write_outputs(
             base_bias[u] = c[u] = bias[u] = y[u] = make_uint2(0, 0);
             entry[u].rank = -1;
             if (i >= all) continue;
-            const Output of(G, n);
-            entry[u] = entries[m * G.modules + of.module];
-            at[u] = m * G.stride + local, to[u] = i64(m) * (G.tiles * 16) + n;
-            if (G.base_bias) base_bias[u] = load4(G.base_bias + n);
+            const Output of(args, n);
+            entry[u] = cta.entries[m * args.modules + of.module];
+            at[u] = m * args.stride + local, to[u] = i64(m) * (args.tiles * 16) + n;
+            if (args.base_bias) base_bias[u] = load4(args.base_bias + n);
             if (entry[u].c) c[u] = load4(entry[u].c + of.inner);
             if (entry[u].bias) bias[u] = load4(entry[u].bias + of.inner);
-            if (G.add) y[u] = load4(G.y + to[u]);
+            if (args.add) y[u] = load4(args.y + to[u]);
         }
-        if (begin == 0) sync<WHICH, COUNT>(), await(full, parity);
+        if (begin == 0) sync<WHICH, COUNT>(), await(cta.full, parity);
 #pragma unroll
         for (int u = 0; u < 2; u++) {
             if (entry[u].rank < 0) continue;
@@ -64,17 +64,17 @@ __device__ __forceinline__ void write_outputs(
                 const float4 four = *reinterpret_cast<const float4*>(from + at[u]);
                 v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
             };
-            for (u32 r = 0; r < size; r++) plus(sums + r * ROWS * G.stride);
+            for (u32 r = 0; r < cta.size; r++) plus(cta.sums + r * ROWS * args.stride);
             if (entry[u].c) {
                 widen(wide, c[u]);
                 for (int q = 0; q < 4; q++) v[q] *= wide[q];
             }
-            if (entry[u].rank > 0) plus(added);
+            if (entry[u].rank > 0) plus(cta.added);
             for (uint2 more : {bias[u], base_bias[u], y[u]}) {
                 widen(wide, more);
                 for (int q = 0; q < 4; q++) v[q] += wide[q];
             }
-            *reinterpret_cast<uint2*>(G.y + to[u]) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+            *reinterpret_cast<uint2*>(args.y + to[u]) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
         }
     }
 }

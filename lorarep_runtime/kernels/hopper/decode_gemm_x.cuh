@@ -1,16 +1,16 @@
 #pragma once
 
-#include "decode_gemm_group.cuh"
+#include "decode_gemm_cta.cuh"
 
 // Brings a CTA's columns of x to shared memory, by the warps that multiply, as tensor cores read it: a chunk's rows under one
 // another; each row's eight times 16 bytes change places by the row's number, so that the same 16 bytes of eight rows are in
 // different banks (PTX's 128-byte swizzle). A thread has the same eight columns of the same row of every so many chunks.
-__device__ __forceinline__ void stage_x(const Group& G, u32 x, int begin, int chunks) {
+__device__ __forceinline__ void stage_x(const GemmArguments& args, u32 x, int begin, int chunks) {
     constexpr int APART = WARPS * 4 / ROWS;
     static_assert(APART * ROWS == WARPS * 4, "");
     const int eight = threadIdx.x % 8, m = threadIdx.x / 8 % ROWS, first = threadIdx.x / 8 / ROWS;
-    const bool there = m < G.rows;
-    const u16* from = G.x + i64(there ? m : 0) * G.columns + (begin + first) * CHUNK + eight * 8;
+    const bool there = m < args.rows;
+    const u16* from = args.x + i64(there ? m : 0) * args.columns + (begin + first) * CHUNK + eight * 8;
     u32 to = x + (first * ROWS + m) * 128;
 #if KIND != 16
     to += (eight ^ m % 8) * 16;
@@ -19,7 +19,7 @@ __device__ __forceinline__ void stage_x(const Group& G, u32 x, int begin, int ch
         copy16(to, from, there ? 16 : 0);
         from += APART * CHUNK, to += APART * ROWS * 128;
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    await_copies();
 #else
     // Lane t's own neighbouring columns, two at a time, go where A has them: 2t and 2t + 8 of each 16.
     const int half = eight / 4;
@@ -43,6 +43,6 @@ __device__ __forceinline__ void stage_x(const Group& G, u32 x, int begin, int ch
         from += AT_ONCE * APART * CHUNK, to += AT_ONCE * APART * ROWS * 128;
     }
 #endif
-    if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    sync<1, WARPS * 32>();
+    if (WGMMA) fence_proxy_async();
+    sync<GEMM_WARPS>();
 }

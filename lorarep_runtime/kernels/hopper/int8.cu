@@ -10,7 +10,7 @@ extern "C" __global__ void int8_dequantize(const uint4* weights, const float* sc
     const i64 tile = unit / chunks, chunk = unit % chunks;
     uint4 both[2];
 #pragma unroll
-    for (int half = 0; half < 2; half++) load_once(both[half], weights + (unit * 2 + half) * 32 + lane, true, read_once());
+    for (int half = 0; half < 2; half++) load_once(both[half], weights + (unit * 2 + half) * 32 + lane, true, evict_first_policy());
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const i64 row = tile * 16 + g + half * 8;

@@ -1,8 +1,7 @@
 """int8 weights as the kernels read them.
 
 bitsandbytes holds an int8 weight (out, in) row by row, with an fp32 scale for each row (LLM.int8(), Dettmers et al.,
-2022). `product.cu` wants the same bytes in tiles, as it wants NF4's: not one bit of a value changes, and the weight is
-held once.
+2022). The kernels read the same bytes in tiles, as NF4's: not one bit of a value changes, and the weight is held once.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ SOURCE = Path(__file__).with_suffix(".cu")
 
 
 def arrange(rows: Tensor) -> Tensor:
-    """From bitsandbytes' order to tiles.
+    """An int8 weight from bitsandbytes' order to tiles.
 
     Args:
         rows: int8 (out, in), multiples of 16 and 64.
 
     Returns:
-        int8 (tiles, chunks, 2, 32 lanes, 16): lane 4g + t holds what tensor cores want of it, the columns 2t, 2t + 1,
-        2t + 8 and 2t + 9 of each 16 of a chunk, for the rows g and g + 8 of a tile.
+        int8 (tiles, chunks, 2, 32 lanes, 16): lane 4g + t of a warp gives tensor cores the columns 2t,
+        2t + 1, 2t + 8 and 2t + 9 of each 16 of a chunk, for the rows g and g + 8 of a tile.
     """
     tiles, chunks = rows.shape[0] // TILE, rows.shape[1] // CHUNK
     numbers = rows.view(tiles, 2, 8, chunks, 4, 2, 4, 2).permute(0, 3, 1, 2, 6, 4, 5, 7)
@@ -39,7 +38,7 @@ def arrange(rows: Tensor) -> Tensor:
 
 
 def rows_of(tiles: Tensor) -> Tensor:
-    """Back in bitsandbytes' order: int8 (out, in)."""
+    """An int8 weight from tiles back to bitsandbytes' order, int8 (out, in)."""
     count, chunks = tiles.shape[:2]
     numbers = tiles.view(count, chunks, 2, 8, 4, 4, 2, 2).permute(0, 2, 3, 1, 5, 6, 4, 7)
     return numbers.reshape(count * TILE, chunks * CHUNK)
@@ -53,10 +52,10 @@ def dequantize_kernel() -> Kernel:
 
 
 def dequantize(tiles: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in), scaled in fp32 and rounded once; its numbers alone, which bf16 holds, without scales.
+    """The weight (out, in), scaled in fp32 and rounded once. Without scales, its numbers, which bf16 holds exactly.
 
     Args:
-        scales: fp32 (out), 127 times what a row's numbers stand for.
+        scales: fp32 (out), the value of 127 in each row.
     """
     if not tiles.is_cuda or dtype != torch.bfloat16:
         rows = rows_of(tiles)

@@ -1,4 +1,7 @@
-"""How `product.cu` is spread over a Hopper device: in clusters of how many CTAs, and what is where in their memory."""
+"""Launch configs of the decode GEMM on a Hopper device: clusters of CTAs, and the layout of their shared memory.
+
+`decode_gemm.cu` defines the words: tile, chunk, round.
+"""
 
 from __future__ import annotations
 
@@ -9,107 +12,111 @@ from typing import NamedTuple
 
 import torch
 
+from lorarep_runtime.integers import ceil_div, round_up
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE, dequantize_kernel
 
 HOPPER = 9
-"""Compute capability that the source is for: later ones have no wgmma."""
-RANK_SEGMENTS = (16, 32, 64)
-"""Multiples of what tensor cores multiply with at once."""
+"""Major compute capability of the sources: later ones have no wgmma."""
+RANK_BLOCKS = (16, 32, 64)
+"""Ranks of a module that may be in shared memory at a time: multiples of 16, the K of tensor cores."""
 MOST_CLUSTER = 8
-"""CTAs of the largest cluster that every device takes."""
+"""CTAs of the largest portable cluster."""
 SHARED_BYTES = 227 << 10
 """Shared memory of a multiprocessor."""
 CTA_BYTES = 1024
-"""Of it, what each CTA takes for itself."""
+"""Shared memory that the device reserves for each CTA."""
 L1_BYTES = 256 << 10
-"""Of a multiprocessor, shared memory included."""
+"""L1 cache of a multiprocessor, shared memory included."""
 CARVEOUTS = [size << 10 for size in (0, 8, 16, 32, 64, 100, 132, 164, 196, 228)]
-"""Sizes that shared memory has of it (CUDA C++ Programming Guide, compute capability 9.0)."""
+"""Sizes of shared memory within L1_BYTES (CUDA C++ Programming Guide, compute capability 9.0)."""
 RESERVED_BYTES = 1 << 10
-"""At the beginning of shared memory's addresses, for the device itself."""
+"""Reserved for the device at the beginning of shared memory's addresses."""
 TABLE_BYTES = 256 * 128
-"""Also what its address is a multiple of."""
+"""Size and alignment of NF4's table of pairs."""
 BARRIER_BYTES = 32
+"""Of the barriers in front of the entries in shared memory."""
 ENTRY_BYTES = 32
+"""`sizeof(Entry)` of `decode_gemm_arguments.cuh`."""
 
 STEP_COST = 14
-"""Of a chunk, however many tiles a CTA has, in tiles."""
+"""Cost of a chunk, however many tiles a CTA has, in tiles."""
 ROUND_COST = 100
-"""Of beginning and finishing tiles, in tiles times chunks."""
-SEGMENT_COST = 20
-"""Likewise of a segment of ranks."""
+"""Cost of beginning and finishing a round, in tiles times chunks."""
+RANK_BLOCK_COST = 20
+"""Cost of a block of ranks, in tiles times chunks."""
 BARRIER_COST = 40
-"""Likewise of waiting until a cluster is done with x."""
+"""Cost of waiting until a cluster is done with x, in tiles times chunks."""
 STARVED = 1.2
-"""How much longer work takes with less than half of the L1 cache that it has loads for."""
+"""Factor of the time of work whose pending loads take more than twice the L1 cache."""
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is spread over the device, a CTA to a multiprocessor."""
+    """How a decode GEMM is launched, one CTA to a multiprocessor."""
 
     bits: int
-    """Of a number of the weight."""
+    """Bits of a number of the weight: 4, 8 or 16."""
     eights: int
     """Rows of x, in eights."""
     tiles: int
-    """Of a warp."""
+    """Tiles of a warp in a round."""
     depth: int
-    """Chunks of each tile that a warp has on their way."""
+    """Chunks of each tile that a warp has pending loads of."""
     warps: int
-    """Of a CTA, that multiply."""
+    """Warps of a CTA that multiply."""
     wgmma: bool = False
-    """Whether four warps multiply together; a tile each."""
+    """Whether four warps multiply together, with a tile each."""
     cluster: int = 1
     """CTAs that split the columns."""
-    rank_segment: int = RANK_SEGMENTS[-1]
-    """Ranks of each module whose shrunk is in shared memory at a time; more where a cluster has outputs of fewer."""
+    rank_block: int = RANK_BLOCKS[-1]
+    """Ranks of each module whose shrunk is in shared memory at a time; more if a cluster has fewer modules."""
     in_place: bool = False
-    """Whether the CTAs' sums are where x was; for one round."""
+    """Whether the CTAs' sums replace x in shared memory, which takes a single round."""
 
     @property
     def side(self) -> int:
-        """Warps besides, which compute what adapters add."""
+        """Further warps, which compute the adapters' part."""
         return 8 if self.wgmma else 4
 
     @property
     def unit(self) -> int:
-        """Tiles that are multiplied together or not."""
+        """Tiles that are multiplied together or not at all."""
         return 4 if self.wgmma else self.tiles
 
     def cluster_tiles(self, tiles: int) -> int:
-        """Of a cluster, where no more clusters are launched than the device takes at once."""
-        return -(-tiles // self.unit // clusters_at_once(self.cluster)) * self.unit
+        """Tiles of a cluster, where all clusters run at once."""
+        return ceil_div(ceil_div(tiles, self.unit), clusters_at_once(self.cluster)) * self.unit
 
     def rounds(self, tiles: int) -> int:
-        """That a cluster takes its tiles in."""
-        return -(-self.cluster_tiles(tiles) // (self.warps * self.tiles))
+        """Rounds that a cluster takes its tiles in."""
+        return ceil_div(self.cluster_tiles(tiles), self.warps * self.tiles)
 
     def round_tiles(self, tiles: int) -> int:
-        """Of the first round, which no other has more than."""
-        return -(-self.cluster_tiles(tiles) // self.unit // self.rounds(tiles)) * self.unit
+        """Tiles of the first round, the largest."""
+        return ceil_div(ceil_div(self.cluster_tiles(tiles), self.unit), self.rounds(tiles)) * self.unit
 
     def grid(self, tiles: int) -> int:
-        return -(-tiles // self.cluster_tiles(tiles)) * self.cluster
+        """CTAs."""
+        return ceil_div(tiles, self.cluster_tiles(tiles)) * self.cluster
 
     def stride(self, tiles: int) -> int:
-        """Of the rows of sums in shared memory: four times an odd number keeps a warp's in different banks."""
-        share = -(-self.round_tiles(tiles) * TILE // self.cluster // 8) * 8
+        """Stride of the rows of sums in shared memory: four times an odd number keeps a warp's in different banks."""
+        share = round_up(ceil_div(self.round_tiles(tiles) * TILE, self.cluster), 8)
         return share + 4
 
     def cost(self, tiles: int, chunks: int, ranks: int, shared: int) -> float:
-        """Tiles times chunks that a multiprocessor multiplies, and what else takes as long.
+        """Estimated time of a launch, in tiles times chunks that a multiprocessor multiplies.
 
         Args:
             shared: bytes of a CTA's shared memory.
         """
-        rounds, segments = self.rounds(tiles), -(-ranks // self.rank_segment)
+        rounds, rank_blocks = self.rounds(tiles), ceil_div(ranks, self.rank_block)
         work = (self.cluster_tiles(tiles) + rounds * STEP_COST) * chunks / self.cluster
-        # What is loaded comes through the L1 cache, which has what shared memory leaves.
-        under_way = self.warps * self.tiles * self.depth * TILE * CHUNK * self.bits // 8
-        if under_way > 2 * (L1_BYTES - min(size for size in CARVEOUTS if size >= shared + CTA_BYTES)):
+        # Loads pass through the L1 cache, which has the rest of shared memory's bytes.
+        pending = self.warps * self.tiles * self.depth * TILE * CHUNK * self.bits // 8
+        if pending > 2 * (L1_BYTES - min(size for size in CARVEOUTS if size >= shared + CTA_BYTES)):
             work *= STARVED
-        return work + rounds * ROUND_COST + segments * SEGMENT_COST + self.in_place * BARRIER_COST
+        return work + rounds * ROUND_COST + rank_blocks * RANK_BLOCK_COST + self.in_place * BARRIER_COST
 
 
 class Places(NamedTuple):
@@ -125,13 +132,13 @@ class Places(NamedTuple):
 
 @cache
 def places_for(launch: LaunchConfig, tiles: int, columns: int, rows: int, modules: int) -> Places:
-    """Shared memory of a CTA."""
+    """The layout of a CTA's shared memory."""
     added = 4 * 8 * launch.eights * launch.stride(tiles)
     sums = added * launch.cluster
     sizes = {
-        "x": max(2 * 8 * launch.eights * -(-(columns // CHUNK) // launch.cluster) * CHUNK, launch.in_place * sums),
+        "x": max(2 * 8 * launch.eights * ceil_div(columns // CHUNK, launch.cluster) * CHUNK, launch.in_place * sums),
         "added": added,
-        "entries": BARRIER_BYTES + -(-rows * modules * (ENTRY_BYTES + 4 * launch.rank_segment) // 16) * 16,
+        "entries": BARRIER_BYTES + round_up(rows * modules * (ENTRY_BYTES + 4 * launch.rank_block), 16),
         "sums": 0 if launch.in_place else sums,
     }
     tables = range(TABLE_BYTES, SHARED_BYTES, TABLE_BYTES) if launch.bits == 4 else [0]
@@ -140,7 +147,7 @@ def places_for(launch: LaunchConfig, tiles: int, columns: int, rows: int, module
 
 
 def _places(sizes: Mapping[str, int], table: int) -> Places:
-    """With the table at an address, 0 for none; what fits goes before it."""
+    """The layout with the table at an address, 0 for none; whatever fits precedes it."""
     before, after = 0, max(0, table - RESERVED_BYTES + TABLE_BYTES) if table else 0
     places = {}
     for name, size in sizes.items():
@@ -160,10 +167,10 @@ LAUNCH_CONFIGS = {
     8: {1: LaunchConfig(8, 1, 2, 4, 12), 2: LaunchConfig(8, 2, 2, 4, 12), 4: LaunchConfig(8, 4, 1, 4, 16, wgmma=True)},
     16: {1: LaunchConfig(16, 1, 2, 3, 12), 2: LaunchConfig(16, 2, 2, 2, 12), 4: LaunchConfig(16, 4, 2, 2, 8)},
 }
-"""By bits and eights of rows, what measurements on an H100 left. More rows take several launches."""
+"""By bits and eights of rows, the fastest as measured on an H100. More rows take several launches."""
 
 CLUSTERS = (132, 66, 39, 30, 22, 17, 15, 15)
-"""Of 1, 2, ... CTAs, how many an H100 takes at once, a CTA to a multiprocessor; where no device can be asked."""
+"""Clusters of 1, 2, ... CTAs that an H100 takes at once, a CTA to a multiprocessor. The default without a device."""
 
 
 @cache
@@ -179,19 +186,19 @@ def clusters_at_once(size: int) -> int:
 
 @cache
 def launch_config_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ranks: int) -> LaunchConfig:
-    """The spread for a product, with as many of the rows at a time as x and sums leave shared memory for.
+    """The launch config of the least cost, with as many of the rows at a time as shared memory has room for.
 
     Raises:
-        ValueError: there is none.
+        ValueError: shared memory has no room for x.
     """
     by_eights = LAUNCH_CONFIGS[bits]
-    segments = [segment for segment in RANK_SEGMENTS if segment < 2 * ranks] or RANK_SEGMENTS[:1]
+    rank_blocks = [block for block in RANK_BLOCKS if block < 2 * ranks] or RANK_BLOCKS[:1]
 
     for eights in (eights for eights in sorted(by_eights, reverse=True) if eights == 1 or 4 * eights < rows):
         launches = [
-            replace(by_eights[eights], cluster=cluster, rank_segment=segment, in_place=in_place)
+            replace(by_eights[eights], cluster=cluster, rank_block=block, in_place=in_place)
             for cluster in range(1, MOST_CLUSTER + 1)
-            for segment in segments
+            for block in rank_blocks
             for in_place in (False, True)
         ]
         taken = min(rows, 8 * eights)

@@ -10,8 +10,8 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
     const i64 tile = unit / chunks, chunk = unit % chunks;
     uint4 bytes;
     float2 scale;
-    load_once(bytes, weights + unit * 32 + lane, true, read_once());
-    load_once(scale, scales + unit * 8 + g, true, read_once());
+    load_once(bytes, weights + unit * 32 + lane, true, evict_first_policy());
+    load_once(scale, scales + unit * 8 + g, true, evict_first_policy());
     const float own = NF4[lane & 15];  // from lane to lane: constant memory serves one address at a time
     auto value = [&](u32 code) { return __shfl_sync(~0u, own, code); };
 #pragma unroll
@@ -45,8 +45,8 @@ extern "C" __global__ void nf4_squares(const uint4* weights, const float2* scale
         const i64 unit = i64(blockIdx.x) * chunks + chunk;
         uint4 bytes;
         float2 scale;
-        load_once(bytes, weights + unit * 32 + lane, true, read_once());
-        load_once(scale, scales + unit * 8 + g, true, read_once());
+        load_once(bytes, weights + unit * 32 + lane, true, evict_first_policy());
+        load_once(scale, scales + unit * 8 + g, true, evict_first_policy());
         const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
         for (int high = 0; high < 2; high++) {

@@ -1,8 +1,8 @@
 """NF4 weights as the kernels read them.
 
 bitsandbytes packs an NF4 weight (out, in) row by row, two numbers a byte, the first in the high half, with an fp32
-scale for each 64 (QLoRA, Dettmers et al., 2023). `product.cu` wants the same bytes and scales in tiles: not one bit of
-a value changes, and the weight is held once.
+scale for each 64 (QLoRA, Dettmers et al., 2023). The kernels read the same bytes and scales in tiles: not one bit of a
+value changes, and the weight is held once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TILE = 16
-"""Rows of a weight that a warp works on at once."""
+"""Outputs, rows of a weight, in a tile."""
 CHUNK = 64
-"""Columns that share a scale."""
+"""Columns in a chunk, which share an NF4 scale."""
 
 
 def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """From bitsandbytes' order to tiles.
+    """An NF4 weight from bitsandbytes' order to tiles.
 
     Args:
         packed: uint8, out · in / 2 bytes.
@@ -33,8 +33,8 @@ def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Ten
         shape: (out, in), multiples of 16 and 64.
 
     Returns:
-        uint8 (tiles, chunks, 32 lanes, 16) and fp32 (tiles, chunks, 8, 2): lane 4g + t holds what tensor cores want of
-        it, the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of each 16 of a chunk, for the rows g and g + 8 of a tile.
+        uint8 (tiles, chunks, 32 lanes, 16) and fp32 (tiles, chunks, 8, 2): lane 4g + t of a warp gives tensor
+        cores the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of each 16 of a chunk, for the rows g and g + 8 of a tile.
     """
     out, into = shape
     tiles, chunks = out // TILE, into // CHUNK

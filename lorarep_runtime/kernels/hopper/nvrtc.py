@@ -34,7 +34,7 @@ def checked(result: tuple[Any, ...]) -> Any:
 
 @cache
 def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The cubin of a source file, which may include files beside it. What the compiler warns of is logged.
+    """The cubin of a source file, which may include files of its folder. The compiler's warnings are logged.
 
     Args:
         architecture: such as "sm_90a".
@@ -47,7 +47,7 @@ def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architectur
     options += [f"-D{name}={value}" for name, value in defines]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        # NVRTC writes into bytes. Of one byte, an empty log's, they would be the interpreter's own.
+        # NVRTC writes into bytes. Of one byte, an empty log's, they would be Python's own.
         text = bytes(1 + checked(nvrtc.nvrtcGetProgramLogSize(program)))
         checked(nvrtc.nvrtcGetProgramLog(program, text))
         said = text.decode(errors="replace").strip(" \0\n")
@@ -106,8 +106,8 @@ class Kernel:
         Args:
             shared: bytes of dynamic shared memory.
             cluster: CTAs of a cluster; divides the grid.
-            dependent: whether the kernel may start while the one before it ends (programmatic dependent launch); it
-                waits by itself where it needs the other's results.
+            dependent: whether the kernel may start while the previous one ends (programmatic dependent launch); the
+                kernel itself waits where it needs the other's results.
         """
         stream = torch.cuda.current_stream().cuda_stream
         key = (grid, threads, shared, cluster, dependent, stream)

@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_matmul(const __grid
     extern __shared__ char shared[];
     const u32 base = u32(__cvta_generic_to_shared(shared));
     const u32 full = base, empty = base + STAGES * 8, table = base - RESERVED + TABLE_AT, x = base - RESERVED + STAGES_AT;
-    const int warp = own_warp(), lane = threadIdx.x % 32, g = lane / 4;
+    const int warp = warp_index(), lane = threadIdx.x % 32, g = lane / 4;
     const int rank = cluster_rank(), size = cluster_size(), cluster = blockIdx.x / size;
     // Those that run together read the same weights.
     const int blocks = (P.rows + ROWS - 1) / ROWS, first_tile = cluster / blocks * WARPS;
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_matmul(const __grid
     __syncthreads();
     asm volatile("griddepcontrol.launch_dependents;");
 
-    const u64 policy = read_once();
+    const u64 policy = evict_first_policy();
     const i64 tile = min(first_tile + warp, P.tiles - 1);
     const uint4* w = P.weights + (tile * P.chunks + begin) * 32 + lane;
     const float2* s = P.scales + (tile * P.chunks + begin) * 8 + g;

@@ -1,5 +1,4 @@
-"""The product of many rows with an NF4 weight, which is dequantized by tile on its way to the tensor cores: no memory
-holds it in bf16."""
+"""The prefill GEMM: many rows times an NF4 weight, dequantized tile by tile in registers and never in memory."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from lorarep_runtime.integers import ceil_div
 from lorarep_runtime.kernels.hopper.launch_config import clusters_at_once
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from lorarep_runtime.kernels.hopper.nvrtc import Kernel
 
 SOURCE = Path(__file__).with_suffix(".cu")
-BLOCKS = (64, 128, 256)
-"""Rows of x that a CTA may have."""
-SPLITS = (1, 2, 4)
-"""CTAs of a cluster, each with its own columns."""
+ROW_BLOCKS = (64, 128, 256)
+"""Rows of x that a cluster may have."""
+CLUSTERS = (1, 2, 4)
+"""CTAs that a cluster may have, each with its own columns."""
 TILES = 8
-"""Of a weight, that a CTA has."""
+"""Tiles of a weight that a cluster has: one for each warp."""
 THREADS = 32 * TILES
-BLOCK_COST = 192
-"""Of making numbers of a weight, in rows of a block."""
+TILE_COST = 192
+"""Cost of dequantizing a chunk of each tile, in rows of x."""
 START_COST = 3000
-"""Of beginning and finishing, in rows of a block times chunks."""
-SPLIT_COST = 900
-"""Likewise of summing what a cluster has."""
+"""Cost of beginning and finishing, in rows of x times chunks."""
+SUM_COST = 900
+"""Cost of a cluster's summing, in rows of x times chunks."""
 MAPS = 4096
-"""Tensors that TMA knows; there are few that come again and again."""
+"""Tensor maps that are kept. Few different ones recur."""
 
 
-class _Product(ctypes.Structure):
-    """`Product` of the source."""
+class _GemmArguments(ctypes.Structure):
+    """`GemmArguments` of the source, field by field."""
 
     _fields_: ClassVar[Any] = [
         *((name, ctypes.c_void_p) for name in ("weights", "scales", "y")),
@@ -50,10 +50,10 @@ class _TensorMap(ctypes.Structure):
 
 
 def sources() -> Iterator[tuple[Path, Mapping[str, int]]]:
-    """What is compiled: file, defines."""
-    for rows in BLOCKS:
+    """All that is compiled: files and their macros."""
+    for block in ROW_BLOCKS:
         for bits in (16, 32):
-            yield SOURCE, _defines(rows, bits)
+            yield SOURCE, _defines(block, bits)
 
 
 def matmul(tiles: Tensor, scales: Tensor, x: Tensor, y: Tensor) -> None:
@@ -61,14 +61,13 @@ def matmul(tiles: Tensor, scales: Tensor, x: Tensor, y: Tensor) -> None:
 
     Args:
         tiles, scales: W (out, in) as `nf4.arrange` lays it out.
-        x: bf16 (rows, in).
-        y: bf16 or fp32 (rows, out).
-        Of both, rows may be at any distance that is a multiple of 16 bytes.
+        x: bf16 (rows, in). The stride of its rows is a multiple of 16 bytes.
+        y: bf16 or fp32 (rows, out), written. The stride of its rows is a multiple of 16 bytes.
     """
     rows, columns = x.shape
     count = len(tiles)
-    block, split = _spread(rows, count, columns // CHUNK)
-    arguments = _Product(
+    block, cluster = _launch_config(rows, count, columns // CHUNK)
+    arguments = _GemmArguments(
         weights=tiles.data_ptr(),
         scales=scales.data_ptr(),
         y=y.data_ptr(),
@@ -78,19 +77,19 @@ def matmul(tiles: Tensor, scales: Tensor, x: Tensor, y: Tensor) -> None:
         stride=y.stride(0),
     )
     _kernel(block, 8 * y.itemsize)(
-        _clusters(rows, count, block) * split,
+        _clusters(rows, count, block) * cluster,
         THREADS,
         _tensor_map(x.data_ptr(), rows, columns, x.stride(0), block),
         arguments,
         shared=_shared(block),
-        cluster=split,
+        cluster=cluster,
         dependent=True,
     )
 
 
 def load() -> None:
-    """Has the device load all kernels, for which it stands still."""
-    for block in BLOCKS:
+    """Has the device load all kernels, which stops it for a while."""
+    for block in ROW_BLOCKS:
         for bits in (16, 32):
             _kernel(block, bits)
 
@@ -103,34 +102,34 @@ def _defines(block: int, bits: int) -> Mapping[str, int]:
 def _kernel(block: int, bits: int) -> Kernel:
     from lorarep_runtime.kernels.hopper.nvrtc import Kernel
 
-    return Kernel(SOURCE, "nf4_matmul", _defines(block, bits))
+    return Kernel(SOURCE, "prefill_gemm", _defines(block, bits))
 
 
 def _shared(block: int) -> int:
-    """Bytes of a CTA: as in the source, all but what the device takes for itself."""
+    """Shared memory of a CTA in bytes, as in the source: all but what the device reserves."""
     stages, stage = 64 << 10, block * CHUNK * 2
     return stages + ((228 << 10) - stages) // stage * stage - (1 << 10)
 
 
 def _clusters(rows: int, tiles: int, block: int) -> int:
-    return -(-rows // block) * -(-tiles // TILES)
+    return ceil_div(rows, block) * ceil_div(tiles, TILES)
 
 
 @cache
-def _spread(rows: int, tiles: int, chunks: int) -> tuple[int, int]:
-    """Rows of a cluster, and its CTAs, with which the device is done soonest."""
+def _launch_config(rows: int, tiles: int, chunks: int) -> tuple[int, int]:
+    """The rows and the CTAs of a cluster with the least estimated time."""
 
     def cost(launch: tuple[int, int]) -> int:
-        block, split = launch
-        waves = -(-_clusters(rows, tiles, block) // clusters_at_once(split))
-        return waves * (-(-chunks // split) * (block + BLOCK_COST) + START_COST + (split > 1) * SPLIT_COST)
+        block, cluster = launch
+        waves = ceil_div(_clusters(rows, tiles, block), clusters_at_once(cluster))
+        return waves * (ceil_div(chunks, cluster) * (block + TILE_COST) + START_COST + (cluster > 1) * SUM_COST)
 
-    return min(product(BLOCKS, SPLITS), key=cost)
+    return min(product(ROW_BLOCKS, CLUSTERS), key=cost)
 
 
 @lru_cache(MAPS)
 def _tensor_map(address: int, rows: int, columns: int, stride: int, block: int) -> _TensorMap:
-    """How TMA finds blocks of a bf16 matrix, for 128-byte swizzle; zeros behind its last row."""
+    """TMA's description of a bf16 matrix in row blocks, with 128-byte swizzle and zeros behind the last row."""
     from cuda.bindings import driver
 
     from lorarep_runtime.kernels.hopper.nvrtc import checked

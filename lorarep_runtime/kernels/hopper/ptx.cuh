@@ -36,7 +36,7 @@ __device__ __forceinline__ void exchange(u32 (&words)[4], int t) {
 }
 
 // Weights go first when the L2 cache needs room: what is prefetched there, and activations, are read again.
-__device__ __forceinline__ u64 read_once() {
+__device__ __forceinline__ u64 evict_first_policy() {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
@@ -56,6 +56,10 @@ __device__ __forceinline__ void load_once(float2& v, const float2* p, bool wante
                  : "+f"(v.x), "+f"(v.y) : "l"(p), "r"(u32(wanted)), "l"(policy));
 }
 
+__device__ __forceinline__ void prefetch_L2(const void* p, bool wanted) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p prefetch.global.L2 [%0]; }" :: "l"(p), "r"(u32(wanted)));
+}
+
 // L1 is what shared memory leaves: a few KiB.
 __device__ __forceinline__ void load_past_L1(u32 (&v)[4], const u16* p) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -72,6 +76,25 @@ __device__ __forceinline__ u32 map_cluster(u32 address, u32 rank) {
 __device__ __forceinline__ void store_cluster(u32 address, float v) {
     asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(v) : "memory");
 }
+
+__device__ __forceinline__ void init_barrier(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
+}
+
+// Shows the barriers' beginning to the whole cluster.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Programmatic dependent launch: lets the next kernel begin.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Returns when the previous kernel is done and its memory visible.
+__device__ __forceinline__ void await_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Barriers in shared memory. What a warp wrote before it arrives, whoever waits can read.
 __device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
@@ -106,6 +129,25 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Shows shared memory that threads wrote to TMA and wgmma.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The words at an address and 16 bytes behind it.
+__device__ __forceinline__ void load_shared(u32& first, u32& second, u32 address) {
+    asm volatile("ld.shared.u32 %0, [%2]; ld.shared.u32 %1, [%2 + 16];" : "=r"(first), "=r"(second) : "r"(address));
+}
+
+// Keeps the compiler from knowing v, and from moving its uses over accesses of memory.
+__device__ __forceinline__ void hide(u32& v) { asm volatile("" : "+r"(v) :: "memory"); }
+
+__device__ __forceinline__ u32 sub_bf16x2(u32 a, u32 b) {
+    u32 r;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -119,7 +161,7 @@ __device__ __forceinline__ void load_matrices(u32 (&b)[4], u32 address) {
 }
 
 // As the compiler sees that all lanes have the same.
-__device__ __forceinline__ int own_warp() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
 __device__ __forceinline__ u32 cluster_rank() {
     u32 r;

@@ -1,7 +1,7 @@
-"""The adapters' part of a group of linear layers, y = c ⊙ (W x) + B (A x) + b, for many rows that lie side by side with
-those of the same adapter: what Punica (Chen et al., 2023) calls shrinking and expanding, whatever the ranks.
+"""SGMV (segmented gather matrix-vector multiplication, Punica, Chen et al., 2023): y = c ⊙ (W x) + B (A x) + b.
 
-Two launches for a group, of any number of adapters: what a prompt's many layers wait for is launches.
+Rows of the same adapter follow one another: a segment. Adapters of one batch may have different ranks. Packed modules
+take two launches, shrink and expand, for any number of adapters, because launches are what a prefill pass waits for.
 """
 
 from __future__ import annotations
@@ -14,36 +14,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorarep_runtime.kernels.decode.shrink import ENTRY_FIELDS
-from lorarep_runtime.kernels.entry_table import PART_ALIGNMENT, part_width
-from lorarep_runtime.kernels.hopper.decode_gemm import MAX_MODULES
+from lorarep_runtime.integers import ceil_div
+from lorarep_runtime.kernels.entry_table import MAX_MODULES, PART_ALIGNMENT, part_width
+from lorarep_runtime.kernels.triton_entries import (
+    ENTRY_FIELDS,
+    FIELD_B,
+    FIELD_BIAS,
+    FIELD_C,
+    FIELD_RANK,
+)
 
 TILE_ROWS = 64
+"""Most rows of a segment tile."""
 PROGRAMS = 128
-"""That keep the device busy. More would leave more sums to add up."""
+"""Programs that keep the device busy. More would leave more parts to add up."""
 MOST_PARTS = 16
-LANES: tl.constexpr = tl.constexpr(32)
-"""Ranks, of all modules one after the other, that a program takes."""
+RANK_BLOCK: tl.constexpr = tl.constexpr(32)
+"""Ranks, of all packed modules one after the other, that a shrinking program takes."""
 OUTPUTS: tl.constexpr = tl.constexpr(128)
-RANK_BLOCK: tl.constexpr = tl.constexpr(16)
+"""Outputs that an expanding program takes."""
+RANK_STEP: tl.constexpr = tl.constexpr(16)
+"""Ranks that an expanding program multiplies at once."""
 ANY = ["bounds", "adapters", "positions", "first_row", "rows", "modules", "first"]
-"""Arguments whose alignment and values make no other kernel: compiling one has everybody wait."""
+"""Arguments that kernels are not specialized on: compiling another kernel would have all requests wait."""
 SHRINK = dict(ROWS=TILE_ROWS, COLUMNS=64, num_warps=4)
 EXPAND = dict(ROWS=TILE_ROWS, num_warps=4)
 
 
 @dataclass(frozen=True)
 class SegmentTiles:
-    """Rows that compute with an adapter, at one step of their plan, TILE_ROWS at most to a tile."""
+    """Segments of rows and their adapters at one visit of a plan, cut into tiles of at most TILE_ROWS rows."""
 
     bounds: Tensor
     """(tiles, 2) int32, first row and end."""
     adapters: Tensor
-    """(tiles) int64, the address of the adapter's entry table (`rows`)."""
+    """(tiles) int64, the address of the adapter's entry table (`entry_table`)."""
     positions: Tensor
-    """(tiles) int32, in the adapter's stack."""
+    """(tiles) int32, the position in the adapter's stack."""
     ranks: int
-    """The most that an adapter has."""
+    """The largest rank of the adapters."""
     modules: int
     """Modules in an entry table."""
 
@@ -57,17 +66,18 @@ def adapt_segments(
 
     Args:
         x: (rows, in), rows at any distance.
-        y: (rows, outputs of the group's modules one after the other), contiguous, W x on entry.
+        y: (rows, outputs of all packed modules), contiguous, W x on entry.
         sizes: outputs of each module.
-        first: number of the group's first module.
-        first_row: number, in the tiles, of x's first row.
+        tiles: of a batch of which x is a slice.
+        first: number of the first of the packed modules.
+        first_row: number of x's first row in that batch.
     """
     count, width = len(tiles.bounds), x.shape[1]
-    lanes = -(-len(sizes) * tiles.ranks // LANES.value)
-    parts = max(1, min(MOST_PARTS, PROGRAMS // (count * lanes), width // (4 * PART_ALIGNMENT)))
+    rank_blocks = ceil_div(len(sizes) * tiles.ranks, RANK_BLOCK.value)
+    parts = max(1, min(MOST_PARTS, PROGRAMS // (count * rank_blocks), width // (4 * PART_ALIGNMENT)))
     shrunk = torch.empty(len(x), parts, len(sizes), tiles.ranks, device=x.device)
     given = tiles.bounds, tiles.adapters, tiles.positions, first_row, len(x), tiles.modules, first
-    _shrink[(count, lanes, parts)](
+    _shrink[(count, rank_blocks, parts)](
         x,
         shrunk,
         *given,
@@ -92,7 +102,7 @@ def adapt_segments(
 
 
 def compile_tiles(dtype: torch.dtype) -> None:
-    """Compiles both for activations of a dtype, and sizes that are multiples of 16: that takes seconds."""
+    """Compiles both kernels for activations of a dtype and sizes that are multiples of 16, which takes seconds."""
     given = torch.int32, torch.int64, torch.int32, 0, TILE_ROWS, 7, 0
     _shrink.warmup(dtype, torch.float32, *given, 1024, 1024, 1024, 1, 8, grid=(1, 1, 1), **SHRINK)
     _expand.warmup(dtype, torch.float32, *given, 1024, 0, 0, 1, 1, 8, grid=(1, 1, 1), ALIGNED=True, **EXPAND)
@@ -100,7 +110,7 @@ def compile_tiles(dtype: torch.dtype) -> None:
 
 @triton.jit
 def _rows_of_tile(bounds, tile, first_row, rows, ROWS: tl.constexpr):
-    """The rows of x and y in a tile, int64, and which of them there are."""
+    """The rows of x and y in a tile, (ROWS) int64; a mask of those that exist; and whether any does."""
     start = tl.maximum(tl.load(bounds + 2 * tile) - first_row, 0)
     stop = tl.minimum(tl.load(bounds + 2 * tile + 1) - first_row, rows)
     row = start + tl.arange(0, ROWS)
@@ -109,7 +119,7 @@ def _rows_of_tile(bounds, tile, first_row, rows, ROWS: tl.constexpr):
 
 @triton.jit
 def _entry(adapters, positions, tile, modules, module):
-    """Addresses of entries of a tile's adapter."""
+    """Addresses of the entries of a tile's adapter for modules."""
     table = tl.load(adapters + tile).to(tl.pointer_type(tl.int64))
     return table + (tl.load(positions + tile) * modules + module) * ENTRY_FIELDS
 
@@ -133,18 +143,18 @@ def _shrink(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """shrunk (rows, parts, count, ranks), parts of sums; undefined where an entry has no such rank."""
+    """Stores shrunk, fp32 (rows, parts, count, ranks): partial sums, undefined beyond an entry's rank."""
     tile = tl.program_id(0)
     row, inside, some = _rows_of_tile(bounds, tile, first_row, rows, ROWS)
-    lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    module, rank = lane // ranks, lane % ranks
+    stacked = tl.program_id(1) * RANK_BLOCK + tl.arange(0, RANK_BLOCK)  # ranks of all modules, one after the other
+    module, rank = stacked // ranks, stacked % ranks
     entry = _entry(adapters, positions, tile, modules, first + module)
     A = tl.load(entry, mask=module < count, other=0).to(tl.pointer_type(x.dtype.element_ty))
-    there = rank < tl.load(entry + 4, mask=module < count, other=0)
+    there = rank < tl.load(entry + FIELD_RANK, mask=module < count, other=0)
     if some & (tl.max(there.to(tl.int32), 0) > 0):
         begin = tl.program_id(2) * part
         end = tl.minimum(begin + part, width)
-        sums = tl.zeros((ROWS, LANES), tl.float32)
+        sums = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
         for start in range(begin, end, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             known = (column < end)[None, :]
@@ -152,7 +162,7 @@ def _shrink(
             at = tl.multiple_of(A, 16)[:, None] + rank[:, None] * width + column[None, :]
             a_block = tl.load(at, mask=there[:, None] & known, other=0)
             sums = tl.dot(x_block, tl.trans(a_block), sums, input_precision="ieee")
-        to = shrunk + ((row * tl.num_programs(2) + tl.program_id(2)) * count * ranks)[:, None] + lane[None, :]
+        to = shrunk + ((row * tl.num_programs(2) + tl.program_id(2)) * count * ranks)[:, None] + stacked[None, :]
         tl.store(to, sums, mask=inside[:, None] & there[None, :])
 
 
@@ -197,22 +207,22 @@ def _expand(
         size, offset, total = tl.multiple_of(size, 8), tl.multiple_of(offset, 8), tl.multiple_of(total, 8)
     o = block * OUTPUTS + tl.arange(0, OUTPUTS)
     entry = _entry(adapters, positions, tile, modules, first + module)
-    rank = tl.load(entry + 4).to(tl.int32)
+    rank = tl.load(entry + FIELD_RANK).to(tl.int32)
     if some & (rank > 0):
-        B = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16)
-        own_low = shrunk + ((row * parts) * count + module)[:, None] * ranks
+        B = tl.multiple_of(tl.load(entry + FIELD_B).to(tl.pointer_type(dtype)), 16)
+        own_shrunk = shrunk + ((row * parts) * count + module)[:, None] * ranks
         sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
-        for start in range(0, rank, RANK_BLOCK):
-            j = start + tl.arange(0, RANK_BLOCK)
+        for start in range(0, rank, RANK_STEP):
+            j = start + tl.arange(0, RANK_STEP)
             known = j < rank
-            own = tl.zeros((ROWS, RANK_BLOCK), tl.float32)
+            own = tl.zeros((ROWS, RANK_STEP), tl.float32)
             for p in range(parts):
-                at = own_low + (p * count) * ranks + j[None, :]
+                at = own_shrunk + (p * count) * ranks + j[None, :]
                 own += tl.load(at, mask=inside[:, None] & known[None, :], other=0)
             B_block = tl.load(B + j[:, None] * size + o[None, :], mask=known[:, None] & (o < size)[None, :], other=0)
             sums = tl.dot(own.to(dtype), B_block, sums, input_precision="ieee")
         to = y + row[:, None] * total + (offset + o)[None, :]
         both = inside[:, None] & (o < size)[None, :]
-        adapted = tl.load(to, mask=both, other=0).to(tl.float32) * _vector(entry, 2, o, size, 1.0, dtype)[None, :]
-        adapted += sums + _vector(entry, 3, o, size, 0.0, dtype)[None, :]
+        adapted = tl.load(to, mask=both, other=0).to(tl.float32) * _vector(entry, FIELD_C, o, size, 1.0, dtype)[None, :]
+        adapted += sums + _vector(entry, FIELD_BIAS, o, size, 0.0, dtype)[None, :]
         tl.store(to, adapted.to(dtype), mask=both)

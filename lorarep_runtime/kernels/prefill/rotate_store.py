@@ -1,4 +1,4 @@
-"""Prompts' queries and keys, rotated, and their keys and values stored in pages."""
+"""Rotary embeddings (Su et al., 2021) of a prefill pass, and its keys and values in pages (Kwon et al., 2023)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def rotate_store_reference(
     return rotated_reference(q, layer.q_norm, cos, sin, layer.eps)
 
 
-@triton.jit(do_not_specialize=["slots"])  # a step's are aligned or not: no reason to compile twice
+@triton.jit(do_not_specialize=["slots"])  # aligned or not: no reason to compile twice
 def _rotate_store(
     qkv,
     q_norm,
@@ -85,13 +85,13 @@ def _rotate_store(
     sin += row * DIM
     d = tl.arange(0, BLOCK_DIM)[None, :]
     head = tl.arange(0, BLOCK_HEADS)
-    turned = rotated(qkv + head * DIM, q_norm, cos, sin, eps, head < HEADS, DIM, BLOCK_DIM)
+    rotated_heads = rotated(qkv + head * DIM, q_norm, cos, sin, eps, head < HEADS, DIM, BLOCK_DIM)
     at = head[:, None] * DIM + d
-    tl.store(q + row * HEADS * DIM + at, turned, mask=(head < HEADS)[:, None] & (d < DIM))
+    tl.store(q + row * HEADS * DIM + at, rotated_heads, mask=(head < HEADS)[:, None] & (d < DIM))
     head = tl.arange(0, BLOCK_KV_HEADS)
-    turned = rotated(qkv + (HEADS + head) * DIM, k_norm, cos, sin, eps, head < KV_HEADS, DIM, BLOCK_DIM)
+    rotated_heads = rotated(qkv + (HEADS + head) * DIM, k_norm, cos, sin, eps, head < KV_HEADS, DIM, BLOCK_DIM)
     at = head[:, None] * DIM + d
     inside = (head < KV_HEADS)[:, None] & (d < DIM)
     stored = tl.load(slots + row) * KV_HEADS * DIM + at
-    tl.store(key_pages + stored, turned, mask=inside)
+    tl.store(key_pages + stored, rotated_heads, mask=inside)
     tl.store(value_pages + stored, tl.load(qkv + (HEADS + KV_HEADS) * DIM + at, mask=inside), mask=inside)

@@ -1,0 +1,151 @@
+"""The Triton kernel of decode attention: a program has a row, a head of keys and values, and a split."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lorarep_runtime.kernels.decode.shrink import (
+    await_previous,
+    entries_of_row,
+    load_ranks,
+    part_columns,
+    write_shrunk,
+)
+from lorarep_runtime.kernels.rotary import rotated
+
+BLOCK_TOKENS: tl.constexpr = tl.constexpr(64)
+"""Tokens that a program loads at once."""
+
+
+@triton.jit
+def _load_block(
+    key_pages, value_pages, table, head, start, stop, KV_HEADS: tl.constexpr, DIM: tl.constexpr, d, PAGE: tl.constexpr
+):
+    """Keys and values (BLOCK_TOKENS, BLOCK_DIM) of tokens from `start` on; 0 at and beyond `stop`."""
+    t = start + tl.arange(0, BLOCK_TOKENS)
+    page = tl.load(table + t // PAGE, mask=t < stop, other=0).to(tl.int64)
+    at = ((page * PAGE + t % PAGE) * KV_HEADS + head) * DIM
+    mask = (t < stop)[:, None] & (d < DIM)[None, :]
+    at = at[:, None] + d[None, :]
+    return tl.load(key_pages + at, mask=mask, other=0), tl.load(value_pages + at, mask=mask, other=0)
+
+
+@triton.jit(do_not_specialize=["positions", "depth", "pages", "splits"])  # each kind of number would be compiled anew
+def attend_kernel(
+    qkv,
+    q_norm,
+    k_norm,
+    cos,
+    sin,
+    key_pages,
+    value_pages,
+    tables,
+    lengths,
+    maxima,
+    sums,
+    values,
+    out,
+    shrunk,
+    adapters,
+    positions,
+    depth,
+    pages,
+    scale,
+    eps,
+    splits,
+    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MODULES: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    RANKS: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    group: tl.constexpr = HEADS // KV_HEADS
+    position = tl.load(positions + row)
+    length = tl.load(lengths + row)
+    table = tables + (row * depth + position) * pages
+    # This split's tokens: whole pages from the first that the query sees, shared out evenly.
+    visible = 0 if WINDOW is None else tl.maximum(length - WINDOW, 0)
+    first_page = visible // PAGE
+    share = tl.cdiv(tl.cdiv(length, PAGE) - first_page, splits) * PAGE
+    start = first_page * PAGE + split * share
+    stop = tl.where(position < 0, start, tl.minimum(start + share, length))
+    # The new token is the last; it is taken from qkv, not from its page.
+    new = length - 1
+    cached = tl.minimum(stop, new)
+    has_new = (start <= new) & (new < stop)
+    d = tl.arange(0, BLOCK_DIM)
+    # Earlier tokens were stored in earlier steps: no need to wait for the kernel before to load them.
+    k, v = _load_block(key_pages, value_pages, table, kv_head, start, cached, KV_HEADS, DIM, d, PAGE)
+    if WHOLE:
+        columns, inside = part_columns(kv_head, WIDTH, PART, BLOCK)
+        addresses, ranks = entries_of_row(adapters, row, position, MODULES, FIRST, COUNT)
+        dtype = out.dtype.element_ty
+        a, there = load_ranks(addresses, ranks, 0, columns, inside, dtype, WIDTH, COUNT, RANKS, RANK_BLOCK)
+    await_previous(PDL)
+    if position < 0:
+        return
+    head = tl.arange(0, BLOCK_HEADS)
+    in_group = head < group
+    at = (row * HEADS + kv_head * group + head) * splits + split
+    if not WHOLE:  # noqa: SIM102, one is known when the kernel is compiled
+        if start >= stop:
+            tl.store(maxima + at, float("-inf"), mask=in_group)
+            tl.store(sums + at, 0.0, mask=in_group)
+            return
+    qkv += row * (HEADS + 2 * KV_HEADS) * DIM
+    cos += row * DIM
+    sin += row * DIM
+    q = rotated(qkv + (kv_head * group + head) * DIM, q_norm, cos, sin, eps, in_group, DIM, BLOCK_DIM)
+    one = tl.arange(0, 1)
+    new_k = rotated(qkv + (HEADS + kv_head + one) * DIM, k_norm, cos, sin, eps, one == 0, DIM, BLOCK_DIM)
+    new_v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + d, mask=d < DIM, other=0)[None, :]
+
+    page = tl.load(table + new // PAGE).to(tl.int64)
+    stored = (((page * PAGE + new % PAGE) * KV_HEADS + kv_head) * DIM + d)[None, :]
+    written = (d < tl.where(has_new, DIM, 0))[None, :]
+    tl.store(key_pages + stored, new_k, mask=written)
+    tl.store(value_pages + stored, new_v, mask=written)
+
+    # Online softmax (Milakov and Gimelshein, 2018), which begins with the new token in the split that has it.
+    score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
+    maximum = tl.where(has_new, score, float("-inf"))
+    total = tl.zeros([BLOCK_HEADS], tl.float32) + tl.where(has_new, 1.0, 0.0)
+    value = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32) + tl.where(has_new, new_v.to(tl.float32), 0.0)
+    for block in range(start, cached, BLOCK_TOKENS):
+        keys, vals = k, v
+        k, v = _load_block(key_pages, value_pages, table, kv_head, block + BLOCK_TOKENS, cached, KV_HEADS, DIM, d, PAGE)
+        t = block + tl.arange(0, BLOCK_TOKENS)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(((t >= visible) & (t < cached))[None, :], scores, float("-inf"))
+        larger = tl.maximum(maximum, tl.max(scores, 1))
+        fade = tl.exp(maximum - larger)
+        weights = tl.exp(scores - larger[:, None])
+        total = total * fade + tl.sum(weights, 1)
+        value = value * fade[:, None] + tl.dot(weights.to(vals.dtype), vals, input_precision="ieee")
+        maximum = larger
+    to = at[:, None] * DIM + d[None, :]
+    known = in_group[:, None] & (d < DIM)[None, :]
+    if WHOLE:
+        tl.store(out + to, (value / total[:, None]).to(dtype), mask=known)
+        if tl.max(ranks, 0) > 0:
+            tl.debug_barrier()  # a thread has other columns now
+            x = tl.load(out + row * WIDTH + columns, mask=inside, other=0)
+            write_shrunk(shrunk, x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, RANK_BLOCK)
+    else:
+        tl.store(maxima + at, maximum, mask=in_group)
+        tl.store(sums + at, total, mask=in_group)
+        tl.store(values + to, value, mask=known)

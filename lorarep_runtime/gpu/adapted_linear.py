@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorarep_runtime.kernels.decode.expand import expand
 from lorarep_runtime.kernels.entry_table import DecodeRows
-from lorarep_runtime.kernels.hopper.decode_gemm import PackedWeight
+from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.model.packed import PackedPart
 from lorarep_runtime.model.weights import Weight
 
@@ -79,7 +79,7 @@ class PackedLinear:
         self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
         if len(x) <= MOST_KERNEL_ROWS:
-            self.packed.product(x, y, shrunk, rows, first, bias=bias, add=add)
+            self.packed.decode(x, y, shrunk, rows, first, bias=bias, add=add)
         else:
             _multiply_then_adapt(self.matmul, x, y, shrunk, self.packed.sizes, rows, first, bias=bias, add=add)
 

@@ -18,9 +18,9 @@ import torch
 from lorarep_runtime.gpu.adapted_linear import PackedLinear
 from lorarep_runtime.gpu.buffers import LEAST_RANKS
 from lorarep_runtime.gpu.graphs import MOST_GRAPHS
-from lorarep_runtime.kernels.entry_table import FIELDS
+from lorarep_runtime.kernels.entry_table import ENTRY_FIELDS
 from lorarep_runtime.kernels.hopper import prefill_gemm
-from lorarep_runtime.kernels.hopper.decode_gemm import compile_products
+from lorarep_runtime.kernels.hopper.packed_weight import compile_gemms
 from lorarep_runtime.kernels.prefill.adapt_segments import SegmentTiles, adapt_segments
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PageTable
@@ -71,7 +71,7 @@ def _load_kernels(decoder: Decoder) -> None:
 
     linears = [projection.linear for layer in decoder.layers for projection in layer.projections]
     bits = {linear.packed.bits for linear in linears if isinstance(linear, PackedLinear)}
-    compile_products(bits)
+    compile_gemms(bits)
     if 4 in bits:
         prefill_gemm.load()
     _prefill_two_tokens(decoder)
@@ -93,7 +93,7 @@ def _adapt_two_tokens(decoder: Decoder) -> None:
     base, memory = decoder.base, decoder.memory
     device, modules = base.device, len(base.modules)
     buffers = memory.views(memory.buckets[-1], LEAST_RANKS, 1, base.layers).layers
-    entries = torch.zeros(modules * FIELDS, dtype=torch.int64, device=device)
+    entries = torch.zeros(modules * ENTRY_FIELDS, dtype=torch.int64, device=device)
     none = torch.zeros(1, 2, dtype=torch.int32, device=device)
     addresses = torch.tensor([entries.data_ptr()], device=device)
     tiles = SegmentTiles(none, addresses, none[0, :1], LEAST_RANKS, modules)

@@ -43,7 +43,7 @@ class PackedPart:
         """
         self.packed = packed
         self.quantization = quantization
-        self.own = own = packed.rows(module)
+        self.own = own = packed.module(module)
         """This module's rows of the packed weight."""
         self.shape = (own.sizes[0], own.columns)
         self.data: tuple[Tensor, ...] = (own.weights,)

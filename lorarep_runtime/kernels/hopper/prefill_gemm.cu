@@ -1,8 +1,9 @@
-// y = x Wᵀ for many rows of x, with W in NF4: a cluster gives 128 outputs of ROWS rows, each of its CTAs from its own columns.
+// A prefill GEMM: y = x Wᵀ for many rows of x, with W in NF4. A cluster computes 128 outputs of ROWS rows; each of its CTAs
+// has its own columns.
 //
-// Each of eight warps has a tile of 16 outputs (nf4.py) and makes the A operand of wgmma of it, in registers: a chunk's numbers
-// are looked up, scaled and rounded to bf16 while the chunk before is multiplied. The B operand is x, which comes to
-// shared memory through TMA some chunks ahead.
+// Each of eight warps has a tile of 16 outputs (nf4.py) and makes wgmma's A operand of it, in registers: a chunk's numbers are
+// looked up, scaled and rounded to bf16 while the previous chunk is multiplied. The B operand is x, which TMA brings to shared
+// memory some chunks ahead.
 #include "nf4.cuh"
 #include "wgmma.cuh"
 
@@ -14,9 +15,9 @@
 #define STAGES_AT 65536
 #define STAGES ((228 * 1024 - STAGES_AT) / STAGE_BYTES)
 #define AHEAD (STAGES - 2)
-#define DEPTH 4  // chunks of a weight that a warp has on their way
+#define DEPTH 4  // chunks of a weight that a warp has pending loads of
 
-constexpr int EIGHTS = ROWS / 8, PARTS = ROWS > 128 ? 2 : 1;  // of rows; products that they take
+constexpr int EIGHTS = ROWS / 8, HALVES = ROWS > 128 ? 2 : 1;  // of rows; wgmma instructions that they take
 
 // A scale as the sum of two numbers of bf16, so that its product with a pair of them takes two instructions and is rounded
 // once.
@@ -28,76 +29,45 @@ struct Scale {
         low = pack_bf16(left, left);
     }
     __device__ __forceinline__ u32 times(u32 pair) const {
-        u32 r;
-        asm("{ .reg .b32 t; mul.rn.bf16x2 t, %1, %3; fma.rn.bf16x2 %0, %1, %2, t; }" : "=r"(r) : "r"(pair), "r"(high), "r"(low));
-        return r;
+        return mul_bf16x2(pair, high, low);
     }
 };
 
-struct alignas(64) TensorMap { char opaque[128]; };
-
-struct Product {
+struct GemmArguments {
     const uint4* weights;
     const float2* scales;
     void* y;
     int rows, tiles, chunks, stride;  // of y's rows, in numbers
 };
 
-__device__ __forceinline__ void fetch_x(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "n"(STAGE_BYTES) : "memory");
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ float4 load_shared(u32 address) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-    return v;
-}
-
-__device__ __forceinline__ void store_cluster(u32 address, const float (&v)[4]) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_matmul(const __grid_constant__ TensorMap map, Product P) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __grid_constant__ TensorMap map, GemmArguments args) {
     extern __shared__ char shared[];
     const u32 base = u32(__cvta_generic_to_shared(shared));
     const u32 full = base, empty = base + STAGES * 8, table = base - RESERVED + TABLE_AT, x = base - RESERVED + STAGES_AT;
     const int warp = warp_index(), lane = threadIdx.x % 32, g = lane / 4;
     const int rank = cluster_rank(), size = cluster_size(), cluster = blockIdx.x / size;
-    // Those that run together read the same weights.
-    const int blocks = (P.rows + ROWS - 1) / ROWS, first_tile = cluster / blocks * WARPS;
+    // Clusters that run at the same time read the same weights.
+    const int blocks = (args.rows + ROWS - 1) / ROWS, first_tile = cluster / blocks * WARPS;
     int first_row = cluster % blocks * ROWS;
-    const int begin = P.chunks * rank / size, chunks = P.chunks * (rank + 1) / size - begin;
+    const int begin = args.chunks * rank / size, chunks = args.chunks * (rank + 1) / size - begin;
 
     if (threadIdx.x == 0) {
         if (table % TABLE_AT) __trap();
         for (int i = 0; i < STAGES; i++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + i * 8) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + i * 8), "n"(WARPS) : "memory");
+            init_barrier(full + i * 8, 1);
+            init_barrier(empty + i * 8, WARPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_barrier_init();
     }
     for (int entry = warp; entry < 256; entry += WARPS)
         store_shared(table + (entry * 32 + lane) * 4, pack_bf16(NF4[entry >> 4], NF4[entry & 15]));
     __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;");
+    launch_dependents();
 
     const u64 policy = evict_first_policy();
-    const i64 tile = min(first_tile + warp, P.tiles - 1);
-    const uint4* w = P.weights + (tile * P.chunks + begin) * 32 + lane;
-    const float2* s = P.scales + (tile * P.chunks + begin) * 8 + g;
+    const i64 tile = min(first_tile + warp, args.tiles - 1);
+    const uint4* w = args.weights + (tile * args.chunks + begin) * 32 + lane;
+    const float2* s = args.scales + (tile * args.chunks + begin) * 8 + g;
     uint4 bytes[DEPTH];
     float2 scale[DEPTH];
     auto load = [&](int d, int ahead, bool wanted) {
@@ -111,18 +81,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_matmul(const __grid
         load(d, 0, d < left);
     }
 
-    // A stage is filled anew when the second chunk after its own has been multiplied by the warp that sees to that.
+    // Thread 0 fills a stage anew when all warps have multiplied its chunk, two chunks after its own.
     auto fetch = [&](int chunk) {
         const int stage = chunk % STAGES;
         if (chunk >= STAGES) await(empty + stage * 8, chunk / STAGES - 1 & 1);
-        fetch_x(x + stage * STAGE_BYTES, map, (begin + chunk) * CHUNK, first_row, full + stage * 8);
+        fetch_tensor<STAGE_BYTES>(x + stage * STAGE_BYTES, map, (begin + chunk) * CHUNK, first_row, full + stage * 8);
     };
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    await_previous_kernel();
     if (threadIdx.x == 0)
         for (int chunk = 0; chunk < min(AHEAD, chunks); chunk++) fetch(chunk);
 
     u32 place = table + lane * 4;
-    asm volatile("" : "+r"(place) :: "memory");  // no lookup before the table is here
+    hide(place);  // lookups must not precede the table
     u32 a[2][16];
     auto dequantize = [&](u32 (&to)[16], int d) {
         const Scale g0(scale[d].x), g8(scale[d].y);
@@ -136,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_matmul(const __grid
             own[6] = g0.times(lookup<3>(place, low)), own[7] = g8.times(lookup<3>(place, high));
         }
     };
-    float sums[PARTS][EIGHTS / PARTS][4] = {};
+    float sums[HALVES][EIGHTS / HALVES][4] = {};
     int stage = 0, before = -1, next = AHEAD;
     u32 parity = 0;
     auto multiply = [&](int d) {
@@ -146,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_matmul(const __grid
 #pragma unroll
         for (int k = 0; k < 4; k++)
 #pragma unroll
-            for (int part = 0; part < PARTS; part++) wgmma(sums[part], a[d % 2] + k * 4, from + part * 1024 + k * 2, true);
+            for (int half_rows = 0; half_rows < HALVES; half_rows++) wgmma(sums[half_rows], a[d % 2] + k * 4, from + half_rows * 1024 + k * 2, true);
         commit_wgmma();
         await_wgmma<1>();
         if (lane == 0 && before >= 0) arrive(empty + before * 8);
@@ -172,17 +142,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_matmul(const __grid
         }
     await_wgmma<0>();
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) pin(sums[part]);
+    for (int half_rows = 0; half_rows < HALVES; half_rows++) pin(sums[half_rows]);
 
     if (size > 1) {
-        // Each CTA sums some of the rows, in its memory of x, once all are done with theirs.
+        // Each CTA sums some of the rows, in its memory of x, once all have multiplied theirs.
         const int share = EIGHTS / size;
         const u32 own = x + warp * share * 512 + lane * 16;
         cluster_sync();
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++)
             store_cluster(map_cluster(own + (rank * WARPS * share + e % share) * 512, e / share),
-                          sums[e * PARTS / EIGHTS][e % (EIGHTS / PARTS)]);
+                          sums[e * HALVES / EIGHTS][e % (EIGHTS / HALVES)]);
         cluster_sync();
 #pragma unroll
         for (int e = 0; e < EIGHTS / 2; e++)
@@ -192,43 +162,43 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) nf4_matmul(const __grid
                     const float4 v = load_shared(own + (other * WARPS * share + e) * 512);
                     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
                 }
-                auto& to = sums[e * PARTS / EIGHTS][e % (EIGHTS / PARTS)];
+                auto& to = sums[e * HALVES / EIGHTS][e % (EIGHTS / HALVES)];
                 to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
             }
         first_row += rank * share * 8;
     }
-    const int eights = EIGHTS / size, rows = min(eights * 8, P.rows - first_row);
+    const int eights = EIGHTS / size, rows = min(eights * 8, args.rows - first_row);
 #if OUT == 32
-    if (first_tile + warp < P.tiles) {
-        float* y = reinterpret_cast<float*>(P.y) + i64(first_row) * P.stride + (first_tile + warp) * 16 + g;
+    if (first_tile + warp < args.tiles) {
+        float* y = reinterpret_cast<float*>(args.y) + i64(first_row) * args.stride + (first_tile + warp) * 16 + g;
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int row = e * 8 + lane % 4 * 2 + i % 2;
-                if (row < rows) y[i64(row) * P.stride + i / 2 * 8] = sums[e * PARTS / EIGHTS][e % (EIGHTS / PARTS)][i];
+                if (row < rows) y[i64(row) * args.stride + i / 2 * 8] = sums[e * HALVES / EIGHTS][e % (EIGHTS / HALVES)][i];
             }
     }
 #else
-    // Outputs of a row are next to each other in y, but not in a lane: they change places where x was.
+    // Outputs of a row are neighbours in y, but not in a lane: they change places in the memory of x.
     sync<1, WARPS * 32>();
-    const u32 own = x + warp / 4 * ROWS * 128;  // of four warps, 64 outputs of a row after the other, swizzled
+    const u32 own = x + warp / 4 * ROWS * 128;  // of four warps: 64 outputs of each row, swizzled
     const u32 unit = warp % 4 * 2 + lane / 8 % 2, to = own + (lane / 16 * 8 + lane % 8) * 128 + (unit ^ lane % 8) * 16;
 #pragma unroll
     for (int e = 0; e < EIGHTS; e += 2)
         if (e < eights) {
-            const auto& low = sums[e * PARTS / EIGHTS][e % (EIGHTS / PARTS)];
-            const auto& high = sums[e * PARTS / EIGHTS][e % (EIGHTS / PARTS) + 1];
+            const auto& low = sums[e * HALVES / EIGHTS][e % (EIGHTS / HALVES)];
+            const auto& high = sums[e * HALVES / EIGHTS][e % (EIGHTS / HALVES) + 1];
             store_transposed(to + e * 1024, pack_bf16(low[0], low[1]), pack_bf16(low[2], low[3]),
                              pack_bf16(high[0], high[1]), pack_bf16(high[2], high[3]));
         }
     if (warp < 4) sync<2, 128>(); else sync<3, 128>();
     const int first = first_tile + warp / 4 * 4, at = threadIdx.x % 128, column = at % 8;
-    u16* y = reinterpret_cast<u16*>(P.y) + i64(first_row) * P.stride + first * 16 + column * 8;
-    if (first + column / 2 < P.tiles)
+    u16* y = reinterpret_cast<u16*>(args.y) + i64(first_row) * args.stride + first * 16 + column * 8;
+    if (first + column / 2 < args.tiles)
         for (int row = at / 8; row < rows; row += 16) {
             const float4 v = load_shared(own + row * 128 + (column ^ row % 8) * 16);
-            *reinterpret_cast<float4*>(y + i64(row) * P.stride) = v;
+            *reinterpret_cast<float4*>(y + i64(row) * args.stride) = v;
         }
 #endif
 }

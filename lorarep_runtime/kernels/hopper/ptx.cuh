@@ -174,3 +174,42 @@ __device__ __forceinline__ u32 cluster_size() {
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
     return r;
 }
+
+// The product of two pairs of bf16 numbers with `high` + `low`, rounded once.
+__device__ __forceinline__ u32 mul_bf16x2(u32 pair, u32 high, u32 low) {
+    u32 r;
+    asm("{ .reg .b32 t; mul.rn.bf16x2 t, %1, %3; fma.rn.bf16x2 %0, %1, %2, t; }" : "=r"(r) : "r"(pair), "r"(high), "r"(low));
+    return r;
+}
+
+struct alignas(64) TensorMap { char opaque[128]; };
+
+// TMA: a box of a matrix to shared memory; the barrier completes when its BYTES have arrived.
+template <int BYTES>
+__device__ __forceinline__ void fetch_tensor(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "n"(BYTES) : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ void store_cluster(u32 address, const float (&v)[4]) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+
+// Four matrices of 8 times 8 bf16 numbers, transposed. Lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +31,10 @@ def compile_gemms(bits: Iterable[int]) -> None:
     from lorarep_runtime.kernels.hopper.nvrtc import compile_for_device
 
     bits = set(bits)
-    sources = [(nf4.SOURCE, {}), *(source for kind in bits for source in decode_gemm_sources(kind))]
+    sources: list[tuple[Path, Mapping[str, int]]] = [
+        (nf4.SOURCE, {}),
+        *(source for kind in bits for source in decode_gemm_sources(kind)),
+    ]
     sources += [*prefill_gemm.sources()] if 4 in bits else []
     sources += [(int8.SOURCE, {})] if 8 in bits else []
     with ThreadPoolExecutor() as pool:

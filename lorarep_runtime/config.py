@@ -1,4 +1,4 @@
-"""What a server is started with. The command line fills it from flags, environment and YAML."""
+"""The engine's configuration. The command line fills it from flags, environment and YAML."""
 
 from __future__ import annotations
 
@@ -16,58 +16,61 @@ PAGE_TOKENS = 16
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Which base to load, and how it is held in memory."""
+    """The base to load, and its form in memory."""
 
     base: str
-    """Hub repository id or folder of a causal language model."""
+    """Hub repository id, or folder, of a causal language model."""
     revision: str | None = None
     """Branch, tag or commit of `base`; None is the repository's default branch."""
     quantization: Quantization = "none"
-    """How the decoder's linear weights are held. A checkpoint that is already quantized keeps its own."""
+    """Quantization of the layers' linear weights. A checkpoint that is already quantized keeps its own."""
     double_quantization: bool = False
-    """Whether NF4's scales are quantized once more (QLoRA, section 3)."""
+    """Whether NF4's scales are quantized as well (QLoRA, section 3)."""
     dtype: DType = "auto"
     """Dtype of activations, adapters and unquantized weights; "auto" is the checkpoint's own."""
     device: str = "auto"
-    """A torch device, of several the first; "auto" is the accelerator, if there is one, else the CPU."""
+    """A torch device; "auto" is the first accelerator, if there is one, else the CPU."""
     cache_dir: Path | None = None
     """Hub cache; None is huggingface_hub's default."""
 
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """What an adapter may ask for; checked before anything is allocated."""
+    """Limits of adapters, checked before anything is allocated."""
 
     max_rank: int = 512
+    """Largest rank of any module."""
     max_positions: int = 512
-    """Most positions of any stack."""
+    """Most positions of an adapter's stack."""
     allow_repositories: tuple[str, ...] = ()
     """Shell patterns of the repositories that LoadAdapter and requests may name; empty allows none."""
     device_bytes: int | None = None
-    """Most device memory of all adapters together. None is no limit: they leave when the device is full."""
+    """Most device bytes of all adapters together; None is no limit: adapters leave when the device is full."""
     host_bytes: int = 0
-    """Most host memory of copies of adapters that had to leave the device."""
+    """Most host bytes of the copies of adapters that had to leave the device."""
     disk_bytes: int | None = None
-    """Most disk space of adapters in the Hub cache; None is no limit."""
+    """Most bytes of adapters in the Hub cache; None is no limit."""
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """How requests share a step, and the KV memory they share."""
+    """Limits of a step, of the queue and of the KV cache."""
 
     max_sequences: int = 32
     """Most sequences in one step."""
     max_step_tokens: int | None = None
-    """Most tokens in one step: decoding rows first, prompts fill the rest. None is 2,048 on an accelerator, which
-    dequantizes every weight once a step of prompts, and 512 on a CPU."""
+    """Most tokens in one step: decoding rows first, prompts fill the rest.
+
+    None is 2,048 on an accelerator, which dequantizes every weight once for each prefill pass, and 512 on a CPU.
+    """
     chunked_prefill: bool = True
-    """Whether a prompt may be spread over several steps."""
+    """Whether a prompt may be computed in several steps."""
     max_queued: int = 1024
-    """Most waiting requests; one more is refused."""
+    """Most waiting requests. Another one is refused."""
     max_running_per_adapter: int | None = None
-    """Most sequences in one step of one adapter, or set of adapters; None is no limit."""
+    """Most running sequences of one adapter, or of one set of adapters; None is no limit."""
     max_queued_per_adapter: int | None = None
-    """Most waiting requests for one; one more is refused. None is no limit."""
+    """Most waiting requests for one adapter, or one set of adapters; None is no limit. Another one is refused."""
     max_sequence_tokens: int | None = None
     """Most tokens of prompt and answer together; None is what the base was trained for."""
     kv_bytes: int | None = None
@@ -76,7 +79,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything the runtime is started with."""
+    """All that an engine is constructed from."""
 
     base: BaseConfig
     stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -1,8 +1,9 @@
-"""Places where a test can have a fault happen that nothing from outside provokes, after etcd's gofail.
+"""Failpoints: places where a test can cause a fault that nothing from outside provokes, after etcd's gofail.
 
-They do nothing unless the process was started with `LORAREP_FAILPOINTS` naming a folder. Then a failpoint does what the
-file of its name there says, for as long as there is one: `error`, `out-of-memory`, `sleep SECONDS`, or `hold` until the
-file is gone; after `once` it is gone with the first that comes by. That a failpoint has acted, `NAME.reached` shows.
+They do nothing unless the process was started with `LORAREP_FAILPOINTS` naming a folder. A file there with a
+failpoint's name says how that failpoint acts, for as long as the file exists: `error`, `out-of-memory`,
+`sleep SECONDS`, or `hold`, which waits until the file is gone. After the word `once` the first thread that passes
+removes the file. A failpoint that has acted leaves the file `NAME.reached`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ _FOLDER = os.environ.get("LORAREP_FAILPOINTS")
 
 
 def failpoint(name: str) -> None:
-    """Passes a failpoint: `step` before each, `forward` inside what ends its requests alone, `base` and `adapter`
-    before each is put into device memory, `load-` and a stage when a load has reported it."""
+    """Acts as the file of a name says, if there is one.
+
+    Args:
+        name: `step` comes before each step, and `forward` inside the work whose failure ends its own requests alone.
+            `base` and `adapter` come before each is put into device memory. `load-` and a stage's name come when a load
+            has reported that stage.
+    """
     if _FOLDER is not None:
         _act(Path(_FOLDER, name))
 
@@ -34,7 +40,7 @@ def _act(file: Path) -> None:
         case "error":
             raise RuntimeError(f"failpoint {file.name}")
         case "out-of-memory":
-            import torch  # slow to import, and no business of a server that has yet to open its port
+            import torch  # slow to import, and not needed by a server that has yet to open its port
 
             raise torch.OutOfMemoryError(f"failpoint {file.name}")
         case "sleep":

@@ -1,4 +1,4 @@
-"""What a caller asks of the engine and what comes back. Token ids only: text lives in `text`."""
+"""Requests to the engine and the events of their answers. Prompts are token ids; `text` makes them."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ class Sampling:
     repetition_penalty: float = 1.0
     """Divides positive logits, multiplies negative ones, of every token in prompt or answer (Keskar et al., 2019)."""
     presence_penalty: float = 0.0
-    """Subtracted once from every token in the answer (OpenAI)."""
+    """Subtracted once from the logit of every token in the answer (OpenAI)."""
     frequency_penalty: float = 0.0
-    """Subtracted from every token once for each time it is in the answer (OpenAI)."""
+    """Subtracted from a token's logit once for each time that it is in the answer (OpenAI)."""
     seed: int | None = None
     """The same seed, prompt and parameters give the same tokens whatever else is in the batch; None draws one."""
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """When an answer ends."""
+    """Conditions under which an answer ends."""
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    """Until then no end token is sampled and no stop string ends the answer."""
+    """Length below which no end token is sampled and no stop string ends the answer."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer; never part of it."""
+    """Strings that end the answer; its text never contains them."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue."""
+    """A prompt to continue, and how."""
 
     prompt: tuple[int, ...]
     sampling: Sampling = Sampling()
     stopping: Stopping = Stopping()
     logprobs: int | None = None
-    """How many of the likeliest tokens to report beside each chosen one; None reports nothing, 0 the chosen one."""
+    """Number of likeliest tokens to report with each chosen one; None reports nothing, 0 the chosen one alone."""
     deadline: float | None = None
-    """`time.monotonic()` seconds."""
+    """`time.monotonic()` seconds at which the request ends with DeadlineExceeded; None is never."""
 
 
 class FinishReason(Enum):
-    """Why an answer ended."""
+    """Reason for an answer's end."""
 
     LENGTH = "length"
     END_TOKEN = "end_token"
@@ -68,14 +68,17 @@ class TokenLogprob:
     token: int
     logprob: float
     rank: int
-    """1 is the likeliest."""
+    """Place among all tokens; 1 is the likeliest."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens, best first."""
+    """The likeliest tokens and their log-probabilities, best first."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one step adds to an answer. `text` may lag behind `tokens`: it never ends in half a character or stop."""
+    """The tokens that one step adds to an answer.
+
+    `text` may lag behind `tokens`: it never ends in half a character or in a part of a stop string.
+    """
 
     tokens: tuple[int, ...]
     text: str
@@ -84,12 +87,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds."""
+    """Seconds that a request spent in each phase."""
 
     queued: float
-    """From submission until the first step that worked on it."""
+    """From submission to the first step that computes any of its tokens."""
     prefill: float
-    """From there to the first token."""
+    """From that step to the first token of the answer."""
     decode: float
     """From the first token to the last."""
 
@@ -111,8 +114,8 @@ class Finished:
     completion_tokens: int
     timings: Timings
     stop: str = ""
-    """The string that ended it, if one did."""
+    """The stop string that ended the answer, if one did."""
 
 
 Event = Output | Finished | Exception
-"""A stream is Outputs, then one Finished or one LorarepError."""
+"""An item of a request's stream, which is any number of Outputs, then one Finished or one LorarepError."""

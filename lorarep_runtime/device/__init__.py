@@ -1,1 +1,1 @@
-"""What is particular to devices and to Python's threads beside them."""
+"""The device: its memory, copies to it, times of its work, and the GIL for the threads that drive it."""

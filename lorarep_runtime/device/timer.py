@@ -1,4 +1,4 @@
-"""What a device takes for work, measured on it without waiting for it."""
+"""The device time of launched work, measured without a wait for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class DeviceTimer:
-    """Runs from its making until `stop`, in the order of the device's stream."""
+    """Measures the work that is launched between its construction and `stop`, in the order of the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
@@ -16,6 +16,7 @@ class DeviceTimer:
         self._mark(0)
 
     def stop(self) -> None:
+        """Ends the measured work."""
         self._mark(1)
 
     def _mark(self, which: int) -> None:
@@ -25,13 +26,13 @@ class DeviceTimer:
             self._events[which].record()
 
     def wait(self) -> None:
-        """Until the device has come to the stop."""
+        """Waits until the device has reached the stop."""
         if self._events is not None:
             self._events[1].synchronize()
 
     @property
     def milliseconds(self) -> float | None:
-        """None before the device has come to the stop."""
+        """Device time of the measured work; None before the device has reached the stop."""
         if self._events is None:
             return (self._times[1] - self._times[0]) * 1e3
         return self._events[0].elapsed_time(self._events[1]) if self._events[1].query() else None

@@ -117,8 +117,8 @@ def run(files: Files, options: argparse.Namespace) -> None:
         for batch in options.timeline:
             begun = begin(engine, rows[case][:batch], options.temperature)
             while min(map(len, begun)) < SKIPPED:
-                engine.step()
-            seen = profiled(engine.step)
+                engine.loop.step()
+            seen = profiled(engine.loop.step)
             finish(engine, begun)
             seen.print(f"{CASES[case]}, batch {batch}")
             figures.put(
@@ -237,7 +237,7 @@ def begin(engine: Engine, names: Sequence[str], temperature: float) -> list[list
 
 def finish(engine: Engine, begun: Sequence[Sequence[float]]) -> None:
     while any(not mine or mine[-1] < float("inf") for mine in begun):
-        engine.step()
+        engine.loop.step()
 
 
 def timed(engine: Engine, names: Sequence[str], temperature: float) -> float:

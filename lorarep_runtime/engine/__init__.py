@@ -1,1 +1,1 @@
-"""Who computes when: requests, the scheduler and the step loop."""
+"""The engine: it takes requests, schedules their sequences, computes their tokens and sends them back."""

@@ -1,4 +1,4 @@
-"""The ledger: where every byte of device memory is, taken from the tensors themselves."""
+"""The ledger: the device memory in use by purpose, counted from the tensors themselves."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from lorarep_runtime.model.kv_cache import PagePool
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes by what they are for."""
+    """Bytes of device memory by purpose."""
 
     categories: Mapping[str, int]
-    """base_weights, quantization_constants, embeddings_and_head, adapters, kv_cache, workspace."""
+    """Bytes of base_weights, quantization_constants, embeddings_and_head, adapters, kv_cache and workspace."""
     adapters: Mapping[str, int]
-    """Each loaded adapter's part of "adapters", and of each mix of several."""
+    """Bytes of each loaded adapter, and of each mix of several; "adapters" is their sum."""
     peft_bytes: int
-    """What PEFT would hold for the same stacks and adapters: one model for each stack, its replicas' own copies of what
-    quantization adds (NF4) or of the weights themselves (int8), adapters in fp32. No KV cache."""
+    """Bytes that PEFT would hold for the same stacks and adapters, without a KV cache.
+
+    PEFT has one model for each stack, and adapters in fp32. Replicas have copies of their own: of the quantization
+    constants (NF4), or of the weights as well (int8).
+    """
 
     @property
     def total(self) -> int:
@@ -30,10 +33,10 @@ class Ledger:
 
 
 def take_stock(base: Base, pool: PagePool, adapters: AdapterRegistry, steps: Iterable[Tensor] = ()) -> Ledger:
-    """Counts what is held now.
+    """Counts the device memory that is held now.
 
     Args:
-        steps: what is kept from one step to the next, beside keys and values.
+        steps: the decoder's tensors, which it keeps from one step to the next.
     """
     seen: set[int] = set()
     weights = [w for layer in base.weights for w in layer.values()]
@@ -42,7 +45,7 @@ def take_stock(base: Base, pool: PagePool, adapters: AdapterRegistry, steps: Ite
     vocabulary = [*base.model.get_input_embeddings().parameters(), *head.parameters()]
     embeddings = _bytes(vocabulary, seen)
     matrices = _bytes((t for w in weights for t in w.data), seen)
-    # Norms and biases. The layers hang in the walk, not in the model.
+    # Norms and biases. The layers are the walk's, no longer the model's.
     modules = [base.model, *base.walk.layers]
     rest = _bytes((p for m in modules for p in m.parameters()), seen)
     besides = [*(b for m in modules for b in m.buffers()), *base.squares.values(), *steps]
@@ -80,7 +83,7 @@ def _peft_bytes(base: Base, adapters: AdapterRegistry, base_bytes: int) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
-    """Bytes of the tensors' storages, each counted once."""
+    """Bytes of the tensors' storages. Storages in `seen` do not count; the others are added to it."""
     total = 0
     for tensor in tensors:
         storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Prompts under way: their forward pass is taken a slice at a time where other sequences decode meanwhile."""
+"""Prefill passes: the forward pass of prompts, a slice at a time where other sequences decode meanwhile."""
 
 from __future__ import annotations
 
@@ -12,97 +12,118 @@ from torch import Tensor
 
 from lorarep_runtime.device.timer import DeviceTimer
 from lorarep_runtime.engine.sampler import Sampled, sample
+from lorarep_runtime.engine.scheduler import Scheduler
 from lorarep_runtime.engine.sequence import Sequence
+from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.kv_cache import PagePool
 
 SHARE = 0.55
-"""Of a decoding step's time, what a slice beside it may take."""
+"""Device time of a slice as a part of a decode step's, which runs after it."""
 
 
 class Forward(Protocol):
-    """A forward pass over a batch; `prefill.Prefill` is one."""
+    """A forward pass over a batch, some visits of its plan at a time; `gpu.prefill.Prefill` is one."""
 
     @property
     def left(self) -> int:
-        """Steps that have not been launched."""
+        """Number of visits that have not been launched."""
 
-    def advance(self, steps: int) -> None:
-        """Launches the next ones."""
+    def advance(self, visits: int, /) -> None:
+        """Launches the next visits."""
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """After the last one: fp32 logits (n, vocab) of rows, (n) int64."""
+    def logits(self, rows: Tensor, /) -> Tensor:
+        """After the last visit: fp32 logits (n, vocab) of rows, (n) int64."""
 
 
 class WholeForward:
-    """Through the base's own layers, at once."""
+    """A forward pass through the base's own layers, at once and not in slices."""
 
     left = 0
 
     def __init__(self, base: Base, pool: PagePool, batch: Batch) -> None:
         self._base, self._pool, self._batch = base, pool, batch
 
-    def advance(self, steps: int) -> None: ...
+    def advance(self, visits: int, /) -> None: ...
 
-    def logits(self, rows: Tensor) -> Tensor:
+    def logits(self, rows: Tensor, /) -> Tensor:
         return self._base.forward(self._batch, self._pool, rows)
 
 
 class SlicePacer:
-    """How many steps of a pass go beside a decoding step."""
+    """Measures decode steps and slices of passes, and says how long the next slice may be."""
 
     def __init__(self) -> None:
-        self.decoding: float | None = None
-        """Milliseconds of the last decoding step."""
-        self._step: float | None = None
+        self._decode_milliseconds: float | None = None
+        self._visit_milliseconds: float | None = None
         self._slices: deque[tuple[int, DeviceTimer]] = deque()
+        """Slices that were not measured when last looked at: number of visits, and the timer."""
 
-    def steps(self) -> int:
-        """As many as take SHARE of the decoding step's time; one until both have been measured."""
+    @property
+    def decode_seconds(self) -> float:
+        """Device time of the last decode step; infinity before there was one."""
+        return (self._decode_milliseconds or float("inf")) / 1e3
+
+    def record_decode(self, milliseconds: float | None) -> None:
+        """Takes the device time of the last decode step, None where it is unknown."""
+        self._decode_milliseconds = milliseconds
+
+    def record_slice(self, visits: int, timer: DeviceTimer) -> None:
+        """Takes the timer of a slice that has been launched."""
+        self._slices.append((visits, timer))
+
+    def visits(self) -> int:
+        """Number of visits that take SHARE of a decode step's time; 1 until both have been measured."""
         while self._slices and (taken := self._slices[0][1].milliseconds) is not None:
-            self._step = taken / self._slices.popleft()[0]
-        if self.decoding is None or not self._step:
+            self._visit_milliseconds = taken / self._slices.popleft()[0]
+        if self._decode_milliseconds is None or not self._visit_milliseconds:
             return 1
-        return max(1, int(self.decoding * SHARE / self._step))
-
-    def slice(self, steps: int, watch: DeviceTimer) -> None:
-        """Takes note of a slice of so many steps."""
-        self._slices.append((steps, watch))
+        return max(1, int(self._decode_milliseconds * SHARE / self._visit_milliseconds))
 
 
 class PrefillPass:
-    """Some sequences' next tokens on their way through the layers. Their adapters are theirs until it is over."""
+    """One forward pass over some sequences' next tokens. It holds their adapters until it is over."""
 
     def __init__(self, chosen: Seq[tuple[Sequence, int]], pool: PagePool, forward: Callable[[Batch], Forward]):
         """
         Args:
-            chosen: sequences, and how many of their tokens to compute.
+            chosen: sequences, and the number of their next tokens to compute.
         """
         self._pool = pool
         self.sequences = [sequence for sequence, _ in chosen]
         self._counts = [count for _, count in chosen]
         self.sampled: list[tuple[Sequence, Sampled]] | None = None
-        """Once it is over, the sequences whose last token was among those, with their next one."""
+        """The next token of each sequence whose last known token was among those computed; None before the end."""
         self._ended: list[Sequence] = []
         self._batch = Batch([sequence.span(count) for sequence, count in chosen], pool.key_pages.device)
         self._forward = forward(self._batch)
 
-    def advance(self, steps: int | None, pace: SlicePacer) -> None:
-        """Launches the next steps, None for all that are left; after the last one, samples."""
+    @property
+    def is_deserted(self) -> bool:
+        """Whether all of its sequences have ended."""
+        return len(self._ended) == len(self.sequences)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to launch: it has sampled, or no sequence is left."""
+        return self.sampled is not None or self.is_deserted
+
+    def launch_visits(self, visits: int | None, pacer: SlicePacer) -> None:
+        """Launches the next visits, None for all that are left; samples after the last one."""
         left = self._forward.left
-        if steps is not None and left:
-            count = min(steps, left)
-            watch = DeviceTimer(self._batch.device)
+        if visits is not None and left:
+            count = min(visits, left)
+            timer = DeviceTimer(self._batch.device)
             self._forward.advance(count)
-            watch.stop()
-            pace.slice(count, watch)
+            timer.stop()
+            pacer.record_slice(count, timer)
         else:
             self._forward.advance(left)
         if not self._forward.left:
-            self.sampled = self._sampled()
+            self.sampled = self._sample()
 
-    def _sampled(self) -> list[tuple[Sequence, Sampled]]:
+    def _sample(self) -> list[tuple[Sequence, Sampled]]:
         ends = [int(self._batch.starts[k + 1]) - 1 for k in range(len(self.sequences))]
         ready = [
             (self.sequences[i], end)
@@ -110,35 +131,76 @@ class PrefillPass:
             if self.sequences[i].remaining == self._counts[i]
         ]
         rows = torch.tensor([row for _, row in ready], dtype=torch.int64, device=self._batch.device)
-        # Also where no logits are wanted: the base's own layers are walked there.
+        # Called even where no logits are wanted: `WholeForward` computes here.
         logits = self._forward.logits(rows)
         for sequence, count in zip(self.sequences, self._counts, strict=True):
-            sequence.computed += count
+            sequence.mark_computed(count)
         if not ready:
             return []
         sequences = [sequence for sequence, _ in ready]
         return list(zip(sequences, sample(logits, [s.sampler for s in sequences]), strict=True))
 
-    def end(self, sequence: Sequence) -> None:
-        """One of its sequences has ended before it: gives its pages back. The steps to come write elsewhere."""
+    def drop(self, sequence: Sequence) -> None:
+        """Gives back the pages of a sequence that has ended. The pass writes to the spare slot instead."""
         k = self._batch.order.index(self.sequences.index(sequence))
         rows = slice(int(self._batch.starts[k]), int(self._batch.starts[k + 1]))
         self._batch.slots[:, rows] = self._pool.spare_slot
         sequence.table.release()
         self._ended.append(sequence)
 
-    @property
-    def is_deserted(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return len(self._ended) == len(self.sequences)
-
-    def give_back(self, *, wait: bool = True) -> None:
-        """Releases the adapters of sequences that ended meanwhile.
+    def release_adapters(self, *, wait: bool = True) -> None:
+        """Releases the adapters of sequences that ended before the pass was over.
 
         Args:
-            wait: for the device, which may still be reading the adapters.
+            wait: whether to wait for the device first, which may still read the adapters.
         """
         if self._ended and wait and self._batch.device.type == "cuda":
             torch.cuda.current_stream(self._batch.device).synchronize()
         while self._ended:
             self._ended.pop().lease.release()
+
+
+class SlicedPrefill:
+    """The pending prefill pass, if there is one. The step loop's thread alone touches it."""
+
+    def __init__(self, forward: Callable[[Batch], Forward], scheduler: Scheduler) -> None:
+        self._forward = forward
+        self._scheduler = scheduler
+        self.pacer = SlicePacer()
+        self.pending: PrefillPass | None = None
+
+    def begin_or_go_on(self, chosen: Seq[tuple[Sequence, int]]) -> None:
+        """Begins a pass over prompts or goes on with the pending one: a slice where others decode, else all of it.
+
+        Args:
+            chosen: sequences of a new pass, and the number of their next tokens; empty while one is pending.
+        """
+        failpoint("forward")
+        if self.pending is None:
+            self.pending = PrefillPass(chosen, self._scheduler.pool, self._forward)
+            self._scheduler.begin_prefill(self.pending.sequences)
+        if not self.pending.is_deserted:
+            others_decode = any(s not in self.pending.sequences for s in self._scheduler.running)
+            self.pending.launch_visits(self.pacer.visits() if others_decode else None, self.pacer)
+
+    def take_finished(self) -> PrefillPass | None:
+        """The pass, once it is over; none is pending afterwards."""
+        if self.pending is None or not self.pending.is_over:
+            return None
+        finished, self.pending = self.pending, None
+        self._scheduler.end_prefill()
+        return finished
+
+    def is_computing(self, sequence: Sequence) -> bool:
+        """Whether a sequence is of the pending pass."""
+        return self.pending is not None and sequence in self.pending.sequences
+
+    def drop(self, sequence: Sequence) -> None:
+        """Gives back what a sequence of the pending pass took: its pages now, its adapter when the pass is over."""
+        assert self.pending is not None
+        self.pending.drop(sequence)
+
+    def release_adapters(self) -> None:
+        """Releases the adapters that the pending pass keeps for sequences that have ended: it will not go on."""
+        if self.pending is not None:
+            self.pending.release_adapters(wait=False)

@@ -1,31 +1,44 @@
-"""Which sequences work in the next step, and on how many of their tokens.
+"""Which sequences take part in the next step, and with how many of their tokens.
 
-Sequences that decode come first, one token each; prompts fill the rest of the step (Agrawal et al., 2024), those of the
-adapters with the fewest running first, then in order of arrival. When pages run short the youngest sequence gives its
-own back and is computed anew later (Kwon et al., 2023).
+Sequences that decode come first, with one token each. Prompts fill the rest of the step (Agrawal et al., 2024): first
+those of the adapters with the fewest running sequences, then in order of arrival. When pages run short the youngest
+sequence gives its own back and is computed again later (Kwon et al., 2023).
 
-Adapters come to the device in the order of turns. Others pass those whose adapter is on its way; but when there is no
-room for one, nobody takes another adapter until there is, or it might wait for ever.
+A sequence claims its adapter when its turn has come. Others pass those whose adapter is still loading. But when there
+is no memory for one, nobody claims another adapter until there is, or that one might wait for ever.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 
 from lorarep_runtime.adapters.residency import Claim, Residency
 from lorarep_runtime.config import SchedulerConfig
 from lorarep_runtime.engine.sequence import Sequence
-from lorarep_runtime.errors import InvalidArgument, LorarepError
-from lorarep_runtime.model.kv_cache import PagePool, PageTable, pages_of
-from lorarep_runtime.request import Request
+from lorarep_runtime.errors import LorarepError
+from lorarep_runtime.model.kv_cache import PagePool
 
 STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
 
 
+@dataclass
+class Schedule:
+    """One step's sequences, and all that changed when they were chosen."""
+
+    chosen: dict[Sequence, int] = field(default_factory=dict)
+    """Number of next tokens to compute for each sequence. Their pages are taken."""
+    preempted: list[Sequence] = field(default_factory=list)
+    """Sequences that gave their pages back and wait again."""
+    admitted: list[Sequence] = field(default_factory=list)
+    """Sequences that waited, or were preempted just now, and run from this step on."""
+    failed: list[tuple[Sequence, LorarepError]] = field(default_factory=list)
+    """Sequences whose adapter cannot be brought to the device. They still wait; the caller removes them."""
+
+
 class Scheduler:
-    """The sequences that wait and those that hold pages. The engine's thread alone touches it."""
+    """The sequences that wait and those that hold pages. The step loop's thread alone touches it."""
 
     def __init__(self, config: SchedulerConfig, pool: PagePool, residency: Residency) -> None:
         self.config = config
@@ -36,72 +49,94 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of arrival."""
-        self.failed: list[tuple[Sequence, LorarepError]] = []
-        """Those whose adapters cannot be brought to the device. They still wait, for who takes them out."""
-        self.computing: Collection[Sequence] = ()
-        """Those whose forward pass is under way: they keep their pages, and until it is over no prompt is begun."""
-        self.preemptions = 0
-        # Of the last look at adapters, and when that was.
+        self._prefilling: Collection[Sequence] = ()
+        """Sequences of the pending prefill pass: they keep their pages, and no prompt begins before it is over."""
+        # Of the last round of claims: sequences that had to wait, whether there was memory, and when that was.
         self._passed: set[Sequence] = set()
         self._has_room = True
         self._version = 0
 
-    def check(self, request: Request, depth: int) -> None:
-        """Refuses what could never run alone.
+    def enqueue(self, sequences: Iterable[Sequence]) -> None:
+        """Appends new sequences to the queue."""
+        self.waiting.extend(sequences)
 
-        Raises:
-            InvalidArgument: naming what is too large.
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out and frees its pages. Those of a pending prefill pass are the pass's to free."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        if sequence not in self._prefilling:
+            sequence.table.release()
+
+    def begin_prefill(self, sequences: Collection[Sequence]) -> None:
+        """Has sequences keep their pages, and every prompt wait, until `end_prefill`: a pass over them is pending."""
+        self._prefilling = sequences
+
+    def end_prefill(self) -> None:
+        """Lets the sequences of the pass decode or be preempted, and other prompts begin."""
+        self._prefilling = ()
+
+    def schedule(self) -> Schedule:
+        """Chooses the sequences of the next step, takes their pages and admits waiting ones."""
+        schedule = Schedule()
+        budget = self._continue_running(schedule, self._max_step_tokens)
+        if not self._prefilling:
+            self._admit(schedule, budget)
+        return schedule
+
+    def _continue_running(self, schedule: Schedule, budget: int) -> int:
+        """Chooses sequences that decode, then prompts that are partly computed; both in order of arrival.
+
+        Returns:
+            Number of tokens that the step has left of its budget.
         """
-        longest = len(request.prompt) + request.stopping.max_new_tokens
-        pages = depth * pages_of(longest)
-        if pages > self.pool.total:
-            raise InvalidArgument(
-                f"{longest} tokens at {depth} positions take {pages} pages of KV memory, "
-                f"and there are {self.pool.total}",
-                field="prompt and max_new_tokens",
-            )
-
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """Sequences and how many of their next tokens to compute now; their pages are there."""
-        budget = self._max_step_tokens
-        chosen: dict[Sequence, int] = {}
-        # Decoding sequences, then prompts under way; both in order of arrival.
+        chosen = schedule.chosen
         for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
-            if self.computing and (sequence in self.computing or sequence.remaining > 1):
+            if self._prefilling and (sequence in self._prefilling or sequence.remaining > 1):
                 continue
-            if sequence in self.running and (count := self._fits(sequence, budget, alone=not chosen)):
-                if not self._make_room(sequence, count, chosen):
+            if sequence in self.running and (count := self._share(sequence, budget, alone=not chosen)):
+                if not self._make_room(sequence, count, schedule):
                     continue
                 chosen[sequence] = count
                 budget -= count
-        if self.computing:
-            return list(chosen.items())
+        return budget
+
+    def _admit(self, schedule: Schedule, budget: int) -> None:
+        """Starts waiting sequences while there are places, tokens and pages for them."""
         self._passed, self._has_room, self._version = set(), True, self._residency.version
-        while len(self.running) < self.config.max_sequences and (free := self._free()):
-            sequence = self._next(free)
-            if not self._has_turn(sequence):
+        while len(self.running) < self.config.max_sequences and (candidates := self._candidates()):
+            sequence = self._next(candidates)
+            if not self._claim_adapter(sequence, schedule):
                 continue
-            count = self._fits(sequence, budget, alone=not chosen)
-            # The whole prompt's room, or it would be preempted half-way.
+            count = self._share(sequence, budget, alone=not schedule.chosen)
+            # Room for the whole prompt, or it would be preempted half-way.
             if not count or not sequence.table.grow(len(sequence.tokens)):
                 break
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            if sequence.started is None:
-                sequence.started = time.monotonic()
-            chosen[sequence] = count
+            sequence.start()
+            schedule.admitted.append(sequence)
+            schedule.chosen[sequence] = count
             budget -= count
-        return list(chosen.items())
+
+    def would_choose_only(self, sequences: Collection[Sequence]) -> bool:
+        """Whether a step now would be of these decoding sequences and no others, if their pages are there."""
+        return (
+            sum(s not in self._prefilling for s in self.running) == len(sequences)
+            and not self._can_admit
+            and all(s in self.running for s in sequences)
+        )
 
     @property
-    def can_admit(self) -> bool:
-        """Whether a waiting sequence may have its turn, if its pages are there."""
-        if self.computing or len(self.running) == self.config.max_sequences:
+    def _can_admit(self) -> bool:
+        """Whether a waiting sequence might start, if its pages are there."""
+        if self._prefilling or len(self.running) == self.config.max_sequences:
             return False
-        return bool(self._free()) or bool(self.waiting and self._version != self._residency.version)
+        return bool(self._candidates()) or bool(self.waiting and self._version != self._residency.version)
 
-    def _free(self) -> list[Sequence]:
-        """The waiting sequences that neither a limit of their adapter holds back nor its way to the device."""
+    def _candidates(self) -> list[Sequence]:
+        """The waiting sequences that neither a limit of their adapter nor its absence from the device holds back."""
         most = self.config.max_running_per_adapter
         running = self._running_by_adapter()
         return [
@@ -115,58 +150,50 @@ class Scheduler:
     def _running_by_adapter(self) -> Counter[tuple[str, ...]]:
         return Counter(sequence.lease.names for sequence in self.running)
 
-    def _next(self, free: list[Sequence]) -> Sequence:
-        """The waiting sequence whose turn it is.
+    def _next(self, candidates: list[Sequence]) -> Sequence:
+        """The waiting sequence that starts next.
 
-        The first that gave its pages back or whose adapter has been brought for it; else that of the adapter with the
-        fewest running, so that a flood for one does not starve the others, and the oldest of several.
+        The first one that was preempted or whose adapter has been brought for it goes ahead. Otherwise it is the oldest
+        one of the adapter with the fewest running, so that a flood for one adapter does not starve the others.
         """
         running = self._running_by_adapter()
-        return min(free, key=lambda s: -1 if s.started or s.lease.has_claim else running[s.lease.names])
+        return min(candidates, key=lambda s: -1 if s.started_at or s.lease.has_claim else running[s.lease.names])
 
-    def _has_turn(self, sequence: Sequence) -> bool:
-        """Whether its adapter is on the device, and stays there for it."""
+    def _claim_adapter(self, sequence: Sequence, schedule: Schedule) -> bool:
+        """Claims a sequence's adapter; True if it is on the device, where it stays for the sequence from then on."""
         try:
             claim = sequence.lease.claim()
         except LorarepError as error:
-            self.failed.append((sequence, error))
+            schedule.failed.append((sequence, error))
             claim = Claim.LOADING
         if claim is not Claim.READY:
             self._passed.add(sequence)
         self._has_room &= claim is not Claim.NO_MEMORY
         return claim is Claim.READY
 
-    def _fits(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
-        """How many of its tokens go into the rest of the step."""
+    def _share(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
+        """Number of a sequence's tokens that go into the rest of the step."""
         if self.config.chunked_prefill:
             return min(sequence.remaining, budget)
         # Prompts stay whole; one that is longer than a step gets a step of its own.
         return sequence.remaining if sequence.remaining <= budget or alone else 0
 
-    def _make_room(self, sequence: Sequence, count: int, chosen: dict[Sequence, int]) -> bool:
-        """Pages for the next tokens, taken from younger sequences where none are free."""
+    def _make_room(self, sequence: Sequence, count: int, schedule: Schedule) -> bool:
+        """Takes pages for the next tokens, from the youngest sequences where none are free.
+
+        Returns:
+            False if the sequence itself was the youngest and has been preempted.
+        """
         while not sequence.table.grow(sequence.computed + count):
-            youngest = next(s for s in reversed(self.running) if s not in self.computing)
-            self._preempt(youngest)
-            chosen.pop(youngest, None)
+            youngest = next(s for s in reversed(self.running) if s not in self._prefilling)
+            self._preempt(youngest, schedule)
             if youngest is sequence:
                 return False
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, schedule: Schedule) -> None:
         self.running.remove(sequence)
-        sequence.table.release()
-        # Another one: by it a decoder knows whose pages it has taken note of.
-        sequence.table = PageTable(self.pool, sequence.table.depth)
-        sequence.computed = 0
+        sequence.give_pages_back(self.pool)
         self.waiting.appendleft(sequence)
-        self.preemptions += 1
-
-    def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its pages; if its forward pass is under way, that does so."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
-        if sequence not in self.computing:
-            sequence.table.release()
+        schedule.chosen.pop(sequence, None)
+        schedule.preempted.append(sequence)

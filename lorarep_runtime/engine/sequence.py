@@ -1,4 +1,4 @@
-"""A request that the engine has taken."""
+"""A request that the engine has accepted, and how far its answer is."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from lorarep_runtime.adapters.registry import Lease
 from lorarep_runtime.engine.sampler import SamplerState
 from lorarep_runtime.model.batch import Span
-from lorarep_runtime.model.kv_cache import PageTable
+from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.request import Event, Request
 from lorarep_runtime.text.detokenizer import TextStream
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request under way."""
+    """One request's tokens, the KV pages that they take, and the adapter that they are computed with."""
 
     id: int
     request: Request
@@ -26,29 +26,33 @@ class Sequence:
     on_event: Callable[[Event], None]
     table: PageTable
     tokens: list[int]
-    """Prompt and answer."""
+    """Token ids of prompt and answer."""
     computed: int = 0
-    """Tokens whose keys and values are in the cache."""
-    submitted: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    first_token: float | None = None
+    """Number of tokens whose keys and values are in the cache."""
+    submitted_at: float = field(default_factory=time.monotonic)
+    """`time.monotonic()` seconds of the submission."""
+    started_at: float | None = None
+    """`time.monotonic()` seconds of the first admission; None before it."""
+    first_token_at: float | None = None
+    """`time.monotonic()` seconds of the answer's first token; None before it."""
 
     @property
     def remaining(self) -> int:
-        """Tokens still to be computed before the next one can be sampled."""
+        """Number of tokens to compute before the next one can be sampled."""
         return len(self.tokens) - self.computed
 
     @property
     def new_tokens(self) -> int:
+        """Number of tokens in the answer."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property
     def most_computed(self) -> int:
-        """Tokens of the longest answer, but for its last one, after which there is no other."""
+        """Largest value that `computed` can reach: nothing follows the last token of the longest answer."""
         return len(self.request.prompt) + self.request.stopping.max_new_tokens - 1
 
     def span(self, count: int) -> Span:
-        """The next `count` tokens."""
+        """The next `count` tokens, as a batch takes them."""
         return Span(
             self.tokens[self.computed : self.computed + count],
             self.computed,
@@ -56,3 +60,28 @@ class Sequence:
             self.lease.adapter,
             self.table,
         )
+
+    def start(self) -> None:
+        """Notes the time of the first admission; a later one, after a preemption, changes nothing."""
+        if self.started_at is None:
+            self.started_at = time.monotonic()
+
+    def mark_computed(self, count: int) -> None:
+        """Counts `count` more tokens as computed."""
+        self.computed += count
+
+    def give_pages_back(self, pool: PagePool) -> None:
+        """Frees the KV pages; all tokens have to be computed again.
+
+        The page table is a new one afterwards. A decoder tells by it that the pages it knows are gone.
+        """
+        self.table.release()
+        self.table = PageTable(pool, self.table.depth)
+        self.computed = 0
+
+    def append(self, token: int, now: float) -> None:
+        """Adds a token, sampled at `now` (`time.monotonic()` seconds), to the answer."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.tokens.append(token)
+        self.sampler.append(token)

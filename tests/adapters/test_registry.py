@@ -62,7 +62,7 @@ def answer_beside(engine: Engine, gate: Gate) -> None:
     events: list[Event] = []
     assert gate.reached.wait(60)
     engine.submit(greedy(new_tokens=4), engine.adapters.lease([("one", 1.0)]), events.append)
-    while engine.step():
+    while engine.loop.step():
         pass
     assert isinstance(events[-1], Finished)
     assert not gate.open.is_set()

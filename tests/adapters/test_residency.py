@@ -140,8 +140,8 @@ def test_requests_wait_for_room_and_every_turn_comes(
     for name in "aaabc":
         submit(name)
     flood = 20
-    while engine.scheduler.running or engine.scheduler.waiting or engine._submitted:
-        engine._step_or_wait()
+    while engine.stats().running or engine.stats().waiting:
+        engine.loop.step_or_wait()
         assert sum(engine.adapters.held_bytes().values()) <= size
         if flood and "b" not in order:
             submit("a")
@@ -170,7 +170,7 @@ def test_without_a_budget_requests_wait_for_memory_that_others_compute_with(
     monkeypatch.setattr(second, "make", make)
     events: list[Event] = []
     engine.submit(greedy(new_tokens=8), engine.adapters.lease([("a", 1.0)]), events.append)
-    engine.step()
+    engine.loop.step()
     assert first.users
     (answer,) = engine.generate([(greedy(new_tokens=8), engine.adapters.lease([("b", 1.0)]))])
     assert refused
@@ -229,7 +229,7 @@ def test_an_adapter_that_cannot_come_back_ends_its_requests_alone(
     for lease in leases:
         engine.submit(greedy(new_tokens=8), lease, lambda event: isinstance(event, Output) or ends.append(event))
     while len(ends) < 3:
-        engine._step_or_wait()
+        engine.loop.step_or_wait()
     assert [type(end) for end in ends if not isinstance(end, Finished)] == [NotFound, NotFound]
     answer = engine.generate([(greedy(new_tokens=8), engine.adapters.lease([("b", 1.0)]))])[0]
     assert answer.tokens == alone[(("b", 1.0),)]

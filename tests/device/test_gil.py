@@ -12,7 +12,7 @@ import pytest
 
 from lorarep_runtime.device import gil
 from lorarep_runtime.device.timer import DeviceTimer
-from lorarep_runtime.engine.overlap import LaunchedStep
+from lorarep_runtime.engine.launched_step import LaunchedStep
 from lorarep_runtime.request import Request, Sampling
 from tests.support.decoders import with_decoder
 from tests.support.engines import engine_for, greedy, sampled
@@ -21,7 +21,7 @@ from tests.support.models import save_base
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base("qwen2", tmp_path_factory.mktemp("interpreter") / "base")
+    return save_base("qwen2", tmp_path_factory.mktemp("gil") / "base")
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("request_", KINDS.values(), ids=KINDS)
-def test_streams_have_the_interpreter_but_where_they_wait_for_the_device(
+def test_streams_have_the_gil_except_while_they_wait_for_the_device(
     base: Path, monkeypatch: pytest.MonkeyPatch, would_wait: Callable[[], bool], request_: Request
 ) -> None:
     engine = engine_for(base)
@@ -98,9 +98,9 @@ def test_streams_have_the_interpreter_but_where_they_wait_for_the_device(
     monkeypatch.setattr(DeviceTimer, "milliseconds", 60e3)
     waiting, emitting = [], []
     read = LaunchedStep.sampled
-    monkeypatch.setattr(LaunchedStep, "sampled", lambda flight: waiting.append(would_wait()) or read(flight))
+    monkeypatch.setattr(LaunchedStep, "sampled", lambda step: waiting.append(would_wait()) or read(step))
     engine.submit(request_, engine.adapters.lease([]), lambda event: emitting.append(would_wait()))
-    while engine.step():
+    while engine.loop.step():
         pass
     assert waiting == [False] * 3
     # The prompt's token, then those of steps, the last one's with the end.
@@ -109,7 +109,7 @@ def test_streams_have_the_interpreter_but_where_they_wait_for_the_device(
 
 
 @pytest.mark.parametrize("request_", KINDS.values(), ids=KINDS)
-def test_a_stream_that_is_cancelled_leaves_the_interpreter_to_others(
+def test_a_stream_that_is_cancelled_leaves_the_gil_to_others(
     base: Path, monkeypatch: pytest.MonkeyPatch, would_wait: Callable[[], bool], request_: Request
 ) -> None:
     engine = engine_for(base)
@@ -117,9 +117,9 @@ def test_a_stream_that_is_cancelled_leaves_the_interpreter_to_others(
     monkeypatch.setattr(DeviceTimer, "milliseconds", 60e3)
     number = engine.submit(request_, engine.adapters.lease([]), lambda event: None)
     for _ in range(3):
-        engine.step()
+        engine.loop.step()
     assert would_wait()
     engine.cancel(number)
-    while engine.step():
+    while engine.loop.step():
         pass
     assert not would_wait()

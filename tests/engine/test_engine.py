@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders
 
-from lorarep_runtime.engine.engine import Completion, Engine
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.engine.offline import Completion
 from lorarep_runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -162,11 +163,11 @@ def test_what_is_cancelled_is_gone_before_the_next_step(base: Path, adapters: di
     engine = engine_for(base, adapters=adapters, max_sequences=1)
     running, waiting = Stream(), Stream()
     ids = [engine.submit(LONG, engine.adapters.lease([("dora overlap", 1.0)]), s) for s in (running, waiting)]
-    assert engine.step()
+    assert engine.loop.step()
     assert engine.stats().pages_used > 0
     for number in ids:
         engine.cancel(number)
-    assert not engine.step()
+    assert not engine.loop.step()
     assert [len(stream.events) for stream in (running, waiting)] == [2, 1]
     assert isinstance(running.last, Cancelled)
     assert isinstance(waiting.last, Cancelled)
@@ -178,16 +179,16 @@ def test_nothing_of_an_answer_is_in_the_next_ones_that_have_its_pages(base: Path
     engine = engine_for(base, kv_bytes=160 << 10)  # not enough for two of them
     before = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
     number = engine.submit(greedy(), engine.adapters.lease([]), lambda event: None)
-    engine.step()
-    (sequence,) = engine.scheduler.running
+    engine.loop.step()
+    (sequence,) = engine.loop.scheduler.running
     for pages in engine.pool.tensors:
         pages[sequence.table.pages.ravel()] = torch.nan
     engine.cancel(number)
-    assert not engine.step()
+    assert not engine.loop.step()
     assert engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens == before
 
 
-def test_an_answer_that_overflows_spoils_none_beside_it_and_none_after_it(base: Path, tmp_path: Path) -> None:
+def test_an_answer_that_overflows_spoils_none_computed_with_it_and_none_after_it(base: Path, tmp_path: Path) -> None:
     folder = save_adapter(base, tmp_path, r=4, target_modules=["k_proj", "v_proj"])
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
@@ -224,7 +225,7 @@ def test_a_tokenizer_that_fails_ends_its_own_answers(base: Path, tmp_path: Path)
     stream, bad = Stream(), Stream()
     engine.submit(greedy(), engine.adapters.lease([]), stream)
     engine.submit(greedy(PROMPT[:1]), engine.adapters.lease([("own", 1.0)]), bad)
-    while engine.step():
+    while engine.loop.step():
         pass
     assert isinstance(bad.last, FailedPrecondition)
     assert "tokenizer" in str(bad.last)
@@ -240,23 +241,26 @@ def test_a_deadline_ends_running_and_waiting_requests_before_the_next_step(
     running, waiting = Stream(), Stream()
     for stream in (running, waiting):
         engine.submit(replace(LONG, deadline=now + 1000), engine.adapters.lease([]), stream)
-    assert engine.step()
+    assert engine.loop.step()
     assert engine.stats().pages_used > 0
-    monkeypatch.setattr("lorarep_runtime.engine.engine.time", SimpleNamespace(monotonic=lambda: now + 1000))
-    assert not engine.step()
+    monkeypatch.setattr("lorarep_runtime.engine.step_loop.time", SimpleNamespace(monotonic=lambda: now + 1000))
+    assert not engine.loop.step()
     assert [len(stream.events) for stream in (running, waiting)] == [2, 1]
     assert isinstance(running.last, DeadlineExceeded)
     assert isinstance(waiting.last, DeadlineExceeded)
     assert_nothing_held(engine)
 
 
-def test_draining_refuses_new_requests_and_finishes_the_others(running: Engine) -> None:
+def test_stopping_refuses_new_requests_and_ends_the_others(running: Engine) -> None:
     stream = Stream()
-    running.submit(greedy(), running.adapters.lease([]), stream)
-    running.drain()
+    running.submit(LONG, running.adapters.lease([]), stream)
+    assert stream.first.wait(600)
+    running.stop()
+    lease = running.adapters.lease([])
     with pytest.raises(Unavailable):
-        running.submit(greedy(), running.adapters.lease([]), Stream())
-    assert isinstance(stream.last, Finished)
+        running.submit(greedy(), lease, Stream())
+    assert isinstance(stream.last, Unavailable)
+    assert_nothing_held(running)
 
 
 def test_a_flood_for_one_adapter_does_not_starve_the_others(base: Path, adapters: dict[str, Path]) -> None:
@@ -268,7 +272,7 @@ def test_a_flood_for_one_adapter_does_not_starve_the_others(base: Path, adapters
             if isinstance(event, Output) and seen not in begun:
                 begun.append(seen)
 
-        seen = f"{name} {len(engine.scheduler.waiting) + len(engine._submitted)}"
+        seen = f"{name} {engine.stats().waiting}"
         engine.submit(greedy(new_tokens=2), engine.adapters.lease([(name, 1.0)]), on_event)
 
     for _ in range(30):
@@ -277,7 +281,7 @@ def test_a_flood_for_one_adapter_does_not_starve_the_others(base: Path, adapters
         submit("lora overlap")
     submit("dora overlap")
     submit("dora overlap")
-    while engine.step():
+    while engine.loop.step():
         pass
     # Both of the late adapter's are among the first, and the flood's keep their order.
     assert [name.split()[0] for name in begun[:4]].count("dora") == 2
@@ -290,10 +294,10 @@ def test_an_adapters_limit_leaves_places_for_the_others(base: Path, adapters: di
     engine = engine_for(base, adapters=adapters, max_sequences=4, max_running_per_adapter=1)
     for name in ("lora overlap", "lora overlap", "dora overlap", "lora shrinking"):
         engine.submit(greedy(new_tokens=3), engine.adapters.lease([(name, 1.0)]), lambda event: None)
-    engine.step()
-    running = [sequence.lease.names[0] for sequence in engine.scheduler.running]
+    engine.loop.step()
+    running = [sequence.lease.names[0] for sequence in engine.loop.scheduler.running]
     assert running == ["lora overlap", "dora overlap", "lora shrinking"]
-    while engine.step():
+    while engine.loop.step():
         pass
     assert_nothing_held(engine)
 
@@ -314,7 +318,7 @@ def test_an_error_in_a_forward_pass_ends_its_streams_alone(base: Path, monkeypat
     stream = Stream()
     engine.submit(greedy(), engine.adapters.lease([]), stream)
     monkeypatch.setattr(engine.base, "forward", lambda *_: 1 / 0)
-    engine.step()
+    engine.loop.step()
     assert isinstance(stream.last, EngineFailure)
     assert_nothing_held(engine)
     monkeypatch.setattr(engine.base, "forward", forward)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.errors import Cancelled, EngineFailure
 from lorarep_runtime.model.kv_cache import pages_of
 from lorarep_runtime.request import Event, Output, Request, Sampling, Stopping
@@ -23,7 +23,7 @@ PAGE = 2 * 16 * 2 * 16 * 4
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base("qwen2", tmp_path_factory.mktemp("flight") / "base")
+    return save_base("qwen2", tmp_path_factory.mktemp("overlap") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +74,14 @@ def test_a_step_is_launched_before_the_last_is_read_and_none_past_the_end(base: 
     decoder = with_decoder(engine)
     launched: list[int] = []
     submit(engine, greedy(new_tokens=6), lambda event: launched.append(decoder.steps))
-    while engine.step():
+    while engine.loop.step():
         pass
     # The first token is the prompt's; the last event is the end.
     assert launched == [0, 2, 3, 4, 5, 5, 5]
     assert decoder.told == 1
 
 
-def test_rows_that_sample_are_in_flight_too(base: Path) -> None:
+def test_rows_that_sample_are_overlapped_too(base: Path) -> None:
     hot = Sampling(temperature=1.5, top_k=50, top_p=0.97, min_p=0.01)
     asked = [replace(greedy(PROMPT[: 5 + seed]), sampling=replace(hot, seed=seed)) for seed in range(3)] + [greedy()]
     one_by_one, ahead = (engine_for(base) for _ in range(2))
@@ -98,57 +98,61 @@ def test_rows_that_are_not_plain_are_read_before_their_next_step(base: Path) -> 
     launched: list[int] = []
     for request in (replace(greedy(new_tokens=4), logprobs=1), greedy(new_tokens=4)):
         submit(engine, request, lambda event: launched.append(decoder.steps))
-    while engine.step():
+    while engine.loop.step():
         pass
     assert [launched.count(steps) for steps in range(4)] == [2, 2, 2, 4]
 
 
-@pytest.mark.parametrize(("began", "early"), [(-math.inf, []), (math.inf, [26, 27, 28, 29, 30, 31, 32])])
-def test_where_there_is_time_pages_are_taken_before_they_are_wanted(base: Path, began: float, early: list[int]) -> None:
+@pytest.mark.parametrize(("has_time", "early"), [(False, []), (True, [26, 27, 28, 29, 30, 31, 32])])
+def test_where_there_is_time_pages_are_taken_before_they_are_wanted(
+    base: Path, monkeypatch: pytest.MonkeyPatch, has_time: bool, early: list[int]
+) -> None:
+    monkeypatch.setattr(StepLoop, "has_time", has_time)
     engine = engine_for(base)
     with_decoder(engine)
     submit(engine, greedy(PROMPT, new_tokens=29), lambda event: None)  # of which 48 are computed: three pages
     more: list[int] = []
-    while engine.step():
-        engine._began = began
-        for sequence in engine.scheduler.running:
+    while engine.loop.step():
+        for sequence in engine.loop.scheduler.running:
             if sequence.table.pages.shape[1] > pages_of(sequence.computed):
                 more.append(sequence.computed)
     assert more == early
 
 
-def test_where_few_pages_are_left_none_is_taken_before_it_is_wanted(base: Path) -> None:
+def test_where_few_pages_are_left_none_is_taken_before_it_is_wanted(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepLoop, "has_time", False)
     engine = engine_for(base)
     decoder = with_decoder(engine)
     for prompt in (PROMPT, PROMPT[:15]):
         submit(engine, greedy(prompt), lambda event: None)
-    engine.step()
-    first, second = engine.scheduler.running
+    engine.loop.step()
+    first, second = engine.loop.scheduler.running
     while first.computed < 32:
-        engine._began = -math.inf
-        engine.step()
+        engine.loop.step()
     engine.pool.take(engine.pool.free - first.table.depth)
-    engine._began = math.inf
-    engine.step()
+    monkeypatch.setattr(StepLoop, "has_time", True)
+    engine.loop.step()
     assert (first.computed, first.table.pages.shape[1], second.table.pages.shape[1]) == (33, 3, 2)
     assert decoder.told == 1
 
 
-def test_who_arrives_during_a_flight_is_admitted_after_it(base: Path) -> None:
+def test_a_request_that_comes_during_a_step_is_admitted_after_it(base: Path) -> None:
     engine = engine_for(base)
     decoder = with_decoder(engine)
     submit(engine, greedy(), lambda event: None)
     for _ in range(3):
-        engine.step()
+        engine.loop.step()
     submit(engine, greedy(), lambda event: None)
     launched = decoder.steps
-    engine.step()
-    assert (decoder.steps, len(engine.scheduler.running)) == (launched, 1)
-    engine.step()
-    assert len(engine.scheduler.running) == 2
+    engine.loop.step()
+    assert (decoder.steps, len(engine.loop.scheduler.running)) == (launched, 1)
+    engine.loop.step()
+    assert len(engine.loop.scheduler.running) == 2
 
 
-def test_who_is_cancelled_in_flight_ends_there_and_the_others_go_on(base: Path) -> None:
+def test_a_request_that_is_cancelled_during_a_step_ends_there_and_the_others_go_on(base: Path) -> None:
     engine = engine_for(base)
     expected = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
     with_decoder(engine)
@@ -157,10 +161,10 @@ def test_who_is_cancelled_in_flight_ends_there_and_the_others_go_on(base: Path) 
     number = submit(engine, greedy(), cancelled.append)
     submit(engine, greedy(), others.append)
     for _ in range(5):
-        engine.step()
-    assert engine._flights.under_way is not None
+        engine.loop.step()
+    assert engine.loop.overlap.pending is not None
     engine.cancel(number)
-    while engine.step():
+    while engine.loop.step():
         pass
     assert [type(event) for event in cancelled[:-1]] == [Output] * 4
     assert isinstance(cancelled[-1], Cancelled)
@@ -169,7 +173,7 @@ def test_who_is_cancelled_in_flight_ends_there_and_the_others_go_on(base: Path) 
 
 
 def test_an_adapter_is_held_until_no_step_reads_it(base: Path, adapter: Path) -> None:
-    """The one row ends by a stop token that nobody foresaw: its next step is under way."""
+    """The one row ends by a stop token that nobody foresaw: its next step is pending."""
     engine = engine_for(base, adapters={"a": adapter})
     first = engine.generate([(greedy(new_tokens=4), engine.adapters.lease([("a", 1.0)]))])[0].tokens
     with_decoder(engine)
@@ -179,11 +183,11 @@ def test_an_adapter_is_held_until_no_step_reads_it(base: Path, adapter: Path) ->
         engine.adapters.lease([("a", 1.0)]),
         lambda event: held.append(engine.adapters.get("a").references),
     )
-    while engine.scheduler.running or engine.scheduler.waiting or engine._submitted:
-        engine.step()
-    assert engine._flights.under_way is not None
+    while engine.stats().running or engine.stats().waiting:
+        engine.loop.step()
+    assert engine.loop.overlap.pending is not None
     assert held[-1] == engine.adapters.get("a").references == 1
-    engine._step_or_wait()
+    engine.loop.step_or_wait()
     assert_nothing_held(engine)
 
 
@@ -196,14 +200,14 @@ def test_a_step_that_cannot_be_launched_ends_its_requests_alone(
     expected = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
     decoder = with_decoder(engine)
     events: list[Event] = []
-    # Its third step in flight is the first token on a second page.
+    # Its third overlapped step is the first token on a second page.
     submit(engine, greedy(PROMPT[:14]), events.append)
     for _ in range(3):
-        engine.step()
+        engine.loop.step()
     with monkeypatch.context() as patched:
         patched.setattr(decoder, broken, lambda *_: 1 / 0)
-        engine.step()
+        engine.loop.step()
     assert [type(event) for event in events] == [Output, Output, EngineFailure]
-    assert not engine.step()
+    assert not engine.loop.step()
     assert_nothing_held(engine)
     assert engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens == expected

@@ -1,8 +1,7 @@
-"""Prompts whose forward pass is taken in slices, beside streams that decode."""
+"""Prompts are computed in slices while other streams decode, and nobody's answer changes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.engine.prefill_pass import SHARE, SlicePacer
+from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.errors import Cancelled, EngineFailure
 from lorarep_runtime.request import Event, Output, Request
 from tests.support.decoders import LateForward, with_decoder
@@ -24,13 +24,13 @@ PAGE = 2 * 16 * 2 * 16 * 4
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base("qwen2", tmp_path_factory.mktemp("prompts") / "base")
+    return save_base("qwen2", tmp_path_factory.mktemp("prefill") / "base")
 
 
 @pytest.fixture
 def slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one step each."""
-    monkeypatch.setattr(SlicePacer, "steps", lambda self: 1)
+    """Has all slices be of one visit each."""
+    monkeypatch.setattr(SlicePacer, "visits", lambda self: 1)
 
 
 class Caller:
@@ -54,18 +54,18 @@ def begun(engine: Engine, request: Request) -> tuple[Caller, Caller]:
     with_decoder(engine)
     stream = Caller(engine, request)
     for _ in range(3):
-        engine.step()
+        engine.loop.step()
     prompt = Caller(engine, request)
-    engine.step()  # the step in flight ends
+    engine.loop.step()  # the pending step is read
     for _ in range(2):
-        engine.step()
-    assert engine._pass is not None
+        engine.loop.step()
+    assert engine.loop.prefill.pending is not None
     return stream, prompt
 
 
 def to_the_end(engine: Engine) -> None:
-    while engine._busy:
-        engine.step()
+    while engine.loop.is_busy:
+        engine.loop.step()
     assert_nothing_held(engine)
 
 
@@ -76,7 +76,7 @@ def test_a_stream_has_a_token_between_any_two_slices(base: Path) -> None:
     had = len(stream.tokens)
     steps = 0
     while not prompt.tokens:
-        engine.step()
+        engine.loop.step()
         steps += 1
     assert (steps, len(stream.tokens) - had) == (LAYERS - 2, LAYERS - 2)
     to_the_end(engine)
@@ -87,7 +87,7 @@ def test_a_prompt_that_is_alone_is_not_sliced(base: Path) -> None:
     engine = engine_for(base)
     with_decoder(engine)
     prompt = Caller(engine, greedy())
-    engine.step()
+    engine.loop.step()
     assert len(prompt.tokens) == 1
 
 
@@ -96,8 +96,8 @@ def test_streams_that_end_leave_a_prompt_the_whole_step(base: Path) -> None:
     engine = engine_for(base)
     stream, prompt = begun(engine, greedy(new_tokens=40))
     engine.cancel(stream.id)
-    engine.step()
-    engine.step()
+    engine.loop.step()
+    engine.loop.step()
     assert len(prompt.tokens) == 1
     to_the_end(engine)
 
@@ -111,14 +111,14 @@ def test_a_cancelled_prompts_pages_are_back_within_a_step_and_are_not_written_to
     with_decoder(engine)
     streams = [Caller(engine, request) for _ in range(2)]
     for _ in range(2):
-        engine.step()
+        engine.loop.step()
     gone, stays = (Caller(engine, replace(request, prompt=PROMPT)) for _ in range(2))
-    engine.step()
-    engine.step()
-    assert engine._pass is not None
+    engine.loop.step()
+    engine.loop.step()
+    assert engine.loop.prefill.pending is not None
     used = engine.pool.used
     engine.cancel(gone.id)
-    engine.step()
+    engine.loop.step()
     assert isinstance(gone.events[-1], Cancelled)
     # The prompt had two pages at each position; each stream may have begun its second.
     assert engine.pool.used in (used - 2 * LAYERS, used)
@@ -134,10 +134,10 @@ def test_one_of_a_pass_is_cancelled_and_the_other_has_its_tokens(base: Path) -> 
     with_decoder(engine)
     stream = Caller(engine, request)
     for _ in range(3):
-        engine.step()
+        engine.loop.step()
     first, second = (Caller(engine, request) for _ in range(2))
     for _ in range(3):
-        engine.step()
+        engine.loop.step()
     engine.cancel(first.id)
     to_the_end(engine)
     assert isinstance(first.events[-1], Cancelled)
@@ -152,7 +152,7 @@ def test_streams_do_not_take_pages_from_a_pass(base: Path) -> None:
     with_decoder(engine)
     older, younger = Caller(engine, request), Caller(engine, request)
     for _ in range(11):
-        engine.step()
+        engine.loop.step()
     last = Caller(engine, replace(request, prompt=PROMPT[:17]))
     to_the_end(engine)
     assert engine.stats().preemptions
@@ -161,21 +161,20 @@ def test_streams_do_not_take_pages_from_a_pass(base: Path) -> None:
 
 
 @pytest.mark.usefixtures("slices")
-def test_a_stream_that_gave_its_pages_back_reads_the_new_ones(base: Path) -> None:
-    """To a decoder it looks like one that goes on: it is as long again as it was, and nobody else has decoded since."""
+def test_a_stream_that_gave_its_pages_back_reads_the_new_ones(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a decoder it looks like a stream that goes on: it has its old length again, and no other has decoded since."""
+    monkeypatch.setattr(StepLoop, "has_time", False)  # no page is taken before it is wanted
     request = greedy(new_tokens=40)
     engine = engine_for(base, kv_bytes=4 * LAYERS * PAGE, max_step_tokens=32)
     with_decoder(engine)
     stream = Caller(engine, request)
-    engine.step()
-    (sequence,) = engine.scheduler.running
+    engine.loop.step()
+    (sequence,) = engine.loop.scheduler.running
     while sequence.computed < 31:
-        engine._began = -math.inf  # no page is taken before it is wanted
-        engine.step()
+        engine.loop.step()
     Caller(engine, replace(greedy(new_tokens=1), prompt=tuple(range(30))))
-    while engine._busy:
-        engine._began = -math.inf
-        engine.step()
+    while engine.loop.is_busy:
+        engine.loop.step()
     assert engine.stats().preemptions == 1
     assert stream.tokens == alone(base, request)
 
@@ -185,12 +184,12 @@ def test_a_slice_that_fails_ends_the_prompt_alone(base: Path, monkeypatch: pytes
     engine = engine_for(base)
     stream, prompt = begun(engine, greedy(new_tokens=40))
 
-    def fails(self: LateForward, steps: int) -> None:
+    def fails(self: LateForward, visits: int) -> None:
         raise RuntimeError("a kernel failed")
 
     with monkeypatch.context() as broken:
         broken.setattr(LateForward, "advance", fails)
-        engine.step()
+        engine.loop.step()
     assert isinstance(prompt.events[-1], EngineFailure)
     again = Caller(engine, greedy(new_tokens=40))
     to_the_end(engine)
@@ -205,35 +204,35 @@ def test_an_adapter_is_held_until_no_slice_reads_it(base: Path, tmp_path: Path) 
     with_decoder(engine)
     Caller(engine, greedy())
     for _ in range(3):
-        engine.step()
+        engine.loop.step()
     gone, stays = (Caller(engine, greedy(), "a") for _ in range(2))
     for _ in range(3):
-        engine.step()
-    assert engine._pass is not None
+        engine.loop.step()
+    assert engine.loop.prefill.pending is not None
 
     def references() -> int:
         return engine.adapters.get("a").references
 
     engine.cancel(gone.id)
-    engine.step()
+    engine.loop.step()
     assert references() == 2
     while not stays.tokens:
-        engine.step()
+        engine.loop.step()
     assert references() == 1
     to_the_end(engine)
 
 
-def test_pace_follows_what_was_measured() -> None:
-    class Watch:
+def test_slices_are_as_long_as_measured_times_allow() -> None:
+    class Timer:
         def __init__(self, milliseconds: float | None) -> None:
             self.milliseconds = milliseconds
 
     def after(decoding: float | None, slices: Sequence[tuple[int, float | None]]) -> int:
-        pace = SlicePacer()
-        pace.decoding = decoding
-        for steps, milliseconds in slices:
-            pace.slice(steps, Watch(milliseconds))  # type: ignore[arg-type]
-        return pace.steps()
+        pacer = SlicePacer()
+        pacer.record_decode(decoding)
+        for visits, milliseconds in slices:
+            pacer.record_slice(visits, Timer(milliseconds))  # type: ignore[arg-type]
+        return pacer.visits()
 
     assert after(None, [(1, 2.0)]) == 1
     assert after(6.0, []) == 1

@@ -13,6 +13,7 @@ import torch
 from lorarep_runtime.device import gil
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.engine.prefill_pass import SlicePacer
+from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.model import kv_cache as cache
 from lorarep_runtime.model.kv_cache import PagePool, pages_of
 from lorarep_runtime.request import Event, Finished, Output, Request, Sampling, Stopping
@@ -97,7 +98,7 @@ def test_answers_are_those_of_requests_alone(
     seed: int, base: Path, adapters: dict[str, Path], undisturbed: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dice = random.Random(seed)
-    monkeypatch.setattr(SlicePacer, "steps", lambda self: dice.randint(1, 3))
+    monkeypatch.setattr(SlicePacer, "visits", lambda self: dice.randint(1, 3))
     monkeypatch.setattr(cache, "WIPED", dice.choice([1, 3, 4096]))
     pages = dice.choice([30, 37, 50, 200])
     engine = engine_for(
@@ -112,16 +113,16 @@ def test_answers_are_those_of_requests_alone(
     with_decoder(engine)
     callers = [any_caller(dice, engine.pool.total) for _ in range(dice.randint(3, 7))]
     coming, steps = list(callers), 0
-    while coming or engine._busy or engine._submitted:
-        if coming and (dice.random() < 0.3 or not engine._busy):
+    while coming or engine.loop.is_busy:
+        if coming and (dice.random() < 0.3 or not engine.loop.is_busy):
             coming.pop().submit(engine)
         for caller in callers:
             if steps >= caller.cancelled_at:
                 engine.cancel(caller.id)
-        engine._began = dice.choice([-math.inf, math.inf])  # whether there is time for pages
-        engine._step_or_wait()
+        monkeypatch.setattr(StepLoop, "has_time", dice.choice([False, True]))
+        engine.loop.step_or_wait()
         steps += 1
-        running = engine.scheduler.running
+        running = engine.loop.scheduler.running
         assert engine.pool.used == sum(sequence.table.pages.size for sequence in running)
         assert all(sequence.table.pages.shape[1] <= pages_of(LONGEST) for sequence in running)
     assert gil._until == math.inf, "others wait for nobody"
@@ -129,8 +130,8 @@ def test_answers_are_those_of_requests_alone(
     for caller in callers:
         alone = Caller(caller.request, caller.adapter, math.inf)
         alone.submit(undisturbed)
-        while undisturbed._busy or undisturbed._submitted:
-            undisturbed.step()
+        while undisturbed.loop.is_busy:
+            undisturbed.loop.step()
         if isinstance(caller.last, Finished):
             assert caller.tokens == alone.tokens
         else:

@@ -164,7 +164,7 @@ def test_any_request_is_admitted_or_refused(engine: Engine, saved: Path, seed: i
             pass
         else:
             admitted += 1
-            engine.step()
+            engine.loop.step()
         assert_nothing_held(engine)
     engine.adapters.unload("own")
     assert 0 < admitted < 500 * ROUNDS

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2
 
-from lorarep_runtime.engine.engine import MAX_FAILURES
+from lorarep_runtime.engine.step_loop import MAX_FAILURES
 from tests.faults.conftest import assert_nothing_left_at_the_end
 from tests.support.callers import NOT_SERVING, Bystander, health, refused, request, stream
 from tests.support.failpoints import Failpoints

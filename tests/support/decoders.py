@@ -1,4 +1,4 @@
-"""Stand-ins for what decodes on a GPU, over the base's own layers, for engines on the CPU."""
+"""Stand-ins for the decoder of a GPU, over the base's own layers, for engines on the CPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.engine.overlap import StepOverlap
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PageTable
 
 
 class LayerDecoder:
-    """`decode.Decoder`'s contract over the base's own layers: it knows what it was told, takes note of new pages
-    alone where sequences go on, feeds its own tokens to the next step, and overwrites its results there."""
+    """A `StepDecoder` over the base's own layers.
+
+    As the one for GPUs it knows only the rows and pages that it was told. It feeds its own tokens to the next step and
+    overwrites its results there.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -28,7 +30,7 @@ class LayerDecoder:
         self._tables: list[PageTable] = []
         self.steps = self.told = 0
 
-    def set_rows(self, spans: Sequence[Span]) -> None:
+    def set_rows(self, spans: Sequence[Span], /) -> None:
         self.told += 1
         if [(span.table, span.context) for span in spans] != [(span.table, span.length) for span in self._said]:
             self._tables = [PageTable(self._engine.pool, len(span.stack)) for span in spans]
@@ -51,26 +53,30 @@ class LayerDecoder:
         self._spans = [replace(span, context=span.context + 1) for span in self._spans]
         return self._tokens[:rows], self._logits[:rows]
 
-    def prefill(self, batch: Batch) -> LateForward:
+    def prefill(self, batch: Batch, /) -> LateForward:
         return LateForward(self._engine, batch)
+
+    def tensors(self) -> list[Tensor]:
+        return [self._tokens, self._logits]
 
 
 class LateForward:
-    """`prefill.Prefill`'s contract; all that it writes it writes in the last of its steps."""
+    """A `Forward` that writes all keys and values after its last visit."""
 
     def __init__(self, engine: Engine, batch: Batch) -> None:
         self._engine, self._batch = engine, batch
         self.left = len(batch.plan.visits)
 
-    def advance(self, steps: int) -> None:
-        self.left -= min(steps, self.left)
+    def advance(self, visits: int, /) -> None:
+        self.left -= min(visits, self.left)
 
-    def logits(self, rows: Tensor) -> Tensor:
+    def logits(self, rows: Tensor, /) -> Tensor:
         assert not self.left
         return self._engine.base.forward(self._batch, self._engine.pool, rows)
 
 
 def with_decoder(engine: Engine) -> LayerDecoder:
+    """Gives an engine that has not been started a `LayerDecoder`."""
     decoder = LayerDecoder(engine)
-    engine._flights = StepOverlap(decoder, engine.scheduler)  # type: ignore[arg-type]
+    engine.loop = engine.make_loop(decoder)
     return decoder

@@ -1,0 +1,84 @@
+"""Checks of a request's fields before anything is allocated for it."""
+
+from __future__ import annotations
+
+import math
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.model.kv_cache import pages_of
+from lorarep_runtime.request import Request, Sampling, Stopping
+
+MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
+
+
+def validate(request: Request, vocab_size: int) -> None:
+    """Refuses a request with a field out of its range.
+
+    Raises:
+        InvalidArgument: with the field's name.
+    """
+    if not request.prompt:
+        raise InvalidArgument("has no tokens", field="prompt")
+    for field, tokens in (("prompt", request.prompt), ("stop_token_ids", request.stopping.stop_token_ids)):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise InvalidArgument(f"token {token} is not one of the base's {vocab_size}", field=field)
+    _validate_sampling(request.sampling)
+    _validate_stopping(request.stopping)
+    _within("logprobs", request.logprobs or 0, 0, min(MAX_LOGPROBS, vocab_size))
+
+
+def _validate_sampling(sampling: Sampling) -> None:
+    _within("temperature", sampling.temperature, 0, math.inf)
+    _within("top_k", sampling.top_k, 0, math.inf)
+    _within("top_p", sampling.top_p, 0, 1, above=True)
+    _within("min_p", sampling.min_p, 0, 1)
+    _within("repetition_penalty", sampling.repetition_penalty, 0, math.inf, above=True)
+    _within("presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _within("frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    if sampling.seed is not None:
+        _within("seed", sampling.seed, 0, 2**63 - 1)
+
+
+def _validate_stopping(stopping: Stopping) -> None:
+    _within("max_new_tokens", stopping.max_new_tokens, 1, math.inf)
+    _within("min_new_tokens", stopping.min_new_tokens, 0, stopping.max_new_tokens)
+    if len(stopping.stop) > MAX_STOPS:
+        raise InvalidArgument(f"{len(stopping.stop)} strings are over the limit of {MAX_STOPS}", field="stop")
+    for stop in stopping.stop:
+        if not 0 < len(stop) <= MAX_STOP_CHARACTERS:
+            raise InvalidArgument(
+                f"a string of {len(stop)} characters; 1 to {MAX_STOP_CHARACTERS} are possible", field="stop"
+            )
+
+
+def _within(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    # NaN compares false with everything; infinity is no number a caller means.
+    if not (math.isfinite(value) and low <= value <= high) or (above and value == low):
+        raise InvalidArgument(f"{value} is not {'over' if above else 'at least'} {low} and at most {high}", field=field)
+
+
+def validate_length(request: Request, depth: int, *, max_tokens: int, total_pages: int) -> None:
+    """Refuses a request that could not be answered even alone.
+
+    Args:
+        depth: positions of the request's stack.
+        max_tokens: most tokens of prompt and answer together.
+        total_pages: pages of the KV cache.
+
+    Raises:
+        InvalidArgument: with the numbers of tokens and pages.
+    """
+    prompt, answer, field = len(request.prompt), request.stopping.max_new_tokens, "prompt and max_new_tokens"
+    if prompt + answer > max_tokens:
+        raise InvalidArgument(f"{prompt} and {answer} tokens are over the limit of {max_tokens} together", field=field)
+    pages = depth * pages_of(prompt + answer)
+    if pages > total_pages:
+        raise InvalidArgument(
+            f"{prompt + answer} tokens at {depth} positions take {pages} pages of KV memory, "
+            f"and there are {total_pages}",
+            field=field,
+        )

@@ -32,7 +32,7 @@ from benchmarks.floor import copy_bandwidth, floor_bytes, weight_bytes
 from benchmarks.goals import BATCHES, CASES, Figures, add_figure_options
 from benchmarks.models import DEEP, Files, add_file_options
 from benchmarks.timeline import profiled
-from lorarep_runtime.adapters.registry import Lease
+from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.config import PAGE_TOKENS, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.model.kv_cache import PagePool

@@ -11,7 +11,6 @@ computed and written as one tensor: loads go on beside streams, which wait for t
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -232,47 +231,3 @@ def compile_adapter(
         raise FailedPrecondition(f"holds NaN or infinity, or does in {dtype}", field=f"{FILE_PREFIX}{path(bad)}")
     give_way()
     return adapter_of(stack, storage, blocks, modules, file_parameters(layout))
-
-
-def mix(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:
-    """Several adapters of one stack as one, each adapter's change to the output times its weight.
-
-    With weights of 1 this is what PEFT computes with several active adapters, and what it merges them to: they act one
-    after the other, so that DoRA's c scales the output as the adapters before it leave it.
-    """
-    sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
-    for adapter, share in parts:
-        for key, entry in entries_of(adapter.storage, adapter.blocks).items():
-            sources[key].append((entry, share))
-    layout = {
-        key: Form(
-            sum(entry.A.shape[0] for entry, _ in found),
-            (found[0][0].B.shape[0], found[0][0].A.shape[1]),
-            any(entry.c is not None for entry, _ in found),
-            any(entry.bias is not None for entry, _ in found),
-        )
-        for key, found in sources.items()
-    }
-    first, blocks = parts[0][0], blocks_of(layout, layout)
-    storage = allocate(blocks, first.storage.dtype, first.storage.device)
-    entries = entries_of(storage, blocks)
-    for key, found in sources.items():
-        give_way()
-        entry = entries[key]
-        torch.cat([part.A for part, _ in found], out=entry.A)
-        # In fp32, and cast once: c, and what each part adds, scaled by the c of all parts after it.
-        after, columns = torch.ones(entry.B.shape[0], device=storage.device), entry.B.shape[1]
-        bias = torch.zeros_like(after)
-        for part, share in reversed(found):
-            entry.B[:, columns - part.B.shape[1] : columns] = part.B.float() * (share * after).unsqueeze(1)
-            columns -= part.B.shape[1]
-            if part.bias is not None:
-                bias += share * after * part.bias.float()
-            if part.c is not None:
-                after = after * (1 + share * (part.c.float() - 1))
-        if entry.c is not None:
-            entry.c.copy_(after)
-        if entry.bias is not None:
-            entry.bias.copy_(bias)
-    parameters = sum(adapter.parameters for adapter, _ in parts)
-    return adapter_of(first.stack, storage, blocks, modules, parameters)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from huggingface_hub import CachedRepoInfo, CacheNotFound, scan_cache_dir
 
-from lorarep_runtime.hub.files import CONFIG, LOCAL
-from lorarep_runtime.hub.snapshot import Snapshot
+from lorarep_runtime.hub.files import CONFIG
+from lorarep_runtime.hub.snapshot import LOCAL, Snapshot
 
 log = logging.getLogger(__name__)
 

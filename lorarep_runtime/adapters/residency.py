@@ -1,8 +1,8 @@
-"""Where adapters are: in device memory, as a copy in the host's, or on disk alone.
+"""Which adapters are in device memory, which have a copy in the host's, and which are on disk alone.
 
-A request computes with what is on the device, and while it does that stays. What nobody uses leaves when there is no
-room for what somebody wants: the lowest priority first, then the least recently used. It leaves a copy in host memory,
-from which it comes back in the time of a copy and not of a compilation.
+A request computes with an adapter on the device, and while it computes the adapter stays. Idle adapters leave when
+there is no room for wanted ones: the lowest priority first, then the least recently used. An adapter that leaves
+keeps a copy in host memory if there is room, and comes back in the time of a copy instead of a compilation.
 """
 
 from __future__ import annotations
@@ -10,125 +10,146 @@ from __future__ import annotations
 import enum
 import logging
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from types import TracebackType
+from typing import Generic, TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
 
+from lorarep_runtime.adapters import eviction
+from lorarep_runtime.adapters.occupancy import Occupancy, Reservation
+from lorarep_runtime.adapters.resident import Resident, State
+from lorarep_runtime.adapters.transfers import Transfers, is_out_of_memory
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.errors import EngineFailure, Exhausted, LorarepError
+from lorarep_runtime.errors import Cancelled, EngineFailure, Exhausted, LorarepError
 from lorarep_runtime.failpoints import failpoint
-from lorarep_runtime.model.compiled_adapter import Adapter, moved
+from lorarep_runtime.model.compiled_adapter import Adapter
 from lorarep_runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
-COMPILING, COPYING = 8, 2
-"""Adapters on their way to the device at the same time: from their files, and from the host's memory."""
+R = TypeVar("R", bound=Resident)
 
 
 class Claim(enum.Enum):
-    """What a request finds when it is to start."""
+    """The answer to a request that wants to start."""
 
     READY = enum.auto()
+    """The adapter is on the device, and stays there for the request."""
     LOADING = enum.auto()
+    """Device memory is reserved for it; a thread brings it."""
     NO_MEMORY = enum.auto()
-    """All the memory is in use, by running requests and by what is on its way for others."""
+    """Running requests, and adapters that are loaded for others, use all device memory."""
 
 
-class Resident(ABC):
-    """An adapter's revision, or a mix of several. Its fields are the residency' alone, under their lock."""
+class Hold(Generic[R]):
+    """One request's hold on a resident, which keeps it known until the hold is released. Thread-safe."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        """Bytes it will take on the device."""
-        self.adapter: Adapter | None = None
-        """On the device."""
-        self.copy: Adapter | None = None
-        """In the host's memory."""
-        self.fetch: Future[None] | None = None
-        """Its way to the device."""
-        self.has_name = False
-        """Whether new requests can find it."""
-        self.leases = 0
-        """Requests that hold it, running or not."""
-        self.users = 0
-        """Those that compute with it: it cannot leave."""
-        self.pinned = False
-        self.priority = 0
-        self.used = 0
-        """Tick of the last use."""
-        self.is_leaving = False
-        """On its way from the device."""
-        self.is_promised = False
-        """To a request whose turn it is."""
+    def __init__(self, residency: Residency, item: R) -> None:
+        self.item = item
+        self.has_claim = False
+        """Whether device memory is reserved for it, loaded or not."""
+        self._residency = residency
+        self._is_computing = False
+        self._load: Future[None] | None = None
+        """The load that the last claim waits for."""
+        self._ended_uses = 0
+        """`Residency.ended_uses` at the last claim."""
 
-    @abstractmethod
-    def make(self, progress: Progress | None) -> Adapter:
-        """Compiles it anew; raises LorarepError."""
+    def __enter__(self) -> Hold[R]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
 
     @property
-    def scratch(self) -> int:
-        """Device bytes that `make` takes besides."""
-        return 0
+    def adapter(self) -> Adapter | None:
+        """The adapter on the device. Only after a claim that was READY."""
+        assert self._is_computing
+        return self.item.adapter
 
-    @property
-    def is_wanted(self) -> bool:
-        return self.has_name or self.leases > 0
+    def claim(self) -> Claim:
+        """Has the resident brought to the device, and keeps it there once it has come. Never blocks.
 
-    def cool(self) -> None:  # noqa: B027 (most have nothing to do)
-        """Told when it is neither on the device nor in the host's memory any more."""
+        Raises:
+            LorarepError: it cannot be brought.
+        """
+        with self._residency.changed:
+            if self._is_computing:
+                return Claim.READY
+            load, self._load = self._load, None
+            error = load.exception() if load is not None and load.done() else None
+            # A cancelled load was another caller's: the resident is loaded again.
+            if error is not None and not isinstance(error, Cancelled):
+                # 1. The load failed for a reason of its own, and so does the request.
+                if not isinstance(error, Exhausted):
+                    raise error
+                # 2. Memory was short, and no request has given any back: wait for those that compute, if there are any.
+                if self._ended_uses == self._residency.ended_uses:
+                    if not self._residency.is_in_use:
+                        raise error
+                    self._load, self.has_claim = load, False
+                    return Claim.NO_MEMORY
+                # 3. Memory was short, but a request has ended since: try again.
+            claim = self._residency.claim(self.item)
+            self._load, self._ended_uses = self.item.load, self._residency.ended_uses
+            self._is_computing = claim is Claim.READY
+            self.has_claim = claim is not Claim.NO_MEMORY
+            return claim
 
+    def wait(self) -> Claim:
+        """Blocks while the resident is loaded. Returns READY or NO_MEMORY; raises as `claim`."""
+        with self._residency.changed:
+            while (claim := self.claim()) is Claim.LOADING:
+                self._residency.changed.wait()  # each end of a load or of a move notifies
+            return claim
 
-@dataclass(eq=False)
-class _Room:
-    """Device memory for what is on its way."""
+    def prefetch(self) -> None:
+        """Has the resident brought to the device if there is room that no other request holds. Never blocks.
 
-    size: int
-    taken: int
-    """Bytes of it that are kept free; what is leaving still takes the rest."""
+        Raises:
+            Exhausted: it can never have room.
+        """
+        self._residency.prefetch(self.item)
 
+    def load(self, progress: Progress | None) -> None:
+        """Blocks until the resident is on the device, in room that no other request holds, and keeps it there.
 
-def work_alone() -> None:
-    """Keeps torch's parallel loops in this thread from then on.
+        Raises:
+            LorarepError: it cannot be brought; Exhausted if there is no room for now.
+        """
+        self._residency.load(self.item, progress)
+        self._is_computing = True
 
-    Every thread that runs one gets an OpenMP team of its own, for as long as it lives; and once there are more threads
-    in teams than processors, GNU's OpenMP lets the engine's sleep, too, between any two products of a step.
-    """
-    torch.get_num_threads()  # or the first loop would set them again
-    threadpool_limits(1, user_api="openmp")
+    def release(self) -> None:
+        """Gives the resident back; to be called once."""
+        self._residency.release(self.item, was_computing=self._is_computing, had_claim=self.has_claim)
 
 
 class Residency:
-    """Thread-safe. `changed` guards everything here and in the pool."""
+    """Who is in which memory, and who makes room. Thread-safe.
+
+    Args:
+        device: where adapters are computed with.
+        limits: how many bytes adapters may take there and in host memory.
+    """
 
     def __init__(self, device: torch.device, limits: AdapterLimits) -> None:
         self.changed = threading.Condition(threading.RLock())
-        self._listeners: list[Callable[[], None]] = []
+        """Guards all residents and this object's fields, and the registry's; notified when a load or a move ends."""
         self.evictions = 0
-        """How many left the device for others."""
-        self.given_back = 0
-        """How often a request has ended that computed with an adapter."""
+        """Number of adapters that left the device for others."""
+        self.ended_uses = 0
+        """Number of requests that have ended after they computed with an adapter."""
         self.version = 0
-        """Another number when there may be more room than before."""
-        self._device = device
+        """Changes whenever there may be more room than before."""
         self._limits = limits
-        self._here: set[Resident] = set()
-        self._copies: set[Resident] = set()
-        self._rooms: set[_Room] = set()
-        """Of what is on its way to the device."""
-        self._promised_host_bytes = 0
-        """Of what is on its way to the host."""
+        self._transfers = Transfers(device)
+        self._occupancy = Occupancy(limits, self._transfers.host_bytes)
         self._tick = 0
-        # Apart: a file may have to come from a Hub that does not answer.
-        self._compiling = ThreadPoolExecutor(COMPILING, "lorarep-adapter", initializer=work_alone)
-        self._copying = ThreadPoolExecutor(COPYING, "lorarep-copy", initializer=work_alone)
-        # One for all: libraries keep tens of megabytes for each stream that they have worked on.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._listeners: list[Callable[[], None]] = []
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Has `listener` called, in any thread, when an adapter came to the device, left it, or could not come."""
@@ -138,249 +159,235 @@ class Residency:
         for listener in self._listeners:
             listener()
 
-    # What requests do.
+    # What requests ask for.
+
+    def hold(self, item: R) -> Hold[R]:
+        """A request's hold on an item, running or not, until it is released."""
+        with self.changed:
+            item.leases += 1
+            self._touch(item)
+            return Hold(self, item)
+
+    def release(self, item: Resident, *, was_computing: bool, had_claim: bool) -> None:
+        """Ends a request's hold; see `Hold.release`."""
+        with self.changed:
+            item.leases -= 1
+            if was_computing:
+                item.users -= 1
+                self.ended_uses += 1
+            if not item.leases or (had_claim and not was_computing):
+                item.is_promised = False
+            self._forget_unwanted(item)
+            self.version += 1
 
     def claim(self, item: Resident) -> Claim:
-        """For a request that is to start. If it is here it counts as used, until `leave`. If not it is sent for, and
-        others leave for it unless they are in use.
+        """Takes an item into use if it is on the device; else has it loaded, for which idle ones leave.
 
         Raises:
             Exhausted: it can never have room.
         """
         with self.changed:
-            if item.adapter is not None and not item.is_leaving:
-                item.users += 1
-                item.is_promised = False
-                self._touch(item)
+            if item.state is State.ON_DEVICE:
+                self._use(item)
                 return Claim.READY
-            if item.fetch is None and not item.is_leaving and not self._send_for(item, for_turn=True):
+            has_to_load = item.state in (State.ON_DISK, State.IN_HOST)
+            if has_to_load and not self._start_load(item, for_claim=True):
                 return Claim.NO_MEMORY
             item.is_promised = True
             return Claim.LOADING
 
-    def leave(self, item: Resident) -> None:
-        """A request that had its turn has ended."""
-        with self.changed:
-            item.users -= 1
-            self.given_back += 1
-            self.version += 1
-
-    def prefetch(self, item: Resident, progress: Progress | None = None) -> Future[None] | None:
-        """Sends for what will be needed, if there is room beside what other requests hold or wait for.
-
-        Returns:
-            Its way to the device; None if it is there, or there is no room for now.
+    def prefetch(self, item: Resident, progress: Progress | None = None) -> None:
+        """Has an item loaded that will be needed, if there is room that no other request holds or waits for.
 
         Raises:
             Exhausted: it can never have room.
         """
         with self.changed:
-            if item.adapter is None and not item.is_leaving and item.fetch is None:
-                self._send_for(item, for_turn=False, progress=progress)
-            return item.fetch
+            if item.state in (State.ON_DISK, State.IN_HOST):
+                self._start_load(item, for_claim=False, progress=progress)
 
-    def hold(self, item: Resident) -> None:
-        """A request holds it, running or not."""
+    def load(self, item: Resident, progress: Progress | None) -> None:
+        """Blocks until an item is on the device, and takes it into use; see `Hold.load`."""
         with self.changed:
-            item.leases += 1
+            while item.state is not State.ON_DEVICE:
+                self.changed.wait_for(lambda: item.state is not State.LEAVING)
+                self.prefetch(item, progress)
+                if (load := item.load) is not None:
+                    self.changed.wait_for(load.done)
+                    load.result()
+                elif item.adapter is None:
+                    limit = self._limits.device_bytes
+                    raise Exhausted(
+                        f"adapter memory: {item.size} bytes wanted, {limit} taken by adapters in use", retry_after=1.0
+                    )
+            self._use(item)
+
+    # What operators decide.
+
+    def set_policy(self, item: Resident, *, pinned: bool | None = None, priority: int | None = None) -> None:
+        """Says how long an item stays on the device; None leaves a part of that as it is."""
+        with self.changed:
+            item.pinned = item.pinned if pinned is None else pinned
+            item.priority = item.priority if priority is None else priority
+
+    def publish(self, item: Resident, *, instead_of: Resident | None = None) -> None:
+        """Lets new requests find an item from now on, and perhaps another item no more."""
+        with self.changed:
+            item.is_published = True
             self._touch(item)
+            if instead_of is not None and instead_of is not item:
+                self.retire(instead_of)
 
-    def let_go(self, item: Resident) -> None:
+    def retire(self, item: Resident) -> None:
+        """Lets no new request find an item. It is freed with the last request that holds it, and so are its mixes."""
         with self.changed:
-            item.leases -= 1
-            if not item.leases:
-                item.is_promised = False
-                self._forget_unwanted(item)
-            self.version += 1
+            item.is_published = False
+            for resident in (item, *self._occupancy.in_memory()):
+                self._forget_unwanted(resident)
 
-    def name(self, item: Resident, has_name: bool) -> None:
-        """Whether new requests can find it. What has no name goes with the last request that holds it."""
-        with self.changed:
-            item.has_name = has_name
-            self._forget_unwanted(item)
+    # What there is.
 
     @property
-    def in_use(self) -> bool:
-        """Whether requests compute with any."""
+    def is_in_use(self) -> bool:
+        """Whether any request computes with an adapter."""
         with self.changed:
-            return any(item.users for item in self._here)
+            return any(item.users for item in self._occupancy.on_device())
 
-    def here(self) -> list[Resident]:
-        """What is on the device."""
+    def on_device(self) -> list[Resident]:
+        """All that take device memory."""
         with self.changed:
-            return list(self._here)
+            return self._occupancy.on_device()
 
     @property
     def host_bytes(self) -> int:
-        """Of copies in the host's memory."""
+        """Bytes of host memory that copies take."""
         with self.changed:
-            return sum(self._host_size(item.copy) for item in self._copies if item.copy is not None)
+            return self._occupancy.host_bytes
 
-    def _host_size(self, adapter: Adapter) -> int:
-        """What a copy of it takes. PyTorch pins memory in powers of two (CachingHostAllocator)."""
-        size = adapter.storage.nbytes
-        return 1 << (size - 1).bit_length() if self._device.type == "cuda" else size
-
-    # Room. All of it under the lock.
+    # Room; always under the lock.
 
     def _touch(self, item: Resident) -> None:
         self._tick += 1
         item.used = self._tick
 
+    def _use(self, item: Resident) -> None:
+        item.users += 1
+        item.is_promised = False
+        self._touch(item)
+
     def _forget_unwanted(self, item: Resident) -> None:
-        if not item.is_wanted and not item.is_leaving:
-            item.adapter = item.copy = None
-            self._here.discard(item)
-            self._copies.discard(item)
+        # What is leaving goes when it has left: a thread still reads its memory.
+        if not item.is_wanted and item.state is not State.LEAVING:
+            item.forget()
+            self._occupancy.update(item)
             self.version += 1
 
-    def _send_for(self, item: Resident, *, for_turn: bool, progress: Progress | None = None) -> bool:
-        """Has it fetched; False if there is no room."""
-        size = item.size + (0 if item.copy is not None else item.scratch)
-        limit = self._limits.device_bytes
-        leaving: list[Resident] = []
-        if limit is not None:
-            pinned = sum(x.size for x in self._here if x.pinned and x is not item)
-            if size > limit - pinned:
-                besides = f" beside {pinned} of pinned ones" if pinned else ""
-                raise Exhausted(f"adapter memory: {size} bytes wanted, the limit is {limit}{besides}")
-            free = limit - sum(room.taken for room in self._rooms) - sum(x.size for x in self._here)
-            idle = iter(self._idle(for_turn=for_turn))
-            while free < size:
-                if (victim := next(idle, None)) is None:
-                    return False
-                leaving.append(victim)
-                free += victim.size
-        for victim in leaving:
-            victim.is_leaving = True
-        room = _Room(size, max(0, size - sum(victim.size for victim in leaving)))
-        self._rooms.add(room)
-        threads = self._compiling if item.copy is None else self._copying
-        item.fetch = threads.submit(self._fetch, item, room, leaving, for_turn, progress)
-        item.fetch.add_done_callback(lambda _: self._fetched(item))
+    def _start_load(self, item: Resident, *, for_claim: bool, progress: Progress | None = None) -> bool:
+        """Has a thread load an item, for which others leave; returns False if there is no room for now."""
+        victims = self._occupancy.choose_victims(item, for_claim)
+        if victims is None:
+            return False
+        for victim in victims:
+            victim.begin_leaving()
+        reservation = self._occupancy.reserve(item, victims)
+        load = item.begin_load()
+        bring = partial(self._bring, item, reservation, victims, for_claim, progress)
+        self._transfers.submit(item, partial(self._load_in_thread, item, load, reservation, bring))
         return True
 
-    def _idle(self, *, for_turn: bool) -> list[Resident]:
-        """What may leave, in the order in which it does: nothing that waiting requests hold, or, for one whose turn it
-        is, that after the rest."""
-        idle = [
-            x
-            for x in self._here
-            if not (x.users or x.pinned or x.is_leaving or x.is_promised) and (for_turn or not x.leases)
-        ]
-        return sorted(idle, key=lambda x: (x.leases > 0, x.priority, x.used))
+    # Loads and moves; in threads, with the lock held for moments only.
 
-    def _fetched(self, item: Resident) -> None:
+    def _load_in_thread(
+        self,
+        item: Resident,
+        load: Future[None],
+        reservation: Reservation,
+        bring: Callable[[], Adapter | BaseException],
+    ) -> None:
+        result = bring()
+        # The state and the load's result change in one moment: whoever has the lock sees both or neither.
         with self.changed:
-            item.fetch = None
+            self._occupancy.end(reservation)
+            if isinstance(result, Adapter) and item.is_wanted:
+                item.arrive(result)
+                self._touch(item)
+            else:
+                item.give_up_load()
+            self._occupancy.update(item)
+            if isinstance(result, Adapter):
+                load.set_result(None)
+            else:
+                load.set_exception(result)
             self.version += 1
             self.changed.notify_all()
         self._notify()
 
-    # Ways. In the threads, without the lock but for moments.
+    def _bring(
+        self,
+        item: Resident,
+        reservation: Reservation,
+        victims: Sequence[Resident],
+        for_claim: bool,
+        progress: Progress | None,
+    ) -> Adapter | BaseException:
+        """An item's adapter in device memory, once its victims have left; or why it cannot be there.
 
-    def _fetch(
-        self, item: Resident, room: _Room, leaving: list[Resident], for_turn: bool, progress: Progress | None
-    ) -> None:
-        adapter = None
+        An exception that this raised would keep the frame alive that stores it, and with it what the load allocated.
+        """
         try:
-            for victim in leaving:
-                self._move_out(victim, room)
-            adapter = self._made(item, for_turn, progress)
-        except LorarepError:
-            raise
-        except Exception as error:
-            log.exception("an adapter could not be brought to the device")
-            raise EngineFailure("the adapter could not be loaded") from error
-        finally:
-            with self.changed:
-                self._rooms.remove(room)
-                if adapter is not None and item.is_wanted:
-                    item.adapter, item.size = adapter, adapter.nbytes
-                    self._here.add(item)
-                    self._touch(item)
-
-    def _made(self, item: Resident, for_turn: bool, progress: Progress | None) -> Adapter:
-        while True:
-            try:
-                failpoint("adapter")
-                with self.beside_steps():
-                    copy = item.copy
-                    return item.make(progress) if copy is None else moved(copy, self._device)
-            except RuntimeError as error:
-                # Others than us may hold the device's memory: that it is short shows when it is taken.
-                if not _is_out_of_memory(error):
-                    raise
-                with self.changed:
-                    victim = next(iter(self._idle(for_turn=for_turn)), None)
-                    if victim is None:
-                        raise Exhausted(
-                            f"device memory: no room for an adapter of {item.size} bytes", retry_after=1.0
-                        ) from error
-                    victim.is_leaving = True
+            for victim in victims:
+                self._move_out(victim, reservation)
+            while True:
+                try:
+                    failpoint("adapter")
+                    return self._transfers.to_device(item, progress)
+                except RuntimeError as error:
+                    # Others than us may hold the device's memory: only taking memory shows that it is short.
+                    if not is_out_of_memory(error):
+                        raise
+                    victim = self._next_victim(item, for_claim, error)
                 self._move_out(victim)
+        except LorarepError as refusal:
+            return refusal
+        except Exception as failure:
+            log.exception("an adapter could not be brought to the device")
+            return _engine_failure(failure)
+        except BaseException as panic:  # libraries in Rust panic with what is no Exception
+            return panic
 
-    def _move_out(self, item: Resident, room: _Room | None = None) -> None:
-        """From the device to the host, where it has room there. Its own on the device goes over to somebody's."""
-        adapter, copy = item.adapter, item.copy
-        assert adapter is not None
-        size = self._host_size(adapter)
-        if copy is None and self._take_host_room(size):
-            try:
-                with self.beside_steps():
-                    copy = moved(adapter, torch.device("cpu"))
-            except RuntimeError:
-                log.exception("no copy of an adapter in host memory")
-            finally:
-                with self.changed:
-                    self._promised_host_bytes -= size
-                    if copy is not None:
-                        item.copy = copy
-                        self._copies.add(item)
+    def _next_victim(self, item: Resident, for_claim: bool, cause: Exception) -> Resident:
+        """The first that has to leave since the device was out of memory; raises Exhausted if none may."""
         with self.changed:
-            item.adapter, item.is_leaving = None, False
-            self._here.discard(item)
-            if room is not None:
-                room.taken = min(room.size, room.taken + item.size)
-            if item.copy is None:
-                item.cool()
+            victims = eviction.in_order(self._occupancy.evictable(for_claim))
+            if not victims:
+                raise Exhausted(
+                    f"device memory: no room for an adapter of {item.size} bytes", retry_after=1.0
+                ) from cause
+            victims[0].item.begin_leaving()
+            return victims[0].item
+
+    def _move_out(self, item: Resident, reservation: Reservation | None = None) -> None:
+        """Moves a leaving item to host memory, if that has room, and gives its device memory to a reservation."""
+        adapter, copy, reserved = item.adapter, None, 0
+        assert adapter is not None
+        if item.copy is None:
+            with self.changed:
+                reserved = self._occupancy.reserve_host(adapter)
+            copy = self._transfers.to_host(adapter) if reserved else None
+        with self.changed:
+            self._occupancy.end_host(reserved)
+            item.leave(copy)
+            self._occupancy.update(item)
+            if reservation is not None:
+                reservation.free_up(item.size)
             self._forget_unwanted(item)
             self.evictions += 1
             self.version += 1
             self.changed.notify_all()
         self._notify()
 
-    def _take_host_room(self, size: int) -> bool:
-        """Room for another copy; others go for it: those of what is on the device, then the least recently used."""
-        limit = self._limits.host_bytes
-        if size > limit:
-            return False
-        with self.changed:
-            others = [item for item in self._copies if item.fetch is None]
-            others.sort(key=lambda x: (x.adapter is None, x.priority, x.used))
-            while self.host_bytes + self._promised_host_bytes + size > limit and others:
-                self._drop_copy(others.pop(0))
-            fits = self.host_bytes + self._promised_host_bytes + size <= limit
-            self._promised_host_bytes += size if fits else 0
-            return fits
 
-    def _drop_copy(self, item: Resident) -> None:
-        item.copy = None
-        self._copies.discard(item)
-        if item.adapter is None:
-            item.cool()
-
-    @contextmanager
-    def beside_steps(self) -> Iterator[None]:
-        """On a GPU, work within goes on beside the steps under way instead of among them, and is done at the end."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has no class of its own for the CPU's memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def _engine_failure(cause: Exception) -> EngineFailure:
+    failure = EngineFailure("the adapter could not be loaded")
+    failure.__cause__ = cause
+    return failure

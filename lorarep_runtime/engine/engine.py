@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.adapters.compile import load_kernels
-from lorarep_runtime.adapters.registry import AdapterRegistry, Lease
+from lorarep_runtime.adapters.lease import Lease
+from lorarep_runtime.adapters.registry import AdapterRegistry
 from lorarep_runtime.config import PAGE_TOKENS, EngineConfig
 from lorarep_runtime.device import gil
 from lorarep_runtime.engine import offline

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lorarep_runtime.adapters.registry import Lease
+from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.engine.sampler import SamplerState
 from lorarep_runtime.model.batch import Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.device.gil import giving_way
+from lorarep_runtime.integers import round_up
 from lorarep_runtime.kernels.entry_table import Entry, entry_table
 from lorarep_runtime.model.stack import Stack
 
@@ -109,7 +110,7 @@ class Adapter:
 
 
 def aligned(shape: Sequence[int]) -> int:
-    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+    return round_up(math.prod(shape), ALIGNMENT)
 
 
 def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
@@ -169,7 +170,7 @@ def table_of(storage: Tensor, blocks: Sequence[Block], stack: Stack, modules: Se
     return entry_table(entries, len(stack), modules).to(storage.device)
 
 
-def moved(adapter: Adapter, device: torch.device) -> Adapter:
+def copied_to(adapter: Adapter, device: torch.device) -> Adapter:
     """A copy of an adapter in another memory; the host's is pinned where the copy comes from an accelerator."""
     source = adapter.storage
     pinned = device.type == "cpu" and source.is_cuda

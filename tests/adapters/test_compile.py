@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorarep_runtime.adapters import revision
+from lorarep_runtime.adapters import files
 from lorarep_runtime.adapters.compile import load_kernels
+from lorarep_runtime.adapters.files import AdapterFiles
 from lorarep_runtime.adapters.header import read_header
-from lorarep_runtime.adapters.revision import AdapterFiles
 from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
@@ -211,7 +211,7 @@ def test_a_file_that_has_changed_since_it_was_checked_is_data_loss(engine: Engin
     def cut(stage: str, done: int, total: int) -> None:
         if stage == "check":
             checked = read_header(file)
-            monkeypatch.setattr(revision, "read_header", lambda _: checked)
+            monkeypatch.setattr(files, "read_header", lambda _: checked)
             file.write_bytes(file.read_bytes()[:-1])
 
     file = folder / "adapter_model.safetensors"

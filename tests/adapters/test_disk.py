@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorarep_runtime.adapters import revision
+from lorarep_runtime.adapters import files
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_read_once_costs_one_request(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(revision, "file_digest", fails)
+        broken.setattr(files, "file_digest", fails)
         with pytest.raises(DataLoss, match="Input/output error"):
             engine.adapters.lease([("org/a", 1.0)])
     assert engine.adapters.list() == []

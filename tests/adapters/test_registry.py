@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lorarep_runtime.adapters import registry, revision
-from lorarep_runtime.adapters.compile import mix
+from lorarep_runtime.adapters import files, mix
+from lorarep_runtime.adapters.mix import MAX_IDLE_MIXES, mix_adapters
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import PermissionDenied
@@ -27,7 +27,7 @@ MIX = [("one", 1.0), ("two", 0.5)]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base("llama", tmp_path_factory.mktemp("pool") / "base")
+    return save_base("llama", tmp_path_factory.mktemp("registry") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_steps_go_on_while_a_file_is_hashed_and_somebody_asks_what_there_is(
     limits = AdapterLimits(allow_repositories=("org/*",))
     engine = engine_for(base, adapters={"one": adapters["one"]}, limits=limits, cache_dir=tmp_path, kv_bytes=4 << 20)
     gate = Gate(file_digest)
-    monkeypatch.setattr(revision, "file_digest", gate)
+    monkeypatch.setattr(files, "file_digest", gate)
     with ThreadPoolExecutor(2) as threads:
         leasing = threads.submit(engine.adapters.lease, [("org/two", 1.0)])
         assert gate.reached.wait(60)
@@ -102,8 +102,8 @@ def test_steps_go_on_while_a_file_is_hashed_and_somebody_asks_what_there_is(
 
 
 def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(mix)
-    monkeypatch.setattr(registry, "mix", gate)
+    gate = Gate(mix_adapters)
+    monkeypatch.setattr(mix, "mix_adapters", gate)
     with ThreadPoolExecutor(2) as threads:
         leases = [engine.adapters.lease(MIX) for _ in range(2)]
         mixing = [threads.submit(lease.wait) for lease in leases]
@@ -120,8 +120,8 @@ def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytes
 def test_a_mix_whose_part_is_unloaded_meanwhile_is_freed_with_its_last_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(mix)
-    monkeypatch.setattr(registry, "mix", gate)
+    gate = Gate(mix_adapters)
+    monkeypatch.setattr(mix, "mix_adapters", gate)
     lease = engine.adapters.lease(MIX)
     assert gate.reached.wait(60)
     engine.adapters.unload("two")
@@ -139,12 +139,12 @@ def test_a_server_without_an_allow_list_permits_no_repository(engine: Engine, hu
 
 
 def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:
-    for i in range(registry.MAX_IDLE_MIXES + 5):
+    for i in range(MAX_IDLE_MIXES + 5):
         lease = engine.adapters.lease([("one", 1.0), ("two", 1.0 + i)])
         lease.wait()
         lease.release()
     mixes = engine.adapters.held_bytes().keys() - {"one", "two"}
-    assert len(mixes) == registry.MAX_IDLE_MIXES + 1
+    assert len(mixes) == MAX_IDLE_MIXES + 1
     assert "1·one + 1·two" not in mixes
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarep_runtime.adapters import revision
+from lorarep_runtime.adapters import files
 from lorarep_runtime.adapters.compile import compile_adapter
+from lorarep_runtime.adapters.files import AdapterFiles
 from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS
 from lorarep_runtime.adapters.residency import Claim
-from lorarep_runtime.adapters.revision import AdapterFiles
+from lorarep_runtime.adapters.resident import State
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import Cancelled, Exhausted, LorarepError, NotFound
@@ -71,7 +72,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = compile_adapter
     monkeypatch.setattr(
-        revision, "compile_adapter", lambda file, *a, **k: seen.append(file.parent.name) or real(file, *a, **k)
+        files, "compile_adapter", lambda file, *a, **k: seen.append(file.parent.name) or real(file, *a, **k)
     )
     return seen
 
@@ -82,10 +83,10 @@ def test_what_leaves_is_copied_to_the_host_and_comes_back_without_compiling(
     engine = engine_for(base, limits=AdapterLimits(device_bytes=2 * size, host_bytes=3 * size), adapters=folders)
     assert residency(engine) == dict(a="disk", b="host", c="host", d="host", e="device", f="device")
     seen = compiled(monkeypatch)
-    for name, files in (("c", []), ("d", []), ("a", ["a"]), ("c", ["a"])):
+    for name, expected in (("c", []), ("d", []), ("a", ["a"]), ("c", ["a"])):
         request = greedy(new_tokens=8), engine.adapters.lease([(name, 1.0)])
         assert engine.generate([request])[0].tokens == alone[((name, 1.0),)]
-        assert seen == files
+        assert seen == expected
         assert engine.adapters.residency.host_bytes <= 3 * size
     assert_nothing_held(engine)
 
@@ -156,9 +157,9 @@ def test_without_a_budget_requests_wait_for_memory_that_others_compute_with(
 ) -> None:
     engine = engine_for(base, adapters={name: folders[name] for name in "ab"})
     first, second = (engine.adapters._named[name] for name in "ab")
-    with engine.adapters.residency.changed:
-        second.adapter = None
-        engine.adapters.residency._here.discard(second)
+    second.begin_leaving()
+    engine.adapters.residency._move_out(second)
+    assert second.state is State.ON_DISK
     real, refused = second.make, []
 
     def make(progress):
@@ -195,12 +196,12 @@ def test_patterns_of_an_adapter_that_has_waited_have_as_long_again(
     base: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    monkeypatch.setattr(revision, "compile_adapter", lambda file, spec, *rest, **more: seen.append(spec.deadline))
-    files = AdapterFiles(engine_for(base).base, {}, AdapterLimits(), None)
-    checked = files.check(str(folders["a"]), None, None, None)
+    monkeypatch.setattr(files, "compile_adapter", lambda file, config, *rest, **more: seen.append(config.deadline))
+    finder = AdapterFiles(engine_for(base).base, {}, AdapterLimits(), None)
+    checked = finder.check(str(folders["a"]), None, None, None)
     late = time.monotonic() + 3600
     monkeypatch.setattr(time, "monotonic", lambda: late)
-    files.compile(checked, None)
+    finder.compile(checked, None)
     assert seen == [late + MATCHING_SECONDS]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarep_runtime.adapters.registry import Lease
+from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.gpu.decoder import Decoder, can_decode

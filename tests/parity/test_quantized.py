@@ -10,8 +10,8 @@ import torch
 from lorarep_server.cli.reference import Reference
 from torch import nn
 
+from lorarep_runtime.adapters.files import CONFIG_FILE, read_config
 from lorarep_runtime.adapters.peft_config import AdapterConfig
-from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
 from lorarep_runtime.config import AdapterLimits
 from tests.support.engines import PROMPT, engine_for, greedy
 from tests.support.models import (

@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, expect
 from playwright.sync_api import Page as Tab
 from prometheus_client import CollectorRegistry
 
-from lorarep_runtime.adapters.registry import AdapterInfo
+from lorarep_runtime.adapters.revision import AdapterInfo
 from lorarep_runtime.engine.ledger import Ledger
 from lorarep_runtime.engine.stats import Stats
 from tests.server.test_security import BASE_FLAGS, USER

@@ -19,7 +19,8 @@ from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests import messages
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterRegistry
+    from lorarep_runtime.adapters.registry import AdapterRegistry
+    from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.engine.engine import Engine
 
 

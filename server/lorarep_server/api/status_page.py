@@ -26,7 +26,8 @@ from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo, Tier
+    from lorarep_runtime.adapters.resident import Tier
+    from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.engine.engine import Engine
 
 FILES: Mapping[str, tuple[str, str]] = {

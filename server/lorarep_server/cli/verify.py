@@ -61,8 +61,8 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
     The reference is `transformers` with physically stacked layers, under PEFT where that is installed. Ends with status
     1 if the two differ by more than rounding explains.
     """
+    from lorarep_runtime.adapters.files import CONFIG_FILE, read_config
     from lorarep_runtime.adapters.peft_config import AdapterConfig
-    from lorarep_runtime.adapters.revision import CONFIG_FILE, read_config
     from lorarep_runtime.engine.engine import Engine
     from lorarep_runtime.hub.snapshot import fetch
     from lorarep_server.cli.progress_bars import ProgressBars

@@ -15,7 +15,8 @@ from lorarep_server.sources import is_folder
 from lorarep_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterRegistry
+    from lorarep_runtime.adapters.registry import AdapterRegistry
+    from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.progress import Progress
 
 T = TypeVar("T")

@@ -24,7 +24,8 @@ from lorarep_server.sources import is_folder
 from lorarep_server.watched_files import WatchedFiles
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo, AdapterRegistry
+    from lorarep_runtime.adapters.registry import AdapterRegistry
+    from lorarep_runtime.adapters.revision import AdapterInfo
 
 log = logging.getLogger(__name__)
 

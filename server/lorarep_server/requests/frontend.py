@@ -24,7 +24,7 @@ from lorarep_server.telemetry.metrics import Metrics
 from lorarep_server.telemetry.tracing import TracedRequest, Traces
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo
+    from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.engine.engine import Engine
     from lorarep_runtime.text.tokenizer import Tokenizer
 
@@ -164,7 +164,7 @@ class Frontend:
         """Loads those adapters of a request that are not resident and may be loaded. Waits for the loads."""
         registry = engine.adapters
         for name, _ in adapters:
-            if await asyncio.to_thread(registry.is_at_hand, name):
+            if await asyncio.to_thread(registry.can_lease_at_once, name):
                 continue
             if await asyncio.to_thread(registry.__contains__, name):
                 await self._load_queue.bring(registry, name)

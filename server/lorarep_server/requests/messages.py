@@ -14,7 +14,7 @@ from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Finished, FinishReason, Output, Request, Sampling, Stopping
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterInfo
+    from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.text.tokenizer import Tokenizer
     from lorarep_server.loading.adapters_file import DesiredAdapter
     from lorarep_server.loading.load_queue import LoadState

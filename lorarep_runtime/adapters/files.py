@@ -1,0 +1,178 @@
+"""An adapter's files: found or downloaded, checked against the base, and compiled."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorarep_runtime.adapters.compile import compile_adapter
+from lorarep_runtime.adapters.disk import DiskBudget
+from lorarep_runtime.adapters.header import Header, check, read_header
+from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterConfig
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.device.gil import give_way
+from lorarep_runtime.errors import DataLoss, InvalidArgument, NotFound
+from lorarep_runtime.hub.files import file_digest
+from lorarep_runtime.hub.snapshot import Snapshot, fetch
+from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.compiled_adapter import Adapter, Layout
+from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.progress import Progress
+from lorarep_runtime.text.tokenizer import Tokenizer, fits
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+TEMPLATE_FILE = "chat_template.jinja"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class CheckedFiles:
+    """An adapter's files that fit the base, and their contents but for the weights."""
+
+    snapshot: Snapshot
+    config: AdapterConfig
+    header: Header
+    layout: Layout
+    stack: Stack
+    """The stack that the weights are for."""
+    digest: Future[str]
+    """SHA-256 of the weights file, computed concurrently with whatever follows; DataLoss if it cannot be read."""
+
+
+class AdapterFiles:
+    """Finds, checks and compiles the files of any adapter of one base. Thread-safe.
+
+    Args:
+        base: the model that adapters have to fit.
+        stacks: named stacks.
+        limits: what adapters may ask for, and how much of the disk they may take.
+        cache_dir: Hub cache; None is huggingface_hub's default.
+        uses: as for `DiskBudget`; without it all repositories are idle.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        stacks: Mapping[str, Stack],
+        limits: AdapterLimits,
+        cache_dir: Path | None,
+        uses: Callable[[], Mapping[str, int | None]] = dict,
+    ) -> None:
+        self.base = base
+        self.stacks = stacks
+        self.disk = None if limits.disk_bytes is None else DiskBudget(cache_dir, limits.disk_bytes, uses)
+        self._limits = limits
+        self._cache_dir = cache_dir
+        self._hashing = ThreadPoolExecutor(thread_name_prefix="lorarep-digest")
+
+    def check(self, source: str, revision: str | None, stack: str | None, progress: Progress | None) -> CheckedFiles:
+        """Downloads an adapter if the cache does not hold it, and reads its config and its weights file's header.
+
+        Args:
+            source: repository, or folder.
+            revision: branch, tag or commit; None is the default branch.
+            stack: named stack, as for `AdapterRegistry.load`.
+            progress: told of stages "download" (bytes) and "check".
+
+        Raises:
+            LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `header.read_header` and `header.check`.
+        """
+        give_way()
+        snapshot = self.fetch(source, revision, progress)
+        if progress is not None:
+            progress("check", 0, 0)
+        weights = snapshot.folder / WEIGHTS_FILE
+        config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
+        walked = self._walked(config, stack)
+        header = read_header(weights)
+        layout = check(config, header, walked, self.base.modules, self.base.prefix)
+        return CheckedFiles(snapshot, config, header, layout, walked, self._hashing.submit(_digest, weights))
+
+    def fetch(self, source: str, revision: str | None, progress: Progress | None = None) -> Snapshot:
+        """An adapter's snapshot, which counts towards the disk budget. Raises as `hub.snapshot.fetch`."""
+        with nullcontext() if self.disk is None else self.disk.staying(source):
+            snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
+            if self.disk is not None:
+                self.disk.added(snapshot)
+        return snapshot
+
+    def compile(self, checked: CheckedFiles, progress: Progress | None) -> Adapter:
+        """Compiles checked files onto the base's device. Raises as `compile_adapter`."""
+        return compile_adapter(
+            checked.snapshot.folder / WEIGHTS_FILE,
+            # Its patterns get their time anew: it may have waited since the check.
+            replace(checked.config, deadline=time.monotonic() + MATCHING_SECONDS),
+            checked.header,
+            checked.layout,
+            checked.stack,
+            prefix=self.base.prefix,
+            modules=tuple(self.base.modules),
+            norm_terms=self.base.norm_terms,
+            dtype=self.base.dtype,
+            device=self.base.device,
+            progress=progress,
+        )
+
+    def tokenizer(self, folder: Path) -> Tokenizer:
+        """The tokenizer of an adapter's requests.
+
+        It is the adapter's own, if the folder has one that fits the base's vocabulary; else the base's, with the
+        adapter's chat template if the folder has only that.
+
+        Raises:
+            FailedPrecondition: the folder's tokenizer cannot be loaded.
+        """
+        template = folder / TEMPLATE_FILE
+        if (folder / "tokenizer_config.json").exists():
+            own = Tokenizer(folder)
+            if fits(own, self.base.vocab_size):
+                return own
+            log.warning("the tokenizer in %s does not fit the base's vocabulary: the base's own is used", folder)
+        elif template.exists():
+            return self.base.tokenizer.with_chat_template(template.read_text(encoding="utf-8", errors="replace"))
+        return self.base.tokenizer
+
+    def named_stack(self, name: str) -> Stack:
+        """The stack of a name. Raises NotFound."""
+        if name not in self.stacks:
+            raise NotFound(f"{name!r} is none of {sorted(self.stacks)}", field="stack")
+        return self.stacks[name]
+
+    def _walked(self, config: AdapterConfig, name: str | None) -> Stack:
+        """The stack that an adapter is for: its own, or the named one, which may not contradict its config."""
+        own = config.stack(self.base.layers)
+        if name is None:
+            return own
+        named = self.named_stack(name)
+        if config.layer_replication is not None and own != named:
+            raise InvalidArgument(f"{name!r} is not what the adapter's layer_replication says", field="stack")
+        return named
+
+
+def _digest(file: Path) -> str:
+    try:
+        return file_digest(file)
+    except OSError as error:
+        raise DataLoss(str(error), field=file.name) from error
+
+
+def read_config(file: Path) -> Mapping[str, object]:
+    """The JSON object of an `adapter_config.json`. Raises InvalidArgument where it is none."""
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise InvalidArgument(f"over {MAX_CONFIG_BYTES} bytes", field=CONFIG_FILE)
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"not JSON: {error}", field=CONFIG_FILE) from error
+    if not isinstance(config, dict):
+        raise InvalidArgument("not a JSON object", field=CONFIG_FILE)
+    return config

@@ -1,0 +1,72 @@
+"""A lease: everything about adapters that a request has from its admission to its end."""
+
+from __future__ import annotations
+
+from lorarep_runtime.adapters.residency import Claim, Hold
+from lorarep_runtime.adapters.resident import Resident
+from lorarep_runtime.adapters.revision import AdapterInfo
+from lorarep_runtime.errors import Exhausted
+from lorarep_runtime.model.compiled_adapter import Adapter
+from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.text.tokenizer import Tokenizer
+
+
+class Lease:
+    """A request's hold on the adapter that it computes with, and its stack and tokenizer.
+
+    Whatever happens to an adapter's name, the request finishes on the revision that it was admitted with.
+
+    Args:
+        stack: the layers that the request walks.
+        tokenizer: the adapters' own, or the base's.
+        names: the adapters, as requested.
+        adapters: the revisions behind the names, in the same order.
+        hold: the hold on the revision or mix, which the lease takes over; None is the stack without adapters.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        tokenizer: Tokenizer,
+        names: tuple[str, ...] = (),
+        adapters: tuple[AdapterInfo, ...] = (),
+        hold: Hold[Resident] | None = None,
+    ) -> None:
+        self.stack = stack
+        self.tokenizer = tokenizer
+        self.names = names
+        self.adapters = adapters
+        self._hold = hold
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter on the device, or None for the stack without adapters. Only after a claim that was READY."""
+        return None if self._hold is None else self._hold.adapter
+
+    @property
+    def has_claim(self) -> bool:
+        """Whether device memory is reserved for the adapter, loaded or not."""
+        return self._hold is not None and self._hold.has_claim
+
+    def claim(self) -> Claim:
+        """Has the adapter brought to the device, and keeps it there once it has come. Never blocks.
+
+        Raises:
+            LorarepError: it cannot be brought.
+        """
+        return Claim.READY if self._hold is None else self._hold.claim()
+
+    def wait(self) -> None:
+        """Blocks until the adapter is on the device.
+
+        Raises:
+            Exhausted: there is no room for it now.
+            LorarepError: it cannot be brought.
+        """
+        if self._hold is not None and self._hold.wait() is Claim.NO_MEMORY:
+            raise Exhausted(f"adapter memory: all of it is in use, none is left for {self.names}", retry_after=1.0)
+
+    def release(self) -> None:
+        """Gives the adapter back; to be called once."""
+        if self._hold is not None:
+            self._hold.release()

@@ -1,0 +1,88 @@
+"""How adapters get into device and host memory: the threads, the stream and the copies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from lorarep_runtime.adapters.resident import Resident
+from lorarep_runtime.integers import next_power_of_two
+from lorarep_runtime.model.compiled_adapter import Adapter, copied_to
+from lorarep_runtime.progress import Progress
+
+log = logging.getLogger(__name__)
+
+COMPILE_THREADS, COPY_THREADS = 8, 2
+"""Most adapters that are loaded concurrently from their files, and from host memory."""
+
+
+class Transfers:
+    """The threads that load adapters, and the work that they do concurrently with the engine's steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Separate threads: a compilation may wait for files from a Hub that does not answer, and a copy must not.
+        self._compiling = ThreadPoolExecutor(COMPILE_THREADS, "lorarep-adapter", initializer=run_loops_serially)
+        self._copying = ThreadPoolExecutor(COPY_THREADS, "lorarep-copy", initializer=run_loops_serially)
+        # One stream for all threads: libraries keep tens of megabytes for each stream that they have worked on.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def submit(self, item: Resident, work: Callable[[], None]) -> None:
+        """Has a thread do the work of loading an item. Those with a host copy wait for no compilation."""
+        threads = self._compiling if item.copy is None else self._copying
+        threads.submit(work)
+
+    def to_device(self, item: Resident, progress: Progress | None) -> Adapter:
+        """An item's adapter on the device: copied from host memory where that has it, else made anew.
+
+        Raises:
+            LorarepError: it cannot be made.
+            RuntimeError: memory is short (see `is_out_of_memory`), or the device fails.
+        """
+        with self._own_stream():
+            copy = item.copy
+            return item.make(progress) if copy is None else copied_to(copy, self._device)
+
+    def to_host(self, adapter: Adapter) -> Adapter | None:
+        """A copy in host memory; None, and a line in the log, where the host has no memory for it."""
+        try:
+            with self._own_stream():
+                return copied_to(adapter, torch.device("cpu"))
+        except RuntimeError:
+            log.exception("no copy of an adapter in host memory")
+            return None
+
+    def host_bytes(self, adapter: Adapter) -> int:
+        """Host memory of an adapter's copy. PyTorch pins memory in powers of two (CachingHostAllocator)."""
+        size = adapter.storage.nbytes
+        return next_power_of_two(size) if self._device.type == "cuda" else size
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """On a GPU, the work within runs concurrently with the engine's steps, and is done at the end."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+
+def run_loops_serially() -> None:
+    """Keeps torch's parallel loops in the calling thread from then on.
+
+    Each thread that runs a parallel loop gets an OpenMP team of its own, which lives as long as the thread. Once all
+    teams have more threads than there are processors, GNU's OpenMP puts the engine's team to sleep within each step.
+    """
+    torch.get_num_threads()  # else the first loop would set the number again
+    threadpool_limits(1, user_api="openmp")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch had no memory left. PyTorch has no class of its own for the CPU's memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,1 +1,1 @@
-"""Files of the Hugging Face Hub on this machine."""
+"""Repositories of the Hugging Face Hub, as verified snapshots on this machine."""

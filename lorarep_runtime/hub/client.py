@@ -1,12 +1,18 @@
-"""huggingface_hub's client, with bounds on every request."""
+"""huggingface_hub's client: downloads whose every request is bounded in time, and whose errors are lorarep's.
+
+Importing this module sets the client factory of huggingface_hub for the whole process; requests of others, which carry
+another user agent, stay as they were.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, set_client_factory
+from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -15,6 +21,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+# It has no public name: a client of our own making would lack the hook that the library adds to its own.
 from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.tqdm import tqdm
 
@@ -27,12 +35,58 @@ from lorarep_runtime.errors import (
     Unavailable,
     first_line,
 )
+from lorarep_runtime.hub.files import FILES, IGNORED, Kind
 from lorarep_runtime.progress import Progress
 
 AGENT = "lorarep"
+"""The name by which the Hub, and the hooks here, know our requests."""
 
 
-def translated(error: Exception, repository: str, revision: str | None) -> LorarepError:
+def download(
+    repository: str, revision: str | None, kind: Kind, cache_dir: Path | None, progress: Progress | None
+) -> Path:
+    """Downloads the files of a kind that the cache does not hold yet.
+
+    Args:
+        repository: its id.
+        revision: branch, tag or commit; None is the default branch.
+        kind: the part of the repository that is wanted.
+        cache_dir: Hub cache; None is huggingface_hub's default.
+        progress: told of bytes, as stage "download".
+
+    Returns:
+        The commit's folder in the cache. It may be partial if the Hub did not answer and never listed the commit's
+        files.
+
+    Raises:
+        LorarepError: as `hub.snapshot.fetch`; the cache does not help out.
+    """
+    # The client reads the variable when it is imported; here it may be set later.
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    api = HfApi(endpoint=endpoint, library_name=AGENT)
+
+    def snapshot(**how: Any) -> Path:
+        folder = api.snapshot_download(
+            repository,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=list(FILES[kind]),
+            ignore_patterns=list(IGNORED),
+            **how,
+        )
+        return Path(folder)
+
+    try:
+        return snapshot(tqdm_class=_reporting_bar(progress))
+    except Exception as error:  # of any class: the client fails in many ways over an answer that makes no sense
+        try:
+            return snapshot(local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise _translated(error, repository, revision) from error
+
+
+def _translated(error: Exception, repository: str, revision: str | None) -> LorarepError:
+    """The client's error as one of lorarep's."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     at = repository if revision is None else f"{repository} at {revision}"
@@ -57,9 +111,32 @@ def translated(error: Exception, repository: str, revision: str | None) -> Lorar
     return Unavailable(f"{at}: the hub cannot be reached, and the cache does not hold all of it: {reason}")
 
 
-def _patient_client() -> Any:
-    """A client that bounds every request of ours, as the usual one does not: it waits without end for a listing, a
-    minute for each of six tries at a file's headers, and through any pause that an answer names.
+def _reporting_bar(progress: Progress | None) -> type[tqdm]:
+    """The class of a progress bar that shows nothing and reports the bytes of all files together."""
+    lock = threading.Lock()
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.reports = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            with lock:
+                self.n += n or 0
+                if self.reports and progress is not None:
+                    progress("download", int(self.n), int(self.total or 0))
+
+    return Bar
+
+
+# Bounds on requests.
+
+
+def _bounded_client() -> Any:
+    """A client that bounds each of our requests in time.
+
+    The usual one waits without end for a listing, a minute for each of six tries at a file's headers, and through any
+    pause that an answer names.
     """
     client = default_client_factory()
     client.event_hooks["request"].append(_limit_wait)
@@ -81,28 +158,9 @@ def _limit_wait(request: Any) -> None:
 def _refuse_pause(response: Any) -> None:
     status, pause = response.status_code, response.headers.get("retry-after")
     if _is_ours(response.request) and (status == 429 or (pause is not None and status >= 500)):
-        what = "limits the rate of requests" if status == 429 else "cannot answer for now"
-        raise Unavailable(f"the hub {what}" + (f"; retry after {pause} s" if pause else ""))
+        refusal = "limits the rate of requests" if status == 429 else "cannot answer for now"
+        raise Unavailable(f"the hub {refusal}" + (f"; retry after {pause} s" if pause else ""))
 
 
-def reporting_bar(progress: Progress | None) -> type[tqdm]:
-    lock = threading.Lock()
-
-    class Bar(tqdm):
-        """Shows nothing; the bar of all files' bytes reports."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.reports = kwargs.get("name") == "huggingface_hub.snapshot_download"
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            with lock:
-                self.n += n or 0
-                if self.reports and progress is not None:
-                    progress("download", int(self.n), int(self.total or 0))
-
-    return Bar
-
-
-# Each new client's: the library throws its client away after a connection that failed, in the middle of its tries.
-set_client_factory(_patient_client)
+# A factory, not one client: the library replaces its client after a connection that failed, in the middle of its tries.
+set_client_factory(_bounded_client)

@@ -1,4 +1,4 @@
-"""Which files of a repository are read, and how they are checked."""
+"""Which files of a repository or folder are read, and whether they are all there."""
 
 from __future__ import annotations
 
@@ -10,24 +10,10 @@ from mmap import mmap
 from pathlib import Path
 from typing import Literal
 
-from lorarep_runtime.errors import (
-    DataLoss,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-)
+from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
 Kind = Literal["base", "config", "adapter"]
-"""What is wanted of a repository: a base, a base's configuration without its weights, an adapter."""
-
-
-DIGEST_BYTES = 4 << 20
-"""Of a file that are hashed at a time."""
-
-
-LOCAL = "local"
-"""The commit of a folder."""
-
+"""The part of a repository that is wanted: a base, a base's configuration without its weights, or an adapter."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,37 +28,34 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "*.jinja",
 )
-
-
+"""Shell patterns of the files of a tokenizer and its chat template."""
 CONFIG: Mapping[Kind, str] = {"base": "config.json", "config": "config.json", "adapter": "adapter_config.json"}
-
-
+"""The configuration that each kind has to have."""
 INDEX = "model.safetensors.index.json"
-
-
+"""The list of a base's shards."""
 WEIGHTS: Mapping[Kind, tuple[str, ...]] = {
     "base": ("model.safetensors", INDEX),
     "config": ("config.json",),
     "adapter": ("adapter_model.safetensors",),
 }
-"""One of these has to be there."""
-
-
+"""The files of which each kind has to have one."""
 FILES: Mapping[Kind, tuple[str, ...]] = {
     "base": (CONFIG["base"], "generation_config.json", *WEIGHTS["base"], "model-*.safetensors", *TOKENIZER_FILES),
     "config": (CONFIG["config"], "generation_config.json"),
     "adapter": (CONFIG["adapter"], *WEIGHTS["adapter"], *TOKENIZER_FILES),
 }
-"""Shell patterns of what is downloaded, from the top of a repository alone."""
-
-
+"""Shell patterns of the files that are downloaded of each kind."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+IGNORED = ("*/*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES))
+"""Shell patterns of the files that are never downloaded: pickles, and everything in subfolders."""
+DIGEST_BYTES = 4 << 20
+"""Bytes of a file that are read and hashed at a time."""
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    # Not `hashlib.file_digest`: that reads 256 KiB at a time, and takes the interpreter from others after each. Nor a
-    # bytearray, which is filled with zeros, for some milliseconds, before it lets go of the interpreter.
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    # Not `hashlib.file_digest`, which reads 256 KiB at a time and takes Python's lock from others after each. Nor a
+    # bytearray, which keeps that lock for some milliseconds while it is filled with zeros.
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file, mmap(-1, DIGEST_BYTES) as pages, memoryview(pages) as buffer:
         while size := file.readinto(buffer):
@@ -81,8 +64,13 @@ def file_digest(path: Path) -> str:
 
 
 def check_links(folder: Path) -> None:
+    """Checks that no symbolic link leads out of a folder. In the Hub cache, links may lead to the repository's blobs.
+
+    Raises:
+        InvalidArgument: a link does, named by its path in the folder.
+    """
     in_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
-    inside = folder.parents[2] if in_cache else folder  # the Hub cache links its snapshots' files to its blobs
+    inside = folder.parents[2] if in_cache else folder
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
@@ -92,6 +80,17 @@ def check_links(folder: Path) -> None:
 
 
 def check_files(names: Collection[str], kind: Kind, source: str) -> None:
+    """Checks that a source has weights and a configuration of its kind.
+
+    Args:
+        names: its files, without those in subfolders.
+        kind: the part that is wanted.
+        source: repository or folder, for messages.
+
+    Raises:
+        FailedPrecondition: the weights are pickled.
+        NotFound: weights or configuration are missing.
+    """
     if not any(name in names for name in WEIGHTS[kind]):
         pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
         if pickles:
@@ -102,6 +101,11 @@ def check_files(names: Collection[str], kind: Kind, source: str) -> None:
 
 
 def check_shards(folder: Path) -> None:
+    """Checks that a base's folder holds all shards of its index, if it has an index and no single file of weights.
+
+    Raises:
+        DataLoss: a shard is missing, or the index is malformed.
+    """
     index = folder / INDEX
     if not index.exists() or (folder / WEIGHTS["base"][0]).exists():
         return

@@ -1,58 +1,31 @@
-"""From a Hub repository or a folder to a verified local snapshot. Nothing else here talks to the Hub.
+"""From a Hub repository or a folder to a verified local snapshot.
 
-`huggingface_hub` does the talking and keeps its usual cache, so what `hf download` fetched is found. It continues a
-download whose connection broke with a Range request; after a restart it keeps the files that were complete.
-`HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_DOWNLOAD_TIMEOUT` (seconds without data; default 10) mean what they mean there.
+`huggingface_hub` downloads and keeps its usual cache, so what `hf download` fetched is found. It continues a download
+whose connection broke with a Range request; after a restart it keeps the files that were complete. `HF_ENDPOINT`,
+`HF_TOKEN` and `HF_HUB_DOWNLOAD_TIMEOUT` (seconds without data; default 10) mean what they mean there.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, RepoFile, constants, get_cached_repo_tree
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils._validators import validate_repo_id
-from huggingface_hub.utils.sha import git_hash
+from huggingface_hub import get_cached_repo_tree
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in an __all__
 
-from lorarep_runtime.errors import (
-    DataLoss,
-    InvalidArgument,
-    NotFound,
-    PermissionDenied,
-    Unavailable,
-)
-from lorarep_runtime.hub.client import AGENT, reporting_bar, translated
-from lorarep_runtime.hub.files import (
-    FILES,
-    LOCAL,
-    PICKLE_SUFFIXES,
-    Kind,
-    check_files,
-    check_links,
-    check_shards,
-    file_digest,
-)
+from lorarep_runtime.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
+from lorarep_runtime.hub.cache import check_contents, known_blobs, remove_abandoned_parts
+from lorarep_runtime.hub.client import download
+from lorarep_runtime.hub.files import Kind, check_files, check_links, check_shards
 from lorarep_runtime.progress import Progress
 
-ABANDONED = 3600.0
-"""Seconds for which nobody has written a part of a download that nobody is still at."""
-
-
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever this huggingface_hub uses
+LOCAL = "local"
+"""The commit of a folder's snapshot."""
 _REVISION = re.compile(r"[^\s~^:?*\[\\\x00-\x1f\x7f/.][^\s~^:?*\[\\\x00-\x1f\x7f]{0,254}")  # git-check-ref-format
 
 
@@ -78,6 +51,7 @@ def fetch(
             `transformers`, any folder that exists.
         revision: branch, tag or commit, resolved once; None is the default branch. A commit that is in the cache is
             served without asking the Hub.
+        kind: the part of the repository that is wanted.
         cache_dir: Hub cache; None is huggingface_hub's default.
         progress: told of bytes downloaded, as stage "download".
 
@@ -90,33 +64,32 @@ def fetch(
         Exhausted: the disk is full.
         Unavailable: the Hub did not answer properly, and the cache does not hold all files.
     """
-    if (
-        os.path.isabs(source)
-        or source.startswith((".", "~"))
-        or (kind != "adapter" and source and os.path.isdir(source))
-    ):
+    is_path = os.path.isabs(source) or source.startswith((".", "~"))
+    if is_path or (kind != "adapter" and source and os.path.isdir(source)):
         return _local(source, revision, kind)
     _check_repository(source)
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise InvalidArgument(f"{revision!r} is not the name of a branch, tag or commit", field="revision")
-    known = _blobs(source, cache_dir)
-    folder = _download(source, revision, kind, cache_dir, progress)
+    remove_abandoned_parts(source, cache_dir)
+    known = known_blobs(source, cache_dir)
+    folder = download(source, revision, kind, cache_dir, progress)
     try:
         tree = get_cached_repo_tree(source, revision=folder.name, cache_dir=cache_dir)
     except CachedRepoTreeNotFoundError as error:
-        # Without the listing nobody can tell a whole snapshot from a partial one.
+        # Without the list nobody can tell a whole snapshot from a partial one.
         raise Unavailable(f"{source}: the hub cannot be reached, and the cache may hold only part of it") from error
     check_files({file.path for file in tree}, kind, source)
-    _check_contents(folder, tree, known)
+    check_contents(folder, tree, known)
     if kind == "base":
         check_shards(folder)
     return Snapshot(folder, source, folder.name)
 
 
 def check_allowed(repository: str, patterns: Sequence[str]) -> None:
-    """Whether a caller may name a repository; asks nobody.
+    """Checks that a caller may name a repository, without any request to the Hub.
 
     Args:
+        repository: its id.
         patterns: shell patterns, in which `*` also stands for a slash; none allows none.
 
     Raises:
@@ -138,6 +111,7 @@ def _check_repository(repository: str) -> None:
 
 
 def _local(source: str, revision: str | None, kind: Kind) -> Snapshot:
+    """The snapshot of a folder, which stays where it is."""
     if revision is not None:
         raise InvalidArgument(f"{revision!r}, but {source!r} is a folder", field="revision")
     folder = Path(os.path.realpath(os.path.expanduser(source)))
@@ -149,64 +123,3 @@ def _local(source: str, revision: str | None, kind: Kind) -> Snapshot:
     if kind == "base":
         check_shards(folder)
     return Snapshot(folder, str(folder), LOCAL)
-
-
-def _blobs(repository: str, cache_dir: Path | None) -> set[str]:
-    """Names of the contents that the cache holds of a repository. Parts that killed processes have left go: the client
-    never takes up another's."""
-    folder = Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
-    for part in folder.glob("*.incomplete"):
-        with suppress(OSError):
-            if time.time() - part.stat().st_mtime > ABANDONED:
-                part.unlink()
-    return {path.name for path in folder.glob("*")}
-
-
-def _check_contents(folder: Path, tree: Sequence[RepoFile], known: Collection[str]) -> None:
-    """Takes out of the cache again what came and is not what the Hub lists. The client compares sizes alone, and those
-    with what the same answer claims."""
-    lost = [file.path for file in tree if (folder / file.path).exists() and not _is_whole(folder, file, known)]
-    for name in lost:
-        path = folder / name
-        if path.is_symlink():
-            (path.parent / path.readlink()).unlink(missing_ok=True)
-        path.unlink()
-    if lost:
-        # The listing may be what was wrong.
-        (folder.parents[1] / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
-        raise DataLoss("what came is not what the hub lists", field=lost[0])
-
-
-def _is_whole(folder: Path, file: RepoFile, known: Collection[str]) -> bool:
-    path = folder / file.path
-    if path.is_symlink() and path.readlink().name in known:
-        return True
-    return git_hash(path.read_bytes()) == file.blob_id if file.lfs is None else file_digest(path) == file.lfs.sha256
-
-
-def _download(
-    repository: str, revision: str | None, kind: Kind, cache_dir: Path | None, progress: Progress | None
-) -> Path:
-    """The folder of the commit, in the cache. It may be partial if the Hub has not listed the commit's files yet."""
-    # The client reads the variable when it is imported; here it may be set later.
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    api = HfApi(endpoint=endpoint, library_name=AGENT)
-
-    def snapshot(**how: Any) -> Path:
-        folder = api.snapshot_download(
-            repository,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=list(FILES[kind]),
-            ignore_patterns=["*/*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)],
-            **how,
-        )
-        return Path(folder)
-
-    try:
-        return snapshot(tqdm_class=reporting_bar(progress))
-    except Exception as error:  # of any class: what the client makes of an answer that makes no sense
-        try:
-            return snapshot(local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise translated(error, repository, revision) from error

@@ -1,1 +1,1 @@
-"""Text to tokens and back."""
+"""Text to tokens, and tokens back to text that can be streamed."""

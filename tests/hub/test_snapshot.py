@@ -25,10 +25,9 @@ from lorarep_runtime.errors import (
     PermissionDenied,
     Unavailable,
 )
-from lorarep_runtime.hub import files
-from lorarep_runtime.hub import snapshot as runtime_hub
-from lorarep_runtime.hub.files import LOCAL, file_digest
-from lorarep_runtime.hub.snapshot import Snapshot, check_allowed
+from lorarep_runtime.hub import cache, files, snapshot
+from lorarep_runtime.hub.files import file_digest
+from lorarep_runtime.hub.snapshot import LOCAL, Snapshot, check_allowed
 from tests.support.hub_faults import FaultyHub
 
 ADAPTER = {
@@ -79,7 +78,7 @@ def fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Snap
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
 
     def fetch(source: str = REPOSITORY, revision: str | None = None, kind: Any = "adapter", **how: Any) -> Snapshot:
-        return runtime_hub.fetch(source, revision, kind=kind, cache_dir=tmp_path / "cache", **how)
+        return snapshot.fetch(source, revision, kind=kind, cache_dir=tmp_path / "cache", **how)
 
     return fetch
 
@@ -436,7 +435,7 @@ def test_digest_is_sha256_of_the_file(size: int, tmp_path: Path, monkeypatch: py
 def test_parts_that_killed_processes_left_go_in_time(publish, fetch) -> None:
     publish(ADAPTER)
     blobs = fetch().folder.parents[1] / "blobs"
-    for name, age in (("old.incomplete", 2 * runtime_hub.ABANDONED), ("new.incomplete", 0)):
+    for name, age in (("old.incomplete", 2 * cache.ABANDONED_SECONDS), ("new.incomplete", 0)):
         (blobs / name).write_bytes(b"part")
         os.utime(blobs / name, (time.time() - age,) * 2)
     fetch()

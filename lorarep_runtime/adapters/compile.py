@@ -1,11 +1,11 @@
-"""An adapter's file, compiled into the one form that kernels know:
+"""Compiles an adapter's weights file into the one form that kernels read:
 
     y = c ⊙ (W x) + B (A x) + b
 
-LoRA (Hu et al., 2021) has no c; DoRA (Liu et al., 2024) has c = m / ‖W + s·B·A‖ by row, taken once, here.
+LoRA (Hu et al., 2021) has no c; DoRA (Liu et al., 2024) has c = m / ‖W + s·B·A‖ by row, which is computed once, here.
 
-A module's entries at many positions are mostly alike and at equal distances in the file. So each such run is read,
-computed and written as one tensor: loads go on beside streams, which wait for the interpreter.
+One module's entries at many positions are mostly alike and at equal distances in the file. Each such run is read,
+computed and written as one tensor. That takes few Python operations, for each of which streams wait (Python's GIL).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from lorarep_runtime.model.compiled_adapter import (
     Adapter,
     Block,
     Form,
-    Key,
     Layout,
     adapter_of,
     allocate,
@@ -41,25 +40,31 @@ from lorarep_runtime.model.compiled_adapter import (
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 
-MOST_ELEMENTS = 5 << 17
-"""Of a tensor of a run, so that computing with it takes little memory."""
+MAX_RUN_ELEMENTS = 5 << 17
+"""Most elements of a run's largest tensor, so that computing with it takes little memory."""
 
 
 class _Place(NamedTuple):
-    """Where a file has an entry's tensors, each as `Form.tensors` lists them."""
+    """Where a file has the tensors of one entry, in the order of `Form.tensors`."""
 
     scale: float
+    """Factor of B A x."""
     dtypes: tuple[torch.dtype, ...]
     starts: tuple[int, ...]
-    """Bytes."""
+    """Offset of each tensor's first byte in the file."""
 
 
 def _runs(places: Sequence[_Place], most: int) -> Iterator[range]:
-    """Parts of a block that are alike and at equal distances in the file, of so many entries at most."""
-    steps = [tuple(map(sub, b.starts, a.starts)) for a, b in pairwise(places)]
+    """Runs of entries that are alike and at equal distances in the file.
+
+    Args:
+        places: of a block's entries.
+        most: most entries of a run.
+    """
+    distances = [tuple(map(sub, b.starts, a.starts)) for a, b in pairwise(places)]
     begin = 0
-    for end, step in enumerate(steps, 1):
-        alike = places[end][:2] == places[begin][:2] and step == steps[begin] and min(step) > 0
+    for end, distance in enumerate(distances, 1):
+        alike = places[end][:2] == places[begin][:2] and distance == distances[begin] and min(distance) > 0
         if not alike or end - begin == most:
             yield range(begin, end)
             begin = end
@@ -67,18 +72,18 @@ def _runs(places: Sequence[_Place], most: int) -> Iterator[range]:
 
 
 def _read(data: Tensor, places: Sequence[_Place], kind: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """fp32 (entries, *shape), one kind of a run's tensors. data: the file's bytes."""
+    """Reads one kind of a run's tensors from the file's bytes: fp32 (entries, *shape), on the device."""
     dtype, start = places[0].dtypes[kind], places[0].starts[kind]
     size = math.prod(shape) * dtype.itemsize
-    step = places[1].starts[kind] - start if len(places) > 1 else size
-    there = torch.empty(len(places), size, dtype=torch.uint8, device=device)
-    there.copy_(data.as_strided(there.shape, (step, 1), start))
+    distance = places[1].starts[kind] - start if len(places) > 1 else size
+    read = torch.empty(len(places), size, dtype=torch.uint8, device=device)
+    read.copy_(data.as_strided(read.shape, (distance, 1), start))
     give_way()
-    return there.view(dtype).view(-1, *shape).float()
+    return read.view(dtype).view(-1, *shape).float()
 
 
 def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
-    """The bytes of a checked file, and where each tensor begins."""
+    """The bytes of a checked file, mapped into memory, and the offset of each tensor's first byte."""
     sizes = [math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in header.values()]
     try:
         with file.open("rb") as opened:
@@ -98,14 +103,15 @@ NormTerms = Callable[[Sequence[int], str, Tensor], tuple[Tensor, Tensor]]
 def load_kernels(
     norm_terms: NormTerms, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Has the kernels that compile adapters loaded, for which the device stands still: before others stream.
+    """Loads the device kernels that compilation uses, before any request runs: the device stands still meanwhile.
 
-    A library's are those for a rank of 8, of runs of one entry, of two that share a layer and of the most; others may
-    take others.
+    Libraries choose kernels by shape. These are the ones for rank 8, for runs of one entry, of two that share a layer,
+    and of the most entries; other ranks may load others later.
 
     Args:
+        norm_terms: `Base.norm_terms`.
         shapes: (out, in) of each linear module of a layer.
-        dtype: of the activations.
+        dtype, device: of the activations.
     """
     for module, shape in shapes.items():
         form = Form(8, shape, has_c=True, has_bias=False)
@@ -122,12 +128,12 @@ def load_kernels(
 
 
 def _most_entries(form: Form) -> int:
-    """Of a run."""
-    return max(1, MOST_ELEMENTS // max(math.prod(shape) for _, shape in form.tensors))
+    """Most entries of a run, for entries of a form."""
+    return max(1, MAX_RUN_ELEMENTS // max(math.prod(shape) for _, shape in form.tensors))
 
 
 def _is_finite(storage: Tensor) -> bool:
-    return all(extreme.isfinite() for extreme in storage.aminmax())  # NaN is both
+    return all(extreme.isfinite() for extreme in storage.aminmax())  # a NaN is minimum and maximum
 
 
 def _compile_run(
@@ -137,12 +143,14 @@ def _compile_run(
     to: Entry,
     norm_terms: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> None:
-    """Reads the entries of a run, computes them in fp32 and writes them, cast.
+    """Reads the entries of a run, computes them in fp32, and writes them in the activations' dtype.
 
     Args:
         data: the file's bytes.
-        to: all of them, along a first dimension.
-        norm_terms: of the layers that they are at, from their A.
+        places: where these hold the entries.
+        form: of each entry.
+        to: where to write; the entries lie along a first dimension.
+        norm_terms: `Base.norm_terms` of the layers that the entries are at, as a function of their A.
     """
     give_way()
     a, b, *rest = (_read(data, places, i, shape, to.A.device) for i, (_, shape) in enumerate(form.tensors))
@@ -152,7 +160,7 @@ def _compile_run(
         squares, products = norm_terms(a)
         give_way()
         b *= scale
-        # (n, out, ranks), by rows of B: dora.py
+        # (entries, out, rank); ‖W + s·B·A‖² by row is ‖W‖² + 2·W·(s·B·A)ᵀ + ‖s·B·A‖².
         change = products.mT.mul_(2).add_(b @ (a @ a.mT)).mul_(b)
         c = rest.pop().div_(squares.add_(change.sum(2)).sqrt_())
         give_way()
@@ -167,7 +175,7 @@ def _compile_run(
 
 def compile_adapter(
     file: Path,
-    spec: AdapterConfig,
+    config: AdapterConfig,
     header: Header,
     layout: Layout,
     stack: Stack,
@@ -179,55 +187,52 @@ def compile_adapter(
     device: torch.device,
     progress: Progress | None = None,
 ) -> Adapter:
-    """Reads a checked file and computes each entry in fp32, then casts it.
+    """Reads a checked file, computes each entry in fp32 and casts it.
 
     Args:
-        header, layout: as `read_header` and `check` gave them for this file.
-        prefix: as for `check`.
+        file: the adapter's weights, in the safetensors format.
+        config: the adapter's.
+        header, layout: as `read_header` and `checked_layout` gave them for this file.
+        stack: the layers that the file's layer numbers count.
+        prefix: path of the list of layers, such as "model.layers".
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
-        norm_terms: for DoRA's norms.
+        norm_terms: `Base.norm_terms`, for DoRA's norms.
         dtype, device: of the activations.
         progress: told of entries, as stage "compile".
 
     Raises:
-        FailedPrecondition: a tensor holds NaN or infinity, or does in `dtype`.
+        FailedPrecondition: a tensor holds NaN or infinity, or its values do in `dtype`.
         DataLoss: the file cannot be read.
     """
     give_way()
     data, starts = _mapped(file, header)
-
-    def path(key: Key) -> str:
-        return f"{prefix}.{key[0]}.{key[1]}"
-
-    def place(key: Key) -> _Place:
-        names = [tensor_name(path(key), kind) for kind, _ in layout[key].tensors]
-        dtypes = tuple(DTYPES[header[name].dtype] for name in names)
-        return _Place(spec.scaling(path(key)), dtypes, tuple(starts[name] for name in names))
-
-    places = {key: place(key) for key in giving_way(layout)}
+    paths = {key: f"{prefix}.{key[0]}.{key[1]}" for key in layout}
+    places = {key: _place(paths[key], form, config, header, starts) for key, form in giving_way(layout.items())}
     blocks = blocks_of(layout, sorted(layout, key=lambda key: places[key].starts))
     storage = allocate(blocks, dtype, device)
     done = 0
-
-    def tell(entries: int) -> None:
-        nonlocal done
-        done += entries
-        if progress is not None:
-            progress("compile", done, len(layout))
-
     for block in blocks:
         whole = block.entries(storage)
         found = [places[position, block.module] for position in block.positions]
         for run in _runs(found, _most_entries(block.form)):
-            here = slice(run.start, run.stop)
-            layers = [stack[position] for position in block.positions[here]]
-            to = Entry._make(None if views is None else views[here] for views in whole)
-            _compile_run(data, found[here], block.form, to, partial(norm_terms, layers, block.module))
-            tell(len(run))
+            part = slice(run.start, run.stop)
+            layers = [stack[position] for position in block.positions[part]]
+            to = Entry._make(None if views is None else views[part] for views in whole)
+            _compile_run(data, found[part], block.form, to, partial(norm_terms, layers, block.module))
+            done += len(run)
+            if progress is not None:
+                progress("compile", done, len(layout))
     give_way()
     if not _is_finite(storage):
         entries = entries_of(storage, blocks)
         bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
-        raise FailedPrecondition(f"holds NaN or infinity, or does in {dtype}", field=f"{FILE_PREFIX}{path(bad)}")
+        raise FailedPrecondition(f"holds NaN or infinity, or does in {dtype}", field=f"{FILE_PREFIX}{paths[bad]}")
     give_way()
     return adapter_of(stack, storage, blocks, modules, file_parameters(layout))
+
+
+def _place(path: str, form: Form, config: AdapterConfig, header: Header, starts: Mapping[str, int]) -> _Place:
+    """Where a file has the entry of the module at a path; starts: offset of each tensor of the file."""
+    names = [tensor_name(path, kind) for kind, _ in form.tensors]
+    dtypes = tuple(DTYPES[header[name].dtype] for name in names)
+    return _Place(config.scaling(path), dtypes, tuple(starts[name] for name in names))

@@ -1,4 +1,4 @@
-"""Which adapters make room for others: pure functions over plain values."""
+"""The order in which adapters make room for others: pure functions over plain values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def choose(evictables: Iterable[Evictable[T]], missing: int) -> Sequence[T] | No
     """The first in order that together give back so many bytes.
 
     Args:
-        missing: bytes that are wanted beyond what is free; zero or less needs nobody to go.
+        missing: bytes that are wanted beyond what is free; zero or less means that none has to go.
 
     Returns:
         Those to go, in order; None if all together are too small.

@@ -1,4 +1,4 @@
-"""What an adapter's file says of itself, and whether it is what its config promises: by the header alone."""
+"""The header of an adapter's weights file: read without the weights, and compared with the adapter's config."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from lorarep_runtime.model.compiled_adapter import Form, Key, Layout
 from lorarep_runtime.model.stack import Stack
 
 FILE_PREFIX = "base_model.model."
-"""What PEFT puts before a module's path."""
+"""PEFT puts it before the path of each module."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of weights, by their names in safetensors files."""
 
-OPENING = 0.003
-"""Seconds for which the library keeps the interpreter when it opens a file of a thousand tensors."""
+OPENING_SECONDS = 0.003
+"""Time for which safetensors keeps Python's GIL when it opens a file of a thousand tensors."""
 KNOWN, KNOWN_BYTES = 16, 1 << 20
-"""Headers that are remembered, since adapters of one recipe have the same; and how many bytes each has at most."""
+"""Number of headers that are remembered, and most bytes of each. Adapters of one recipe have equal headers."""
 
 
 class TensorInfo(NamedTuple):
-    """What a safetensors header says of a tensor."""
+    """One tensor's entry in a safetensors header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -42,12 +43,12 @@ Header = Mapping[str, TensorInfo]
 
 
 def read_header(file: Path) -> Header:
-    """The tensors of a safetensors file; reads its header alone.
+    """The tensors of a safetensors file, without their weights.
 
-    https://huggingface.co/docs/safetensors: the library checks the header and that it covers the file exactly.
+    The library checks the header, and that it covers the file exactly (https://huggingface.co/docs/safetensors).
 
     Raises:
-        DataLoss: the file is corrupt or truncated, or becomes another one meanwhile.
+        DataLoss: the file is corrupt or truncated, or is replaced while it is read.
     """
     try:
         start = _Start.of(file)
@@ -58,14 +59,14 @@ def read_header(file: Path) -> Header:
 
 @dataclass(frozen=True)
 class _Start:
-    """All that a header is taken from."""
+    """The beginning of a file, by which a remembered header is found again."""
 
     length: int
-    """Of the header, in bytes."""
+    """Bytes of the header."""
     digest: bytes
-    """Its own."""
+    """SHA-256 of the header."""
     size: int
-    """The file's."""
+    """Bytes of the file."""
     file: Path = field(compare=False)
 
     @classmethod
@@ -78,30 +79,32 @@ class _Start:
 
 @lru_cache(KNOWN)
 def _header(start: _Start) -> Header:
-    give_way(OPENING)
+    give_way(OPENING_SECONDS)
     with safe_open(start.file, framework="pt") as opened:
         header: dict[str, TensorInfo] = {}
         infos: dict[TensorInfo, TensorInfo] = {}
         for name in giving_way(opened.offset_keys()):
             piece = opened.get_slice(name)
             info = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
-            header[name] = infos.setdefault(info, info)  # few differ, and the garbage collector looks at all there are
-    if _Start.of(start.file) != start:  # the library has opened the path anew
+            header[name] = infos.setdefault(info, info)  # few differ; the garbage collector visits every object
+    if _Start.of(start.file) != start:  # the library opened the path a second time
         raise DataLoss("is not what it was a moment ago", field=start.file.name)
     return header
 
 
-def check(
-    spec: AdapterConfig,
+def checked_layout(
+    config: AdapterConfig,
     header: Header,
     stack: Stack,
     modules: Mapping[str, tuple[int, int]],
     prefix: str,
 ) -> Layout:
-    """Compares what the config promises with what the file holds.
+    """The layout of an adapter, once its file holds exactly the tensors that its config promises.
 
     Args:
-        stack: that the file's layer numbers count.
+        config: the adapter's.
+        header: of its weights file.
+        stack: the layers that the file's layer numbers count.
         modules: (out, in) of the linear modules of every layer.
         prefix: path of the list of layers, such as "model.layers".
 
@@ -113,8 +116,8 @@ def check(
     expected: dict[str, tuple[int, ...]] = {}
     for position, (module, matrix) in giving_way(product(range(len(stack)), modules.items())):
         path = f"{prefix}.{position}.{module}"
-        if spec.targets(path):
-            layout[position, module] = form = Form(spec.rank(path), matrix, spec.use_dora, spec.lora_bias)
+        if config.targets(path):
+            layout[position, module] = form = Form(config.rank(path), matrix, config.use_dora, config.lora_bias)
             for kind, shape in form.tensors:
                 expected[tensor_name(path, kind)] = shape
     if surplus := sorted(header.keys() - expected.keys()):
@@ -132,5 +135,5 @@ def check(
 
 
 def tensor_name(path: str, kind: str) -> str:
-    """Of a module's tensor, in a file."""
+    """The name of a module's tensor in a weights file; kind: as in `Form.tensors`."""
     return f"{FILE_PREFIX}{path}.{kind}"

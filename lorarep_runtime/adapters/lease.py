@@ -45,7 +45,7 @@ class Lease:
 
     @property
     def has_claim(self) -> bool:
-        """Whether device memory is reserved for the adapter, loaded or not."""
+        """Whether the last claim was READY or LOADING; never for the stack without adapters."""
         return self._hold is not None and self._hold.has_claim
 
     def claim(self) -> Claim:

@@ -71,7 +71,7 @@ class Mix(Resident):
 
 
 class Mixes:
-    """The mixes that requests hold, and those that new requests can find. Thread-safe.
+    """The mixes that new requests can find. Thread-safe.
 
     Args:
         residency: keeps the mixes in memory.
@@ -97,23 +97,32 @@ class Mixes:
                 self._drop_idle()
             return hold
 
+    def prune(self) -> None:
+        """Drops the mixes of which a part has lost its name. Requests that hold one finish on it."""
+        with self._residency.changed:
+            self._mixes = {key: mix for key, mix in self._mixes.items() if mix.is_findable}
+
     def _drop_idle(self) -> None:
         """Keeps the latest idle mixes only: callers choose weights at will, and each choice is another mix."""
-        idle = sorted((mix for mix in self._mixes.values() if not mix.leases), key=lambda x: (x.is_findable, x.used))
+        idle = sorted((mix for mix in self._mixes.values() if not mix.leases), key=lambda mix: mix.used)
         for mix in idle[:-MAX_IDLE_MIXES]:
             self._residency.retire(self._mixes.pop(mix.parts))
 
     def held_parts(self) -> set[Revision]:
-        """The revisions that are part of mixes that requests hold."""
+        """The revisions that are part of a mix which requests hold."""
         with self._residency.changed:
             return {part for mix in self._mixes.values() if mix.leases for part, _ in mix.parts}
 
 
 def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:
-    """Several adapters of one stack as one, each adapter's change to the output times its weight.
+    """Mixes several adapters of one stack into one; each adapter's change to the output is multiplied by its weight.
 
-    With weights of 1 this is what PEFT computes with several active adapters, and what it merges them to: they act one
-    after the other, so that DoRA's c scales the output as the adapters before it leave it.
+    With weights of 1 the result equals PEFT's with several active adapters, merged or not: they act one after the
+    other, so that DoRA's c scales the output of the adapters before it.
+
+    Args:
+        parts: the adapters, in the order in which they act, and their weights.
+        modules: all linear modules of a layer, in the order of their numbers in entry tables.
     """
     sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
     for adapter, share in parts:
@@ -135,7 +144,7 @@ def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str])
         give_way()
         entry = entries[key]
         torch.cat([part.A for part, _ in found], out=entry.A)
-        # In fp32, and cast once: c, and what each part adds, scaled by the c of all parts after it.
+        # In fp32, and cast once: c, and the change of each part, scaled by the c of all parts after it.
         after, columns = torch.ones(entry.B.shape[0], device=storage.device), entry.B.shape[1]
         bias = torch.zeros_like(after)
         for part, share in reversed(found):

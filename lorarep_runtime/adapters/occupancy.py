@@ -1,4 +1,4 @@
-"""How many bytes adapters take of device and host memory, and who has to go so that others fit."""
+"""The bytes that adapters take of device and host memory, and the adapters that have to go so that others fit."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Occupancy:
         self._reservations.add(reservation)
         return reservation
 
-    def end(self, reservation: Reservation) -> None:
+    def release(self, reservation: Reservation) -> None:
         """Ends a reservation: its load has arrived or failed."""
         self._reservations.remove(reservation)
 
@@ -115,7 +115,7 @@ class Occupancy:
     def reserve_host(self, adapter: Adapter) -> int:
         """Reserves host memory for a copy of an adapter, for which older copies go.
 
-        Copies of what is on the device go first, then the lowest priority and the least recently used.
+        Copies of adapters that are on the device go first, then the lowest priority and the least recently used.
 
         Returns:
             Bytes; 0 if there is no room.
@@ -136,6 +136,6 @@ class Occupancy:
         self._reserved_host_bytes += size
         return size
 
-    def end_host(self, size: int) -> None:
+    def release_host(self, size: int) -> None:
         """Ends a reservation of host memory: the copy has been made or has failed."""
         self._reserved_host_bytes -= size

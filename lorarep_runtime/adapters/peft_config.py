@@ -38,14 +38,14 @@ NO_EFFECT = {
     "revision",
     "runtime_config",
 }
-"""Fields of training, and details of features that other fields turn on."""
+"""Fields that matter for training alone, or that detail a feature which another field turns on."""
 EXPECTED: Mapping[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base's own weights
 }
-"""Fields that have to have one of some values."""
+"""Fields whose value has to be one of these."""
 CONSUMED = {
     "alpha_pattern",
     "layer_replication",
@@ -59,28 +59,30 @@ CONSUMED = {
     "use_dora",
     "use_rslora",
 }
+"""Fields that `AdapterConfig` keeps."""
 ALL_LINEAR = "all-linear"
+"""The value of `target_modules` that stands for every linear module."""
 _PLAIN = re.compile(r"[\w.]*")
 _BRACES = re.compile(r"\{[^{}]*\}")
 MAX_PATTERNS = 8192
-"""Names and patterns in one field."""
+"""Most names or patterns in one field."""
 MAX_REPEATED = 100_000
-"""Characters that the repeats of one field's patterns add when they are written out, as `regex` does to compile them: a
-few nested ones would take all memory there is."""
+"""Most characters that the repeats of one field's patterns add when they are written out. `regex` writes them out to
+compile a pattern, so that a few nested repeats could take all memory."""
 MATCHING_SECONDS = 10.0
-"""For all matches of one adapter's patterns."""
+"""Time limit for all matches of one adapter's patterns."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter's config says, as far as it matters at inference."""
+    """The fields of an adapter's config that matter at inference, named as in PEFT's LoraConfig."""
 
     r: int
     lora_alpha: float
     target_modules: str | tuple[str, ...]
-    """A regular expression for whole paths, or names that paths end in."""
+    """A regular expression that matches whole paths of modules, or the names that such paths end in."""
     layers_to_transform: tuple[int, ...]
-    """Positions; empty is all."""
+    """Positions that are adapted; empty means all."""
     layers_pattern: tuple[str, ...]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
@@ -98,27 +100,20 @@ class AdapterConfig:
 
         Args:
             raw: the JSON object of `adapter_config.json`.
+            limits: what an adapter may ask for.
 
         Raises:
             InvalidArgument: a value is malformed or over a limit.
-            FailedPrecondition: a field asks for what cannot be served exactly.
+            FailedPrecondition: a field asks for something that cannot be served exactly.
         """
-        for field, value in raw.items():
-            if field in EXPECTED:
-                # True equals 1: the types have to be the same as well.
-                if not any(value == known and type(value) is type(known) for known in EXPECTED[field]):
-                    raise FailedPrecondition(f"{shown(value)} is not supported; {EXPECTED[field]} are", field=field)
-            elif field not in CONSUMED | NO_EFFECT and value not in (None, False, [], {}):
-                raise FailedPrecondition(f"is not supported, and is {shown(value)}", field=field)
-        if "peft_type" not in raw:
-            raise InvalidArgument("is missing", field="peft_type")
+        _check_supported(raw)
         targets = raw.get("target_modules")
         layers = raw.get("layers_to_transform")
         if isinstance(targets, str) and layers is not None:
             raise InvalidArgument(
                 "goes with a list of target_modules, not with an expression", field="layers_to_transform"
             )
-        spec = cls(
+        config = cls(
             r=_integer("r", raw.get("r", 8), 1, limits.max_rank),
             lora_alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
             target_modules=targets if isinstance(targets, str) else _strings("target_modules", targets),
@@ -143,18 +138,21 @@ class AdapterConfig:
         )
         _check_expressions("target_modules", [targets] if isinstance(targets, str) else [])
         for field in ("layers_pattern", "rank_pattern", "alpha_pattern"):
-            _check_expressions(field, getattr(spec, field))
-        if not spec.target_modules:
+            _check_expressions(field, getattr(config, field))
+        if not config.target_modules:
             raise InvalidArgument("names no module", field="target_modules")
-        if spec.use_dora and spec.lora_bias:
+        if config.use_dora and config.lora_bias:
             raise InvalidArgument("does not go with use_dora", field="lora_bias")
-        return spec
+        return config
 
     def stack(self, layers: int) -> Stack:
-        """The stack that the adapter was trained on, over a base that has so many layers.
+        """The stack that the adapter was trained on.
+
+        Args:
+            layers: number of layers of the base.
 
         Raises:
-            InvalidArgument: its ranges leave the base or are over the limit of positions.
+            InvalidArgument: the ranges leave the base or are over the limit of positions.
         """
         if self.layer_replication is None:
             return tuple(range(layers))
@@ -169,7 +167,7 @@ class AdapterConfig:
         names = self.target_modules
         if isinstance(names, str):
             return names.lower() == ALL_LINEAR or self._match("target_modules", names, path, whole=True) is not None
-        if path in names:  # as PEFT: layers_to_transform selects among those that end in a name
+        if path in names:  # as in PEFT, where layers_to_transform selects among paths that end in a name
             return True
         if not any(path.endswith(f".{name}") for name in names):
             return False
@@ -183,12 +181,12 @@ class AdapterConfig:
         return False
 
     def rank(self, path: str) -> int:
-        """r of the module at a path."""
+        """The rank r of the module at a path."""
         key = self._first("rank_pattern", self.rank_pattern, path)
         return self.r if key is None else self.rank_pattern[key]
 
     def scaling(self, path: str) -> float:
-        """What B A x is multiplied with: alpha/r (Hu et al., 2021), or alpha/√r (Kalajdzievski, 2023)."""
+        """The factor of B A x at a path: alpha/r (Hu et al., 2021), or alpha/√r (Kalajdzievski, 2023)."""
         key = self._first("alpha_pattern", self.alpha_pattern, path)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(path)
@@ -201,7 +199,7 @@ class AdapterConfig:
     def _match(self, field: str, pattern: str, path: str, *, whole: bool = False) -> regex.Match[str] | None:
         match = regex.fullmatch if whole else regex.match
         try:
-            # Concurrent: lets other threads run meanwhile.
+            # `concurrent` lets other threads run meanwhile.
             return match(pattern, path, timeout=max(self.deadline - time.monotonic(), 1e-3), concurrent=True)
         except TimeoutError as error:
             raise InvalidArgument(f"its patterns take over {MATCHING_SECONDS} s to match", field=field) from error
@@ -209,10 +207,23 @@ class AdapterConfig:
             raise InvalidArgument(f"{shown(pattern)} is not a regular expression: {error}", field=field) from error
 
 
+def _check_supported(raw: Mapping[str, Any]) -> None:
+    """Refuses a config whose fields, or their values, ask for something unknown."""
+    for field, value in raw.items():
+        if field in EXPECTED:
+            # The types have to be equal as well: True == 1.
+            if not any(value == known and type(value) is type(known) for known in EXPECTED[field]):
+                raise FailedPrecondition(f"{shown(value)} is not supported; {EXPECTED[field]} are", field=field)
+        elif field not in CONSUMED | NO_EFFECT and value not in (None, False, [], {}):
+            raise FailedPrecondition(f"is not supported, and is {shown(value)}", field=field)
+    if "peft_type" not in raw:
+        raise InvalidArgument("is missing", field="peft_type")
+
+
 def _ranges(value: Any, max_positions: int) -> tuple[tuple[int, int], ...] | None:
     if not value and not isinstance(value, bool | int):
         return None
-    # Over a base without end: what is wrong on any base is found before one is looked at.
+    # Checked over a base of any size: ranges that are wrong on every base are refused without one.
     stack_from_ranges(value, 2**31, max_positions=max_positions)
     return tuple((start, end) for start, end in value)
 
@@ -228,28 +239,30 @@ def _strings(field: str, value: Any) -> tuple[str, ...]:
     for item in items:
         if not isinstance(item, str) or not item:
             raise InvalidArgument(f"{shown(item)} is not a name", field=field)
-    _few(field, items)
+    _check_count(field, items)
     return tuple(items)
 
 
 def _mapping(field: str, value: Any) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise InvalidArgument(f"{shown(value)} is not an object", field=field)
-    _few(field, value or {})
+    _check_count(field, value or {})
     return value or {}
 
 
-def _few(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:
+def _check_count(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:
     if len(items) > MAX_PATTERNS:
         raise InvalidArgument(f"{len(items)} entries are over the limit of {MAX_PATTERNS}", field=field)
 
 
 def _check_expressions(field: str, patterns: Iterable[str]) -> None:
-    """Refuses what would take all memory there is: repeats within repeats; and recursion, which PEFT's own `re` does
-    not know, as it knows none of `regex`'s extensions."""
+    """Refuses patterns that would take all memory to compile, and patterns that PEFT's own `re` does not know.
+
+    Repeats within repeats take memory; recursion and other extensions of `regex` are unknown to `re`.
+    """
     added = 0
     for pattern in patterns:
-        # As if each repeat were within the one before. Braces that are none cost nothing but a limit that is lower.
+        # Counted as if each repeat were nested in the one before. Braces that are no repeats only lower the limit.
         times = 1
         for brace in _BRACES.findall(pattern):
             count = max(map(int, re.findall(r"[0-9]{1,9}", brace)), default=1)
@@ -285,7 +298,7 @@ def _boolean(field: str, value: Any) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidArgument for what cannot be an adapter's name."""
+    """Checks that a text can be an adapter's name. Raises InvalidArgument."""
     if not name or len(name) > MAX_NAME or name != name.strip() or "," in name or not name.isprintable():
         raise InvalidArgument(
             f"{name!r} is not 1 to {MAX_NAME} printable characters without commas or edge spaces", field="name"

@@ -159,6 +159,7 @@ class AdapterRegistry:
             self._named[item.name] = item
             self.residency.set_policy(item, pinned=pinned, priority=priority)
             self.residency.publish(item, instead_of=before)
+            self._mixes.prune()
 
     def unload(self, name: str) -> None:
         """Takes the name away; requests that hold the adapter finish on it, then its memory is freed.
@@ -171,6 +172,7 @@ class AdapterRegistry:
             if item is None:
                 raise NotFound(f"{name!r} is not loaded", field="adapter")
             self.residency.retire(item)
+            self._mixes.prune()
 
     # What there is.
 

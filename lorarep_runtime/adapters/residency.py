@@ -39,7 +39,7 @@ class Claim(enum.Enum):
     READY = enum.auto()
     """The adapter is on the device, and stays there for the request."""
     LOADING = enum.auto()
-    """Device memory is reserved for it; a thread brings it."""
+    """A thread loads it, or still moves it out of the device; the request claims it again when that has ended."""
     NO_MEMORY = enum.auto()
     """Running requests, and adapters that are loaded for others, use all device memory."""
 
@@ -50,7 +50,7 @@ class Hold(Generic[R]):
     def __init__(self, residency: Residency, item: R) -> None:
         self.item = item
         self.has_claim = False
-        """Whether device memory is reserved for it, loaded or not."""
+        """Whether the last claim was READY or LOADING."""
         self._residency = residency
         self._is_computing = False
         self._load: Future[None] | None = None
@@ -129,7 +129,7 @@ class Hold(Generic[R]):
 
 
 class Residency:
-    """Who is in which memory, and who makes room. Thread-safe.
+    """Loads adapters, moves them between memories, and makes room for those that requests claim. Thread-safe.
 
     Args:
         device: where adapters are computed with.
@@ -142,12 +142,12 @@ class Residency:
         self.evictions = 0
         """Number of adapters that left the device for others."""
         self.ended_uses = 0
-        """Number of requests that have ended after they computed with an adapter."""
+        """Number of holds that have ended while their adapter was in use; each may have freed device memory."""
         self.version = 0
         """Changes whenever there may be more room than before."""
         self._limits = limits
         self._transfers = Transfers(device)
-        self._occupancy = Occupancy(limits, self._transfers.host_bytes)
+        self._occupancy = Occupancy(limits, self._transfers.host_size)
         self._tick = 0
         self._listeners: list[Callable[[], None]] = []
 
@@ -305,9 +305,9 @@ class Residency:
         bring: Callable[[], Adapter | BaseException],
     ) -> None:
         result = bring()
-        # The state and the load's result change in one moment: whoever has the lock sees both or neither.
+        # The state and the load's result change under one lock: no thread sees one without the other.
         with self.changed:
-            self._occupancy.end(reservation)
+            self._occupancy.release(reservation)
             if isinstance(result, Adapter) and item.is_wanted:
                 item.arrive(result)
                 self._touch(item)
@@ -332,7 +332,8 @@ class Residency:
     ) -> Adapter | BaseException:
         """An item's adapter in device memory, once its victims have left; or why it cannot be there.
 
-        An exception that this raised would keep the frame alive that stores it, and with it what the load allocated.
+        It is returned, not raised: a caller that stored it would be part of its traceback, and such a circle keeps the
+        memory of a failed load until Python's garbage collector finds it.
         """
         try:
             for victim in victims:
@@ -352,7 +353,7 @@ class Residency:
         except Exception as failure:
             log.exception("an adapter could not be brought to the device")
             return _engine_failure(failure)
-        except BaseException as panic:  # libraries in Rust panic with what is no Exception
+        except BaseException as panic:  # a panic of a library in Rust is no Exception
             return panic
 
     def _next_victim(self, item: Resident, for_claim: bool, cause: Exception) -> Resident:
@@ -375,7 +376,7 @@ class Residency:
                 reserved = self._occupancy.reserve_host(adapter)
             copy = self._transfers.to_host(adapter) if reserved else None
         with self.changed:
-            self._occupancy.end_host(reserved)
+            self._occupancy.release_host(reserved)
             item.leave(copy)
             self._occupancy.update(item)
             if reservation is not None:

@@ -57,7 +57,7 @@ class Transfers:
             log.exception("no copy of an adapter in host memory")
             return None
 
-    def host_bytes(self, adapter: Adapter) -> int:
+    def host_size(self, adapter: Adapter) -> int:
         """Host memory of an adapter's copy. PyTorch pins memory in powers of two (CachingHostAllocator)."""
         size = adapter.storage.nbytes
         return next_power_of_two(size) if self._device.type == "cuda" else size

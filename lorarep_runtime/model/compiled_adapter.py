@@ -1,4 +1,4 @@
-"""An adapter's one compiled form in memory, which all kernels read."""
+"""The compiled form of an adapter: entries in one piece of memory, in the layout that all kernels read."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from lorarep_runtime.kernels.entry_table import Entry, entry_table
 from lorarep_runtime.model.stack import Stack
 
 Key = tuple[int, str]
-"""Position, and path of a linear module inside its layer, such as "self_attn.q_proj"."""
+"""A position in the stack, and the path of a linear module inside its layer, such as "self_attn.q_proj"."""
 
 
 class Form(NamedTuple):
-    """What there is of one module at one position."""
+    """Shape and parts of one entry: an adapter's matrices for one module at one position."""
 
     rank: int
     shape: tuple[int, int]
-    """(out, in)"""
+    """(out, in) of the base's weight."""
     has_c: bool
+    """Whether it scales the output, as DoRA does."""
     has_bias: bool
 
     @property
     def pieces(self) -> Sequence[tuple[int, ...]]:
-        """Shapes of what an entry holds in memory: A, Bᵀ, c, bias."""
+        """Shapes of an entry's tensors in memory: A, Bᵀ, c, bias."""
         out, into = self.shape
         return (self.rank, into), (self.rank, out), *[(out,)] * (self.has_c + self.has_bias)
 
     @property
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Kinds and shapes of what a file holds of it."""
+        """Kinds and shapes of an entry's tensors in a file."""
         out, into = self.shape
         yield "lora_A.weight", (self.rank, into)
         yield "lora_B.weight", (out, self.rank)
@@ -50,24 +51,24 @@ class Form(NamedTuple):
 
 
 Layout = Mapping[Key, Form]
-"""All that an adapter consists of."""
+"""All entries of an adapter."""
 
 
 ALIGNMENT = 64
-"""Elements; every matrix begins at a multiple, so that a kernel can load it in whole cache lines."""
+"""Elements of which every tensor's start is a multiple, so that kernels load it in whole cache lines."""
 
 
 class Block(NamedTuple):
-    """Entries of one module that are alike, side by side in memory: the A of all of them, then each Bᵀ, c and bias."""
+    """Entries of one module with equal forms, side by side in memory: A of all entries, then Bᵀ, c and bias of all."""
 
     module: str
     positions: Sequence[int]
     form: Form
     start: int
-    """Element of the storage."""
+    """Its first element in the storage."""
 
     def entries(self, storage: Tensor) -> Entry:
-        """All of them as one, along a first dimension."""
+        """All entries as one: views of the storage with the entries along a first dimension."""
         views, at = [], self.start
         for shape in self.form.pieces:
             size = len(self.positions) * aligned(shape)
@@ -87,49 +88,51 @@ class Adapter:
     modules: tuple[str, ...]
     """All linear modules of a layer, in the order of their numbers in entry tables."""
     storage: Tensor
-    """(elements), the memory of all entries."""
+    """(elements,), the memory of all entries, in the activations' dtype."""
     blocks: Sequence[Block]
-    """How they lie there."""
+    """Where the entries lie in the storage."""
     table: Tensor | None
-    """The entry table of `kernels.rows`, on an accelerator."""
+    """The entry table of `kernels.entry_table`; None on a CPU."""
     kind: str
     """"dora" where an entry has a c, else "lora"."""
     rank: int
-    """Largest of its entries."""
+    """Largest rank of its entries."""
     parameters: int
-    """Numbers in its file."""
+    """Numbers in its weights file."""
 
     @cached_property
     def entries(self) -> Mapping[Key, Entry]:
-        """Views of the storage. Made for who asks: the garbage collector has to look at a thousand objects then."""
+        """All entries, as views of the storage. Made only if asked for: they are a thousand objects to collect."""
         return entries_of(self.storage, self.blocks)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the storage and the entry table."""
         return self.storage.nbytes + (0 if self.table is None else self.table.nbytes)
 
 
 def aligned(shape: Sequence[int]) -> int:
+    """Elements that a tensor takes in the storage."""
     return round_up(math.prod(shape), ALIGNMENT)
 
 
 def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
-    """Bytes that a compiled adapter takes on the device."""
+    """Bytes of the storage of a compiled adapter."""
     return dtype.itemsize * _total(layout, aligned)
 
 
 def file_parameters(layout: Layout) -> int:
-    """Numbers in the file."""
+    """Numbers in the weights file of an adapter."""
     return _total(layout, math.prod)
 
 
 def _total(layout: Layout, size: Callable[[tuple[int, ...]], int]) -> int:
-    """Of all pieces. Few forms differ."""
+    """Sum over the tensors of all entries; computed by form, of which few differ."""
     return sum(n * sum(map(size, form.pieces)) for form, n in Counter(layout.values()).items())
 
 
 def blocks_of(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
-    """A layout's entries in memory; alike ones in the order of their keys."""
+    """Blocks for all entries of a layout; within a block the entries keep the order of the keys."""
     alike: dict[tuple[str, Form], list[int]] = defaultdict(list)
     for position, module in giving_way(keys):
         alike[module, layout[position, module]].append(position)
@@ -139,11 +142,13 @@ def blocks_of(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
 
 
 def allocate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A storage for blocks: zeros (elements,)."""
     size = sum(len(block.positions) * sum(map(aligned, block.form.pieces)) for block in blocks)
     return torch.zeros(size, dtype=dtype, device=device)
 
 
 def entries_of(storage: Tensor, blocks: Sequence[Block]) -> dict[Key, Entry]:
+    """All entries of blocks, as views of their storage."""
     entries: dict[Key, Entry] = {}
     for block in blocks:
         views = map(Entry, *(repeat(None) if t is None else t.unbind() for t in block.entries(storage)))
@@ -158,6 +163,7 @@ def adapter_of(
     modules: Sequence[str],
     parameters: int,
 ) -> Adapter:
+    """The adapter in a filled storage; other arguments as the fields of `Adapter`."""
     kind = "dora" if any(block.form.has_c for block in blocks) else "lora"
     table = table_of(storage, blocks, stack, modules) if storage.is_cuda else None
     rank = max(block.form.rank for block in blocks)
@@ -165,13 +171,16 @@ def adapter_of(
 
 
 def table_of(storage: Tensor, blocks: Sequence[Block], stack: Stack, modules: Sequence[str]) -> Tensor:
-    """The entry table of `kernels.rows`, where the storage is."""
+    """The entry table of `kernels.entry_table`, on the storage's device."""
     entries = ((block.module, block.positions, block.entries(storage)) for block in blocks)
     return entry_table(entries, len(stack), modules).to(storage.device)
 
 
 def copied_to(adapter: Adapter, device: torch.device) -> Adapter:
-    """A copy of an adapter in another memory; the host's is pinned where the copy comes from an accelerator."""
+    """A copy of an adapter in another memory. Host memory is pinned if the copy comes from an accelerator.
+
+    The copy may still be running on the current stream when this returns.
+    """
     source = adapter.storage
     pinned = device.type == "cpu" and source.is_cuda
     storage = torch.empty(source.shape, dtype=source.dtype, device=device, pin_memory=pinned)

@@ -123,7 +123,7 @@ def test_tensors_may_lie_anywhere_in_a_file(base: Path, tmp_path: Path, kind: st
     text += b" " * (1 - len(text) % 2)
     file.write_bytes(struct.pack("<Q", len(text)) + text + body)
     engine.adapters.load("shuffled", str(folder), trusted=True)
-    monkeypatch.setattr("lorarep_runtime.adapters.compile.MOST_ELEMENTS", 300)
+    monkeypatch.setattr("lorarep_runtime.adapters.compile.MAX_RUN_ELEMENTS", 300)
     engine.adapters.load("in parts", str(folder), trusted=True)
     expected, *others = (entries(engine, name) for name in ("sorted", "shuffled", "in parts"))
     for other in others:

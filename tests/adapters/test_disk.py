@@ -1,4 +1,4 @@
-"""The Hub cache within a budget: who leaves it, and what never does."""
+"""The Hub cache within a budget: which repositories are deleted, and which never are."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_of_two_folders_of_one_commit_the_unused_one_leaves(
     """As of a repository that has been renamed, or whose name is written in another case."""
     size = published(hub, base, folders)
     hub.repositories["Org/a"] = hub.repositories["org/a"]
-    for turn in range(4):  # of which one may do it by chance
-        cache = tmp_path / f"cache{turn}"
+    for trial in range(4):  # one alone could succeed by chance
+        cache = tmp_path / f"cache{trial}"
         engine = engine_for(base, cache_dir=cache, limits=AdapterLimits(disk_bytes=int(2.5 * size)))
         engine.adapters.load("old", "org/a", trusted=True)
         engine.adapters.unload("old")
@@ -141,7 +141,7 @@ def test_a_name_whose_files_have_left_before_its_turn_finds_them_again(
     size = published(hub, base, folders)
     limits = AdapterLimits(disk_bytes=int(1.5 * size), allow_repositories=("org/*",))
     engine = engine_for(base, cache_dir=tmp_path / "cache", limits=limits)
-    engine.adapters._register("org/a", None)  # for a request that left before its turn
+    engine.adapters._register("org/a", None)  # for a request that left before it started
     for name in "bc":
         engine.adapters.load(name, f"org/{name}", trusted=True)
     assert "a" not in cached(tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Who makes room: over plain values, without an adapter or a device."""
+"""The order of eviction, over plain values: without an adapter or a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file says of itself: read by its header alone, whoever wrote it."""
+"""Headers of weights files: read without the weights, and refused where a file is not what it claims to be."""
 
 from __future__ import annotations
 

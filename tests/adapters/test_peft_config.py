@@ -64,9 +64,9 @@ def test_modules_ranks_and_scalings_are_pefts(asked: dict[str, Any], tmp_path: P
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and "lm_head" not in name
     }
-    spec = AdapterConfig.parse(json.loads((tmp_path / "adapter_config.json").read_text()), LIMITS)
-    paths = [f"model.layers.{i}.{module}" for i in range(len(spec.stack(LAYERS))) for module in LINEAR]
-    ours = {path: (spec.rank(path), spec.scaling(path)) for path in paths if spec.targets(path)}
+    config = AdapterConfig.parse(json.loads((tmp_path / "adapter_config.json").read_text()), LIMITS)
+    paths = [f"model.layers.{i}.{module}" for i in range(len(config.stack(LAYERS))) for module in LINEAR]
+    ours = {path: (config.rank(path), config.scaling(path)) for path in paths if config.targets(path)}
     assert theirs
     assert ours.keys() == theirs.keys()
     for path, (rank, scaling) in theirs.items():
@@ -158,10 +158,10 @@ def test_hostile_expressions_end(field: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("lorarep_runtime.adapters.peft_config.MATCHING_SECONDS", 0.2)
     endless = r"(([a-z_.0-9]|[a-z_.0-9]{2})*)*[!?]"
     value = endless if field == "target_modules" else {endless: 4}
-    spec = AdapterConfig.parse({**PLAIN, field: value}, LIMITS)
+    config = AdapterConfig.parse({**PLAIN, field: value}, LIMITS)
     path = "model.layers.0.self_attn.q_proj" * 4
     with pytest.raises(InvalidArgument, match=rf"^{field}: its patterns take"):
-        spec.targets(path) if field == "target_modules" else spec.rank(path)
+        config.targets(path) if field == "target_modules" else config.rank(path)
 
 
 def test_an_expression_that_is_none_is_refused_by_name() -> None:
@@ -178,6 +178,6 @@ def test_contradictions_are_refused() -> None:
 
 
 def test_a_map_past_the_bases_layers_is_refused() -> None:
-    spec = AdapterConfig.parse({**PLAIN, "layer_replication": [[0, 4], [2, 7]]}, LIMITS)
+    config = AdapterConfig.parse({**PLAIN, "layer_replication": [[0, 4], [2, 7]]}, LIMITS)
     with pytest.raises(InvalidArgument, match="layer_replication"):
-        spec.stack(LAYERS)
+        config.stack(LAYERS)

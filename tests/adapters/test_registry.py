@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class Gate:
 
 
 def answer_beside(engine: Engine, gate: Gate) -> None:
-    """Answers a request from admission to its end while somebody stands at the gate."""
+    """Answers a request from admission to its end while another thread waits at the gate."""
     events: list[Event] = []
     assert gate.reached.wait(60)
     engine.submit(greedy(new_tokens=4), engine.adapters.lease([("one", 1.0)]), events.append)
@@ -130,6 +131,7 @@ def test_a_mix_whose_part_is_unloaded_meanwhile_is_freed_with_its_last_request(
     assert set(engine.adapters.held_bytes()) == {"one", "(leaving)"}
     lease.release()
     assert set(engine.adapters.held_bytes()) == {"one"}
+    assert engine.adapters._mixes._mixes == {}
 
 
 def test_a_server_without_an_allow_list_permits_no_repository(engine: Engine, hub: FaultyHub) -> None:
@@ -168,3 +170,25 @@ def test_an_adapters_own_tokenizer_is_used_if_it_fits(base: Path, tmp_path: Path
     decoded = "".join(f"<{token}>" for token in answer.tokens)
     assert (answer.text == decoded) == fits
     assert len(engine.base.tokenizer.encode("<7>")) == 3  # the base's own stays what it was
+
+
+def test_a_lease_waits_without_spinning_while_its_adapter_leaves(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residency, item = engine.adapters.residency, engine.adapters._named["one"]
+    claims: list[object] = []
+    real = residency.claim
+    monkeypatch.setattr(residency, "claim", lambda item: claims.append(item) or real(item))
+    lease = engine.adapters.lease([("one", 1.0)])
+    item.begin_leaving()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(lease.wait)
+        time.sleep(0.2)
+        assert len(claims) == 1
+        assert not waiting.done()
+        residency._move_out(item)
+        waiting.result()
+    assert len(claims) < 5
+    assert engine.adapters.get("one").tier == "device"
+    lease.release()
+    assert_nothing_held(engine)

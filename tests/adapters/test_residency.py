@@ -1,4 +1,4 @@
-"""Device, host, disk: who leaves, who comes back and from where, and that a request's turn comes."""
+"""Device, host and disk: which adapters leave, how they come back, and that every waiting request starts in the end."""
 
 from __future__ import annotations
 

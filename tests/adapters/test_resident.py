@@ -85,7 +85,7 @@ def reached() -> dict[str, set[tuple[State, State]]]:
 
 
 def assert_consistent(item: Resident) -> None:
-    """The data beside the state says the same."""
+    """The state and the data agree."""
     assert (item.adapter is not None) == (item.state in (State.ON_DEVICE, State.LEAVING))
     assert (item.load is not None) == (item.state is State.LOADING)
     if item.state is State.IN_HOST:

@@ -70,7 +70,7 @@ def count(
         tokens: tokens of each sequence.
 
     Raises:
-        LorarepError: as `hub.snapshot.fetch`, `adapters.peft_config`, `adapters.header` and `model.stack`.
+        LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `checked_layout` and `NamedStack.resolve`.
     """
     from lorarep_runtime.hub.snapshot import fetch
     from lorarep_runtime.model.footprint import quantization_kind
@@ -123,9 +123,9 @@ def _adapter(
     source: AdapterSource, footprint: Footprint, cache_dir: Path | None, progress: Progress
 ) -> tuple[Stack, dict[str, Any]]:
     """The stack of an adapter, and its row of the table, from its configuration and its file header."""
-    from lorarep_runtime.adapters.header import check, read_header
+    from lorarep_runtime.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config
+    from lorarep_runtime.adapters.header import checked_layout, read_header
     from lorarep_runtime.adapters.peft_config import AdapterConfig
-    from lorarep_runtime.adapters.revision import CONFIG_FILE, WEIGHTS_FILE, read_config
     from lorarep_runtime.hub.snapshot import fetch
     from lorarep_runtime.model.compiled_adapter import file_parameters, storage_bytes
 
@@ -133,7 +133,7 @@ def _adapter(
     config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), AdapterLimits())
     stack = config.stack(footprint.layers)
     header = read_header(snapshot.folder / WEIGHTS_FILE)
-    layout = check(config, header, stack, footprint.modules, footprint.prefix)
+    layout = checked_layout(config, header, stack, footprint.modules, footprint.prefix)
     return stack, {
         "name": source.name,
         "commit": snapshot.commit,

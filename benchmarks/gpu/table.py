@@ -1,18 +1,20 @@
-"""Everything that is asked of one H100, measured part by part, and the table of what was asked and what was reached.
+"""Measures every goal for one H100, part by part, and prints the table of goals and figures.
 
-    python benchmarks/table.py --json FILE [--parts files,decode,...] [--quantization nf4] [--folder DIR] [--layers 32]
-        [--device cuda]
+    python -m benchmarks.gpu.table --json FILE [--parts files,decode,...] [--quantization nf4] [--folder DIR]
+        [--layers 32] [--device cuda]
 
-Each part is a process of its own, so that none finds memory or kernels of another; what it measures is in the file from
-then on. A run may be of some parts, with the figures of earlier ones in the file: the table has all of them.
+from the repository's root.
+
+Each part is a process of its own, so that none finds memory or kernels of another. The file keeps the figures of each
+part from then on. A run may be of some parts; the table has the figures of earlier runs too.
 
 - files: a base with Mistral-7B's shape and adapters are made in the folder.
 - decode: steps of 1 to 32 rows, checked; the device's idle time and its kernels at 8 and 32.
 - peft: PEFT's steps on the same files; needs `decode` for its check.
 - footprint: memory and loading.
-- beside: what streams notice of prompts, loads, long contexts and a thousand adapters.
-- drawn, beside-drawn: steps, and loads beside streams, where tokens are drawn and not the likeliest.
-- sweep: steps of 1 to 256 rows, and of 32 and 256 rows on 1 to as many adapters, for `benchmarks/plot.py`.
+- interference: how prompts, loads, long contexts and a thousand adapters slow streams down.
+- drawn, interference-drawn: steps, and loads while streams decode, where tokens are drawn and not the likeliest.
+- sweep: steps of 1 to 256 rows, and of 32 and 256 rows on 1 to as many adapters, for `benchmarks.gpu.plot`.
 - peft-sweep: PEFT's steps of up to 256 rows.
 
 `--device cpu --layers 4` does all of it with a small base, to see that it runs.
@@ -27,42 +29,47 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.goals import Figures, print_all
-from benchmarks.models import add_file_options
+from benchmarks.gpu.goals import Figures, print_all
+from benchmarks.gpu.models import add_file_options
 
-HERE = Path(__file__).resolve().parent
 SWEEP = "1,2,4,8,16,32,64,128,256"
 PARTS: dict[str, list[str]] = {
-    "files": ["models.py"],
-    "decode": ["decode.py", "--timeline=8,32"],
-    "peft": ["peft_steps.py"],
-    "footprint": ["footprint.py"],
-    "beside": ["beside.py"],
-    "drawn": ["decode.py", "--name=drawn", "--cases=lora", "--temperature=0.8", "--timeline=8,32"],
-    "beside-drawn": ["beside.py", "--name=beside-drawn", "--parts=loads", "--temperature=0.8"],
+    "files": ["models"],
+    "decode": ["decode", "--timeline=8,32"],
+    "peft": ["peft_steps"],
+    "footprint": ["footprint"],
+    "interference": ["interference"],
+    "drawn": ["decode", "--name=drawn", "--cases=lora", "--temperature=0.8", "--timeline=8,32"],
+    "interference-drawn": ["interference", "--name=interference-drawn", "--parts=loads", "--temperature=0.8"],
     "sweep": [
-        "decode.py",
+        "decode",
         "--name=sweep",
         "--cases=none,lora",
         f"--batches={SWEEP}",
         f"--distinct={SWEEP}",
         "--rows=32,256",
     ],
-    "peft-sweep": ["peft_steps.py", "--cases=lora", "--batches=2,4,16,64,128,256"],
+    "peft-sweep": ["peft_steps", "--cases=lora", "--batches=2,4,16,64,128,256"],
 }
 FILES_ALONE = {"files"}
-"""Parts that measure nothing."""
+"""Parts without figures."""
 SMALL: dict[str, list[str]] = {
     "decode": ["--batches=1,2", "--timeline="],
     "peft": ["--batches=1,2"],
-    "beside": ["--streams=2", "--adapters=80", "--requests=40", "--prompt=256", "--long=1024", "--new-tokens=400"],
+    "interference": [
+        "--streams=2",
+        "--adapters=80",
+        "--requests=40",
+        "--prompt=256",
+        "--long=1024",
+        "--new-tokens=400",
+    ],
     "drawn": ["--batches=1,2", "--timeline="],
-    "beside-drawn": ["--streams=2", "--prompt=256", "--long=1024", "--new-tokens=400"],
+    "interference-drawn": ["--streams=2", "--prompt=256", "--long=1024", "--new-tokens=400"],
     "sweep": ["--batches=1,2,4", "--distinct=1,2", "--rows=4"],
     "peft-sweep": ["--batches=4"],
 }
-"""What they are given besides on the CPU."""
+"""More arguments of the parts on the CPU."""
 
 
 def main() -> None:
@@ -83,14 +90,14 @@ def main() -> None:
 
 
 def run(part: str, options: argparse.Namespace, folder: Path) -> bool:
-    script, *arguments = PARTS[part]
+    module, *arguments = PARTS[part]
     arguments += SMALL.get(part, []) if options.device == "cpu" else []
     arguments += [f"--folder={folder}", f"--layers={options.layers}", f"--device={options.device}"]
     if part not in FILES_ALONE:
         arguments += [f"--quantization={options.quantization}", f"--json={options.json}"]
     print(f"--- {part}", flush=True)
     began = time.monotonic()
-    ended = subprocess.run([sys.executable, str(HERE / script), *arguments])
+    ended = subprocess.run([sys.executable, "-m", f"benchmarks.gpu.{module}", *arguments])
     print(f"--- {part}: {time.monotonic() - began:.0f} s\n", flush=True)
     return ended.returncode == 0
 

@@ -1,6 +1,6 @@
 """Half an hour of everything at once against one server process on the CPU, and what it leaves behind.
 
-    python benchmarks/soak.py [--minutes 30]
+    python -m benchmarks.cpu.soak [--minutes 30]
 
 Callers ask the base, its stacks, adapters and mixes of them for greedy and seeded answers; some cancel, some have no
 time, some vanish. Adapters come and go, the Hub stalls, cuts, lies and limits, steps fail and hang, memory is short.
@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -35,7 +34,6 @@ from lorarep.v1 import generation_pb2 as pb
 from lorarep.v1 import generation_pb2_grpc
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.faults.conftest import held
 from tests.support.callers import load, request, stream, unload
 from tests.support.failpoints import Failpoints
@@ -57,7 +55,7 @@ MEANT = {
     "call": {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL the forward pass failed"},
     "load": {"UNAVAILABLE", "DATA_LOSS", "RESOURCE_EXHAUSTED"},
 }
-"""How calls may end here, beside well."""
+"""Statuses other than OK with which calls and loads may end."""
 
 
 class Soak:

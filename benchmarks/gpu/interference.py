@@ -1,17 +1,18 @@
-"""What running streams notice of others, through the whole engine: prompts, loads, adapters that come and go, length.
+"""How other work slows running streams down, through the whole engine: prompts, loads, long contexts, many adapters.
 
-    python benchmarks/beside.py [--quantization nf4] [--parts prompt,loads,long,zipf] [--streams 8] [--adapters 1000]
-        [--temperature 0] [--name beside] [--json FILE] [--folder DIR] [--layers 32] [--device cuda]
+    python -m benchmarks.gpu.interference [--quantization nf4] [--parts prompt,loads,long,zipf] [--streams 8]
+        [--adapters 1000] [--temperature 0] [--name interference] [--json FILE] [--folder DIR] [--layers 32]
+        [--device cuda]
 
 The base has Mistral-7B's shape and random weights, each stream its own LoRA of rank 8 on a stack of twice its depth:
 
-- the first token of a long prompt, alone and beside streams, and the streams' time per token meanwhile;
-- an adapter's way from files to ready, of rank 8 and 48 positions as the published one is, LoRA and DoRA, and the
-  streams' longest gap meanwhile;
-- a step at a long context, beside a short one and what reading the added keys and values costs at the bandwidth that
-  copying reaches;
-- tokens a second where requests draw from so many adapters of that size by Zipf's law, of which 64 fit on the device
-  and the others are in host memory, beside the same requests over half of those that fit.
+- the first token of a long prompt, alone and with streams running, and the streams' time per token meanwhile;
+- the time of an adapter from files to ready, LoRA and DoRA, of rank 8 and 48 positions as the published one has, and
+  the streams' longest gap meanwhile;
+- a step at a long context, less one at a short context, over the time that reading the added keys and values takes at
+  the bandwidth of a copy;
+- tokens a second of requests that draw their adapters by Zipf's law, while 64 of them fit on the device and the others
+  stay in host memory, over tokens a second of the same requests on 32 adapters that stay on the device.
 
 At a `--temperature` the streams' tokens are drawn. `--device cpu` does all of it with a small base.
 """
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,12 +31,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.decode import add_temperature
-from benchmarks.floor import copy_bandwidth, token_bytes
-from benchmarks.goals import Figures, add_figure_options
-from benchmarks.models import DEEP, Files, add_file_options
-from benchmarks.streams import SHORT, STEADY, Noticed, Stream, beside
+from benchmarks.gpu.decode import add_temperature
+from benchmarks.gpu.floor import copy_bandwidth, token_bytes
+from benchmarks.gpu.goals import Figures, add_figure_options
+from benchmarks.gpu.models import DEEP, Files, add_file_options
+from benchmarks.gpu.streams import SHORT, STEADY, Slowdown, Stream, measure_slowdown
 from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 
@@ -45,7 +44,7 @@ ON_DEVICE = 64
 PARTS = ("prompt", "loads", "long", "zipf")
 PROMPTER = "prompt"
 PROMPTS, LOADS = 3, 8
-"""How often each is done beside streams, to whom the worst counts."""
+"""How often each runs while streams decode. The worst counts for the streams."""
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
     add_file_options(parser)
     add_figure_options(parser)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
-    parser.add_argument("--name", default="beside", help="Of the figures in the file.")
+    parser.add_argument("--name", default="interference", help="The figures' name in the file.")
     add_temperature(parser)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=600)
@@ -74,7 +73,7 @@ class Run:
         self.engine = Engine(
             EngineConfig(
                 BaseConfig(str(files.base), quantization=options.quantization, device=options.device),
-                # A copy has alignment beside what its file has.
+                # A copy takes its file's bytes and alignment.
                 adapters=AdapterLimits(
                     device_bytes=ON_DEVICE * size * 21 // 20, host_bytes=2 * options.adapters * size
                 ),
@@ -91,7 +90,7 @@ class Run:
         for i, name in enumerate([PROMPTER, *self.streams]):
             self.load(name, "lora", i)
         self.engine.start()
-        self.prompt_seconds()  # all that is made on first use is made
+        self.prompt_seconds()  # warms up kernels and graphs
         for part in self.options.parts:
             getattr(self, part)()
         self.engine.stop()
@@ -102,8 +101,8 @@ class Run:
     def put(self, name: str, **numbers: Any) -> None:
         self.figures.put(f"{self.options.quantization}/{self.options.name}/{name}", **numbers)
 
-    def beside(self, work: Callable[[], object]) -> Noticed:
-        return beside(self.engine, self.streams, self.options.new_tokens, self.options.temperature, work)
+    def slowdown(self, work: Callable[[], object]) -> Slowdown:
+        return measure_slowdown(self.engine, self.streams, self.options.new_tokens, self.options.temperature, work)
 
     def prompt_seconds(self) -> float:
         return Stream(self.engine, PROMPTER, self.options.prompt, 2).wait().first_token
@@ -112,16 +111,16 @@ class Run:
         alone = statistics.median(self.prompt_seconds() for _ in range(5))
         print(f"prompt of {self.options.prompt} tokens alone: first token after {alone * 1e3:.0f} ms", flush=True)
         times: list[float] = []
-        # The first time that another row decodes its graph is captured: that is in the first of them.
-        seen = [self.beside(lambda: times.append(self.prompt_seconds())) for _ in range(PROMPTS)]
-        for took, noticed in zip(times, seen, strict=True):
-            print(f"beside {self.options.streams} streams: after {took * 1e3:.0f} ms; {noticed}", flush=True)
+        # The first run includes the capture of the graph with one row more.
+        slowdowns = [self.slowdown(lambda: times.append(self.prompt_seconds())) for _ in range(PROMPTS)]
+        for took, slowdown in zip(times, slowdowns, strict=True):
+            print(f"with {self.options.streams} streams: after {took * 1e3:.0f} ms; {slowdown}", flush=True)
         self.put(
             "prompt",
             alone_ms=alone * 1e3,
-            beside_ms=statistics.median(times) * 1e3,
-            slower=max(noticed.slower for noticed in seen),
-            longest_ms=max(noticed.longest for noticed in seen) * 1e3,
+            shared_ms=statistics.median(times) * 1e3,
+            slower=max(slowdown.slower for slowdown in slowdowns),
+            longest_ms=max(slowdown.longest for slowdown in slowdowns) * 1e3,
         )
 
     def loads(self) -> None:
@@ -135,10 +134,10 @@ class Run:
 
             for number in range(LOADS):
                 self.files.adapter(f"published-{kind}", number)
-            seen = [self.beside(timed_load) for _ in range(LOADS)]
-            for took, noticed in zip(times, seen, strict=True):
-                print(f"a {kind} loaded beside them: ready after {took * 1e3:.0f} ms; {noticed}", flush=True)
-            ready, gaps = statistics.median(times), [noticed.longest_gap for noticed in seen]
+            slowdowns = [self.slowdown(timed_load) for _ in range(LOADS)]
+            for took, slowdown in zip(times, slowdowns, strict=True):
+                print(f"a {kind} loaded meanwhile: ready after {took * 1e3:.0f} ms; {slowdown}", flush=True)
+            ready, gaps = statistics.median(times), [slowdown.longest_gap for slowdown in slowdowns]
             self.put(kind, ready_ms=ready * 1e3, longest_gap=max(gaps), longest_gaps=gaps)
 
     def long(self) -> None:

@@ -1,8 +1,8 @@
-"""What is asked of one H100, and figures that say what was measured there: by name, in JSON files.
+"""Goals for one H100, and the figures measured there: by name, in JSON files.
 
-    python benchmarks/goals.py FILE...
+    python -m benchmarks.gpu.goals FILE...
 
-prints the table of what has been measured, beside what was asked. Figures of later files replace those of earlier ones.
+prints a table of measured figures and goals. Figures of later files replace those of earlier ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CASES = {
     "48": "48 positions, no adapter",
     "half": "half of them on the base's 32",
 }
-"""Of decoding: what the rows of a batch are. All but the last two walk 64 positions of Mistral-7B."""
+"""Cases of decoding: the rows of a batch. All but the last two walk 64 positions of Mistral-7B."""
 PEFT_CASES = ("none", "lora", "dora")
-"""That PEFT can compute too, if with one adapter for all rows."""
+"""Cases that PEFT can compute too, with one adapter for all rows."""
 STEPS: Mapping[tuple[str, str], Mapping[int, float]] = {
     ("nf4", "none"): {1: 5.5, 8: 5.8, 16: 6.3, 32: 8.0},
     ("nf4", "lora"): {1: 6.5, 8: 7.0, 16: 8.0, 32: 10.0},
@@ -34,13 +34,13 @@ STEPS: Mapping[tuple[str, str], Mapping[int, float]] = {
     ("none", "none"): {8: 12.3, 32: 13.2},
     ("none", "lora"): {8: 22.9, 32: 45.9},
 }
-"""Most milliseconds a step, by quantization, case and batch, at 64 positions and prompts of 128 tokens. Those of
-unquantized weights are what vLLM takes."""
+"""Goals in milliseconds a step, at most: by quantization, case and batch, at 64 positions and prompts of 128 tokens.
+The goals of unquantized weights are vLLM's times."""
 VLLM_NF4 = {1: 15.6, 8: 34.0, 32: 58.5}
 VLLM_BF16 = {1: 17.1, 8: 22.9, 32: 45.9}
 VLLM_BF16_ADAPTERS = {1: 17.9, 32: 45.9}
-"""Milliseconds a step of vLLM 0.20.2 on an H100 with the stack materialised: by batch, each row with its own LoRA; the
-last of 32 rows, by the number of their adapters."""
+"""Milliseconds a step of vLLM 0.20.2 on an H100 with the stack materialised. The first two are by batch, each row with
+its own LoRA; the last is of 32 rows, by the number of their adapters."""
 
 
 class Figures:
@@ -53,7 +53,7 @@ class Figures:
             self.all.update(json.loads(one.read_text()))
 
     def put(self, name: str, **numbers: Any) -> None:
-        """Processes that share a file take turns."""
+        """Stores one figure. Processes that share a file have to run one after the other."""
         self.all[name] = numbers
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +67,13 @@ class Figures:
         return None if a is None or b is None else a / b
 
     def by_number(self, prefix: str, number: str = "ms") -> dict[int, float]:
-        """Of the figures whose names end with a number after the prefix, one of theirs."""
+        """Values of the figures named `prefix` and a number, by that number."""
         ends = {name.removeprefix(prefix): name for name in self.all if name.startswith(prefix)}
         return {int(end): self.all[ends[end]][number] for end in sorted(filter(str.isdecimal, ends), key=int)}
 
 
 def add_figure_options(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark takes whose figures are of a quantized base and go into a file."""
+    """Adds the options of benchmarks that load a quantized base and store figures in a file."""
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--json", type=Path)
 
@@ -85,7 +85,7 @@ class Goal:
     asked: float
     unit: str
     at_least: bool = False
-    """Else at most."""
+    """The goal is a lower bound; otherwise it is an upper bound."""
 
 
 def _number(name: str, number: str) -> Callable[[Figures], float | None]:
@@ -112,6 +112,17 @@ def _floors(name: str) -> Callable[[Figures], float | None]:
     return floors
 
 
+def _load_goals(kind: str, ready_ms: float) -> Sequence[Goal]:
+    """Goals for adapters of 48 positions, which load into an idle engine or while streams decode."""
+    shared, drawn = f"nf4/interference/{kind}", f"nf4/interference-drawn/{kind}"
+    return [
+        Goal(f"48 positions from files to ready, {kind}", _number(f"nf4/load/{kind}", "ms"), ready_ms, "ms"),
+        Goal(f"48 positions while streams decode, {kind}", _number(shared, "ready_ms"), ready_ms, "ms"),
+        Goal(f"streams' longest gap during a load, {kind}", _number(shared, "longest_gap"), 1.5, "times"),
+        Goal(f"streams' longest gap, tokens drawn, {kind}", _number(drawn, "longest_gap"), 1.5, "times"),
+    ]
+
+
 GOALS: Sequence[Goal] = [
     *(
         Goal(f"DoRA over LoRA, batch {n}", _over(f"nf4/decode/dora/{n}", f"nf4/decode/lora/{n}"), 1.03, "times")
@@ -134,30 +145,29 @@ GOALS: Sequence[Goal] = [
         for n in (8, 32)
     ),
     *(
-        Goal(f"likewise, tokens drawn, batch {n}", _number(f"nf4/drawn/timeline/lora/{n}", "idle"), 5, "%")
+        Goal(
+            f"device idle between steps, tokens drawn, batch {n}",
+            _number(f"nf4/drawn/timeline/lora/{n}", "idle"),
+            5,
+            "%",
+        )
         for n in (8, 32)
     ),
     *(
         Goal(f"tokens likeliest for PEFT but for, {kind}", _number(f"nf4/peft/check/{kind}", "gap"), 0.2, "std")
         for kind in ("lora", "dora")
     ),
-    Goal("2,048 tokens alone, first token", _number("nf4/beside/prompt", "alone_ms"), 200, "ms"),
-    Goal("beside it, the streams' time per token", _number("nf4/beside/prompt", "slower"), 2, "times"),
-    *(
-        goal
-        for kind, asked in (("lora", 150), ("dora", 400))
-        for goal in (
-            Goal(f"48 positions from files to ready, {kind}", _number(f"nf4/load/{kind}", "ms"), asked, "ms"),
-            Goal(f"beside streams, {kind}", _number(f"nf4/beside/{kind}", "ready_ms"), asked, "ms"),
-            Goal(f"the streams' longest gap, {kind}", _number(f"nf4/beside/{kind}", "longest_gap"), 1.5, "times"),
-            Goal(f"likewise, tokens drawn, {kind}", _number(f"nf4/beside-drawn/{kind}", "longest_gap"), 1.5, "times"),
-        )
+    Goal("2,048 tokens alone, first token", _number("nf4/interference/prompt", "alone_ms"), 200, "ms"),
+    Goal("8 streams meanwhile, time per token over before", _number("nf4/interference/prompt", "slower"), 2, "times"),
+    *_load_goals("lora", 150),
+    *_load_goals("dora", 400),
+    Goal("8,192 tokens, over reading what is added", _number("nf4/interference/long", "floors"), 1.3, "times"),
+    Goal(
+        "1,000 adapters over what fits, tokens/s", _number("nf4/interference/zipf", "kept"), 0.7, "times", at_least=True
     ),
-    Goal("8,192 tokens, over reading what is added", _number("nf4/beside/long", "floors"), 1.3, "times"),
-    Goal("1,000 adapters over what fits, tokens/s", _number("nf4/beside/zipf", "kept"), 0.7, "times", at_least=True),
     Goal("base", _number("nf4/memory", "base_gib"), 4.215, "GiB"),  # 4.21, rounded
-    Goal("beside base, adapters and KV, of the base: device", _share("nf4/memory", "device_rest"), 5, "%"),
-    Goal("beside base, adapters and KV, of the base: allocator", _share("nf4/memory", "reserved_rest"), 5, "%"),
+    Goal("other memory over the base: device", _share("nf4/memory", "device_rest"), 5, "%"),
+    Goal("other memory over the base: allocator", _share("nf4/memory", "reserved_rest"), 5, "%"),
     Goal("ledger and allocator apart", _number("nf4/memory", "ledger_apart"), 1, "%"),
     Goal("base to ready, over transformers' own loading", _number("nf4/load/base", "longer_s"), 20, "s"),
 ]

@@ -1,6 +1,6 @@
 """A base and adapters of any size with random weights, in files as the Hub has them, made on the device.
 
-    python benchmarks/models.py --folder FOLDER [--layers 32] [--device cuda]
+    python -m benchmarks.gpu.models --folder FOLDER [--layers 32] [--device cuda]
 
 makes all that the other benchmarks load, which they otherwise make when they need it.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support.models import MISTRAL_7B, projections, save_tokenizer
 
 SMALL = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)

@@ -1,6 +1,6 @@
 """Where the device's memory goes, and how long base and adapters take from files to ready.
 
-    python benchmarks/footprint.py [--quantization nf4] [--loads 5] [--json FILE] [--folder DIR] [--layers 32]
+    python -m benchmarks.gpu.footprint [--quantization nf4] [--loads 5] [--json FILE] [--folder DIR] [--layers 32]
         [--device cuda]
 
 Memory is what the driver says is taken, less what it said when there was nothing but a CUDA context, once the engine
@@ -16,7 +16,6 @@ import argparse
 import gc
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,10 +24,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.decode import lease, prompts, request
-from benchmarks.goals import Figures, add_figure_options
-from benchmarks.models import DEEP, Files, add_file_options, load_with_transformers
+from benchmarks.gpu.decode import lease, prompts, request
+from benchmarks.gpu.goals import Figures, add_figure_options
+from benchmarks.gpu.models import DEEP, Files, add_file_options, load_with_transformers
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 
@@ -126,7 +124,7 @@ def taken() -> int:
 
 
 def rests(engine: Engine, empty: int) -> dict[str, int]:
-    """Bytes beside base, adapters, keys and values."""
+    """Bytes other than base, adapters, keys and values."""
     parts = engine.ledger().categories
     known = sum(size for name, size in parts.items() if name != "workspace")
     return {"device_rest": taken() - empty - known, "reserved_rest": torch.cuda.memory_reserved() - known}

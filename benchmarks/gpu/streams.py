@@ -1,4 +1,4 @@
-"""Requests that stream through a running engine, and what they notice of something beside them."""
+"""Requests that stream through a running engine, and how much other work slows them down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
-from benchmarks.decode import request
+from benchmarks.gpu.decode import request
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.request import Event, Output
 
@@ -69,18 +69,19 @@ def running(engine: Engine, adapters: Sequence[str], new_tokens: int, temperatur
 
 
 @dataclass(frozen=True)
-class Noticed:
-    """What streams notice of something beside them, in seconds."""
+class Slowdown:
+    """Gaps between the tokens of streams, before and during other work, in seconds."""
 
     before: float
-    """For a token."""
+    """Mean gap before the work."""
     meanwhile: float
+    """Mean gap during the work."""
     median: float
-    """Gap between two tokens, before."""
+    """Median gap before the work."""
     longest_before: float
-    """Gap: what the machine itself does to steps."""
+    """Longest gap before the work, which the machine alone causes."""
     longest: float
-    """Gap meanwhile."""
+    """Longest gap during the work."""
 
     def __str__(self) -> str:
         return (
@@ -98,16 +99,16 @@ class Noticed:
         return self.longest / self.median
 
 
-def beside(
+def measure_slowdown(
     engine: Engine, adapters: Sequence[str], new_tokens: int, temperature: float, work: Callable[[], object]
-) -> Noticed:
-    """Runs `work` beside streams; what it did to their gaps."""
+) -> Slowdown:
+    """Runs `work` while streams decode, and measures their gaps before and meanwhile."""
     with running(engine, adapters, new_tokens, temperature) as streams:
         calm = time.perf_counter()
         time.sleep(1)
         begin = time.perf_counter()
         work()
-        for stream, had in [(stream, len(stream.times)) for stream in streams]:  # the gap that it ended in counts
+        for stream, had in [(stream, len(stream.times)) for stream in streams]:  # the gap in which it ended counts
             while len(stream.times) == had:
                 if stream.ended.is_set():
                     raise SystemExit("a stream ended too early: more --new-tokens")
@@ -115,4 +116,6 @@ def beside(
         end = time.perf_counter()
     usual = [gap for stream in streams for gap in stream.gaps(calm, begin)]
     during = [gap for stream in streams for gap in stream.gaps(begin, end)]
-    return Noticed(statistics.fmean(usual), statistics.fmean(during), statistics.median(usual), max(usual), max(during))
+    return Slowdown(
+        statistics.fmean(usual), statistics.fmean(during), statistics.median(usual), max(usual), max(during)
+    )

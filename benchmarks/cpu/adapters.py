@@ -1,6 +1,6 @@
 """Thousands of adapters over one small base on the CPU: what a request waits for its adapter, by where that is.
 
-    python benchmarks/adapters.py [--registered 10000] [--used 2000] [--device-adapters 64] [--host-adapters 512]
+    python -m benchmarks.cpu.adapters [--registered 10000] [--used 2000] [--device-adapters 64] [--host-adapters 512]
         [--minutes 10]
 
 A Hub on loopback publishes all of them, and each is loaded under a name. Requests draw names by Zipf's law, eight at a
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -23,10 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lorarep_server.demo.hub_stand_in import HubStandIn
+from tqdm import tqdm
 
 from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine

@@ -1,14 +1,15 @@
-"""PEFT on the same base and adapters as `decode.py`: milliseconds a greedy step, one adapter for all rows.
+"""PEFT on the same base and adapters as `benchmarks.gpu.decode`: milliseconds a greedy step, one adapter for all rows.
 
-    python benchmarks/peft_steps.py [--quantization nf4] [--batches 1,8,32] [--cases none,lora,dora] [--steps 8]
+    python -m benchmarks.gpu.peft_steps [--quantization nf4] [--batches 1,8,32] [--cases none,lora,dora] [--steps 8]
         [--json FILE] [--folder DIR] [--layers 32] [--device cuda]
 
 The base is as `transformers` quantizes it, the adapter as `PeftModel.from_pretrained` loads and replicates it, one
 fresh model for each kind. "none" is the LoRA's model with its adapter disabled, which keeps the depth. PEFT refuses
 DoRA in mixed batches, hence one adapter.
 
-Where `decode.py` has left what it answered in the folder, its tokens have to be the likeliest for PEFT too, but for
-rounding. That is a fair reference for LoRA and DoRA on one fresh model; of int8, once a forward pass has been made.
+Where `benchmarks.gpu.decode` has left its answers in the folder, its tokens have to be the likeliest for PEFT too,
+but for rounding. That is a fair reference for LoRA and DoRA on one fresh model; of int8,
+once a forward pass has been made.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,13 +25,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.decode import LARGEST_GAP, largest_gap, numbers, prompts
-from benchmarks.goals import PEFT_CASES, Figures, add_figure_options
-from benchmarks.models import Files, add_file_options, load_with_transformers
+from benchmarks.gpu.decode import LARGEST_GAP, largest_gap, numbers, prompts
+from benchmarks.gpu.goals import PEFT_CASES, Figures, add_figure_options
+from benchmarks.gpu.models import Files, add_file_options, load_with_transformers
 
 WARM_UP = 3
-"""Steps."""
+"""Steps before the timed ones."""
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 BUSY = {"kernel", "gpu_memcpy", "gpu_memset"}
 STEPS = 24
-"""Profiled."""
+"""Steps that are profiled."""
 UNSETTLED = 6
-"""Of them, the first, while the profiler begins."""
+"""Profiled steps that are left out, the first ones, while the profiler begins."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """A fleet simulated from measured times: which pod a request goes to, and what that costs.
 
-    python benchmarks/routing.py [--pods 1,4,16,64] [--adapters 10,100,1000,10000] [--seconds 60] [--plot FILE]
+    python -m benchmarks.fleet.routing [--pods 1,4,16,64] [--adapters 10,100,1000,10000] [--seconds 60] [--plot FILE]
 
-Requests arrive by a Poisson process, draw their adapters by Zipf's law, and ask for a fixed number of tokens. A pod is
-what `benchmarks/results.md` measured on one H100: its step takes longer the more rows it has, it holds so many adapters
-and loads another from local files when it is asked for one, the least recently used leaving. Each pod gets the same
-share of what it can do, so a fleet without adapters would answer alike at any size.
+Requests arrive by a Poisson process, draw their adapters by Zipf's law, and ask for a fixed number of tokens. A pod
+takes the times that were measured on one H100 (`benchmarks/log/`). Its steps take longer the more rows they have. It
+holds 64 adapters, and loads another from local files on demand, while the least recently used one leaves. Each pod gets
+the same share of its capacity, so a fleet without adapters would answer alike at any size.
 
 `random` is a service without more knowledge. `affinity` is what an endpoint picker of the Gateway API Inference
 Extension does with the adapters that a pod's metrics name: of the pods that have the adapter, it takes the one with the
@@ -90,8 +90,8 @@ class Pod:
 
     def _load(self) -> Generator[simpy.Event, Any, None]:
         self.loads += 1
-        with self._loading.request() as turn:
-            yield turn
+        with self._loading.request() as place:
+            yield place
             yield self._environment.timeout(LOAD_SECONDS)
 
     def _run(self) -> Generator[simpy.Event, Any, None]:

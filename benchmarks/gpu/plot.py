@@ -1,24 +1,23 @@
-"""Draws how long a step takes by batch size and by number of adapters, from figures that `table.py` has measured.
+"""Draws step times by batch size and by number of adapters, from the figures of `benchmarks.gpu.table`.
 
-    python benchmarks/plot.py FILE... [--quantization nf4] [--to benchmarks]
+    python -m benchmarks.gpu.plot FILE... [--quantization nf4] [--to benchmarks/results]
 
-makes `batches.svg` and `distinct.svg`. What has not been measured is left out. The figures of vLLM are those of
-`benchmarks/goals.py`, measured elsewhere on a GPU of that kind; it materialises the stack.
+makes `batches.svg` and `distinct.svg`. Lines without figures are left out. vLLM's figures are in
+`benchmarks.gpu.goals`; they come from another GPU of the same kind, and vLLM materialises the stack.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.goals import VLLM_BF16, VLLM_BF16_ADAPTERS, VLLM_NF4, Figures
+from benchmarks.gpu.goals import VLLM_BF16, VLLM_BF16_ADAPTERS, VLLM_NF4, Figures
 
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 OURS, OTHER, PEFT, VLLM, VLLM_TOO = "#2a6f97", "#61a5c2", "#c1121f", "#7f7f7f", "#b0b0b0"
 TICKS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
@@ -27,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--quantization", default="nf4")
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--to", type=Path, default=RESULTS)
     options = parser.parse_args()
     figures = Figures(others=options.files)
     by_batch(figures, options.quantization, options.to / "batches.svg")
@@ -60,10 +59,10 @@ def by_adapters(figures: Figures, quantization: str, file: Path) -> None:
     save(figure, axes, file)
 
 
-def framed(below: str, beside: str) -> tuple[Any, Any]:
+def framed(x_label: str, y_label: str) -> tuple[Any, Any]:
     plt.rcParams["svg.hashsalt"] = "steps"  # the same file for the same numbers
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.set(xscale="log", yscale="log", xlabel=below, ylabel=beside)
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
     return figure, axes
 
 
@@ -76,8 +75,8 @@ def line(axes: Any, points: Mapping[int, float], label: str, colour: str, *, flo
 def save(figure: Any, axes: Any, file: Path) -> None:
     axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
     axes.minorticks_off()
-    low, high = axes.get_ylim()
-    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high]
+    bottom, top = axes.get_ylim()
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if bottom <= tick <= top]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")

@@ -1,6 +1,6 @@
-"""Steady decoding through the whole engine: milliseconds a step, beside the floor.
+"""Steady decoding through the whole engine: milliseconds a step, and the floor.
 
-    python benchmarks/decode.py [--layers 32] [--quantization nf4] [--batches 1,8,16,32] [--cases none,lora,...]
+    python -m benchmarks.gpu.decode [--layers 32] [--quantization nf4] [--batches 1,8,16,32] [--cases none,lora,...]
         [--timeline 8,32] [--distinct 1,8,32 --rows 32,256] [--temperature 0] [--name decode] [--json FILE]
         [--folder DIR] [--device cuda]
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +26,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.floor import copy_bandwidth, floor_bytes, weight_bytes
-from benchmarks.goals import BATCHES, CASES, Figures, add_figure_options
-from benchmarks.models import DEEP, Files, add_file_options
-from benchmarks.timeline import profiled
+from benchmarks.gpu.floor import copy_bandwidth, floor_bytes, weight_bytes
+from benchmarks.gpu.goals import BATCHES, CASES, Figures, add_figure_options
+from benchmarks.gpu.models import DEEP, Files, add_file_options
+from benchmarks.gpu.timeline import profiled
 from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.config import PAGE_TOKENS, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
@@ -45,7 +43,7 @@ SKIPPED = 32
 MIDDLE_TOKENS = PROMPT_TOKENS + NEW_TOKENS // 2
 CHECKED_TOKENS = 24
 CHECKED_ROWS = 3
-"""Of rows that are timed, which compute with all the others."""
+"""Rows compared before a figure is timed; they compute with all the others."""
 LARGEST_GAP = 0.2
 """In standard deviations of the logits: how much likelier than the chosen token another may be, by rounding."""
 
@@ -62,9 +60,9 @@ def main() -> None:
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES))
     parser.add_argument("--timeline", type=numbers, default=[])
     parser.add_argument("--distinct", type=numbers, default=[])
-    parser.add_argument("--rows", type=numbers, default=[], help="Of which --distinct adapters are.")
+    parser.add_argument("--rows", type=numbers, default=[], help="Rows among which the --distinct adapters are.")
     add_temperature(parser)
-    parser.add_argument("--name", default="decode", help="Of the figures in the file.")
+    parser.add_argument("--name", default="decode", help="The figures' name in the file.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run(Files(options.folder or Path(folder), options.layers, options.device), options)
@@ -72,7 +70,7 @@ def main() -> None:
 
 def add_temperature(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="Of what is timed; 0 takes the likeliest tokens."
+        "--temperature", type=float, default=0.0, help="Temperature of the timed steps; 0 takes the likeliest tokens."
     )
 
 
@@ -171,7 +169,7 @@ def request(prompt: tuple[int, ...], new_tokens: int, temperature: float = 0) ->
 
 
 def lease(engine: Engine, name: str) -> Lease:
-    """For an adapter, or for a stack without one."""
+    """A lease of an adapter, or of a stack without one."""
     return engine.adapters.lease([], name) if name in engine.stacks else engine.adapters.lease([(name, 1.0)])
 
 

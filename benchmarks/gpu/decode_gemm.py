@@ -1,31 +1,28 @@
-"""The product of shared weights alone on one GPU: microseconds, bytes a second, and the distance to the floor.
+"""The decode GEMM alone on one GPU: microseconds, bytes a second, and the distance to the floor.
 
-    python benchmarks/product.py [--quantization nf4] [--rows 1,8,16,32] [--rank 8] [--hidden-size 4096]
+    python -m benchmarks.gpu.decode_gemm [--quantization nf4] [--rows 1,8,16,32] [--rank 8] [--hidden-size 4096]
         [--intermediate-size 14336]
 
-The shapes are Mistral-7B's, a group of modules that read the same x at a time, and each row has a LoRA of its own where
-the rank is not 0. Every product is compared with that of bitsandbytes' dequantized weight before it is timed. Timed are
-launches chained in one CUDA graph, as a captured step chains them, over copies of weights and adapters that are more
-than the L2 cache holds. The floor is what reading their bytes costs at the bandwidth that copying reaches.
+The shapes are Mistral-7B's packed modules, which read the same x. Each row has a LoRA of its own where the rank is not
+0. Each result is compared with bitsandbytes' dequantized weight before the kernel is timed. The timed launches are
+chained in one CUDA graph, as in a captured step, over more copies of weights and adapters than the L2 cache holds. The
+floor is the time that reading their bytes takes at the bandwidth of a copy.
 
-Without a Hopper GPU there is no kernel: everything is made and the reference is run, and that is all.
+Without a Hopper GPU there is no kernel: the inputs are made, and the reference alone runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.floor import copy_bandwidth
+from benchmarks.gpu.floor import copy_bandwidth
 from lorarep_runtime.gpu.buffers import LEAST_RANKS, parts_for
 from lorarep_runtime.kernels.entry_table import DecodeRows, Entries, Entry, ReferenceRows, entry_table
 from lorarep_runtime.kernels.hopper.decode_gemm import decode_gemm_reference
@@ -37,12 +34,12 @@ from tests.support.decode_rows import one_by_one
 from tests.support.models import MISTRAL_7B, projections
 
 POSITIONS = 64
-"""Of the stack whose step the sums are for."""
+"""Positions of the stack whose step the sums are for."""
 LAUNCHES = 200
-"""In a graph, at least."""
+"""Launches in a graph, at least."""
 REPLAYS = 20
 CACHES = 4
-"""How often the L2 cache is filled before a copy's turn comes again."""
+"""How many times the L2 cache is filled before the same copy is read again."""
 LARGEST_ERROR = 6e-3
 """bf16's rounding, relative to the length of a row."""
 
@@ -98,16 +95,16 @@ def shared(weight: Tensor, kind: str) -> Weight:
 
 @dataclass(frozen=True)
 class Case:
-    """A group's product with some rows, on several copies of everything that a step would not find in the cache."""
+    """One GEMM of packed modules with some rows, on several copies of all that a step does not find in the cache."""
 
-    groups: Sequence[PackedWeight]
+    packed: Sequence[PackedWeight]
     dense: Tensor
     """(out, in), the weight as bitsandbytes dequantizes it."""
     x: Tensor
     shrunk: Tensor
     names: Sequence[str]
     adapters: Sequence[Entries | None]
-    """Of the rows; a copy's entries are those at its position."""
+    """Each row's adapter; the entries of a copy are those at its position."""
     tables: Sequence[Tensor]
     rank: int
 
@@ -133,7 +130,7 @@ class Case:
 
         adapters = [adapter() if rank else None for _ in range(rows)]
         return cls(
-            groups=[pack(weights) for _ in range(copies)],
+            packed=[pack(weights) for _ in range(copies)],
             dense=torch.cat([weight.dequantize(torch.bfloat16) for weight in weights]),
             x=noise(rows, into).bfloat16(),
             shrunk=noise(rows, parts_for(rows, into), len(names), max(rank, LEAST_RANKS)),
@@ -145,37 +142,37 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Of what one product reads and writes."""
-        group, rows, out = self.groups[0], len(self.x), len(self.dense)
-        weights, adapters = group.nbytes, rows * out * self.rank * self.x.itemsize
+        """Bytes that one GEMM reads and writes."""
+        first, rows, out = self.packed[0], len(self.x), len(self.dense)
+        weights, adapters = first.nbytes, rows * out * self.rank * self.x.itemsize
         return weights + adapters + self.x.nbytes + rows * out * self.x.itemsize
 
     def launches(self) -> list[Callable[[], None]]:
-        """The product on each copy."""
+        """One launch for each copy."""
         y = torch.empty(len(self.x), len(self.dense), dtype=self.x.dtype, device=self.x.device)
-        return [self._launch(copy, y) for copy in range(len(self.groups))]
+        return [self._launch(copy, y) for copy in range(len(self.packed))]
 
     def _launch(self, copy: int, y: Tensor) -> Callable[[], None]:
         device, count = self.x.device, len(self.x)
         addresses = [table.data_ptr() for table in self.tables] or [0] * count
         positions = torch.full((count,), copy, dtype=torch.int32, device=device)
         rows = DecodeRows(positions, torch.tensor(addresses, device=device), len(self.names))
-        return lambda: self.groups[copy].decode(self.x, y, self.shrunk, rows, 0)
+        return lambda: self.packed[copy].decode(self.x, y, self.shrunk, rows, 0)
 
     def reference(self, copy: int = 0) -> Tensor:
         y = torch.zeros(len(self.x), len(self.dense), dtype=self.x.dtype, device=self.x.device)
         rows = ReferenceRows([copy] * len(self.x), self.adapters, self.names)
-        decode_gemm_reference(self.dense, self.x, y, self.shrunk, rows, 0, self.groups[0].sizes)
+        decode_gemm_reference(self.dense, self.x, y, self.shrunk, rows, 0, self.packed[0].sizes)
         return y
 
     def check(self) -> None:
-        """The first copy and the last."""
-        for copy in (0, len(self.groups) - 1):
+        """Compares the first and the last copy with the reference."""
+        for copy in (0, len(self.packed) - 1):
             y, wanted = torch.empty_like(self.reference(copy)), self.reference(copy).float()
             self._launch(copy, y)()
             error = ((y.float() - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
             if not error < LARGEST_ERROR:
-                raise SystemExit(f"{self.names[0]}, {len(self.x)} rows: the product is {error:.4f} off")
+                raise SystemExit(f"{self.names[0]}, {len(self.x)} rows: the result is {error:.4f} off")
 
 
 def timed(launches: Sequence[Callable[[], object]]) -> float:

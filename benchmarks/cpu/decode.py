@@ -1,6 +1,6 @@
-"""Eight requests on eight adapters of one replicated stack, on the CPU: lorarep beside PEFT, in one run.
+"""Eight requests on eight adapters of one replicated stack, on the CPU: lorarep and PEFT, in one run.
 
-    python benchmarks/cpu.py [--hidden-size 512] [--new-tokens 64] [--repeats 5]
+    python -m benchmarks.cpu.decode [--hidden-size 512] [--new-tokens 64] [--repeats 5]
 
 PEFT gets a physically stacked model, since its own replication goes wrong with a second adapter; its weights take more
 memory there, and its arithmetic is the same. Both sides answer the same prompts greedily; the answers are compared
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.request import Request, Stopping

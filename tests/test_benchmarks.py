@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks.gpu.goals import Figures, print_all
 from benchmarks.gpu.timeline import Work, timeline, works
+from benchmarks.results import report
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORT = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
@@ -63,3 +65,14 @@ def test_a_table_says_what_holds_and_later_files_replace_earlier_ones(
     assert lines["1,000 adapters over what fits, tokens/s"].endswith("MISSED")
     assert lines["8,192 tokens, over reading what is added"].endswith("holds")
     assert lines["base"].endswith("not measured")
+
+
+def test_the_results_page_is_generated_from_its_figures() -> None:
+    assert report.PAGE.read_text() == report.page(), "run: python -m benchmarks.results"
+
+
+def test_the_results_page_names_files_that_exist() -> None:
+    names = re.findall(r"\]\(([^)]+)\)|`(benchmarks/\S+\.md)`", report.page())
+    files = [report.FOLDER / link if link else ROOT / path for link, path in names]
+    assert files
+    assert [file for file in files if not file.exists()] == []

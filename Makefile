@@ -10,30 +10,45 @@ unexport PYTHONDONTWRITEBYTECODE
 BUILD  ?= docker build
 TARGET ?= cuda
 
-.PHONY: demo test check proto lock image
+# Tests without servers, browsers, images, GPU kernels, or long comparisons with other libraries.
+FAST   := $(addprefix tests/,text model device adapters engine test_architecture.py)
 
-demo: .venv/installed
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast check format proto lock image
+
+help: ## Lists the targets.
+	@sed -En 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
+
+demo: .venv/installed ## Serves a small base and adapters, and shows them stream.
 	$(BIN)/lorarep demo
 
-test: .venv/installed tests/clients/node_modules
+test: .venv/installed tests/clients/node_modules ## Runs all tests.
 	$(BIN)/pytest
 
-check: .venv/installed
+test-fast: .venv/installed ## Runs the tests that need no server, browser or image.
+	$(BIN)/pytest $(FAST)
+
+check: .venv/installed ## Checks style, types, imports between folders and the Dockerfile.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/hadolint Dockerfile
 
-proto: .venv/installed
+format: .venv/installed ## Formats the code and repairs what the linter can.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: .venv/installed ## Generates Python from the protos.
 	$(BIN)/python -m grpc_tools.protoc --plugin=$(BIN)/protoc-gen-mypy -I proto --python_out=proto \
 	  --grpc_python_out=proto --mypy_out=proto proto/lorarep/v1/*.proto proto/fmaas/*.proto
 
-# What images install. Keeps the versions that are in it, unless it is deleted before.
-lock: .venv/installed
+# Images install the versions in requirements.lock. They stay as they are, unless the file is deleted before.
+lock: .venv/installed ## Resolves the versions that images install.
 	echo "$(TORCH)" | $(BIN)/uv pip compile pyproject.toml - --extra traces --universal --python-version 3.11 --generate-hashes --quiet \
 	  --custom-compile-command "make lock" --output-file requirements.lock
 
-image:
+image: ## Builds the image; TARGET is cuda or cpu.
 	$(BUILD) --target $(TARGET) --label org.opencontainers.image.revision="$$(git rev-parse HEAD)" --tag lorarep .
 
 .venv/installed: pyproject.toml

@@ -19,7 +19,7 @@ from tests.support.models import save_adapter, save_base
 
 REQUESTS = 10_000
 KINDS = 60
-"""Distinct requests, each with its answer alone."""
+"""Distinct requests, each with the answer that it gives alone."""
 AT_ONCE = 144
 """Requests that have been submitted and have not ended."""
 
@@ -41,8 +41,8 @@ def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path, monkeypatch:
         for name, ranges in maps.items()
         for kind in ("lora", "dora")
     }
-    # Pages for about half of what may run at once: preemption happens all the time. Many in a step, since what a step
-    # takes hardly depends on how many are in it.
+    # Pages for about half of the sequences, so that preemption happens all the time. Many sequences a step, since a
+    # step's time hardly depends on their number.
     pages = 110 * 2 * 16 * 2 * 16 * 4
     engine = engine_for(base, adapters=adapters, kv_bytes=pages, max_sequences=96, max_queued=192)
     dice = random.Random(5)

@@ -108,8 +108,8 @@ def compare(folder: Path, hidden: int, new_tokens: int, repeats: int) -> None:
     print(f"weights read a step {weights / 1e6:.0f} MB, floor {floor * 1e3:.1f} ms a step\n")
     print(f"{'':34}{'tokens/s':>10}{'ms/step':>10}{'x floor':>10}{'lorarep is':>14}")
     for title, adapters, peft_side in (
-        ("4 LoRA + 4 DoRA, PEFT in turn", mixed, one_after_the_other),
-        ("8 LoRA, PEFT in turn", loras, one_after_the_other),
+        ("4 LoRA + 4 DoRA, PEFT one at a time", mixed, one_after_the_other),
+        ("8 LoRA, PEFT one at a time", loras, one_after_the_other),
         ("8 LoRA, PEFT's mixed batch", loras, mixed_batch),
     ):
         with torch.inference_mode():

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# The server's too: oneDNN keeps a kernel for each of the last thousand shapes, which would look like growth.
+# The server inherits these. oneDNN keeps a kernel for each of the last thousand shapes, which would look like growth.
 os.environ.update(OMP_NUM_THREADS="1", LRU_CACHE_CAPACITY="128", ONEDNN_PRIMITIVE_CACHE_CAPACITY="128")
 os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -49,7 +49,7 @@ COMING = 12
 """Repositories whose adapters come and go."""
 SAMPLE_SECONDS = 5.0
 GROWTH = 1.05
-"""Of resident memory, from the median of the first quarter to that of the last: how much is none."""
+"""Most growth of resident memory, from the median of the first quarter to the median of the last."""
 
 MEANT = {
     "call": {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL the forward pass failed"},
@@ -76,7 +76,7 @@ class Soak:
         return tokens
 
     def call(self, dice: random.Random) -> None:
-        """One request, in one of the ways in which callers ask and leave."""
+        """Sends one request, and reads it, cancels it, lets it time out, or vanishes."""
         number = dice.randrange(KINDS)
         wanted, alone = self.kinds[number], self.alone[number]
         match dice.choices(["whole", "streamed", "cancelled", "short of time", "vanished"], [4, 4, 1, 1, 1])[0]:
@@ -109,7 +109,7 @@ class Soak:
         leave: int | None = None,
         by: Callable[[], object] = lambda: None,
     ) -> list[int]:
-        """The tokens of a stream, which begin as they do alone wherever it breaks off."""
+        """Reads a stream, whose tokens have to begin like the answer alone, wherever the stream ends."""
         tokens: list[int] = []
         try:
             for i, message in enumerate(call):
@@ -126,7 +126,7 @@ class Soak:
             self.bad.append(f"{tokens} in place of {alone}: {wanted}")
 
     def come_and_go(self, dice: random.Random, name: str) -> None:
-        """One adapter, from the Hub or its cache, used and gone."""
+        """Loads one adapter from the Hub or its cache, uses it and unloads it."""
         repository = dice.choice([r for r in self.coming if r.endswith(name)])
         if dice.random() < 0.7:
             shutil.rmtree(self.world.cache / f"models--{repository.replace('/', '--')}", ignore_errors=True)
@@ -179,7 +179,7 @@ class Soak:
 
     @contextmanager
     def counted(self, what: str, done: str) -> Iterator[None]:
-        """Counts how a call has ended; some are meant to end badly."""
+        """Counts how a call ends; some calls are meant to fail."""
         try:
             yield
         except grpc.RpcError as error:
@@ -201,7 +201,11 @@ class Soak:
                 self.bad.append(repr(error))
 
     def run(self, seconds: float) -> list[int]:
-        """Everything at once; what the server's resident memory was, in bytes, every few seconds."""
+        """Runs all work concurrently.
+
+        Returns:
+            The server's resident memory every few seconds, in bytes.
+        """
         works = [self.call] * CALLERS + [self.break_hub, self.break_server]
         works += [lambda dice, name=name: self.come_and_go(dice, name) for name in ("a", "b")]
         threads = [threading.Thread(target=self.keep, args=(work, i)) for i, work in enumerate(works)]
@@ -229,7 +233,7 @@ def mend(hub: FaultyHub) -> None:
 
 
 def kind(dice: random.Random) -> pb.GenerateRequest:
-    """A request with an answer that nothing else changes."""
+    """A random request whose answer does not depend on other requests."""
     fields: dict[str, Any] = {}
     adapters = dice.choice([(), ("lora",), ("dora",), ("org/plain",), ("lora", "other"), ("deep",)])
     if adapters == ("deep",):
@@ -280,7 +284,7 @@ def report(soak: Soak, seconds: float) -> None:
 
     def clean() -> bool:
         after.update(held(soak.server))
-        # Fewer is no leak: a connection to the Hub may have closed.
+        # Fewer descriptors are no leak: a connection to the Hub may have closed.
         fewest = {"descriptors": min(before["descriptors"], after["descriptors"])}
         return after == {**before, **fewest}
 

@@ -31,23 +31,25 @@ import simpy
 from tqdm import tqdm
 
 ROWS, STEP_SECONDS = (1, 8, 16, 32), (5.44e-3, 5.87e-3, 7.38e-3, 11.35e-3)
-"""A LoRA of rank 8 for each row, 64 positions, NF4."""
+"""Seconds a step by rows, with a LoRA of rank 8 for each row, 64 positions and NF4."""
 LOAD_SECONDS = 0.195
-"""Of such an adapter, from local files to ready."""
+"""Seconds to load such an adapter from local files."""
 ROOM = 64
-"""Adapters on a device."""
+"""Adapters that fit on a device."""
 LOADS = 2
-"""At a time, as if two took no longer than one: that is not measured."""
+"""Concurrent loads. Two take as long as one here; that is an assumption, not measured."""
 NEW_TOKENS = 128
 LOAD = 0.6
 """Share of the tokens that full batches would make."""
 WARM_UP = 1 / 3
-"""Of the time, before anything is counted."""
+"""Share of the time before anything is counted."""
 ZIPF = 1.0
 
 
 @dataclass(eq=False)
 class Call:
+    """A request for one adapter, and its arrival in seconds."""
+
     adapter: int
     arrived: float
 
@@ -58,18 +60,18 @@ class Pod:
     def __init__(self, environment: simpy.Environment, first_token: Callable[[Call], None]) -> None:
         self._environment, self._first_token = environment, first_token
         self.adapters: OrderedDict[int, simpy.Event] = OrderedDict()
-        """Here or on their way, the least recently used first."""
-        self.loads = self.coming = 0
+        """Resident and loading adapters, the least recently used first."""
+        self.loads = self.pending = 0
         self._loading = simpy.Resource(environment, LOADS)
         self._waiting: deque[Call] = deque()
         self._ends: list[int] = []
-        """Steps after which the running calls end, a heap."""
+        """Heap of the step numbers after which running calls end."""
         self._work = environment.event()
         environment.process(self._run())
 
     @property
     def calls(self) -> int:
-        return self.coming + len(self._waiting) + len(self._ends)
+        return self.pending + len(self._waiting) + len(self._ends)
 
     def submit(self, call: Call) -> None:
         self._environment.process(self._admit(call))
@@ -81,9 +83,9 @@ class Pod:
         loaded = self.adapters[call.adapter]
         if len(self.adapters) > ROOM:
             self.adapters.popitem(last=False)
-        self.coming += 1
+        self.pending += 1
         yield loaded
-        self.coming -= 1
+        self.pending -= 1
         self._waiting.append(call)
         if not self._work.triggered:
             self._work.succeed()
@@ -129,16 +131,19 @@ ROUTINGS: Mapping[str, Callable[[Sequence[Pod], int, random.Random], Pod]] = {
 
 @dataclass(frozen=True)
 class Outcome:
+    """Result of one simulated fleet."""
+
     median: float
-    """Seconds to the first token."""
+    """Median seconds to the first token."""
     p99: float
+    """99th percentile of the seconds to the first token."""
     loads: float
-    """For each request."""
+    """Loads for each request."""
 
 
 def simulate(pods: int, adapters: int, routing: str, seconds: float, progress: tqdm[Any]) -> Outcome:
     environment = simpy.Environment()
-    # Apart, so that every routing gets the same requests.
+    # Two generators, so that every routing gets the same requests.
     requests, choices = random.Random(0), random.Random(1)
     times: list[float] = []
     begin = seconds * WARM_UP

@@ -126,7 +126,7 @@ def run(files: Files, options: argparse.Namespace) -> None:
 
 
 def started(files: Files, quantization: str, rows: int) -> Engine:
-    """An engine for so many rows, and all their prompts in one step: so that they decode together from the first on."""
+    """An engine for so many rows, whose prompts fit into one step, so that all rows decode from the next step on."""
     base, positions = files.base, len(files.stacks[DEEP])
     shape = files.shape
     page = PagePool.page_bytes(shape["num_key_value_heads"], shape["head_dim"], torch.bfloat16)
@@ -149,7 +149,7 @@ def started(files: Files, quantization: str, rows: int) -> Engine:
 
 
 def load(engine: Engine, files: Files, kind: str, count: int) -> list[str]:
-    """Names of so many adapters, on the device."""
+    """Loads so many adapters onto the device and returns their names."""
     folders = [files.adapter(kind, i) for i in range(count)]
     began = time.perf_counter()
     for i, folder in enumerate(folders):

@@ -1,4 +1,4 @@
-"""What reading costs: the bytes of a decoding step, and the bandwidth that copying reaches."""
+"""The floor of a decoding step: the bytes that it reads, and the bandwidth that a copy reaches."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from lorarep_runtime.model.plan import merge
 
 
 def floor_bytes(engine: Engine, names: Sequence[str], tokens: int) -> int:
-    """What a step reads once: its plan's weights, all adapters, each row's keys and values.
+    """Bytes that a step reads: its plan's weights, all adapters, each row's keys and values.
 
     Args:
-        names: each row's adapter, or stack without one.
-        tokens: of each row.
+        names: each row's adapter, or its stack if it has none.
+        tokens: context length of each row.
     """
     stacks = [engine.stacks[name] if name in engine.stacks else engine.adapters.get(name).stack for name in names]
     plan = merge(tuple(sorted(set(stacks))))
     adapters = sum(engine.adapters.get(name).bytes for name in set(names) if name not in engine.stacks)
     keys = sum(len(stack) for stack in stacks) * tokens * token_bytes(engine)
-    return weight_bytes(engine, [step.layer for step in plan.visits]) + adapters + keys
+    return weight_bytes(engine, [visit.layer for visit in plan.visits]) + adapters + keys
 
 
 def token_bytes(engine: Engine) -> int:
-    """Keys and values of one token at one position."""
+    """Bytes of keys and values of one token at one position."""
     base = engine.base
     return PagePool.page_bytes(base.kv_heads, base.head_dim, base.dtype) // PAGE_TOKENS
 
 
 def weight_bytes(engine: Engine, stack: Sequence[int]) -> int:
+    """Bytes of the weights of all layers in the stack, and of the head."""
     layers = [sum(t.nbytes for w in layer.values() for t in (*w.data, *w.constants)) for layer in engine.base.weights]
     return sum(layers[i] for i in stack) + engine.base.model.get_output_embeddings().weight.nbytes
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.models --folder FOLDER [--layers 32] [--device cuda]
 
-makes all that the other benchmarks load, which they otherwise make when they need it.
+makes all files that the other benchmarks load. Otherwise each benchmark makes the files that it needs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tests.support.models import MISTRAL_7B, projections, save_tokenizer
 SMALL = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 RANKS = (4, 8, 16, 64)
 FILES = 8
-"""Of each kind of adapter. More names than that share files; each has a copy in memory."""
+"""Files of each kind of adapter. More names than files share them; each name has a copy in memory."""
 DEEP, PUBLISHED = "deep", "published"
-"""Stacks: of twice the base's depth; and of 1.5 times, as the published adapter of 10 billion has it."""
+"""Stacks of twice the base's depth, and of 1.5 times, as the published adapter of 10 billion has it."""
 KINDS: dict[str, tuple[str, tuple[int, ...], bool | None]] = {
     "lora": (DEEP, (8,), False),
     "dora": (DEEP, (8,), True),
@@ -35,12 +35,12 @@ KINDS: dict[str, tuple[str, tuple[int, ...], bool | None]] = {
     "published-lora": (PUBLISHED, (8,), False),
     "published-dora": (PUBLISHED, (8,), True),
 }
-"""The stack, the ranks in turn, and whether they are DoRA; None is every other one."""
+"""Stack, ranks that rotate, and DoRA or not; None makes every other adapter a DoRA."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Each is made when it is first asked for and stays in the folder, which belongs to these layers and this shape."""
+    """A base and adapters, made on first use. They stay in the folder, which belongs to these layers and this shape."""
 
     folder: Path
     layers: int
@@ -68,7 +68,7 @@ class Files:
     @cached_property
     def base(self) -> Path:
         folder = self.folder / "base"
-        if not (folder / "tokenizer.json").exists():  # what is written last
+        if not (folder / "tokenizer.json").exists():  # the last file to be written
             save_base(folder, self.shape, self.device)
             if self.device == "cuda":
                 torch.cuda.empty_cache()
@@ -108,7 +108,7 @@ def layers_of(replication: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def load_with_transformers(base: Path, quantization: str, device: str) -> PreTrainedModel:
-    """As a user of PEFT loads it."""
+    """Loads the base as a user of PEFT does."""
     quantized = {
         "none": None,
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),

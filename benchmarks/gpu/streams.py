@@ -17,7 +17,7 @@ from lorarep_runtime.request import Event, Output
 
 SHORT = 128
 STEADY = 40
-"""Tokens of each stream before and after which nothing is timed."""
+"""First and last tokens of each stream that are not timed."""
 
 
 class Stream:
@@ -59,7 +59,7 @@ class Stream:
 
 @contextmanager
 def running(engine: Engine, adapters: Sequence[str], new_tokens: int, temperature: float = 0) -> Iterator[list[Stream]]:
-    """Streams that are all decoding; afterwards they are waited for."""
+    """Streams that all decode. Leaving the context waits for their ends."""
     streams = [Stream(engine, name, SHORT, new_tokens, temperature) for name in adapters]
     while min(len(stream.times) for stream in streams) < STEADY:
         time.sleep(0.001)

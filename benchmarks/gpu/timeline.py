@@ -1,4 +1,4 @@
-"""What the device does in a step and between two, out of a profile of the running engine."""
+"""The device's work within a step and between two steps, from a profile of the running engine."""
 
 from __future__ import annotations
 
@@ -28,27 +28,30 @@ class Work:
 
     name: str
     begin: float
-    """Microseconds, as its end."""
+    """Begin in microseconds; `end` too is in microseconds."""
     end: float
     launch: int
-    """A graph's launch is one for all of its kernels."""
+    """Number of the launch; all kernels of a graph share one."""
 
 
 @dataclass(frozen=True)
 class Timeline:
+    """Times of profiled steps, and of the kernels of a position."""
+
     step_us: float
-    """From one step's first kernel to the next one's, the median."""
+    """Median microseconds from one step's first kernel to the next step's."""
     idle: float
-    """Share of that with nothing on the device between one step's last kernel and the next one's first, in %."""
+    """Share of a step, in %, with nothing on the device between its last kernel and the next step's first."""
     idle_within: float
-    """Share with nothing on the device inside of a step, in %."""
+    """Share of a step, in %, with nothing on the device between its own kernels."""
     before: float
-    """Microseconds of a step before its first position, and after its last."""
+    """Microseconds of a step before its first position."""
     after: float
+    """Microseconds of a step after its last position."""
     positions: int
     kernels: Sequence[tuple[str, float]]
-    """Of a position, in order: names and microseconds, each from the end of all before it to its own end. Kernels begin
-    while those before them still run, so that their own durations say too much."""
+    """Kernels of a position in order: name and microseconds, from the end of all earlier kernels to its own end.
+    Kernels begin while earlier ones still run, so their own durations overlap."""
 
     def print(self, title: str) -> None:
         print(
@@ -62,7 +65,7 @@ class Timeline:
 
 
 def profiled(step: Callable[[], object]) -> Timeline:
-    """Of a step that is called as often as it takes."""
+    """Calls `step` as many times as a profile needs, and returns its timeline."""
     with profile(activities=[ProfilerActivity.CUDA]) as one:
         for _ in range(STEPS):
             step()
@@ -73,7 +76,7 @@ def profiled(step: Callable[[], object]) -> Timeline:
 
 
 def works(events: Sequence[dict[str, Any]]) -> list[Work]:
-    """Out of the events of a Chrome trace."""
+    """Kernels and copies among the events of a Chrome trace, by begin."""
     found = [
         Work(event["name"], event["ts"], event["ts"] + event["dur"], event["args"]["correlation"])
         for event in events
@@ -83,11 +86,16 @@ def works(events: Sequence[dict[str, Any]]) -> list[Work]:
 
 
 def timeline(found: Sequence[Work], unsettled: int = UNSETTLED) -> Timeline:
+    """Finds the steps among the works, which are sorted by begin, and leaves out the first `unsettled`.
+
+    Raises:
+        ValueError: no graph is among the works, or fewer than three steps are left.
+    """
     launches: dict[int, list[Work]] = defaultdict(list)
     for work in found:
         launches[work.launch].append(work)
     most = max(map(len, launches.values()))
-    # What else is launched between steps is single kernels and copies.
+    # All other launches between steps are single kernels and copies.
     steps = [launch for launch in launches.values() if len(launch) > most // 2]
     if most < 2:
         raise ValueError("no graph is in the profile")
@@ -136,7 +144,7 @@ def taken(step: Sequence[Work]) -> list[float]:
 
 
 def repeated(names: Sequence[str]) -> tuple[int, int, int]:
-    """Where the positions of a step begin, how many kernels one has, and how many there are."""
+    """Index of the first position's first kernel, kernels of a position, and number of positions in a step."""
     quarter = len(names) // 4
     middle = names[quarter : len(names) - quarter]
     period = next((p for p in range(1, len(middle)) if list(middle[p:]) == list(middle[:-p])), len(names))
@@ -151,6 +159,6 @@ def repeated(names: Sequence[str]) -> tuple[int, int, int]:
 
 
 def short(name: str) -> str:
-    """A kernel's name without return type, arguments and what templates have."""
+    """A kernel's name without return type, arguments and template arguments."""
     name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     return re.split(r"[<(]", name)[0].rpartition("::")[2][:60] or name[:60]

@@ -14,7 +14,7 @@ TARGET ?= cuda
 FAST   := $(addprefix tests/,text model device adapters engine test_architecture.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format proto lock image
+.PHONY: help demo test test-fast coverage check format proto lock image
 
 help: ## Lists the targets.
 	@sed -En 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -27,6 +27,9 @@ test: .venv/installed tests/clients/node_modules ## Runs all tests.
 
 test-fast: .venv/installed ## Runs the tests that need no server, browser or image.
 	$(BIN)/pytest $(FAST)
+
+coverage: .venv/installed ## Runs the fast tests, and checks how much of the runtime they run.
+	$(BIN)/pytest $(FAST) --cov --cov-report=term
 
 check: .venv/installed ## Checks style, types, imports between folders and the Dockerfile.
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ LABEL org.opencontainers.image.title="lorarep" \
 
 FROM common AS wheel
 WORKDIR /src
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY proto proto
 COPY lorarep_runtime lorarep_runtime
 COPY server server

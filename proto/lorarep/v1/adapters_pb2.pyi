@@ -26,29 +26,29 @@ class _LoadStage:
 class _LoadStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoadStage.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     LOAD_STAGE_UNSPECIFIED: _LoadStage.ValueType  # 0
-    """Never sent."""
+    """This value is never sent."""
     LOAD_STAGE_WAITING: _LoadStage.ValueType  # 1
-    """For its turn, as only so many are loaded at a time; or for another load of the name to end."""
+    """The load waits for a free thread, or for another load of the name to end."""
     LOAD_STAGE_DOWNLOADING: _LoadStage.ValueType  # 2
-    """From the Hub into the server's cache."""
+    """Files come from the Hub into the server's cache."""
     LOAD_STAGE_CHECKING: _LoadStage.ValueType  # 3
-    """Configuration and header against the base; the file's digest."""
+    """Configuration and header are compared with the base, and the file's digest is computed."""
     LOAD_STAGE_COMPILING: _LoadStage.ValueType  # 4
-    """Into device memory, in the form that is computed with."""
+    """The adapter is compiled into device memory."""
 
 class LoadStage(_LoadStage, metaclass=_LoadStageEnumTypeWrapper):
-    """Part of a load. One that takes no time may never be seen."""
+    """LoadStage is a part of a load. A stage that takes no time may never be sent."""
 
 LOAD_STAGE_UNSPECIFIED: LoadStage.ValueType  # 0
-"""Never sent."""
+"""This value is never sent."""
 LOAD_STAGE_WAITING: LoadStage.ValueType  # 1
-"""For its turn, as only so many are loaded at a time; or for another load of the name to end."""
+"""The load waits for a free thread, or for another load of the name to end."""
 LOAD_STAGE_DOWNLOADING: LoadStage.ValueType  # 2
-"""From the Hub into the server's cache."""
+"""Files come from the Hub into the server's cache."""
 LOAD_STAGE_CHECKING: LoadStage.ValueType  # 3
-"""Configuration and header against the base; the file's digest."""
+"""Configuration and header are compared with the base, and the file's digest is computed."""
 LOAD_STAGE_COMPILING: LoadStage.ValueType  # 4
-"""Into device memory, in the form that is computed with."""
+"""The adapter is compiled into device memory."""
 Global___LoadStage: _TypeAlias = LoadStage  # noqa: Y015
 
 class _AdapterState:
@@ -58,25 +58,25 @@ class _AdapterState:
 class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ADAPTER_STATE_UNSPECIFIED: _AdapterState.ValueType  # 0
-    """Never sent."""
+    """This value is never sent."""
     ADAPTER_STATE_LOADING: _AdapterState.ValueType  # 1
-    """Not yet: the adapters file wants it, and it is on its way. Requests for it wait."""
+    """Requests cannot name it yet: the adapters file wants it, and it is being loaded. Requests for it wait."""
     ADAPTER_STATE_LOADED: _AdapterState.ValueType  # 2
-    """Yes."""
+    """Requests can name it."""
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 3
-    """No: the adapters file wants it, and the last attempt failed. There will be another. Requests for it are UNAVAILABLE."""
+    """Requests for it are UNAVAILABLE: the adapters file wants it, and the last attempt failed. There will be another."""
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper):
-    """Whether requests can name an adapter."""
+    """AdapterState says whether requests can name an adapter."""
 
 ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
-"""Never sent."""
+"""This value is never sent."""
 ADAPTER_STATE_LOADING: AdapterState.ValueType  # 1
-"""Not yet: the adapters file wants it, and it is on its way. Requests for it wait."""
+"""Requests cannot name it yet: the adapters file wants it, and it is being loaded. Requests for it wait."""
 ADAPTER_STATE_LOADED: AdapterState.ValueType  # 2
-"""Yes."""
+"""Requests can name it."""
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 3
-"""No: the adapters file wants it, and the last attempt failed. There will be another. Requests for it are UNAVAILABLE."""
+"""Requests for it are UNAVAILABLE: the adapters file wants it, and the last attempt failed. There will be another."""
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
 class _AdapterTier:
@@ -86,25 +86,25 @@ class _AdapterTier:
 class _AdapterTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterTier.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ADAPTER_TIER_UNSPECIFIED: _AdapterTier.ValueType  # 0
-    """Nowhere yet."""
+    """The adapter is not loaded yet."""
     ADAPTER_TIER_DEVICE: _AdapterTier.ValueType  # 1
-    """Device memory: requests start at once."""
+    """The adapter is in device memory: requests start at once."""
     ADAPTER_TIER_HOST: _AdapterTier.ValueType  # 2
-    """Compiled, in the host's memory."""
+    """The adapter is compiled, in the host's memory."""
     ADAPTER_TIER_DISK: _AdapterTier.ValueType  # 3
-    """The server's cache of downloaded files alone."""
+    """The adapter is in the server's cache of downloaded files alone."""
 
 class AdapterTier(_AdapterTier, metaclass=_AdapterTierEnumTypeWrapper):
-    """Where an adapter is."""
+    """AdapterTier is the fastest memory that an adapter is in."""
 
 ADAPTER_TIER_UNSPECIFIED: AdapterTier.ValueType  # 0
-"""Nowhere yet."""
+"""The adapter is not loaded yet."""
 ADAPTER_TIER_DEVICE: AdapterTier.ValueType  # 1
-"""Device memory: requests start at once."""
+"""The adapter is in device memory: requests start at once."""
 ADAPTER_TIER_HOST: AdapterTier.ValueType  # 2
-"""Compiled, in the host's memory."""
+"""The adapter is compiled, in the host's memory."""
 ADAPTER_TIER_DISK: AdapterTier.ValueType  # 3
-"""The server's cache of downloaded files alone."""
+"""The adapter is in the server's cache of downloaded files alone."""
 Global___AdapterTier: _TypeAlias = AdapterTier  # noqa: Y015
 
 class _AdapterKind:
@@ -114,26 +114,26 @@ class _AdapterKind:
 class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ADAPTER_KIND_UNSPECIFIED: _AdapterKind.ValueType  # 0
-    """Never sent."""
+    """This value is never sent."""
     ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 1
-    """Low-rank adaptation (Hu et al., 2021), rank-stabilised or not."""
+    """LoRA is low-rank adaptation (Hu et al., 2021), rank-stabilised or not."""
     ADAPTER_KIND_DORA: _AdapterKind.ValueType  # 2
-    """Weight-decomposed low-rank adaptation (Liu et al., 2024)."""
+    """DoRA is weight-decomposed low-rank adaptation (Liu et al., 2024)."""
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
-    """What an adapter does to a linear layer."""
+    """AdapterKind is the change that an adapter makes to a linear layer."""
 
 ADAPTER_KIND_UNSPECIFIED: AdapterKind.ValueType  # 0
-"""Never sent."""
+"""This value is never sent."""
 ADAPTER_KIND_LORA: AdapterKind.ValueType  # 1
-"""Low-rank adaptation (Hu et al., 2021), rank-stabilised or not."""
+"""LoRA is low-rank adaptation (Hu et al., 2021), rank-stabilised or not."""
 ADAPTER_KIND_DORA: AdapterKind.ValueType  # 2
-"""Weight-decomposed low-rank adaptation (Liu et al., 2024)."""
+"""DoRA is weight-decomposed low-rank adaptation (Liu et al., 2024)."""
 Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
 
 @_typing.final
 class LoadAdapterRequest(_message.Message):
-    """Asks for an adapter to be loaded."""
+    """LoadAdapterRequest asks for an adapter to be loaded."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -145,24 +145,25 @@ class LoadAdapterRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name that requests will use. 1 to 256 printable characters, without commas and without spaces at its edges."""
+    """The name that requests will use: 1 to 256 printable characters, without commas and without spaces at its edges."""
     repository: _builtins.str
-    """Hub repository id, "organization/repository", that the server's allow-list permits."""
+    """The Hub repository id, "organization/repository". The server's allow-list has to permit it."""
     revision: _builtins.str
-    """Branch, tag or commit. Default: the repository's default branch."""
+    """The branch, tag or commit. Default: the repository's default branch."""
     stack: _builtins.str
-    """Name of the stack whose positions the adapter's layer numbers count, for an adapter that was trained on a physically
-    stacked model; see ListStacks. Default: the adapter's own `layer_replication`, or the base's order of layers.
+    """The name of the stack whose positions the adapter's layer numbers count; see ListStacks. Set it for an adapter that
+    was trained on a physically stacked model. Default: the adapter's `layer_replication`, or the base's order of
+    layers.
     """
     pinned: _builtins.bool
-    """Whether it never leaves the device for others. Default: as it is if it is loaded already, else false."""
+    """Whether the adapter never leaves the device for others. Default: unchanged if it is loaded already, else false."""
     priority: _builtins.int
-    """Among those that may leave the device, the lowest goes first, then the one that has gone unused the longest. Default:
-    as it is if it is loaded already, else 0.
+    """The priority among adapters that may leave the device. The lowest leaves first, then the least recently used one.
+    Default: unchanged if the adapter is loaded already, else 0.
     """
     replace: _builtins.bool
-    """Whether another revision that has the name gives it up, once this one is loaded; requests under way finish on
-    theirs. A branch is resolved anew, so that this is how one that has moved is followed.
+    """Whether another revision with the name gives it up, once this one is loaded. Running requests finish on their
+    revision. The server resolves a branch again, so this follows a branch that has moved.
     """
     def __init__(
         self,
@@ -200,7 +201,7 @@ Global___LoadAdapterRequest: _TypeAlias = LoadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class LoadAdapterResponse(_message.Message):
-    """How a load goes on, then the adapter."""
+    """LoadAdapterResponse is one message of a load: its progress, or at the end the adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -210,7 +211,7 @@ class LoadAdapterResponse(_message.Message):
     def progress(self) -> Global___LoadProgress: ...
     @_builtins.property
     def adapter(self) -> Global___Adapter:
-        """The last message: requests can name it."""
+        """The last message: requests can name the adapter now."""
 
     def __init__(
         self,
@@ -230,7 +231,7 @@ Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class LoadProgress(_message.Message):
-    """Where a load is."""
+    """LoadProgress says how far a load is."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -239,9 +240,9 @@ class LoadProgress(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     stage: Global___LoadStage.ValueType
     done: _builtins.int
-    """How much of the stage is done: bytes while downloading, linear modules while compiling, else 0."""
+    """The part of the stage that is done: bytes while downloading, linear modules while compiling, else 0."""
     total: _builtins.int
-    """How much there is, as far as it is known yet; 0 if it is not, or there is nothing to count."""
+    """The whole of the stage in the same unit, as far as it is known; 0 if it is unknown or cannot be counted."""
     def __init__(
         self,
         *,
@@ -259,13 +260,13 @@ Global___LoadProgress: _TypeAlias = LoadProgress  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterRequest(_message.Message):
-    """Asks for a name to be taken away."""
+    """UnloadAdapterRequest asks for a name to be taken away."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Required."""
+    """The adapter's name. It is required."""
     def __init__(
         self,
         *,
@@ -281,7 +282,7 @@ Global___UnloadAdapterRequest: _TypeAlias = UnloadAdapterRequest  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterResponse(_message.Message):
-    """An adapter's name is gone."""
+    """UnloadAdapterResponse says that the name is gone."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -298,13 +299,13 @@ Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class GetAdapterRequest(_message.Message):
-    """Asks for one adapter."""
+    """GetAdapterRequest asks for one adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Required."""
+    """The adapter's name. It is required."""
     def __init__(
         self,
         *,
@@ -320,7 +321,7 @@ Global___GetAdapterRequest: _TypeAlias = GetAdapterRequest  # noqa: Y015
 
 @_typing.final
 class GetAdapterResponse(_message.Message):
-    """One adapter."""
+    """GetAdapterResponse has one adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -342,7 +343,7 @@ Global___GetAdapterResponse: _TypeAlias = GetAdapterResponse  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
-    """Asks for all adapters."""
+    """ListAdaptersRequest asks for all adapters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -359,14 +360,14 @@ Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
 
 @_typing.final
 class ListAdaptersResponse(_message.Message):
-    """All adapters."""
+    """ListAdaptersResponse has all adapters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
-        """In the order of their names."""
+        """The adapters in the order of their names."""
 
     def __init__(
         self,
@@ -383,8 +384,8 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):
-    """An adapter that requests can name, or will be able to: while it is not LOADED, only its name, repository, `pinned`,
-    `priority`, state and error are known.
+    """Adapter describes an adapter that requests can name, or will be able to name. Until it is LOADED, only its name,
+    repository, `pinned`, `priority`, state, error and `desired` are set.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -406,38 +407,38 @@ class Adapter(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     DESIRED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """What requests call it."""
+    """The name that requests use."""
     repository: _builtins.str
-    """Hub repository id or folder that it was loaded from."""
+    """The Hub repository id or the folder that it was loaded from."""
     commit: _builtins.str
-    """Commit of the repository, 40 hexadecimal digits; "local" for a folder."""
+    """The commit of the repository, 40 hexadecimal digits; "local" for a folder."""
     digest: _builtins.str
-    """SHA-256 of the weights file, 64 hexadecimal digits."""
+    """The SHA-256 of the weights file, 64 hexadecimal digits."""
     kind: Global___AdapterKind.ValueType
     rank: _builtins.int
-    """Largest rank of its modules."""
+    """The largest rank of its modules."""
     parameters: _builtins.int
-    """Numbers in its file."""
+    """The count of numbers in its file."""
     bytes: _builtins.int
-    """Device memory it holds, in bytes; 0 while it is not on the device."""
+    """The device memory that it holds, in bytes; 0 while it is not on the device."""
     references: _builtins.int
-    """Requests that hold it now."""
+    """The count of requests that hold it now."""
     tier: Global___AdapterTier.ValueType
-    """Where it is now. The next request for it brings the same revision back to the device."""
+    """The fastest memory that it is in now. The next request for it brings the same revision back to the device."""
     pinned: _builtins.bool
-    """Whether it never leaves the device for others."""
+    """Whether the adapter never leaves the device for others."""
     priority: _builtins.int
-    """Among those that may leave the device, the lowest goes first."""
+    """The priority among adapters that may leave the device; the lowest leaves first."""
     state: Global___AdapterState.ValueType
     error: _builtins.str
-    """Why the last attempt to load it failed, as a status code and its message; empty if it did not. Of an adapter that is
-    LOADED, it is what the adapters file wants in its place by now that could not be loaded.
+    """The reason why the last attempt to load it failed: a status code and its message. It is empty if that did not fail.
+    For a LOADED adapter, it is about the successor that the adapters file wants in its place.
     """
     desired: _builtins.bool
-    """Whether the server's adapters file has it loaded."""
+    """Whether the server's adapters file wants it loaded."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The stack it is for: the base's layers in the order in which they are walked, counted from 0."""
+        """The adapter's stack: the base's layers in the order in which they are walked, counted from 0."""
 
     def __init__(
         self,

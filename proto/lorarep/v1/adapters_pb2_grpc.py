@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """Loads and unloads adapters while the server answers requests; nothing waits for a load but the requests that need it.
+    """AdapterService loads and unloads adapters while the server answers requests. Only requests that need a load wait for
+    it.
     """
 
     def __init__(self, channel):
@@ -58,45 +59,51 @@ class AdapterServiceStub:
 
 
 class AdapterServiceServicer:
-    """Loads and unloads adapters while the server answers requests; nothing waits for a load but the requests that need it.
+    """AdapterService loads and unloads adapters while the server answers requests. Only requests that need a load wait for
+    it.
     """
 
     def LoadAdapter(self, request, context):
-        """Downloads, checks and compiles an adapter, then gives it its name. Answers with any number of `progress`, at most a
-        few a second and none that is out of date by the time it is sent, and one `adapter` at the end. Calls that ask for
-        the same load while it is under way share it, whoever began it; it is cancelled at its next progress, and leaves
-        nothing behind, when the last of them has been cancelled or has left.
+        """LoadAdapter downloads, checks and compiles an adapter, then gives it its name. The stream has any number of
+        `progress`, at most a few a second, and one `adapter` at the end. A `progress` is current when it is sent. Calls
+        for the same load share it while it runs. The load is cancelled at its next progress when the last of its callers
+        has left. A cancelled load leaves nothing behind.
 
-        What the server's adapters file wants under a name is had loaded at once by the same request, or is resolved anew if
-        `replace` is set; FAILED_PRECONDITION names a field in which the request wants it otherwise.
+        A request that equals an entry of the server's adapters file has that entry loaded at once. With `replace`, the
+        entry is resolved again. FAILED_PRECONDITION names a field in which the request differs from the entry.
 
-        OK without any work if the name is that very revision's already; ALREADY_EXISTS if it is another's, unless `replace`
-        is set. PERMISSION_DENIED if the server's allow-list does not permit the repository; FAILED_PRECONDITION names a
-        field or tensor that the server cannot honour; DATA_LOSS a corrupt file; RESOURCE_EXHAUSTED too little memory or
-        disk, or too many loads that wait already, with the milliseconds to wait before another attempt in the trailing
-        metadata `grpc-retry-pushback-ms`; UNAVAILABLE a Hub that does not answer.
+        The call does no work if the name belongs to that very revision already. Errors:
+        ALREADY_EXISTS       another revision has the name, and `replace` is not set.
+        PERMISSION_DENIED    the server's allow-list does not permit the repository.
+        FAILED_PRECONDITION  the server cannot honour the named field or tensor.
+        DATA_LOSS            a file is corrupt.
+        RESOURCE_EXHAUSTED   memory or disk is short, or too many loads wait. The trailing metadata
+        `grpc-retry-pushback-ms` has the milliseconds to wait before another attempt.
+        UNAVAILABLE          the Hub does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes an adapter's name away. Requests under way finish on it, then its memory is freed. NOT_FOUND if no adapter has
-        the name; FAILED_PRECONDITION if it is the server's adapters file that has it loaded.
+        """UnloadAdapter takes an adapter's name away. Running requests finish on the adapter, then its memory is freed.
+        Errors: NOT_FOUND if no adapter has the name; FAILED_PRECONDITION if the server's adapters file has it loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """NOT_FOUND if no adapter has the name, and the server's adapters file wants none of it.
+        """GetAdapter describes one adapter. The error is NOT_FOUND if no adapter and no entry of the adapters file has the
+        name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """All adapters that have a name, and those that the server's adapters file wants, in the order of their names.
+        """ListAdapters describes all named adapters and all entries of the server's adapters file, in the order of their
+        names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,7 +141,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """Loads and unloads adapters while the server answers requests; nothing waits for a load but the requests that need it.
+    """AdapterService loads and unloads adapters while the server answers requests. Only requests that need a load wait for
+    it.
     """
 
     @staticmethod

@@ -27,9 +27,9 @@ class _FinishReason:
 class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
-    """Never sent."""
+    """This value is never sent."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 1
-    """It has `max_new_tokens`."""
+    """The answer has `max_new_tokens`."""
     FINISH_REASON_END_TOKEN: _FinishReason.ValueType  # 2
     """The tokenizer's end token was generated."""
     FINISH_REASON_STOP_TOKEN: _FinishReason.ValueType  # 3
@@ -38,12 +38,12 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """One of `stop` appeared."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
-    """Why an answer ended."""
+    """FinishReason says why an answer ended."""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
-"""Never sent."""
+"""This value is never sent."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 1
-"""It has `max_new_tokens`."""
+"""The answer has `max_new_tokens`."""
 FINISH_REASON_END_TOKEN: FinishReason.ValueType  # 2
 """The tokenizer's end token was generated."""
 FINISH_REASON_STOP_TOKEN: FinishReason.ValueType  # 3
@@ -54,7 +54,7 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class Prompt(_message.Message):
-    """What to continue. Exactly one of the fields is set."""
+    """Prompt is the text to continue. Exactly one of the fields is set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -62,14 +62,14 @@ class Prompt(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text. The tokenizer adds the special tokens it was trained with, such as one for the beginning."""
+    """Text. The tokenizer adds the special tokens that it was trained with, such as one for the beginning."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
-        """Tokens, used as they are."""
+        """Tokens. They are used as they are."""
 
     @_builtins.property
     def chat(self) -> Global___Chat:
-        """Messages, put into the form of the tokenizer's own chat template, which asks for the next answer."""
+        """Messages. The tokenizer's own chat template formats them, and asks for the next answer."""
 
     def __init__(
         self,
@@ -90,14 +90,14 @@ Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
-    """A sequence of tokens."""
+    """TokenIds is a sequence of tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At least one; each below the base's `vocab_size`."""
+        """At least one token id; each is below the base's `vocab_size`."""
 
     def __init__(
         self,
@@ -114,14 +114,14 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Chat(_message.Message):
-    """A conversation."""
+    """Chat is a conversation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """In order, the oldest first. At least one."""
+        """At least one message; the oldest comes first."""
 
     def __init__(
         self,
@@ -138,16 +138,16 @@ Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
 @_typing.final
 class ChatMessage(_message.Message):
-    """One message of a conversation."""
+    """ChatMessage is one message of a conversation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks. The chat template defines which roles there are; nearly all know "system", "user" and "assistant"."""
+    """The speaker. The chat template defines the roles; nearly all know "system", "user" and "assistant"."""
     content: _builtins.str
-    """What is said."""
+    """The text of the message."""
     def __init__(
         self,
         *,
@@ -164,18 +164,18 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class AdapterRef(_message.Message):
-    """An adapter and its share in the answer."""
+    """AdapterRef names an adapter and its share in the answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of a loaded adapter; or, where the server's allow-list permits the repository, "organization/repository" or
-    "organization/repository@revision", which is loaded first if it is not yet, while the call waits.
+    """The name of a loaded adapter, or a repository that the server's allow-list permits: "organization/repository" or
+    "organization/repository@revision". A repository that is not loaded yet is loaded first, and the call waits.
     """
     weight: _builtins.float
-    """Factor on the adapter's change to the base; any finite number. Default: 1."""
+    """The factor on the adapter's change to the base; any finite number. Default: 1."""
     def __init__(
         self,
         *,
@@ -194,7 +194,9 @@ Global___AdapterRef: _TypeAlias = AdapterRef  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """How each next token is chosen. Applied in this order: penalties, temperature, top_k, top_p, min_p."""
+    """Sampling says how each next token is chosen. It applies penalties, temperature, top_k, top_p and min_p, in this
+    order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -207,24 +209,24 @@ class Sampling(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divides the logits; 0 chooses the likeliest token (greedy). At least 0. Default: 0."""
+    """Temperature divides the logits; 0 chooses the likeliest token (greedy). At least 0. Default: 0."""
     top_k: _builtins.int
-    """Keeps so many of the likeliest tokens; 0 keeps all. Default: 0."""
+    """The count of the likeliest tokens to keep; 0 keeps all. Default: 0."""
     top_p: _builtins.float
-    """Keeps the likeliest tokens whose probabilities together reach this. Over 0, at most 1. Default: 1."""
+    """The likeliest tokens are kept until their probabilities together reach this. Over 0, at most 1. Default: 1."""
     min_p: _builtins.float
-    """Keeps tokens with at least this part of the likeliest one's probability. 0 to 1. Default: 0."""
+    """Tokens are kept that have at least this part of the likeliest one's probability. 0 to 1. Default: 0."""
     repetition_penalty: _builtins.float
-    """Divides the positive and multiplies the negative logits of all tokens in prompt and answer (Keskar et al., 2019).
-    Over 0; 1 changes nothing. Default: 1.
+    """This factor divides the positive and multiplies the negative logits of all tokens in prompt and answer (Keskar et
+    al., 2019). Over 0; 1 changes nothing. Default: 1.
     """
     presence_penalty: _builtins.float
-    """Subtracted once from the logit of every token in the answer. -2 to 2. Default: 0."""
+    """This is subtracted once from the logit of every token in the answer. -2 to 2. Default: 0."""
     frequency_penalty: _builtins.float
-    """Subtracted from the logit of every token once for each time it is in the answer. -2 to 2. Default: 0."""
+    """This is subtracted from a token's logit once for each time that it is in the answer. -2 to 2. Default: 0."""
     seed: _builtins.int
-    """The same seed, prompt, adapters and parameters give the same tokens, whatever else the server computes. 0 to
-    2^63 - 1. Default: a new one for each request.
+    """The same seed, prompt, adapters and parameters give the same tokens, whatever else the server computes. At
+    least 0 and below 2^63. Default: a new one for each request.
     """
     def __init__(
         self,
@@ -279,7 +281,7 @@ Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
 class Stopping(_message.Message):
-    """When an answer ends. It always ends where `max_new_tokens` are reached."""
+    """Stopping says when an answer ends. It always ends at `max_new_tokens`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -289,22 +291,22 @@ class Stopping(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_new_tokens: _builtins.int
-    """Most tokens of the answer. At least 1; together with the prompt at most the server's `max_sequence_tokens`.
-    Default: 256, or what the prompt leaves of `max_sequence_tokens` if that is less.
+    """The most tokens of the answer. At least 1; together with the prompt at most the server's `max_sequence_tokens`.
+    Default: 256, or the rest that the prompt leaves of `max_sequence_tokens` if that is less.
     """
     min_new_tokens: _builtins.int
-    """Until the answer has so many tokens, no end token is sampled and no stop string ends it. At most `max_new_tokens`.
-    Default: 0.
+    """The fewest tokens of the answer. Until then no end token is sampled and no stop string ends it. At most
+    `max_new_tokens`. Default: 0.
     """
     ignore_eos: _builtins.bool
-    """Whether to generate on past the tokenizer's end tokens."""
+    """Whether the answer goes on past the tokenizer's end tokens."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the answer where they appear; they are not part of it. None may be empty."""
+        """Strings that end the answer where they appear. They are not part of it. None may be empty."""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that end the answer, beside the tokenizer's end tokens. They count and are in `token_ids`, not in `text`."""
+        """Tokens that end the answer, in addition to the tokenizer's. They count and are in `token_ids`, but not in `text`."""
 
     def __init__(
         self,
@@ -332,7 +334,7 @@ Global___Stopping: _TypeAlias = Stopping  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """Asks for an answer."""
+    """GenerateRequest asks for an answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -343,30 +345,30 @@ class GenerateRequest(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     stack: _builtins.str
-    """Name of the stack to compute on, see ListStacks. Default: the adapters' own, or without adapters the base's order
-    of layers.
+    """The name of the stack to compute on; see ListStacks. Default: the adapters' own, or without adapters the base's
+    order of layers.
     """
     logprobs: _builtins.int
-    """Reports the log-probability of each token of the answer and of so many of the likeliest at its place. Default: no
-    log-probabilities.
+    """The count of the likeliest tokens to report at each place, with log-probabilities, in addition to the chosen one.
+    At most 20. Default: no log-probabilities.
     """
     @_builtins.property
     def prompt(self) -> Global___Prompt:
-        """Required."""
+        """The text to continue. It is required."""
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
-        """All are applied together, as PEFT applies several active adapters; all have to be for the same stack, and each may
-        be named once. None is the base without adapters. At most 16.
+        """The adapters, applied together as PEFT applies several active adapters. All are for the same stack, and each is
+        named once. At most 16. An empty list is the base without adapters.
         """
 
     @_builtins.property
     def sampling(self) -> Global___Sampling:
-        """Default: greedy."""
+        """The choice of tokens. Default: greedy."""
 
     @_builtins.property
     def stopping(self) -> Global___Stopping:
-        """Default: at an end token or after the default of `max_new_tokens`."""
+        """The end of the answer. Default: an end token, or the default of `max_new_tokens`."""
 
     def __init__(
         self,
@@ -395,7 +397,7 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """A whole answer."""
+    """GenerateResponse is a whole answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -407,15 +409,15 @@ class GenerateResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Always whole characters, without end tokens and stop strings."""
+    """The text, in whole characters, without end tokens and stop strings."""
     finish_reason: Global___FinishReason.ValueType
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All tokens of the answer, the one that ended it included."""
+        """All tokens of the answer, including the one that ended it."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One for each of `token_ids` if the request asked for `logprobs`, else empty."""
+        """One entry for each of `token_ids` if the request asked for `logprobs`, else none."""
 
     @_builtins.property
     def usage(self) -> Global___Usage: ...
@@ -446,14 +448,14 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class GenerateStreamRequest(_message.Message):
-    """Asks for an answer as it is generated."""
+    """GenerateStreamRequest asks for an answer as it is generated."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request(self) -> Global___GenerateRequest:
-        """Required."""
+        """The request. It is required."""
 
     def __init__(
         self,
@@ -470,7 +472,7 @@ Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
 
 @_typing.final
 class GenerateStreamResponse(_message.Message):
-    """One event of an answer."""
+    """GenerateStreamResponse is one event of an answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -479,15 +481,15 @@ class GenerateStreamResponse(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerationStarted:
-        """First: the request is in the queue."""
+        """The first event: the request is in the queue."""
 
     @_builtins.property
     def chunk(self) -> Global___GenerationChunk:
-        """Then: what has been generated since the last message."""
+        """The events between: the part that has been generated since the last message."""
 
     @_builtins.property
     def finished(self) -> Global___GenerationFinished:
-        """Last: the answer is whole."""
+        """The last event: the answer is whole."""
 
     def __init__(
         self,
@@ -508,18 +510,18 @@ Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y0
 
 @_typing.final
 class GenerationStarted(_message.Message):
-    """A request in the queue."""
+    """GenerationStarted says that the request is in the queue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTERS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Tokens of the prompt."""
+    """The count of tokens of the prompt."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRevision]:
         """The revisions that compute the answer, in the order of the request's `adapters`. They stay the same until the end,
-        whatever is loaded or unloaded meanwhile.
+        even if others are loaded or these are unloaded.
         """
 
     def __init__(
@@ -538,7 +540,7 @@ Global___GenerationStarted: _TypeAlias = GenerationStarted  # noqa: Y015
 
 @_typing.final
 class GenerationChunk(_message.Message):
-    """A part of an answer."""
+    """GenerationChunk is a part of an answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -546,14 +548,16 @@ class GenerationChunk(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Always whole characters. Lags behind `token_ids` where a token ends inside a character or may begin a stop string."""
+    """The text, in whole characters. It lags behind `token_ids` where a token splits a character or may begin a stop
+    string.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At least one."""
+        """At least one token."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
-        """One for each of `token_ids` if the request asked for `logprobs`, else empty."""
+        """One entry for each of `token_ids` if the request asked for `logprobs`, else none."""
 
     def __init__(
         self,
@@ -572,7 +576,7 @@ Global___GenerationChunk: _TypeAlias = GenerationChunk  # noqa: Y015
 
 @_typing.final
 class GenerationFinished(_message.Message):
-    """The end of an answer."""
+    """GenerationFinished is the end of an answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -601,7 +605,7 @@ Global___GenerationFinished: _TypeAlias = GenerationFinished  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
-    """The log-probability of a token of the answer, and the likeliest tokens at its place."""
+    """TokenLogprob has the log-probability of a token of the answer, and the likeliest tokens at its place."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -611,12 +615,12 @@ class TokenLogprob(_message.Message):
     TOP_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     logprob: _builtins.float
-    """Natural logarithm of the token's probability under the model, before penalties and temperature. At most 0."""
+    """The natural logarithm of the token's probability under the model, before penalties and temperature. At most 0."""
     text: _builtins.str
-    """The token's text by itself; U+FFFD where it is part of a character."""
+    """The token's text by itself; U+FFFD if it is part of a character."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
-        """As many as the request asked for, the likeliest first."""
+        """As many of the likeliest tokens as the request asked for; the likeliest comes first."""
 
     def __init__(
         self,
@@ -636,7 +640,7 @@ Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class TopLogprob(_message.Message):
-    """One of the likeliest tokens at a place."""
+    """TopLogprob is one of the likeliest tokens at a place."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -645,9 +649,9 @@ class TopLogprob(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     logprob: _builtins.float
-    """Natural logarithm of the token's probability, as above."""
+    """The natural logarithm of the token's probability under the model, before penalties and temperature."""
     text: _builtins.str
-    """The token's text by itself; U+FFFD where it is part of a character."""
+    """The token's text by itself; U+FFFD if it is part of a character."""
     def __init__(
         self,
         *,
@@ -665,16 +669,16 @@ Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """Tokens that were computed."""
+    """Usage counts the tokens that were computed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Tokens of the prompt."""
+    """The count of tokens of the prompt."""
     completion_tokens: _builtins.int
-    """Tokens of the answer, the one that ended it included."""
+    """The count of tokens of the answer, including the one that ended it."""
     def __init__(
         self,
         *,
@@ -691,7 +695,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Where a request's time went; the sum is all of it."""
+    """Timings divide a request's time; the sum is all of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -700,15 +704,15 @@ class Timings(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> _duration_pb2.Duration:
-        """In the queue: from submission until the first step that worked on it."""
+        """The time in the queue: from submission until the first step that computed some of its tokens."""
 
     @_builtins.property
     def prefill(self) -> _duration_pb2.Duration:
-        """From there to the first token."""
+        """The time of prefill: from that step to the first token."""
 
     @_builtins.property
     def decode(self) -> _duration_pb2.Duration:
-        """From the first token to the last."""
+        """The time of decoding: from the first token to the last."""
 
     def __init__(
         self,
@@ -727,7 +731,7 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class AdapterRevision(_message.Message):
-    """The immutable identity of an adapter that was used."""
+    """AdapterRevision is the immutable identity of an adapter that was used."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -736,13 +740,13 @@ class AdapterRevision(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """As the request named it."""
+    """The name that the request used."""
     repository: _builtins.str
-    """Hub repository id or folder that it was loaded from."""
+    """The Hub repository id or the folder that it was loaded from."""
     commit: _builtins.str
-    """Commit of the repository, 40 hexadecimal digits; "local" for a folder."""
+    """The commit of the repository, 40 hexadecimal digits; "local" for a folder."""
     digest: _builtins.str
-    """SHA-256 of the weights file, 64 hexadecimal digits."""
+    """The SHA-256 of the weights file, 64 hexadecimal digits."""
     def __init__(
         self,
         *,
@@ -761,7 +765,7 @@ Global___AdapterRevision: _TypeAlias = AdapterRevision  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
-    """Asks for a prompt's tokens."""
+    """TokenizeRequest asks for a prompt's tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -769,11 +773,11 @@ class TokenizeRequest(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt(self) -> Global___Prompt:
-        """Required."""
+        """The prompt. It is required."""
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
-        """Adapters, as in GenerateRequest: the first one's own tokenizer is used if it has one. Default: the base's."""
+        """Adapters, as in GenerateRequest. The first one's tokenizer is used if it has its own. Default: the base's."""
 
     def __init__(
         self,
@@ -791,14 +795,14 @@ Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
 
 @_typing.final
 class TokenizeResponse(_message.Message):
-    """A prompt's tokens."""
+    """TokenizeResponse has a prompt's tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Special tokens included."""
+        """The token ids, including special tokens."""
 
     def __init__(
         self,

@@ -26,13 +26,16 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Continues prompts on the base or on any replicated stack of it, with any set of adapters.
+    """GenerationService continues prompts on the base or on any replicated stack of it, with any set of adapters.
 
-    A call that is cancelled, or whose deadline passes, stops computing within one step. What all calls can end with:
-    INVALID_ARGUMENT names the field and its limit; NOT_FOUND an unknown adapter or stack; PERMISSION_DENIED a repository
-    that the server's allow-list does not permit; RESOURCE_EXHAUSTED a full queue, with the milliseconds to wait before
-    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down;
-    UNAUTHENTICATED that the metadata `authorization` is not `Bearer` and a token that the server knows, if it wants any.
+    A call stops computing within one step when it is cancelled or its deadline passes. All calls can end with these:
+    INVALID_ARGUMENT    the named field is malformed or over its limit.
+    NOT_FOUND           there is no such adapter or stack.
+    PERMISSION_DENIED   the server's allow-list does not permit the repository.
+    RESOURCE_EXHAUSTED  the queue is full. The trailing metadata `grpc-retry-pushback-ms` has the milliseconds to wait
+    before another attempt.
+    UNAVAILABLE         the server starts or shuts down.
+    UNAUTHENTICATED     the server wants a token, and the metadata `authorization` is not `Bearer` and a known token.
     """
 
     def __init__(self, channel):
@@ -59,32 +62,36 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Continues prompts on the base or on any replicated stack of it, with any set of adapters.
+    """GenerationService continues prompts on the base or on any replicated stack of it, with any set of adapters.
 
-    A call that is cancelled, or whose deadline passes, stops computing within one step. What all calls can end with:
-    INVALID_ARGUMENT names the field and its limit; NOT_FOUND an unknown adapter or stack; PERMISSION_DENIED a repository
-    that the server's allow-list does not permit; RESOURCE_EXHAUSTED a full queue, with the milliseconds to wait before
-    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down;
-    UNAUTHENTICATED that the metadata `authorization` is not `Bearer` and a token that the server knows, if it wants any.
+    A call stops computing within one step when it is cancelled or its deadline passes. All calls can end with these:
+    INVALID_ARGUMENT    the named field is malformed or over its limit.
+    NOT_FOUND           there is no such adapter or stack.
+    PERMISSION_DENIED   the server's allow-list does not permit the repository.
+    RESOURCE_EXHAUSTED  the queue is full. The trailing metadata `grpc-retry-pushback-ms` has the milliseconds to wait
+    before another attempt.
+    UNAVAILABLE         the server starts or shuts down.
+    UNAUTHENTICATED     the server wants a token, and the metadata `authorization` is not `Bearer` and a known token.
     """
 
     def Generate(self, request, context):
-        """Answers in one message.
+        """Generate answers in one message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Answers as it is generated: one `started`, any number of `chunk`, one `finished`. A caller that reads too slowly for
-        longer than the server allows loses its stream with RESOURCE_EXHAUSTED; nobody else waits for it.
+        """GenerateStream sends the answer as it is generated: one `started`, any number of `chunk`, one `finished`. A caller
+        that reads too slowly for longer than the server allows loses its stream with RESOURCE_EXHAUSTED. Nobody else
+        waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Gives the tokens that a prompt would be computed with, and computes nothing.
+        """Tokenize returns the tokens that a prompt would be computed with. It computes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,13 +124,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Continues prompts on the base or on any replicated stack of it, with any set of adapters.
+    """GenerationService continues prompts on the base or on any replicated stack of it, with any set of adapters.
 
-    A call that is cancelled, or whose deadline passes, stops computing within one step. What all calls can end with:
-    INVALID_ARGUMENT names the field and its limit; NOT_FOUND an unknown adapter or stack; PERMISSION_DENIED a repository
-    that the server's allow-list does not permit; RESOURCE_EXHAUSTED a full queue, with the milliseconds to wait before
-    another attempt in the trailing metadata `grpc-retry-pushback-ms`; UNAVAILABLE a server that starts or shuts down;
-    UNAUTHENTICATED that the metadata `authorization` is not `Bearer` and a token that the server knows, if it wants any.
+    A call stops computing within one step when it is cancelled or its deadline passes. All calls can end with these:
+    INVALID_ARGUMENT    the named field is malformed or over its limit.
+    NOT_FOUND           there is no such adapter or stack.
+    PERMISSION_DENIED   the server's allow-list does not permit the repository.
+    RESOURCE_EXHAUSTED  the queue is full. The trailing metadata `grpc-retry-pushback-ms` has the milliseconds to wait
+    before another attempt.
+    UNAVAILABLE         the server starts or shuts down.
+    UNAUTHENTICATED     the server wants a token, and the metadata `authorization` is not `Bearer` and a known token.
     """
 
     @staticmethod

@@ -26,30 +26,30 @@ class _Quantization:
 class _QuantizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Quantization.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     QUANTIZATION_UNSPECIFIED: _Quantization.ValueType  # 0
-    """Never sent."""
+    """This value is never sent."""
     QUANTIZATION_NONE: _Quantization.ValueType  # 1
-    """As they are in the checkpoint."""
+    """The weights are as in the checkpoint."""
     QUANTIZATION_NF4: _Quantization.ValueType  # 2
-    """4-bit NormalFloat of bitsandbytes (Dettmers et al., 2023)."""
+    """The weights are 4-bit NormalFloat of bitsandbytes (Dettmers et al., 2023)."""
     QUANTIZATION_INT8: _Quantization.ValueType  # 3
-    """LLM.int8() of bitsandbytes (Dettmers et al., 2022)."""
+    """The weights are those of bitsandbytes' LLM.int8() (Dettmers et al., 2022). Activations are not rounded."""
 
 class Quantization(_Quantization, metaclass=_QuantizationEnumTypeWrapper):
-    """How the linear weights of the layers are held."""
+    """Quantization is the form in which the linear weights of the layers are held."""
 
 QUANTIZATION_UNSPECIFIED: Quantization.ValueType  # 0
-"""Never sent."""
+"""This value is never sent."""
 QUANTIZATION_NONE: Quantization.ValueType  # 1
-"""As they are in the checkpoint."""
+"""The weights are as in the checkpoint."""
 QUANTIZATION_NF4: Quantization.ValueType  # 2
-"""4-bit NormalFloat of bitsandbytes (Dettmers et al., 2023)."""
+"""The weights are 4-bit NormalFloat of bitsandbytes (Dettmers et al., 2023)."""
 QUANTIZATION_INT8: Quantization.ValueType  # 3
-"""LLM.int8() of bitsandbytes (Dettmers et al., 2022)."""
+"""The weights are those of bitsandbytes' LLM.int8() (Dettmers et al., 2022). Activations are not rounded."""
 Global___Quantization: _TypeAlias = Quantization  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """Asks for the base."""
+    """GetModelRequest asks for the base."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -66,7 +66,7 @@ Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
 class GetModelResponse(_message.Message):
-    """The base and how it is served."""
+    """GetModelResponse has the base and its configuration."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -96,7 +96,7 @@ Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class Base(_message.Message):
-    """The one model whose layers all stacks share."""
+    """Base is the one model whose layers all stacks share."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -109,20 +109,20 @@ class Base(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     repository: _builtins.str
-    """Hub repository id or folder that it was loaded from."""
+    """The Hub repository id or the folder that it was loaded from."""
     commit: _builtins.str
-    """Commit of the repository, 40 hexadecimal digits; "local" for a folder."""
+    """The commit of the repository, 40 hexadecimal digits; "local" for a folder."""
     model_type: _builtins.str
-    """Family, as `model_type` in its config: "llama", "mistral", "gemma3_text" and so on."""
+    """The family, as `model_type` in its config: "llama", "mistral", "gemma3_text" and so on."""
     quantization: Global___Quantization.ValueType
     dtype: _builtins.str
-    """Type of activations, adapters and unquantized weights: "float32", "bfloat16" or "float16"."""
+    """The type of activations, adapters and unquantized weights: "float32", "bfloat16" or "float16"."""
     device: _builtins.str
-    """Where it computes, such as "cuda:0" or "cpu"."""
+    """The device that it computes on, such as "cuda:0" or "cpu"."""
     layers: _builtins.int
-    """Number of layers."""
+    """The number of layers."""
     vocab_size: _builtins.int
-    """Number of tokens that it knows; token ids are below it."""
+    """The number of tokens that it knows. Token ids are below it."""
     def __init__(
         self,
         *,
@@ -145,17 +145,17 @@ Global___Base: _TypeAlias = Base  # noqa: Y015
 
 @_typing.final
 class Tokenizer(_message.Message):
-    """The base's own tokenizer. Adapters may bring another."""
+    """Tokenizer is the base's own tokenizer. Adapters may bring another."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     has_chat_template: _builtins.bool
-    """Whether it has a chat template, so that prompts can be chats."""
+    """Whether the tokenizer has a chat template, so that prompts can be chats."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that end an answer."""
+        """The tokens that end an answer."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ Global___Tokenizer: _TypeAlias = Tokenizer  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """What one request can ask for."""
+    """Limits bound one request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -184,18 +184,18 @@ class Limits(_message.Message):
     MAX_RANK_FIELD_NUMBER: _builtins.int
     ALLOWED_REPOSITORIES_FIELD_NUMBER: _builtins.int
     max_sequence_tokens: _builtins.int
-    """Most tokens of prompt and answer together."""
+    """The most tokens of prompt and answer together."""
     max_sequences: _builtins.int
-    """Most requests in one step."""
+    """The most requests in one step."""
     max_queued: _builtins.int
-    """Most waiting requests; one more ends with RESOURCE_EXHAUSTED."""
+    """The most waiting requests. One more ends with RESOURCE_EXHAUSTED."""
     max_positions: _builtins.int
-    """Most positions of an adapter's stack."""
+    """The most positions of an adapter's stack."""
     max_rank: _builtins.int
-    """Largest rank of an adapter."""
+    """The largest rank of an adapter."""
     @_builtins.property
     def allowed_repositories(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Shell patterns of the repositories that LoadAdapter and requests may name; none permits none."""
+        """Shell patterns of the repositories that LoadAdapter and requests may name. An empty list permits none."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class ListStacksRequest(_message.Message):
-    """Asks for the stacks."""
+    """ListStacksRequest asks for the stacks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -234,15 +234,15 @@ Global___ListStacksRequest: _TypeAlias = ListStacksRequest  # noqa: Y015
 
 @_typing.final
 class ListStacksResponse(_message.Message):
-    """The stacks."""
+    """ListStacksResponse has the stacks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STACKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def stacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stack]:
-        """In the order of their names; "base", the base's own order of layers, is always one. The stacks of adapters have no
-        names, see Adapter.layers.
+        """The stacks in the order of their names. "base", the base's own order of layers, is always one of them. The stacks
+        of adapters have no names; see Adapter.layers.
         """
 
     def __init__(
@@ -260,14 +260,14 @@ Global___ListStacksResponse: _TypeAlias = ListStacksResponse  # noqa: Y015
 
 @_typing.final
 class Stack(_message.Message):
-    """A named sequence of layers."""
+    """Stack is a named sequence of layers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """What requests call it."""
+    """The name that requests use."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The base's layers in the order in which they are walked, counted from 0."""
@@ -288,7 +288,7 @@ Global___Stack: _TypeAlias = Stack  # noqa: Y015
 
 @_typing.final
 class GetLedgerRequest(_message.Message):
-    """Asks for the ledger."""
+    """GetLedgerRequest asks for the ledger."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -305,7 +305,7 @@ Global___GetLedgerRequest: _TypeAlias = GetLedgerRequest  # noqa: Y015
 
 @_typing.final
 class GetLedgerResponse(_message.Message):
-    """Device memory, in bytes."""
+    """GetLedgerResponse has device memory by category, in bytes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -339,24 +339,26 @@ class GetLedgerResponse(_message.Message):
     ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
     PEFT_BYTES_FIELD_NUMBER: _builtins.int
     total: _builtins.int
-    """Sum of the categories."""
+    """The sum of the categories."""
     base_weights: _builtins.int
     """The layers' weights as they are held, norms and biases included."""
     quantization_constants: _builtins.int
-    """What quantization needs beside them to give them back."""
+    """The scales and tables that quantization adds to the weights."""
     embeddings_and_head: _builtins.int
     adapters: _builtins.int
-    """All adapters and mixes of several."""
+    """All adapters, and all mixes of several."""
     kv_cache: _builtins.int
     """All pages of keys and values, used or not."""
     workspace: _builtins.int
-    """Buffers of the model."""
+    """Buffers of the model and of captured steps."""
     peft_bytes: _builtins.int
-    """What PEFT would take for the same stacks and adapters: one model for each stack. Without keys and values."""
+    """The bytes that PEFT would take for the same stacks and adapters, with one model for each stack, without keys and
+    values.
+    """
     @_builtins.property
     def adapter_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Each adapter's part of `adapters`, by name; a mix is named after its parts and weights, and "(leaving)" is what
-        requests under way still hold of unloaded ones.
+        """Each adapter's part of `adapters`, by name. A mix is named after its parts and weights. "(leaving)" is the memory
+        of unloaded adapters that running requests still hold.
         """
 
     def __init__(

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """What the server serves, and where its memory is.
+    """ModelService describes the base, its stacks and the use of device memory.
     """
 
     def __init__(self, channel):
@@ -53,25 +53,26 @@ class ModelServiceStub:
 
 
 class ModelServiceServicer:
-    """What the server serves, and where its memory is.
+    """ModelService describes the base, its stacks and the use of device memory.
     """
 
     def GetModel(self, request, context):
-        """The base, its tokenizer and the server's limits. The same until the server ends.
+        """GetModel describes the base, its tokenizer and the server's limits. The answer stays the same until the server
+        ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListStacks(self, request, context):
-        """The stacks that requests can name. The same until the server ends.
+        """ListStacks has the stacks that requests can name. The answer stays the same until the server ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLedger(self, request, context):
-        """Where every byte of device memory is now.
+        """GetLedger accounts for every byte of device memory now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +105,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """What the server serves, and where its memory is.
+    """ModelService describes the base, its stacks and the use of device memory.
     """
 
     @staticmethod

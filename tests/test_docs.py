@@ -115,7 +115,8 @@ def test_variables_of_the_environment_are_read_somewhere(document: Path) -> None
 @in_each
 def test_modules_that_are_run_exist(document: Path) -> None:
     for module in re.findall(r"python -m (benchmarks[\w.]+)", document.read_text()):
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
 @in_each

@@ -88,7 +88,7 @@ def test_classes_have_the_members_that_are_named(document: Path) -> None:
     named = {tuple(name.split(".")) for name in quoted(document) if re.fullmatch(r"[A-Z]\w+\.[a-z_]+", name)}
     for name, member in named:
         body = re.search(rf"^class {name}\b.*?(?=^\S|\Z)", sources(), re.DOTALL | re.MULTILINE)
-        if body is None or not re.search(rf"\b(def {member}|{member}:|self\.{member}\b)", body[0]):
+        if body is None or not re.search(rf"\b(def |self\.){member}\b|\b{member}:", body[0]):
             lost.add(f"{name}.{member}")
     assert lost == set()
 

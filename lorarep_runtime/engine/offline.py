@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorarep_runtime.adapters.registry import Lease
+from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.errors import Exhausted
 from lorarep_runtime.model.base import Base

@@ -23,7 +23,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once for each time that it is in the answer (OpenAI)."""
     seed: int | None = None
-    """The same seed, prompt and parameters give the same tokens whatever else is in the batch; None draws one."""
+    """Seed of the random numbers; None draws one. In fp32 on a CPU, the same seed, prompt and parameters give the same
+    tokens whatever else is in the batch; in 16 bits and on a GPU, up to rounding."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Takes the README's picture: `python -m tests.support.screenshot deploy/monitoring/page.png`.
+"""Takes the picture of docs/operations.md: `python -m tests.support.screenshot deploy/monitoring/page.png`.
 
 The base is small and random, with 32 layers. The picture shows a live server.
 """

@@ -58,7 +58,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @option("--stack", type=StackType(), multiple=True, help="Named stack, such as deep=0-24,8-32, or a mergekit recipe.")
 @option("--adapter", type=AdapterSourceType(), multiple=True, help="Adapter to load before the server is ready.")
 @option(
-    "--adapters-file", type=FILE, help="YAML file of adapters to keep loaded while the server runs; see the README."
+    "--adapters-file",
+    type=FILE,
+    help="YAML file of adapters to keep loaded while the server runs; see docs/operations.md.",
 )
 @option(
     "--allow-repository",

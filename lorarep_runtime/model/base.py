@@ -1,7 +1,7 @@
 """The base: a `transformers` causal model, loaded and quantized once, with three parts replaced by lorarep's own.
 
 Replaced are the walk over the layers (`model.layer_walk`), the linear layers (`model.linear`) and the attention
-(`model.attention`).
+(`model.transformers_attention`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub.snapshot import fetch
-from lorarep_runtime.model.attention import register_attention
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import Walk, find_layers
@@ -24,6 +23,7 @@ from lorarep_runtime.model.linear import linear_shapes
 from lorarep_runtime.model.loader import find_device, load_model, share_weights
 from lorarep_runtime.model.model_config import kv_shape, quantization_of, read_model_config, trained_tokens
 from lorarep_runtime.model.packed import kernels_compiled, norm_products, row_squares
+from lorarep_runtime.model.transformers_attention import register_attention
 from lorarep_runtime.model.weights import Weight
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer

@@ -18,10 +18,10 @@ from transformers.utils.logging import set_tqdm_hook
 
 from lorarep_runtime.device.arena import Arena
 from lorarep_runtime.errors import InvalidArgument
-from lorarep_runtime.model.attention import ATTENTION
 from lorarep_runtime.model.layer_walk import Walk
 from lorarep_runtime.model.linear import SharedLinear
 from lorarep_runtime.model.packed import pack_layers
+from lorarep_runtime.model.transformers_attention import ATTENTION
 from lorarep_runtime.model.weights import Weight, shared_weight
 from lorarep_runtime.progress import Progress
 

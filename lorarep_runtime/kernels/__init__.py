@@ -1,1 +1,1 @@
-"""The arithmetic that walks need beyond `transformers`, each kernel beside its torch reference."""
+"""Arithmetic of a forward pass that `transformers` lacks: Triton and CUDA kernels, each with a reference in torch."""

@@ -1,4 +1,4 @@
-"""Rotary embeddings (Su et al., 2021) of the heads of one token, with the RMSNorm that some models put before them."""
+"""Rotary embeddings (RoPE, Su et al., 2021) of the heads of one token, which some models normalize before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from lorarep_runtime.kernels.rms_norm import rms_norm_reference, scale_by_weight
 
 
 def rotated_reference(x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """As `transformers`' apply_rotary_pos_emb rotates and rounds. x: (heads, head_dim); the others: (head_dim)."""
+    """Rotates the heads of one token, with the roundings of `apply_rotary_pos_emb` of `transformers`.
+
+    Args:
+        x: (heads, head_dim).
+        norm: (head_dim), weight of an RMSNorm of each head; None is none.
+        cos, sin: (head_dim), of the token's place.
+        eps: added to the mean square in the norm.
+
+    Returns:
+        (heads, head_dim), in the dtype of x.
+    """
     if norm is not None:
         x = rms_norm_reference(x, norm, eps)
     first, second = x.chunk(2, -1)
@@ -20,9 +30,18 @@ def rotated_reference(x: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor, 
 
 @triton.jit
 def rotated(x, norm, cos, sin, eps, heads, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """(heads, BLOCK_DIM): normed and rotated, in the dtype of x; 0 where `heads`, a mask, or the dimension ends.
+    """Loads the heads of one token, applies the RMSNorm and rotates them, with the roundings of `rotated_reference`.
 
-    x: (heads) addresses.
+    Args:
+        x: (heads) addresses of each head's DIM numbers.
+        norm, cos, sin: addresses of DIM numbers; a norm of None is none.
+        eps: added to the mean square in the norm.
+        heads: (heads) bool, the heads to load.
+        DIM: dimension of a head.
+        BLOCK_DIM: least power of two that is not below DIM.
+
+    Returns:
+        (heads, BLOCK_DIM), in the dtype of cos; 0 in heads outside the mask and from DIM on.
     """
     dtype = cos.dtype.element_ty
     d = tl.arange(0, BLOCK_DIM)

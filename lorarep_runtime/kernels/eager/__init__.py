@@ -1,1 +1,1 @@
-"""The same arithmetic by torch's own operators, on any device."""
+"""Adapters, attention over pages and DoRA norms by torch's own operators, on any device."""

@@ -1,4 +1,7 @@
-"""Attention over pages (Kwon et al., 2023): sequences of any length in one batch, their keys and values in pages."""
+"""Attention over pages by torch (PagedAttention, Kwon et al., 2023). Sequences of any lengths share a batch.
+
+Keys and values lie in pages of `page_tokens` tokens each; a table lists the pages of each sequence.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""cuDNN would compile a plan, for a tenth of a second and longer, for every new number of rows or pages."""
+"""torch's attention backends without cuDNN. cuDNN compiles a plan for each new shape, which takes 0.1 s or longer."""
 
 
 def write_pages(keys: Tensor, values: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
-    """Stores new keys and values.
+    """Stores the keys and values of new tokens in their pages.
 
     Args:
-        keys, values: (rows, kv_heads, head_dim).
+        keys, values: (rows, kv_heads, head_dim), one token a row.
         key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim).
-        slots: (rows) int64, page · page_tokens + offset.
+        slots: (rows) int64, page · page_tokens + the token's place in the page.
     """
     key_pages.flatten(0, 1).index_copy_(0, slots, keys)
     value_pages.flatten(0, 1).index_copy_(0, slots, values)
@@ -41,14 +44,17 @@ def prompt_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention of the last tokens of one sequence to all of it; FlashAttention (Dao, 2023) where torch has it.
+    """Causal attention of the last tokens of one sequence to the whole sequence.
+
+    torch's FlashAttention-2 (Dao, 2023) computes it where the device and the dtype allow.
 
     Args:
-        queries: (rows, heads, head_dim).
-        table: (n) int64, the sequence's pages.
+        queries: (rows, heads, head_dim), the last tokens of the sequence.
+        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim).
+        table: (n) int64, the pages of the sequence in order.
         length: tokens of the sequence, queries included.
-        bounds: (2, 2) int32: 0 and rows, 0 and length.
-        Others as for `paged_attention`.
+        bounds: (2, 2) int32, [[0, rows], [0, length]]: the bounds of queries and of keys.
+        scale, window, softcap: as for `paged_attention`.
 
     Returns:
         (rows, heads, head_dim).
@@ -74,14 +80,15 @@ def prompt_attention(
 
 @cache
 def varlen_attention() -> Callable[..., Any]:
-    """torch's, with grouped heads. To import it takes seconds."""
+    """torch's attention of sequences of different lengths, with grouped heads. Its import takes seconds."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Before torch 2.12 it takes grouped heads without being told.
+    # Before torch 2.12 the function has no enable_gqa and always accepts grouped heads.
     return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
 
 
 def _has_flash(queries: Tensor) -> bool:
+    """Whether torch has FlashAttention for the device, the dtype and the head_dim of queries (..., head_dim)."""
     return (
         queries.is_cuda
         and queries.dtype in (torch.bfloat16, torch.float16)
@@ -102,28 +109,31 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention of the last tokens of each sequence to all of it, with grouped heads (Ainslie et al., 2023).
+    """Causal attention of the last tokens of each sequence to the whole sequence, with grouped heads.
+
+    Several query heads share a key head (Ainslie et al., 2023). The softmax is fp32, as in `transformers`' eager
+    attention.
 
     Args:
-        queries: (sequences, rows, heads, head_dim), the last `rows` tokens of each.
-        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim); finite wherever a table points, or what is
-            computed for that sequence is not.
-        tables: (sequences, n) int64, the pages of each sequence in order; beyond its length any of them.
+        queries: (sequences, rows, heads, head_dim), the last `rows` tokens of each sequence.
+        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim). Pages that a table names hold finite
+            numbers; a NaN would spread to the outputs of that sequence.
+        tables: (sequences, n) int64, the pages of each sequence in order. Entries behind its length are any pages.
         lengths: (sequences) int64, tokens of each sequence, queries included.
-        scale: multiplies q · k.
+        scale: factor of q · k.
         window: tokens that a query sees, itself included; None is all.
         softcap: bounds scores to ±softcap by tanh (Gemma 2); None is none.
 
     Returns:
-        (sequences, rows, heads, head_dim). The softmax is in fp32, as in `transformers`' eager attention.
+        (sequences, rows, heads, head_dim), in the dtype of the queries.
     """
     sequences, rows, heads, head_dim = queries.shape
     kv_heads = key_pages.shape[2]
     tokens = tables.shape[1] * key_pages.shape[1]
 
     def gathered(pages: Tensor) -> Tensor:
-        """(sequences, kv_heads, tokens, head_dim)"""
-        # Whole pages are copied several times as fast as what indexing takes for elements.
+        """The keys or values of all tables' pages: (sequences, kv_heads, tokens, head_dim)."""
+        # index_select copies whole pages, several times as fast as advanced indexing copies elements.
         rows = pages.flatten(1).index_select(0, tables.flatten())
         return rows.view(sequences, tokens, kv_heads, -1).transpose(1, 2)
 
@@ -138,7 +148,7 @@ def paged_attention(
             return F.scaled_dot_product_attention(
                 queries.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
             ).transpose(1, 2)
-    # The heads that share a key are further rows of one product: (sequences, kv_heads, rows · group, head_dim).
+    # Query heads that share a key head become rows of one product: (sequences, kv_heads, rows · group, head_dim).
     q = queries.view(sequences, rows, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
     scores = torch.matmul(q, keys.transpose(2, 3)).mul_(scale).view(sequences, kv_heads, rows, -1, tokens)
     scores = scores.div_(softcap).tanh_().mul_(softcap)

@@ -1,6 +1,6 @@
-"""CUDA C++ kernels: compiled by NVRTC for the device that is there, launched through the driver.
+"""CUDA C++ kernels: NVRTC compiles them for the current device, and the CUDA driver launches them.
 
-https://docs.nvidia.com/cuda/nvrtc and https://docs.nvidia.com/cuda/cuda-driver-api.
+Sources: https://docs.nvidia.com/cuda/nvrtc and https://docs.nvidia.com/cuda/cuda-driver-api.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cuda.bindings import driver, nvrtc
 log = logging.getLogger(__name__)
 
 STACK_BYTES = 512
-"""Half the driver's own."""
+"""Bytes of stack for each device thread: half of the driver's default."""
 
 
 class CudaError(RuntimeError):
@@ -26,6 +26,11 @@ class CudaError(RuntimeError):
 
 
 def checked(result: tuple[Any, ...]) -> Any:
+    """The values that a call of the driver or of NVRTC returned behind its status: one, a tuple, or None.
+
+    Raises:
+        CudaError: the status is an error.
+    """
     status, *values = result
     if status.value:
         raise CudaError(f"{status.name}: {status}")
@@ -34,20 +39,21 @@ def checked(result: tuple[Any, ...]) -> Any:
 
 @cache
 def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The cubin of a source file, which may include files of its folder. The compiler's warnings are logged.
+    """Compiles a source file, which may include files of its folder, to a cubin. Logs the compiler's warnings.
 
     Args:
-        architecture: such as "sm_90a".
+        defines: names and values of macros.
+        architecture: the device's, such as "sm_90a".
 
     Raises:
-        CudaError: with the compiler's log.
+        CudaError: the source does not compile; the message is the compiler's log.
     """
     program = checked(nvrtc.nvrtcCreateProgram(file.read_bytes(), file.name.encode(), 0, [], []))
     options = [f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={file.parent}"]
     options += [f"-D{name}={value}" for name, value in defines]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        # NVRTC writes into bytes. Of one byte, an empty log's, they would be Python's own.
+        # NVRTC writes into this object. Python shares bytes of length 1, so an empty log needs a longer one.
         text = bytes(1 + checked(nvrtc.nvrtcGetProgramLogSize(program)))
         checked(nvrtc.nvrtcGetProgramLog(program, text))
         said = text.decode(errors="replace").strip(" \0\n")
@@ -63,30 +69,35 @@ def compile_source(file: Path, defines: tuple[tuple[str, int], ...], architectur
 
 
 def compile_for_device(file: Path, defines: Mapping[str, int]) -> bytes:
-    """The cubin for the current device."""
+    """Compiles a source file with macros to a cubin for the current device."""
     major, minor = torch.cuda.get_device_capability()
-    # "a": instructions of this architecture alone, such as Hopper's wgmma, are welcome.
+    # The suffix "a" allows instructions of this architecture alone, such as Hopper's wgmma.
     return compile_source(file, tuple(sorted(defines.items())), f"sm_{major}{minor}a")
 
 
 def prefer_shared_memory() -> None:
-    """Has the kernels of this process find shared memory as large as it can be at the cost of the L1 cache, so that no
-    multiprocessor has to divide them anew between one kernel and the next."""
+    """Has the driver prefer shared memory to L1 cache for every kernel of this process.
+
+    A multiprocessor then need not change the division between one kernel and the next.
+    """
     checked(driver.cuCtxSetCacheConfig(driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED))
 
 
 def limit_stack() -> None:
-    """Has the context keep less stack for each thread that the device could run at once: an H100 could run 270,336, and
-    of 512 bytes it gives back 132 MiB. A kernel that is known to need more gets more."""
+    """Limits the stack of each device thread to STACK_BYTES, which the context reserves for all threads at once.
+
+    An H100 runs up to 270,336 threads, so 512 bytes less free 132 MiB. The driver gives more to a kernel that is known
+    to need more.
+    """
     checked(driver.cuCtxSetLimit(driver.CUlimit.CU_LIMIT_STACK_SIZE, STACK_BYTES))
 
 
 class Kernel:
-    """One function of a source file, on the current device."""
+    """One `extern "C"` function of a CUDA source file, loaded on the current device."""
 
     def __init__(self, file: Path, name: str, defines: Mapping[str, int] | None = None) -> None:
         cubin = compile_for_device(file, defines or {})
-        torch.cuda.current_stream().synchronize()  # the device's context is there and current
+        torch.cuda.current_stream().synchronize()  # makes the device's context current
         self._module = checked(driver.cuModuleLoadData(cubin))
         self._function = checked(driver.cuModuleGetFunction(self._module, name.encode()))
         self._shared = 0
@@ -101,13 +112,16 @@ class Kernel:
         cluster: int = 1,
         dependent: bool = False,
     ) -> None:
-        """Launches on torch's current stream.
+        """Launches the kernel on torch's current stream.
 
         Args:
-            shared: bytes of dynamic shared memory.
-            cluster: CTAs of a cluster; divides the grid.
+            grid: number of CTAs.
+            threads: of a CTA.
+            arguments: of the kernel, in order.
+            shared: bytes of dynamic shared memory of a CTA.
+            cluster: CTAs of a cluster; it divides the grid.
             dependent: whether the kernel may start while the previous one ends (programmatic dependent launch); the
-                kernel itself waits where it needs the other's results.
+                kernel itself waits before it reads the previous results.
         """
         stream = torch.cuda.current_stream().cuda_stream
         key = (grid, threads, shared, cluster, dependent, stream)
@@ -115,12 +129,18 @@ class Kernel:
         if config is None:
             config = self._config(grid, threads, shared, cluster, dependent)
             config.hStream = stream
-            self._configs[key] = config  # whole: other threads launch, too
+            self._configs[key] = config  # stored when complete, since other threads launch too
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
     def clusters_at_once(self, cluster: int, threads: int, shared: int) -> int:
-        """Clusters that run on the device at the same time if CTAs need so many bytes of shared memory."""
+        """Number of clusters of this kernel that the device runs at once.
+
+        Args:
+            cluster: CTAs of a cluster.
+            threads: of a CTA.
+            shared: bytes of dynamic shared memory of a CTA.
+        """
         config = self._config(cluster, threads, shared, cluster, False)
         return int(checked(driver.cuOccupancyMaxActiveClusters(self._function, config)))
 
@@ -129,7 +149,7 @@ class Kernel:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(driver.cuFuncSetAttribute(self._function, attribute, shared))
             self._shared = shared
-        # Also for clusters of one: without it the driver counts none of them.
+        # A cluster of one CTA has the attribute, too: without it the driver counts no clusters.
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1

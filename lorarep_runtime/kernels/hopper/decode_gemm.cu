@@ -5,8 +5,8 @@
 // Words: a row is one of x, an output one of W's rows. A tile is 16 outputs, a chunk 64 columns. A part is a share of x's
 // columns that shrunk = A x is split into; shrunk is the sum of its parts. A round is the tiles that a cluster takes at once.
 //
-// W is the A operand, x the B operand: of mma.m16n8k16 for few rows (decode_gemm_mma.cuh), of wgmma.m64nNk16, which four
-// warps give together, for more (WGMMA, decode_gemm_wgmma.cuh). Lane (g, t) of a warp holds 16 numbers of each of the outputs
+// W is the A operand, x the B operand. Few rows take mma.m16n8k16 of a warp (decode_gemm_mma.cuh). More rows take
+// wgmma.m64nNk16 of four warps (WGMMA, decode_gemm_wgmma.cuh). Lane (g, t) of a warp holds 16 numbers of each of the outputs
 // g and g + 8, loaded 16 bytes at a time (PLANES of them), in the order of the A operand.
 //
 // NF4: a chunk is one block of scales and lies in the order of the lanes, as int8's does. A byte is two weights and becomes
@@ -28,7 +28,7 @@
 #include "decode_gemm_mma.cuh"
 #endif
 
-// The three branches below are one function: as functions of their own, the compiler schedules them otherwise.
+// The branches below are one function. As functions of their own, the compiler schedules their instructions otherwise.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_gemm(const __grid_constant__ GemmArguments args) {
     extern __shared__ __align__(128) unsigned char shared[];
     const Cta cta(args, shared);
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_gemm(const __gri
         const Fragments fragments(args, cta);
         Sums sums;
         for (int index = 0;; index++) {
-            // 3. A round is multiplied.
+            // 3. The warps multiply the round's tiles.
             clear(sums);
             multiply(weights, fragments, sums, x, left);
             if (KIND == 8) scale_rows(sums, scale[0]);
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_gemm(const __gri
             // 5. The other CTAs must have begun, or have read the sums of the round before.
             if (index == 0) cluster_wait();
             else await(cta.empty, index - 1 & 1);
-            // 6. Where sums replace x, all must have multiplied theirs.
+            // 6. Sums may replace x only once all CTAs have multiplied.
             if (args.in_place) {
                 cluster_arrive();
                 cluster_wait();

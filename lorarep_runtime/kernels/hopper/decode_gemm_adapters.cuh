@@ -1,17 +1,18 @@
+// The adapters' part of a decode GEMM: B shrunk, for each row with the B of its own adapter.
 #pragma once
 
 #include "decode_gemm_cta.cuh"
 
-struct Piece {  // of what an adapter adds: 16 ranks, 64 outputs of a row
-    u32 b[4][4];  // bf16, of ranks 2t, 2t + 1, 2t + 8, 2t + 9 the outputs 8g to 8g + 7
-    u32 shrunk;   // where the lane's A x is in shared memory; 0 after the last piece
-    u32 to;       // where the lane's outputs are, odd for nowhere; 0 while more pieces of the row follow
+struct Piece {    // a lane's operands of B shrunk for 16 ranks and 64 outputs of a row
+    u32 b[4][4];  // bf16 numbers of B: ranks 2t, 2t + 1, 2t + 8, 2t + 9 of the outputs 8g to 8g + 7
+    u32 shrunk;   // address of the lane's shrunk in shared memory; 0 behind the last piece
+    u32 to;       // address of the lane's outputs, odd if it writes none; 0 while more pieces of the row follow
 };
 
-// What adapters add to the CTA's outputs, B shrunk. By the SIDE warps; those that have multiplied help in the end.
+// Computes B shrunk for the CTA's outputs. The SIDE warps do so; the other warps help once they have multiplied.
 struct Adapters {
     const GemmArguments& args;
-    const int first_module, last_module;  // that the cluster has outputs of
+    const int first_module, last_module;  // the modules whose outputs the cluster has
     const Entry* entries;
     u16* shrunk;  // (rows, modules, 2, ranks of a block) bf16
     int* taken;   // number of tasks that have been taken
@@ -25,6 +26,7 @@ struct Adapters {
           shrunk(reinterpret_cast<u16*>(cta.entries + args.rows * args.modules)), taken(cta.taken),
           modules(last_module - first_module + 1) {}
 
+    // Copies the entry of each row and module from its adapter's table to shared memory.
     __device__ void read_entries(Entry* to) {
         for (int i = thread; i < args.rows * args.modules; i += SIDE * 32) {
             const int position = args.positions[i / args.modules];
@@ -40,26 +42,26 @@ struct Adapters {
         }
     }
 
-    // Of row `lane`, over the modules; -1 where it passes through.
+    // The most ranks that row `lane` has in any module; -1 if the row passes through.
     __device__ int ranks_of_row() {
         int ranks = -1;
         for (int i = 0; lane < args.rows && i < modules; i++) ranks = max(ranks, entries[lane * args.modules + first_module + i].rank);
         return ranks;
     }
 
-    // A rank_block of ranks of A x, from its parts; each as the sum of two bf16, the first of all ranks before the second. Zeros
-    // follow, up to a multiple of 16.
+    // Adds up the parts of shrunk for rank_block ranks, from `from` on, and stores them in shared memory. Each number becomes
+    // the sum of two bf16 numbers; the first ones of all ranks precede the second ones. Zeros fill up to a multiple of 16.
     __device__ void stage_shrunk(int from) {
         const int most = min(__reduce_max_sync(~0u, ranks_of_row()) - from, rank_block);
         const int fours = (most + 15) / 16 * 4, all = args.rows * modules * fours;
         const i64 stride = args.modules * args.ranks;
-        for (int i = thread; i < all; i += 2 * SIDE * 32) {  // two at a time: each waits for memory
+        for (int i = thread; i < all; i += 2 * SIDE * 32) {  // two at a time, since each waits for memory
             const float* part[2];
             int to[2], left[2];
             float sum[2][4] = {};
 #pragma unroll
             for (int u = 0; u < 2; u++) {
-                const int at = min(i + u * SIDE * 32, all - 1), j = at % fours * 4, which = at / fours;  // row and module
+                const int at = min(i + u * SIDE * 32, all - 1), j = at % fours * 4, which = at / fours;  // (row, module)
                 const int m = which / modules, module = first_module + which % modules;
                 left[u] = entries[m * args.modules + module].rank - from - j;
                 part[u] = args.shrunk + m * args.parts * stride + module * args.ranks + from + j;
@@ -87,15 +89,18 @@ struct Adapters {
         }
     }
 
-    // A task is 64 outputs of a row. B is the A operand, (16 outputs, 16 ranks) four times; the B operand has the two halves of
-    // A x as columns, for module after module. So lane t has the sums of the t-th: those of an output's own module are wanted.
+    // Writes B shrunk of rank_block ranks, from `from` on, to `added`; adds it there if `from` is not 0.
+    // A task is 64 outputs of a row.
+    //
+    // B is tensor cores' A operand, (16 outputs, 16 ranks) four times. The columns of the B operand are the two halves of
+    // shrunk, module after module. So lane t has the sums with module t's shrunk. The lane of an output's own module writes.
     __device__ void add(int from, float* added, int first_output, int outputs) {
         const int row_ranks = ranks_of_row(), g = lane / 4, t = lane % 4;
         const bool any = outputs > 0 && __reduce_max_sync(~0u, row_ranks) > from;
         const int groups = (outputs + 63) / 64, tasks = any ? groups * args.rows : 0;
         const float by_groups = __fdividef(1, groups);
         const u32 added_at = u32(__cvta_generic_to_shared(added)), shrunk_begin = u32(__cvta_generic_to_shared(shrunk));
-        int ranks = 0;  // to come of the row
+        int ranks = 0;  // ranks of the row that are still to come
         int at = 0, last = 0, out = 0;  // the lane's first rank of the piece, and the last one of its module
         u32 shrunk_at = 0, to = 1;
         const u16* B = 0;
@@ -123,7 +128,7 @@ struct Adapters {
             P.shrunk = 0;
             if (ranks <= 0 && !next()) return;
 #pragma unroll
-            for (int i = 0; i < 4; i++)  // beyond the last rank it is multiplied with 0
+            for (int i = 0; i < 4; i++)  // numbers behind the last rank are multiplied by 0
                 load_past_L1(P.b[i], B + i64(min(at + i % 2 + i / 2 * 8, last)) * out);
             P.shrunk = shrunk_at;
             ranks -= 16, at += 16, shrunk_at += 32;

@@ -18,7 +18,7 @@
 #define STEP (32 * PLANES)
 #endif
 
-struct GemmArguments {        // of the weights of modules that read the same x, one under the other
+struct GemmArguments {        // a weight has the outputs of packed modules, which read the same x, one under the other
     const uint4* weights;     // NF4: (tiles, chunks, 32); int8: (tiles, chunks, 2, 32); bf16: (outputs, columns)
     const float* scales;      // NF4: (tiles, chunks, 8, 2), rows g and g + 8; int8: (outputs), the largest of each row
     const u16* x;             // (rows, columns) bf16
@@ -28,15 +28,15 @@ struct GemmArguments {        // of the weights of modules that read the same x,
     const int* positions;     // (rows), -1 where a row passes through
     const i64* adapters;      // (rows) addresses of entry tables (positions, all modules, 5), or 0
     int rows, columns, tiles;
-    int parts, ranks;         // of shrunk
+    int parts, ranks;         // parts and ranks of shrunk
     int first, modules;       // the first module's number in the entry tables; the number of modules
-    int all_modules;          // of an entry table
+    int all_modules;          // modules in an entry table
     int ends[3];              // outputs up to and with each module
     int add;                  // whether y is added to (a residual) rather than written
     int cluster_tiles, rounds;  // tiles of a cluster, and the rounds that it takes them in
-    int shrunk_ranks;           // of a row's shrunk in shared memory at a time, over all its modules; 16 of each at least
-    int stride;                 // of a row of sums; four times an odd number, so that a warp's sums are in different banks
-    int table_at, x_at, sums_at, added_at, entries_at;  // in shared memory, bytes
+    int shrunk_ranks;           // ranks of a row's shrunk in shared memory at a time, of all modules together: at least 16 of each
+    int stride;                 // stride of rows of sums: four times an odd number keeps a warp's sums in different banks
+    int table_at, x_at, sums_at, added_at, entries_at;  // offsets in shared memory, in bytes
     int in_place;               // whether sums replace x in shared memory
 };
 

@@ -10,14 +10,14 @@
 
 struct Cta {
     u32 rank, size;            // its number in the cluster, and the cluster's CTAs
-    int warp, lane;            // of the thread that asks
-    int first_tile, end_tile;  // of the cluster
+    int warp, lane;            // the thread's warp and lane
+    int first_tile, end_tile;  // the cluster's first tile, and the tile behind its last one
     u32 base;                  // address of shared memory
     float* sums;               // (CTAs, rows, stride): the sums that the cluster's CTAs leave here
     float* added;              // (rows, stride): the adapters' part of the outputs
     u32 full, empty, ready;    // mbarriers: sums have arrived; all CTAs have read theirs; the last shrunk is here
     int* taken;                // tasks of the side warps that have been taken
-    Entry* entries;            // (rows, modules)
+    Entry* entries;            // (rows, modules), the entry of each row for each module
 
     __device__ __forceinline__ Cta(const GemmArguments& args, unsigned char* shared) {
         rank = cluster_rank(), size = cluster_size();

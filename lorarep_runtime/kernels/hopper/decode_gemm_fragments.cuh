@@ -23,6 +23,7 @@ __device__ __forceinline__ void fill_table(const GemmArguments& args, const Cta&
     }
 }
 
+// The A fragments of a weight of KIND bits, made in registers.
 struct Fragments {
     u32 constant;  // NF4: the lane's place in the table; int8: the exponents of signed_pair()
 
@@ -31,13 +32,13 @@ struct Fragments {
         constant = cta.base + args.table_at + cta.lane * 4;
         hide(constant);  // lookups must not precede the table
 #elif KIND == 8
-        // The compiler must not know this number, or it makes the selectors of permutations anew each time: an instruction
-        // takes one constant operand.
+        // The compiler must not know this number. An instruction takes one constant operand, so the compiler would load the
+        // selectors of permutations each time.
         constant = 0x43434343 + (args.rows >> 16);
 #endif
     }
 
-    // A's eight registers for 16 outputs and half a chunk.
+    // Makes the A operand of 16 outputs and half a chunk: eight registers of two bf16 numbers.
     __device__ __forceinline__ void make(u32 (&a)[8], const uint4 (&v)[PLANES], int half) const {
 #if KIND == 4
         const u32 g0 = half ? v[0].y : v[0].x, g8 = half ? v[0].w : v[0].z;

@@ -4,7 +4,7 @@
 #include "decode_gemm_fragments.cuh"
 #include "decode_gemm_sums.cuh"
 
-// Adds the products of the registers' chunk d with x to the sums. `x_at` is the lane's row of x there.
+// Adds the products of chunk d of DEPTH with x to the sums. `x_at` is the address of the lane's row of x in shared memory.
 __device__ __forceinline__ void multiply_chunk(
     const WeightStream& weights, const Fragments& fragments, Sums& sums, u32 x_at, int d
 ) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ void multiply_chunk(
     if (KIND == 4) add_scaled(sums, of_chunk, weights.scale[d]);
 }
 
-// Adds the products of `left` chunks with x, which lies at `x`.
+// Adds the products of `left` chunks with x to the sums. `x` is the address of x in shared memory.
 // `x` and `left` are references for the sake of the compiler: see WeightStream.
 __device__ __forceinline__ void multiply(
     WeightStream& weights, const Fragments& fragments, Sums& sums, const u32& x, int& left

@@ -1,8 +1,9 @@
+// The end of a round of a decode GEMM: CTAs exchange their sums through distributed shared memory and write y.
 #pragma once
 
 #include "decode_gemm_sums.cuh"
 
-// The lanes' part of the sums of a round's tiles: `sums` of tile i go to where their outputs are finished.
+// Sends a warp's sums of a round's tiles to the CTAs that finish their outputs. Each output has one owner in the cluster.
 __device__ __forceinline__ void send(
     const GemmArguments& args, const Cta& cta, const Round& round, const Sums& sums
 ) {
@@ -27,8 +28,10 @@ __device__ __forceinline__ void send(
     if (lane < cta.size) arrive(cta.full, lane);
 }
 
-// y of the CTA's outputs by COUNT threads, each four of a row at a time, two of these at once: they wait for memory first, then
-// for one another (WHICH) and for what adapters add, then for the sums.
+// Writes y of the CTA's outputs by COUNT threads. A thread takes two groups at once, each of four outputs of a row.
+//
+// The loads of biases, c and y precede the named barrier WHICH, behind which the adapters' part is complete. The sums of all
+// CTAs have arrived when `full` has the phase `parity`.
 template <int WHICH, int COUNT>
 __device__ __forceinline__ void write_outputs(
     const GemmArguments& args, const Cta& cta, const Round& round, u32 parity, int thread

@@ -5,6 +5,7 @@
 
 typedef float Sums[TILES][EIGHTS][4];
 
+// Sets all sums to 0.
 __device__ __forceinline__ void clear(Sums& sums) {
 #pragma unroll
     for (int i = 0; i < TILES; i++)
@@ -13,7 +14,7 @@ __device__ __forceinline__ void clear(Sums& sums) {
             for (int q = 0; q < 4; q++) sums[i][e][q] = 0;
 }
 
-// NF4: a chunk's sums times the chunk's scales, added to `sums`.
+// NF4: adds a chunk's sums times the chunk's scales to `sums`.
 __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& of_chunk, const float2 (&scale)[TILES]) {
 #pragma unroll
     for (int i = 0; i < TILES; i++)
@@ -26,7 +27,7 @@ __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& of_chunk, con
         }
 }
 
-// int8: sums times the scales of their rows of the weight.
+// int8: multiplies sums by the scales of their outputs.
 __device__ __forceinline__ void scale_rows(Sums& sums, const float2 (&scale)[TILES]) {
 #pragma unroll
     for (int i = 0; i < TILES; i++)

@@ -1,23 +1,24 @@
-// The stream of a weight's chunks from global memory to a warp's registers, with scales.
+// The stream of a weight's chunks, with their scales, from global memory to a warp's registers.
 #pragma once
 
 #include "decode_gemm_cta.cuh"
 
-// All members are references to the caller's variables: with variables of its own, the compiler allocates registers worse.
+// Most members are references to the caller's variables. With variables of its own, the compiler schedules the instructions
+// otherwise: the SASS was compared.
 struct WeightStream {
     const GemmArguments& args;
     const int &warp, &lane, &g, &t;
-    const int &all_chunks, &begin, &chunks;  // of a tile; the CTA's first one, and their number
+    const int &all_chunks, &begin, &chunks;  // chunks of a tile; the CTA's first chunk; the CTA's number of chunks
     const u64& policy;
-    const i64& row;  // of a bf16 weight, in 16 bytes
+    const i64& row;  // stride of the rows of a bf16 weight, in units of 16 bytes
     const uint4* (&w)[TILES];
     const float* (&s)[TILES];
     uint4 (&bytes)[DEPTH][TILES][PLANES];
     float2 (&scale)[DEPTH][TILES];
-    const char* line;  // of the cache lines of chunk after chunk that the lane prefetches
+    const char* line;  // address that the lane prefetches next; line_step bytes lead to the next chunk
     u32 line_step;
 
-    // Loads the registers of chunk d of DEPTH with the one that lies `ahead` chunks behind it.
+    // Loads the chunk d + `ahead` of the warp's tiles into the registers d of DEPTH.
     __device__ __forceinline__ void load(int d, int ahead, bool wanted) {
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
@@ -31,11 +32,12 @@ struct WeightStream {
         }
     }
 
-    // Only NF4 is prefetched: as many chunks of more bits would fill the cache.
+    // Prefetches NF4's chunk d behind `line` to the L2 cache. Chunks of int8 and bf16 would fill the cache.
     __device__ __forceinline__ void prefetch(int d, bool wanted) const {
         if (KIND == 4) prefetch_L2(line + d * line_step, wanted);
     }
 
+    // Moves the stream on by DEPTH chunks.
     __device__ __forceinline__ void advance() {
 #pragma unroll
         for (int i = 0; i < TILES; i++) w[i] += DEPTH * STEP, s[i] += DEPTH * 16;

@@ -1,8 +1,8 @@
 // The main loop of four warps that multiply together, by wgmma.m64nNk16: for more rows of x.
 //
 // Half a chunk is multiplied while the A of the next half is made. A chunk is finished, scaled and its registers loaded
-// anew, while the next one begins. The last of DEPTH chunks waits for its own products: the compiler would have those that
-// run past the loop's end waited for each time.
+// anew, while the next one begins. The last of DEPTH chunks waits for its own products. If products ran past the end of
+// the loop, the compiler would insert a wait behind each product.
 #pragma once
 
 #include "decode_gemm_fragments.cuh"
@@ -12,17 +12,17 @@
 static_assert(TILES == 1 && DEPTH % 2 == 0, "");
 
 struct WgmmaLoop {
-    static constexpr int STEPS = KIND == 4 && EIGHTS == 4 ? 1 : 2;  // of 16 columns, multiplied together: registers are few
+    static constexpr int STEPS = KIND == 4 && EIGHTS == 4 ? 1 : 2;  // of 16 columns in a group of products; registers limit them
 
     // References to the caller's variables, for the sake of the compiler: see WeightStream.
     WeightStream& weights;
     const Fragments& fragments;
     Sums& sums;
-    u32& x_at;            // of the matrix descriptor
-    Sums (&of_chunk)[2];  // of two chunks, by turns
+    u32& x_at;            // lower word of x's matrix descriptor
+    Sums (&of_chunk)[2];  // sums of two chunks, which alternate
     u32 (&a)[2][STEPS * 4];
 
-    // Begins the products of half of the registers' chunk d, once those before the last ones are done.
+    // Begins the products of a half of chunk d of DEPTH. All groups of products but the latest are then complete.
     __device__ __forceinline__ void begin(int d, int half) {
 #pragma unroll
         for (int first = 0; first < 2; first += STEPS) {
@@ -40,10 +40,12 @@ struct WgmmaLoop {
         }
     }
 
+    // NF4: adds the sums of chunk d of DEPTH, times its scales, to the sums of the round.
     __device__ __forceinline__ void finish(int d) {
         if (KIND == 4) pin(of_chunk[d % 2][0]), add_scaled(sums, of_chunk[d % 2], weights.scale[d]);
     }
 
+    // Multiplies `left` chunks of the stream.
     __device__ __forceinline__ void run(int& left) {
         for (; left >= DEPTH; left -= DEPTH) {
 #pragma unroll
@@ -69,7 +71,7 @@ struct WgmmaLoop {
     }
 };
 
-// Adds the products of `left` chunks with x, which lies at `x`.
+// Adds the products of `left` chunks with x to the sums. `x` is the address of x in shared memory.
 // `x` and `left` are references for the sake of the compiler: see WeightStream.
 __device__ __forceinline__ void multiply(
     WeightStream& weights, const Fragments& fragments, Sums& sums, const u32& x, int& left

@@ -1,10 +1,12 @@
+// The copy of x from global memory to a CTA's shared memory.
 #pragma once
 
 #include "decode_gemm_cta.cuh"
 
-// Brings a CTA's columns of x to shared memory, by the warps that multiply, as tensor cores read it: a chunk's rows under one
-// another; each row's eight times 16 bytes change places by the row's number, so that the same 16 bytes of eight rows are in
-// different banks (PTX's 128-byte swizzle). A thread has the same eight columns of the same row of every so many chunks.
+// Copies a CTA's columns of x to shared memory, in the order in which tensor cores read them. The warps that multiply call it.
+//
+// Shared memory holds (chunks, ROWS, 64) bf16 in PTX's 128-byte swizzle: unit u of 16 bytes of row m is at u ^ m % 8. The same
+// unit of eight rows is thus in different banks. A thread copies the same eight columns of one row of every APART-th chunk.
 __device__ __forceinline__ void stage_x(const GemmArguments& args, u32 x, int begin, int chunks) {
     constexpr int APART = WARPS * 4 / ROWS;
     static_assert(APART * ROWS == WARPS * 4, "");
@@ -21,10 +23,10 @@ __device__ __forceinline__ void stage_x(const GemmArguments& args, u32 x, int be
     }
     await_copies();
 #else
-    // Lane t's own neighbouring columns, two at a time, go where A has them: 2t and 2t + 8 of each 16.
+    // A lane of the A operand loads 16 neighbouring columns. Their pairs of x move to the columns 2t and 2t + 8 of each 16.
     const int half = eight / 4;
     to += eight % 4 * 4;
-    constexpr int AT_ONCE = 4;  // they wait for memory, but registers hold weights already
+    constexpr int AT_ONCE = 4;  // chunks loaded together; more would need registers that hold weights
     for (int chunk = first; chunk < chunks; chunk += AT_ONCE * APART) {
         uint4 v[AT_ONCE];
 #pragma unroll

@@ -1,8 +1,10 @@
+// The dequantization of an int8 weight. int8.py defines the order of its numbers.
 #include "ptx.cuh"
 
-#define CHUNK 64
+#define CHUNK 64  // columns
 
-// W (outputs, columns) in bf16: numbers times their row's scale, or as they are, which is exact. A warp has a tile's chunk.
+// Writes W (outputs, columns) in bf16. Each number is multiplied by its row's scale in fp32 and rounded once. Without scales,
+// the int8 numbers themselves are written, which bf16 holds exactly. A warp has one chunk of a tile, a unit.
 extern "C" __global__ void int8_dequantize(const uint4* weights, const float* scales, u16* out, int columns, i64 units) {
     const i64 unit = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
     if (unit >= units) return;

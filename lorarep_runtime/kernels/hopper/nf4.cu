@@ -1,8 +1,10 @@
+// Kernels that read all of an NF4 weight: dequantization, and the squared norms of rows. nf4.py defines the tiles.
 #include "nf4.cuh"
 
 #define CHUNK 64  // columns that share a scale
 
-// W (outputs, columns) in bf16: code times scale in fp32, rounded once, as bitsandbytes does.
+// Writes W (outputs, columns) in bf16. Each number is code times scale in fp32, rounded once, as in bitsandbytes. A warp has
+// one chunk of a tile, a unit; `units` is their number.
 extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* scales, u16* out, int columns, i64 units) {
     const i64 unit = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
     if (unit >= units) return;
@@ -12,13 +14,13 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
     float2 scale;
     load_once(bytes, weights + unit * 32 + lane, true, evict_first_policy());
     load_once(scale, scales + unit * 8 + g, true, evict_first_policy());
-    const float own = NF4[lane & 15];  // from lane to lane: constant memory serves one address at a time
+    const float own = NF4[lane & 15];  // lanes exchange numbers, since constant memory serves one address at a time
     auto value = [&](u32 code) { return __shfl_sync(~0u, own, code); };
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const u32 g0 = half ? bytes.z : bytes.x, g1 = half ? bytes.w : bytes.y;
         const float by = half ? scale.y : scale.x;
-        // Lane t has 2t and 2t + 8 of each 16 columns and gets the t-th 16 columns from its neighbours.
+        // Lane t has the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of each 16. exchange() gives it all of the t-th 16.
         u32 codes[4] = {g0, g0 >> 16, g1, g1 >> 16};
         exchange(codes, t);
         uint4* to = reinterpret_cast<uint4*>(out + (tile * 16 + g + half * 8) * columns + chunk * CHUNK + t * 16);
@@ -35,11 +37,11 @@ extern "C" __global__ void nf4_dequantize(const uint4* weights, const float2* sc
     }
 }
 
-// The sum of squares of each row of W, in fp32. A CTA has a tile, and a warp every eighth of its chunks.
+// Writes the sum of squares of each row of W, fp32 (outputs). A CTA has one tile, and each warp every eighth chunk of it.
 extern "C" __global__ void nf4_squares(const uint4* weights, const float2* scales, float* out, int chunks) {
     __shared__ float parts[8][16];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const float own = NF4[lane & 15] * NF4[lane & 15];  // from lane to lane, as above
+    const float own = NF4[lane & 15] * NF4[lane & 15];  // lanes exchange them: constant memory serves one address at a time
     float sums[2] = {};
     for (int chunk = warp; chunk < chunks; chunk += 8) {
         const i64 unit = i64(blockIdx.x) * chunks + chunk;

@@ -1,4 +1,4 @@
-// The sixteen numbers of NF4 (QLoRA, Dettmers et al., 2023), as bitsandbytes has them.
+// The sixteen numbers of NF4 (QLoRA, Dettmers et al., 2023), with bitsandbytes' digits, and their look-up by pairs.
 #pragma once
 
 #include "ptx.cuh"
@@ -8,8 +8,8 @@ __constant__ float NF4[16] = {
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
-// The register that byte I of a word stands for: an entry of the lane's copy of the table. One shift, one logical
-// operation (the lane's place in the table is or-ed in), one load.
+// Looks up byte I of a word, two NF4 codes, in the lane's copy of a table: the result is two bf16 numbers. `place` is the
+// address of the lane's first entry; a look-up takes one shift, one logical operation and one load.
 template <int I>
 __device__ __forceinline__ u32 lookup(u32 place, u32 word) {
     u32 r;

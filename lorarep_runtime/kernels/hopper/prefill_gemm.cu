@@ -1,26 +1,25 @@
-// A prefill GEMM: y = x Wᵀ for many rows of x, with W in NF4. A cluster computes 128 outputs of ROWS rows; each of its CTAs
-// has its own columns.
+// The prefill GEMM: y = x Wᵀ for many rows of x, with W in NF4 and y in bf16 or fp32 (OUT bits). A cluster computes 128
+// outputs of ROWS rows. Its CTAs split the columns of W.
 //
-// Each of eight warps has a tile of 16 outputs (nf4.py) and makes wgmma's A operand of it, in registers: a chunk's numbers are
-// looked up, scaled and rounded to bf16 while the previous chunk is multiplied. The B operand is x, which TMA brings to shared
-// memory some chunks ahead.
+// Each of eight warps has a tile, 16 outputs (nf4.py). It makes wgmma's A operand in registers: it looks up, scales and rounds
+// one chunk of 64 columns while the tensor cores multiply the previous chunk. The B operand is x. TMA copies it to shared
+// memory, AHEAD chunks before it is multiplied.
 #include "nf4.cuh"
 #include "wgmma.cuh"
 
-#define CHUNK 64
+#define CHUNK 64         // columns
 #define WARPS 8
 #define STAGE_BYTES (ROWS * CHUNK * 2)
-#define RESERVED 1024    // bytes at the beginning of shared memory, for the device itself
-#define TABLE_AT 32768   // from there, as all that follows: bits of the address are an index
-#define STAGES_AT 65536
+#define RESERVED 1024    // bytes at the beginning of shared memory that the device reserves
+#define TABLE_AT 32768   // address of the table of pairs, a multiple of 32768: lookup() ors an index into it
+#define STAGES_AT 65536  // address of the stages: chunks of x, ROWS rows each
 #define STAGES ((228 * 1024 - STAGES_AT) / STAGE_BYTES)
 #define AHEAD (STAGES - 2)
-#define DEPTH 4  // chunks of a weight that a warp has pending loads of
+#define DEPTH 4          // chunks of its tile that a warp loads ahead, into registers
 
-constexpr int EIGHTS = ROWS / 8, HALVES = ROWS > 128 ? 2 : 1;  // of rows; wgmma instructions that they take
+constexpr int EIGHTS = ROWS / 8, HALVES = ROWS > 128 ? 2 : 1;  // ROWS / 8; wgmma instructions for ROWS rows
 
-// A scale as the sum of two numbers of bf16, so that its product with a pair of them takes two instructions and is rounded
-// once.
+// A scale as the sum of two bf16 numbers. Its product with a pair of bf16 numbers takes two instructions and is rounded once.
 struct Scale {
     u32 high, low;
     __device__ __forceinline__ Scale(float scale) {
@@ -34,10 +33,10 @@ struct Scale {
 };
 
 struct GemmArguments {
-    const uint4* weights;
-    const float2* scales;
-    void* y;
-    int rows, tiles, chunks, stride;  // of y's rows, in numbers
+    const uint4* weights;             // (tiles, chunks, 32), 16 bytes for each lane
+    const float2* scales;             // (tiles, chunks, 8), of the rows g and g + 8 of a tile
+    void* y;                          // (rows, outputs), bf16 or fp32
+    int rows, tiles, chunks, stride;  // rows of x; the weight's tiles and chunks; the stride of y's rows, in numbers
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __grid_constant__ TensorMap map, GemmArguments args) {
@@ -46,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
     const u32 full = base, empty = base + STAGES * 8, table = base - RESERVED + TABLE_AT, x = base - RESERVED + STAGES_AT;
     const int warp = warp_index(), lane = threadIdx.x % 32, g = lane / 4;
     const int rank = cluster_rank(), size = cluster_size(), cluster = blockIdx.x / size;
-    // Clusters that run at the same time read the same weights.
+    // Clusters with neighbouring numbers read the same weights: they run at the same time and share the L2 cache.
     const int blocks = (args.rows + ROWS - 1) / ROWS, first_tile = cluster / blocks * WARPS;
     int first_row = cluster % blocks * ROWS;
     const int begin = args.chunks * rank / size, chunks = args.chunks * (rank + 1) / size - begin;
@@ -81,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
         load(d, 0, d < left);
     }
 
-    // Thread 0 fills a stage anew when all warps have multiplied its chunk, two chunks after its own.
+    // Thread 0 refills a stage when all warps have multiplied its chunk: at the second chunk behind it.
     auto fetch = [&](int chunk) {
         const int stage = chunk % STAGES;
         if (chunk >= STAGES) await(empty + stage * 8, chunk / STAGES - 1 & 1);
@@ -145,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
     for (int half_rows = 0; half_rows < HALVES; half_rows++) pin(sums[half_rows]);
 
     if (size > 1) {
-        // Each CTA sums some of the rows, in its memory of x, once all have multiplied theirs.
+        // Each CTA adds up the sums of its share of the rows. They replace x in shared memory once all CTAs have multiplied.
         const int share = EIGHTS / size;
         const u32 own = x + warp * share * 512 + lane * 16;
         cluster_sync();
@@ -180,9 +179,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
             }
     }
 #else
-    // Outputs of a row are neighbours in y, but not in a lane: they change places in the memory of x.
+    // Outputs of a row are neighbours in y, but not in a lane. They are transposed in shared memory, in the place of x.
     sync<1, WARPS * 32>();
-    const u32 own = x + warp / 4 * ROWS * 128;  // of four warps: 64 outputs of each row, swizzled
+    const u32 own = x + warp / 4 * ROWS * 128;  // where four warps store 64 outputs of each row, in the 128-byte swizzle
     const u32 unit = warp % 4 * 2 + lane / 8 % 2, to = own + (lane / 16 * 8 + lane % 8) * 128 + (unit ^ lane % 8) * 16;
 #pragma unroll
     for (int e = 0; e < EIGHTS; e += 2)

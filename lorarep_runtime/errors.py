@@ -75,15 +75,15 @@ class Unavailable(LorarepError):
 
 
 class DeadlineExceeded(LorarepError):
-    """The request's deadline passed."""
+    """The deadline of a request passed before its answer was complete."""
 
 
 class Cancelled(LorarepError):
-    """The caller went away."""
+    """The caller of a request cancelled it or closed the connection."""
 
 
 class EngineFailure(LorarepError):
-    """A forward pass failed."""
+    """A forward pass of the engine failed."""
 
 
 def shown(value: object) -> str:

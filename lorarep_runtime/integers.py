@@ -1,10 +1,10 @@
-"""Whole numbers rounded up."""
+"""Divisions and roundings of whole numbers, upwards."""
 
 from __future__ import annotations
 
 
 def ceil_div(dividend: int, divisor: int) -> int:
-    """The quotient, rounded up."""
+    """The quotient of two whole numbers, rounded up."""
     return -(-dividend // divisor)
 
 

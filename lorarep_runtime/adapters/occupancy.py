@@ -20,7 +20,7 @@ class Reservation:
     size: int
     """Bytes of the load."""
     free: int
-    """Those of its bytes that are free already; leaving adapters still take the others."""
+    """Bytes of the load that are free already; leaving adapters still take the others."""
 
     def free_up(self, size: int) -> None:
         """Adds the bytes of an adapter that has left for the load."""

@@ -79,7 +79,7 @@ class Resident(ABC):
         self.pinned = False
         """Whether it never leaves the device."""
         self.priority = 0
-        """Of those that may leave the device, the lowest priority leaves first."""
+        """The resident with the lowest priority leaves the device first, of those that may leave."""
         self.used = 0
         """Tick of its last use."""
         self._state = State.ON_DISK
@@ -99,7 +99,7 @@ class Resident(ABC):
 
     @property
     def scratch(self) -> int:
-        """Device bytes that `make` takes besides the result."""
+        """Device bytes that `make` takes in addition to its result."""
         return 0
 
     def free_extras(self) -> None:  # noqa: B027 (most have none)
@@ -107,7 +107,7 @@ class Resident(ABC):
 
     @property
     def state(self) -> State:
-        """Where it is."""
+        """The state of the resident: the memory that holds it, or the move that a thread makes."""
         return self._state
 
     @property

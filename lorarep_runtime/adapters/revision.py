@@ -39,7 +39,7 @@ class AdapterInfo:
     pinned: bool
     """Whether it never leaves the device."""
     priority: int
-    """Of those that may leave the device, the lowest priority leaves first."""
+    """The adapter with the lowest priority leaves the device first, of those that may leave."""
 
 
 class Revision(Resident):

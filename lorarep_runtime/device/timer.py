@@ -16,7 +16,7 @@ class DeviceTimer:
         self._mark(0)
 
     def stop(self) -> None:
-        """Ends the measured work."""
+        """Ends the measured work: marks its end on the current stream."""
         self._mark(1)
 
     def _mark(self, which: int) -> None:

@@ -24,7 +24,7 @@ Submit = Callable[[Request, Lease, Callable[[Event], None]], int]
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer."""
+    """The whole answer to one request: tokens, text, log-probabilities and the reason of its end."""
 
     tokens: tuple[int, ...]
     text: str

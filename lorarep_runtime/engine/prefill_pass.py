@@ -31,7 +31,7 @@ class Forward(Protocol):
         """Number of visits that have not been launched."""
 
     def advance(self, visits: int, /) -> None:
-        """Launches the next visits."""
+        """Launches the next `visits` visits of the batch's plan."""
 
     def logits(self, rows: Tensor, /) -> Tensor:
         """After the last visit: fp32 logits (n, vocab) of rows, (n) int64."""

@@ -28,7 +28,7 @@ class Sampled:
 
 
 class SamplerState:
-    """All that the choice of a request's next token depends on besides its logits."""
+    """The state of a request that, with its logits, determines its next token."""
 
     def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
         self.request = request

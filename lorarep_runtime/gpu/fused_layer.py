@@ -39,7 +39,7 @@ MOST_GATED_ROWS = 1024
 
 @dataclass(frozen=True)
 class Projection:
-    """Those linear modules of a layer that read the same x."""
+    """The packed linear modules of a layer that read the same x, such as q, k and v."""
 
     linear: AdaptedLinear
     bias: Tensor | None

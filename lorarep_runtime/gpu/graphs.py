@@ -31,7 +31,7 @@ MOST_GRAPHS = 64
 
 @dataclass(frozen=True)
 class StepGraph:
-    """One captured step."""
+    """One decode step, captured as a CUDA graph, with the buffers that it reads and writes."""
 
     replay: Callable[[], None]
     """Launches the step on the current stream."""

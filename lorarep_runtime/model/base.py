@@ -71,7 +71,7 @@ class Base:
 
     @property
     def layers(self) -> int:
-        """Number of layers."""
+        """Number of decoder layers of the model."""
         return len(self.walk.layers)
 
     @property
@@ -80,7 +80,7 @@ class Base:
         return self.model.get_input_embeddings().weight.shape[0]
 
     def norm_terms(self, layers: Sequence[int], module: str, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Those terms of DoRA's norms (`kernels.eager.dora_norm`) that need the base's weights.
+        """The terms of DoRA's norms (`kernels.eager.dora_norm`) that need the base's weights.
 
         Args:
             layers: one for each position, so the same one may come again.

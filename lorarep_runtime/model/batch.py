@@ -124,7 +124,7 @@ class Segment(NamedTuple):
 
 
 class View:
-    """Those spans of a batch that take part in a visit, packed into rows of their own."""
+    """The spans of a batch that take part in a visit, packed into rows of their own."""
 
     def __init__(self, batch: Batch, chosen: Sequence[int], stacks: Sequence[int]) -> None:
         device = batch.device

@@ -59,13 +59,13 @@ ALIGNMENT = 64
 
 
 class Block(NamedTuple):
-    """Entries of one module with equal forms, side by side in memory: A of all entries, then Bᵀ, c and bias of all."""
+    """Entries of one module with equal forms, contiguous in memory: A of all entries, then Bᵀ, c and bias of all."""
 
     module: str
     positions: Sequence[int]
     form: Form
     start: int
-    """Its first element in the storage."""
+    """Index of the block's first element in the storage."""
 
     def entries(self, storage: Tensor) -> Entry:
         """All entries as one: views of the storage with the entries along a first dimension."""

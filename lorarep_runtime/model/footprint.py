@@ -45,7 +45,7 @@ class Footprint:
     prefix: str
     """Path of the list of layers, such as "model.layers"."""
     dtype: torch.dtype
-    """Of the activations, and of everything that is not quantized."""
+    """The dtype of activations and of all weights that are not quantized."""
     page_bytes: int
     """Bytes of the keys and values of 16 tokens at one position."""
 

@@ -36,7 +36,7 @@ class Tokenizer:
         """Tokens that end an answer, as the tokenizer, the generation config or the model's config say."""
 
     def with_chat_template(self, template: str) -> Tokenizer:
-        """The same tokenizer with another chat template (Jinja)."""
+        """A copy of the tokenizer with another chat template (Jinja)."""
         other = copy.copy(self)
         other.chat_template = template
         return other

@@ -34,7 +34,7 @@ class Partials(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, heads: int, splits: int, head_dim: int, device: torch.device) -> Partials:
-        """Memory for partials, uninitialized."""
+        """Uninitialized fp32 partials on a device, for attention over so many splits."""
         shape = (rows, heads, splits)
         return cls(*(torch.empty(s, dtype=torch.float32, device=device) for s in (shape, shape, (*shape, head_dim))))
 

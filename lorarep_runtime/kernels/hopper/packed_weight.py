@@ -47,7 +47,7 @@ class PackedWeight:
     """The weights W of packed modules, one under the other: (outputs of all modules, in)."""
 
     bits: int
-    """Of a number: 4 (NF4), 8 (int8) or 16 (bf16)."""
+    """Bits of a number of the weights: 4 (NF4), 8 (int8) or 16 (bf16)."""
     weights: Tensor
     """4 bits: uint8 (tiles, chunks, 32, 16); 8: int8 (tiles, chunks, 2, 32, 16); 16: bf16 (outputs, in)."""
     scales: Tensor | None

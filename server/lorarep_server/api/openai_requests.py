@@ -119,7 +119,7 @@ class GenerationRequest(Message, ABC):
 
 
 class CompletionRequest(GenerationRequest):
-    """The request of /v1/completions."""
+    """The JSON body of a request to /v1/completions."""
 
     unset_tokens = 16  # OpenAI's default
 
@@ -166,7 +166,7 @@ class ResponseFormat(Message):
 
 
 class ChatRequest(GenerationRequest):
-    """The request of /v1/chat/completions."""
+    """The JSON body of a request to /v1/chat/completions."""
 
     unset_tokens = (1 << 32) - 1  # as many as the prompt leaves
     logprobs_field = "top_logprobs"

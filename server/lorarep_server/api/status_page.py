@@ -57,7 +57,7 @@ class StatusPage:
         }
 
     async def file(self, request: web.Request) -> web.Response:
-        """Serves one of FILES."""
+        """Serves one file of the status page, by its path in FILES."""
         return web.Response(
             text=self._files[request.path], content_type=FILES[request.path][1], charset="utf-8", headers=self._headers
         )

@@ -159,7 +159,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Logs nothing."""
+        """Logs nothing, where `BaseHTTPRequestHandler` writes each request to stderr."""
 
     def _find(self, repository: str, revision: str) -> tuple[str, Mapping[str, File]]:
         stored = self.server.hub.repositories.get(repository)

@@ -225,4 +225,4 @@ def launch_config_for(bits: int, tiles: int, columns: int, rows: int, modules: i
         }
         if costs:
             return min(costs, key=costs.__getitem__)
-    raise ValueError(f"no spread for {columns} columns")
+    raise ValueError(f"no launch config for {columns} columns")

@@ -100,7 +100,9 @@ class Mixes:
     def prune(self) -> None:
         """Drops the mixes of which a part has lost its name. Requests that hold one finish on it."""
         with self._residency.changed:
-            self._mixes = {key: mix for key, mix in self._mixes.items() if mix.is_findable}
+            for mix in [mix for mix in self._mixes.values() if not mix.is_findable]:
+                # Else it could be found again, if a load that found the part before gives it its name back.
+                self._residency.retire(self._mixes.pop(mix.parts))
 
     def _drop_idle(self) -> None:
         """Keeps the latest idle mixes only: callers choose weights at will, and each choice is another mix."""

@@ -134,6 +134,24 @@ def test_a_mix_whose_part_is_unloaded_meanwhile_is_freed_with_its_last_request(
     assert engine.adapters._mixes._mixes == {}
 
 
+def test_a_mix_is_freed_although_its_part_has_got_its_name_back(
+    engine: Engine, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = engine.adapters.lease(MIX)
+    lease.wait()
+    checked = engine.adapters._checked
+
+    def unloaded_meanwhile(*given):
+        item = checked(*given)
+        engine.adapters.unload("two")
+        return item
+
+    monkeypatch.setattr(engine.adapters, "_checked", unloaded_meanwhile)
+    engine.adapters.load("two", str(adapters["two"]), trusted=True)
+    lease.release()
+    assert set(engine.adapters.held_bytes()) == {"one", "two"}
+
+
 def test_a_server_without_an_allow_list_permits_no_repository(engine: Engine, hub: FaultyHub) -> None:
     with pytest.raises(PermissionDenied, match="org/name"):
         engine.adapters.lease([("org/name", 1.0)])

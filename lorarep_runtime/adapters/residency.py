@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -330,11 +331,7 @@ class Residency:
         for_claim: bool,
         progress: Progress | None,
     ) -> Adapter | BaseException:
-        """An item's adapter in device memory, once its victims have left; or why it cannot be there.
-
-        It is returned, not raised: a caller that stored it would be part of its traceback, and such a circle keeps the
-        memory of a failed load until Python's garbage collector finds it.
-        """
+        """An item's adapter in device memory, once its victims have left; or why it cannot be there."""
         try:
             for victim in victims:
                 self._move_out(victim, reservation)
@@ -349,11 +346,14 @@ class Residency:
                     victim = self._next_victim(item, for_claim, error)
                 self._move_out(victim)
         except LorarepError as refusal:
+            _free_frames(refusal)
             return refusal
         except Exception as failure:
             log.exception("an adapter could not be brought to the device")
+            _free_frames(failure)
             return _engine_failure(failure)
         except BaseException as panic:  # a panic of a library in Rust is no Exception
+            _free_frames(panic)
             return panic
 
     def _next_victim(self, item: Resident, for_claim: bool, cause: Exception) -> Resident:
@@ -386,6 +386,18 @@ class Residency:
             self.version += 1
             self.changed.notify_all()
         self._notify()
+
+
+def _free_frames(error: BaseException) -> None:
+    """Frees all that the functions of a failed load had, device memory above all.
+
+    The load keeps the error, and the error its traceback with every function's variables. Callers that raise the error
+    again become part of the traceback, and such circles stay until Python's garbage collector finds them.
+    """
+    at: BaseException | None = error
+    while at is not None:
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__ or at.__context__
 
 
 def _engine_failure(cause: Exception) -> EngineFailure:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from lorarep_runtime.adapters.residency import Claim
 from lorarep_runtime.adapters.resident import State
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.errors import Cancelled, Exhausted, LorarepError, NotFound
+from lorarep_runtime.errors import Cancelled, DataLoss, Exhausted, LorarepError, NotFound
 from lorarep_runtime.request import Event, Finished, Output
 from tests.support.engines import assert_nothing_held, engine_for, greedy
 from tests.support.models import save_adapter, save_base
@@ -251,6 +253,32 @@ def test_a_cancelled_load_leaves_nothing_and_holds_nobody_up(base: Path, folders
     assert residency(engine) == dict(a="device")
     assert engine.adapters.held_bytes().keys() == {"a"}
     assert engine.adapters.load("b", str(folders["b"]), trusted=True).tier == "device"
+
+
+@pytest.mark.parametrize("error", [DataLoss, RuntimeError, KeyboardInterrupt])
+def test_memory_of_a_failed_load_is_freed_at_once(
+    base: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    engine = engine_for(base)
+    taken: list[weakref.ref[torch.Tensor]] = []
+
+    def fails(*given: object, **more: object) -> None:
+        storage = torch.zeros(64)
+        taken.append(weakref.ref(storage))
+        try:
+            raise ValueError("a file is not what it was")
+        except ValueError as cause:
+            raise error("it cannot be compiled") from cause
+
+    monkeypatch.setattr(files, "compile_adapter", fails)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises((LorarepError, KeyboardInterrupt)) as kept:
+            engine.adapters.load("a", str(folders["a"]), trusted=True)
+        assert [storage() for storage in taken] == [None], kept.value
+    finally:
+        gc.enable()
 
 
 def test_another_revision_takes_the_name_only_where_it_may(

@@ -190,6 +190,7 @@ class Residency:
         with self.changed:
             if item.state is State.ON_DEVICE:
                 self._use(item)
+                item.is_promised = False
                 return Claim.READY
             has_to_load = item.state in (State.ON_DISK, State.IN_HOST)
             if has_to_load and not self._start_load(item, for_claim=True):
@@ -273,7 +274,6 @@ class Residency:
 
     def _use(self, item: Resident) -> None:
         item.users += 1
-        item.is_promised = False
         self._touch(item)
 
     def _forget_unwanted(self, item: Resident) -> None:

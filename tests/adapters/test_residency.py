@@ -221,6 +221,21 @@ def test_what_came_for_a_request_stays_until_it_starts(base: Path, folders: dict
     assert_nothing_held(engine)
 
 
+def test_a_load_of_the_same_adapter_takes_nothing_from_a_request(
+    base: Path, folders: dict[str, Path], size: int
+) -> None:
+    engine = engine_for(base, limits=AdapterLimits(device_bytes=size), adapters={n: folders[n] for n in "ab"})
+    first, second = (engine.adapters.lease([(name, 1.0)]) for name in "ab")
+    assert first.claim() is Claim.LOADING
+    assert engine.adapters.load("a", str(folders["a"]), trusted=True).tier == "device"
+    assert second.claim() is Claim.NO_MEMORY  # it came for the first one, too
+    assert first.claim() is Claim.READY
+    first.release()
+    second.wait()
+    second.release()
+    assert_nothing_held(engine)
+
+
 def test_an_adapter_that_cannot_come_back_ends_its_requests_alone(
     base: Path, folders: dict[str, Path], size: int, alone: dict, tmp_path: Path
 ) -> None:

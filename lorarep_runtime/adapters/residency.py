@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import logging
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -22,9 +21,9 @@ import torch
 from lorarep_runtime.adapters import eviction
 from lorarep_runtime.adapters.occupancy import Occupancy, Reservation
 from lorarep_runtime.adapters.resident import Resident, State
-from lorarep_runtime.adapters.transfers import Transfers, is_out_of_memory
+from lorarep_runtime.adapters.transfers import Transfers, engine_failure, free_frames, is_out_of_memory
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.errors import Cancelled, EngineFailure, Exhausted, LorarepError
+from lorarep_runtime.errors import Cancelled, Exhausted, LorarepError
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.model.compiled_adapter import Adapter
 from lorarep_runtime.progress import Progress
@@ -346,14 +345,14 @@ class Residency:
                     victim = self._next_victim(item, for_claim, error)
                 self._move_out(victim)
         except LorarepError as refusal:
-            _free_frames(refusal)
+            free_frames(refusal)
             return refusal
         except Exception as failure:
             log.exception("an adapter could not be brought to the device")
-            _free_frames(failure)
-            return _engine_failure(failure)
+            free_frames(failure)
+            return engine_failure(failure)
         except BaseException as panic:  # a panic of a library in Rust is no Exception
-            _free_frames(panic)
+            free_frames(panic)
             return panic
 
     def _next_victim(self, item: Resident, for_claim: bool, cause: Exception) -> Resident:
@@ -386,21 +385,3 @@ class Residency:
             self.version += 1
             self.changed.notify_all()
         self._notify()
-
-
-def _free_frames(error: BaseException) -> None:
-    """Frees all that the functions of a failed load had, device memory above all.
-
-    The load keeps the error, and the error its traceback with every function's variables. Callers that raise the error
-    again become part of the traceback, and such circles stay until Python's garbage collector finds them.
-    """
-    at: BaseException | None = error
-    while at is not None:
-        traceback.clear_frames(at.__traceback__)
-        at = at.__cause__ or at.__context__
-
-
-def _engine_failure(cause: Exception) -> EngineFailure:
-    failure = EngineFailure("the adapter could not be loaded")
-    failure.__cause__ = cause
-    return failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from lorarep_runtime.adapters.resident import Resident
+from lorarep_runtime.errors import EngineFailure
 from lorarep_runtime.integers import next_power_of_two
 from lorarep_runtime.model.compiled_adapter import Adapter, copied_to
 from lorarep_runtime.progress import Progress
@@ -86,3 +88,22 @@ def run_loops_serially() -> None:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch had no memory left. PyTorch has no class of its own for the CPU's memory."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_frames(error: BaseException) -> None:
+    """Frees all that the functions of a failed load had, device memory above all.
+
+    The load keeps the error, and the error its traceback with every function's variables. Callers that raise the error
+    again become part of the traceback, and such circles stay until Python's garbage collector finds them.
+    """
+    at: BaseException | None = error
+    while at is not None:
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__ or at.__context__
+
+
+def engine_failure(cause: Exception) -> EngineFailure:
+    """The error of a load that failed for a reason that is no LorarepError."""
+    failure = EngineFailure("the adapter could not be loaded")
+    failure.__cause__ = cause
+    return failure

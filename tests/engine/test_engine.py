@@ -394,7 +394,7 @@ def test_unknown_adapters_and_stacks_are_not_found(base: Path, adapters: dict[st
     for names, stack in (([("nobody", 1.0)], None), ([], "nowhere")):
         with pytest.raises(NotFound):
             engine.adapters.lease(names, stack)
-    for names, stack in ((["lora overlap", "lora shrinking"], None), (["lora overlap"], "base")):
+    for several, stack in ((["lora overlap", "lora shrinking"], None), (["lora overlap"], "base")):
         with pytest.raises(InvalidArgument, match="another stack"):
-            engine.adapters.lease([(name, 1.0) for name in names], stack)
+            engine.adapters.lease([(name, 1.0) for name in several], stack)
     assert_nothing_held(engine)

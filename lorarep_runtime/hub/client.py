@@ -1,7 +1,7 @@
 """huggingface_hub's client: downloads whose every request is bounded in time, and whose errors are lorarep's.
 
 Importing this module sets the client factory of huggingface_hub for the whole process; requests of others, which carry
-another user agent, stay as they were.
+another user agent, stay as they were. It also turns Xet storage off for the whole process: files come over plain HTTP.
 """
 
 from __future__ import annotations
@@ -161,6 +161,10 @@ def _refuse_pause(response: Any) -> None:
         refusal = "limits the rate of requests" if status == 429 else "cannot answer for now"
         raise Unavailable(f"the hub {refusal}" + (f"; retry after {pause} s" if pause else ""))
 
+
+# Xet's library, in Rust, downloads without any bound on time, and hears of no cancellation until bytes come. The client
+# looks at this value for each file; HF_HUB_DISABLE_XET it has read already if another module imported it first.
+constants.HF_HUB_DISABLE_XET = True
 
 # A factory, not one client: the library replaces its client after a connection that failed, in the middle of its tries.
 set_client_factory(_bounded_client)

@@ -254,6 +254,22 @@ def test_stalled_hub_is_unavailable_unless_cached(
         fetch("org/other", revision="dev")
 
 
+def test_a_storage_that_says_nothing_is_never_asked(hub: FaultyHub, publish, tmp_path: Path) -> None:
+    """Whatever has been imported before: the client reads its variable once."""
+    publish(ADAPTER)
+    hub.has_xet = True
+    program = (
+        "import sys; from pathlib import Path; import huggingface_hub.file_download\n"
+        "from lorarep_runtime.hub.snapshot import fetch\n"
+        "fetch(sys.argv[1], None, kind='adapter', cache_dir=Path(sys.argv[2]))"
+    )
+    cache = tmp_path / "cache"
+    subprocess.run([sys.executable, "-c", program, REPOSITORY, str(cache)], check=True, timeout=45)
+    (weights,) = cache.glob("*/snapshots/*/adapter_model.safetensors")
+    assert weights.read_bytes() == ADAPTER["adapter_model.safetensors"]
+    assert not [asked.path for asked in hub.asked if "xet" in asked.path]
+
+
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("stage", ["/tree/", "/resolve/"])
 def test_pause_that_an_answer_names_is_not_waited_out(

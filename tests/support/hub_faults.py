@@ -11,6 +11,9 @@ from urllib.parse import unquote
 
 from lorarep_server.demo.hub_stand_in import HubHandler, HubStandIn
 
+XET_HASH = "0123456789abcdef" * 4
+"""The address of a large file in Xet storage."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -48,6 +51,8 @@ class FaultyHub(HubStandIn):
         """By file name: the size that listings and headers claim."""
         self.garbage: bytes | None = None
         """The body of every answer about a repository, in place of JSON."""
+        self.has_xet = False
+        """Whether large files are in Xet storage too, whose server never answers."""
         self.hanging = threading.Event()
         self._closed = threading.Event()
         super().__init__(FaultyHandler)
@@ -71,8 +76,17 @@ class FaultyHandler(HubHandler):
         hub = self.hub
         path = unquote(self.path.partition("?")[0])
         hub.asked.append(Asked(self.command, path, self.headers.get("Range"), self.headers.get("User-Agent", "")))
-        if hub.stalled and hub.faulty in path:
+        if path.startswith("/xet/") or (hub.stalled and hub.faulty in path):
             hub.hang()
+        elif "/xet-read-token/" in path:
+            self.send(
+                200,
+                {
+                    "X-Xet-Cas-Url": f"{hub.url}/xet",
+                    "X-Xet-Access-Token": "token",
+                    "X-Xet-Token-Expiration": "4000000000",
+                },
+            )
         elif hub.status is not None and hub.faulty in path:
             self.send(hub.status, {"Retry-After": "3600"})
         else:
@@ -80,6 +94,9 @@ class FaultyHandler(HubHandler):
 
     def send(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"") -> None:
         claim = self.hub.claims.get(self.file)
+        if self.hub.has_xet and "X-Linked-Etag" in (headers or {}):
+            route = f"{self.hub.url}/api/models/org/name/xet-read-token/main"
+            headers = {**(headers or {}), "X-Xet-Hash": XET_HASH, "X-Xet-Refresh-Route": route}
         if status != 200 or claim is None:
             super().send(status, headers, body)
             return
@@ -98,6 +115,8 @@ class FaultyHandler(HubHandler):
             if claim := self.hub.claims.get(entry["path"]):
                 entry["size"] = claim
                 entry.get("lfs", {})["size"] = claim
+            if self.hub.has_xet and "lfs" in entry:
+                entry["xetHash"] = XET_HASH
         super().send_json(value)
 
     @property

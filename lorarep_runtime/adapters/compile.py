@@ -192,7 +192,7 @@ def compile_adapter(
     Args:
         file: the adapter's weights, in the safetensors format.
         config: the adapter's.
-        header, layout: as `read_header` and `checked_layout` gave them for this file.
+        header, layout: as `checked_header` and `layout_of` gave them for this file.
         stack: the layers that the file's layer numbers count.
         prefix: path of the list of layers, such as "model.layers".
         modules: all linear modules of a layer, in the order of their numbers in entry tables.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.adapters.disk import DiskBudget
-from lorarep_runtime.adapters.header import Header, checked_layout, read_header
+from lorarep_runtime.adapters.header import Header, checked_header, layout_of
 from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterConfig
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.device.gil import give_way
@@ -84,7 +84,7 @@ class AdapterFiles:
             progress: told of stages "download" (bytes) and "check".
 
         Raises:
-            LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `read_header` and `checked_layout`.
+            LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `layout_of` and `checked_header`.
         """
         give_way()
         snapshot = self.fetch(source, revision, progress)
@@ -93,8 +93,8 @@ class AdapterFiles:
         weights = snapshot.folder / WEIGHTS_FILE
         config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(config, stack)
-        header = read_header(weights)
-        layout = checked_layout(config, header, walked, self.base.modules, self.base.prefix)
+        layout = layout_of(config, walked, self.base.modules, self.base.prefix)
+        header = checked_header(weights, layout, self.base.prefix)
         return CheckedFiles(snapshot, config, header, layout, walked, self._hashing.submit(_digest, weights))
 
     def fetch(self, source: str, revision: str | None, progress: Progress | None = None) -> Snapshot:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -29,6 +29,8 @@ OPENING_SECONDS = 0.003
 """Time for which safetensors keeps Python's GIL when it opens a file of a thousand tensors."""
 KNOWN, KNOWN_BYTES = 16, 1 << 20
 """Number of headers that are remembered, and most bytes of each. Adapters of one recipe have equal headers."""
+ENTRY_BYTES, METADATA_BYTES = 160, 1 << 16
+"""Most bytes of a header for each tensor, its name aside, and for all else."""
 
 
 class TensorInfo(NamedTuple):
@@ -42,19 +44,60 @@ Header = Mapping[str, TensorInfo]
 """All tensors of a file by name, in the order in which they lie there without gaps."""
 
 
-def read_header(file: Path) -> Header:
+def checked_header(file: Path, layout: Layout, prefix: str) -> Header:
+    """The tensors of an adapter's weights file, which are exactly those of its layout.
+
+    Args:
+        file: in the safetensors format.
+        layout, prefix: as `layout_of` returns and takes them.
+
+    Raises:
+        DataLoss: as `read_header`.
+        FailedPrecondition: as `read_header`, or naming a tensor that is missing, surplus, of another shape or of a
+            dtype that is no float.
+    """
+    header = read_header(file, most_header_bytes(layout, prefix))
+    expected = dict(giving_way(_tensors(layout, prefix)))
+    if surplus := header.keys() - expected.keys():
+        raise FailedPrecondition("is in the file, and nothing in the config speaks of it", field=min(surplus))
+    for name, shape in giving_way(expected.items()):
+        if name not in header:
+            raise FailedPrecondition("is missing in the file", field=name)
+        if header[name].shape != shape:
+            raise FailedPrecondition(f"has the shape {header[name].shape}, the config says {shape}", field=name)
+        if header[name].dtype not in DTYPES:
+            raise FailedPrecondition(f"is of type {header[name].dtype}; {', '.join(DTYPES)} are supported", field=name)
+    return header
+
+
+def read_header(file: Path, most_bytes: int) -> Header:
     """The tensors of a safetensors file, without their weights.
 
     The library checks the header, and that it covers the file exactly (https://huggingface.co/docs/safetensors).
 
+    Args:
+        file: in the safetensors format.
+        most_bytes: of the header. The library parses it in one piece, in many times its memory.
+
     Raises:
         DataLoss: the file is corrupt or truncated, or is replaced while it is read.
+        FailedPrecondition: the header is larger.
     """
     try:
         start = _Start.of(file)
+        if most_bytes < start.length < start.size:  # a length beyond the file is the library's to refuse
+            raise FailedPrecondition(
+                f"its header takes {start.length} bytes; its config's tensors need {most_bytes} at most",
+                field=file.name,
+            )
         return _header(start) if start.length <= KNOWN_BYTES else _header.__wrapped__(start)
     except (SafetensorError, OSError, ValueError) as error:
         raise DataLoss(str(error), field=file.name) from error
+
+
+def most_header_bytes(layout: Layout, prefix: str) -> int:
+    """Most bytes of the header of a weights file with a layout, whichever program wrote it."""
+    return METADATA_BYTES + sum(len(name) + ENTRY_BYTES for name, _ in giving_way(_tensors(layout, prefix)))
 
 
 @dataclass(frozen=True)
@@ -92,46 +135,34 @@ def _header(start: _Start) -> Header:
     return header
 
 
-def checked_layout(
-    config: AdapterConfig,
-    header: Header,
-    stack: Stack,
-    modules: Mapping[str, tuple[int, int]],
-    prefix: str,
-) -> Layout:
-    """The layout of an adapter, once its file holds exactly the tensors that its config promises.
+def layout_of(config: AdapterConfig, stack: Stack, modules: Mapping[str, tuple[int, int]], prefix: str) -> Layout:
+    """The entries that an adapter's config promises.
 
     Args:
         config: the adapter's.
-        header: of its weights file.
         stack: the layers that the file's layer numbers count.
         modules: (out, in) of the linear modules of every layer.
         prefix: path of the list of layers, such as "model.layers".
 
     Raises:
-        FailedPrecondition: naming a tensor that is missing, surplus, of another shape or of a dtype that is no float.
+        FailedPrecondition: the config targets no module.
         InvalidArgument: a pattern of the config cannot be matched.
     """
     layout: dict[Key, Form] = {}
-    expected: dict[str, tuple[int, ...]] = {}
     for position, (module, matrix) in giving_way(product(range(len(stack)), modules.items())):
         path = f"{prefix}.{position}.{module}"
         if config.targets(path):
-            layout[position, module] = form = Form(config.rank(path), matrix, config.use_dora, config.lora_bias)
-            for kind, shape in form.tensors:
-                expected[tensor_name(path, kind)] = shape
-    if surplus := sorted(header.keys() - expected.keys()):
-        raise FailedPrecondition("is in the file, and nothing in the config speaks of it", field=surplus[0])
+            layout[position, module] = Form(config.rank(path), matrix, config.use_dora, config.lora_bias)
     if not layout:
         raise FailedPrecondition("match no linear layer of the decoder", field="target_modules")
-    for name, shape in giving_way(expected.items()):
-        if name not in header:
-            raise FailedPrecondition("is missing in the file", field=name)
-        if header[name].shape != shape:
-            raise FailedPrecondition(f"has the shape {header[name].shape}, the config says {shape}", field=name)
-        if header[name].dtype not in DTYPES:
-            raise FailedPrecondition(f"is of type {header[name].dtype}; {', '.join(DTYPES)} are supported", field=name)
     return layout
+
+
+def _tensors(layout: Layout, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of a weights file with a layout."""
+    for (position, module), form in layout.items():
+        for kind, shape in form.tensors:
+            yield tensor_name(f"{prefix}.{position}.{module}", kind), shape
 
 
 def tensor_name(path: str, kind: str) -> str:

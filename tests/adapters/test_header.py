@@ -10,8 +10,14 @@ import pytest
 from safetensors import safe_open
 
 from lorarep_runtime.adapters import header
-from lorarep_runtime.adapters.header import Header, read_header
-from lorarep_runtime.errors import DataLoss
+from lorarep_runtime.adapters.header import Header, most_header_bytes, read_header, tensor_name
+from lorarep_runtime.errors import DataLoss, FailedPrecondition
+from lorarep_runtime.model.compiled_adapter import Form
+from tests.support.engines import engine_for
+from tests.support.models import save_adapter, save_base
+
+MOST = 1 << 20
+"""Bytes of a header that the tests' files may have."""
 
 
 def attack(text: bytes, body: bytes = b"", length: int | None = None) -> bytes:
@@ -27,9 +33,9 @@ def test_every_prefix_of_a_file_is_data_loss(tmp_path: Path) -> None:
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
         with pytest.raises(DataLoss, match="adapter_model"):
-            read_header(file)
+            read_header(file, MOST)
     file.write_bytes(whole)
-    assert read_header(file)["a"].shape == (2,)
+    assert read_header(file, MOST)["a"].shape == (2,)
 
 
 def test_a_header_that_is_known_is_not_parsed_again_and_vouches_for_no_other_file(tmp_path: Path, monkeypatch) -> None:
@@ -41,7 +47,7 @@ def test_a_header_that_is_known_is_not_parsed_again_and_vouches_for_no_other_fil
 
     def read(name: str, content: bytes) -> Header:
         (tmp_path / name).write_bytes(content)
-        return read_header(tmp_path / name)
+        return read_header(tmp_path / name, MOST)
 
     monkeypatch.setattr(header, "safe_open", noted)
     header._header.cache_clear()
@@ -73,9 +79,9 @@ def test_a_file_that_becomes_another_while_it_is_read_is_not_remembered(tmp_path
     with monkeypatch.context() as replaced:
         replaced.setattr(header, "give_way", lambda _: file.write_bytes(whole.replace(b"F32", b"I32")))
         with pytest.raises(DataLoss, match="first"):
-            read_header(file)
+            read_header(file, MOST)
     file.write_bytes(whole)
-    assert read_header(file)["a"].dtype == "F32"
+    assert read_header(file, MOST)["a"].dtype == "F32"
 
 
 @pytest.mark.parametrize(
@@ -102,4 +108,36 @@ def test_hostile_files_are_data_loss(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(content)
     with pytest.raises(DataLoss):
-        read_header(file)
+        read_header(file, MOST)
+
+
+def test_a_header_beyond_what_its_config_needs_is_refused_before_it_is_parsed(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsed, these 20 MiB would take seconds in which no other thread runs, and hundreds of MiB."""
+    base = save_base("llama", tmp_path_factory.mktemp("header") / "base")
+    folder = save_adapter(base, base.parent / "adapter", r=2, target_modules=["q_proj"])
+    engine = engine_for(base, adapters={"adapter": folder}, kv_bytes=1 << 20)
+    file = folder / "adapter_model.safetensors"
+    surplus = ",".join(f'"a{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(350_000))
+    file.write_bytes(attack(b"{" + surplus.encode() + b"}"))
+    monkeypatch.setattr(header, "safe_open", None)
+    with pytest.raises(FailedPrecondition, match=r"adapter_model\.safetensors: its header takes"):
+        engine.adapters.load("large", str(folder), trusted=True)
+
+
+def test_any_writers_header_of_what_a_config_needs_is_within_the_limit() -> None:
+    form = Form(512, (1 << 17, 1 << 17), has_c=True, has_bias=False)
+    layout = {(position, "mlp.down_proj"): form for position in range(100)}
+    last = 1 << 40
+    tensors = {
+        tensor_name(f"model.layers.{position}.{module}", kind): {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [last, last],
+        }
+        for (position, module), form in layout.items()
+        for kind, shape in form.tensors
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, indent=1)
+    assert len(text) < most_header_bytes(layout, "model.layers")

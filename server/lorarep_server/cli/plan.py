@@ -70,7 +70,8 @@ def count(
         tokens: tokens of each sequence.
 
     Raises:
-        LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `checked_layout` and `NamedStack.resolve`.
+        LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `layout_of`, `checked_header` and
+            `NamedStack.resolve`.
     """
     from lorarep_runtime.hub.snapshot import fetch
     from lorarep_runtime.model.footprint import quantization_kind
@@ -124,7 +125,7 @@ def _adapter(
 ) -> tuple[Stack, dict[str, Any]]:
     """The stack of an adapter, and its row of the table, from its configuration and its file header."""
     from lorarep_runtime.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config
-    from lorarep_runtime.adapters.header import checked_layout, read_header
+    from lorarep_runtime.adapters.header import checked_header, layout_of
     from lorarep_runtime.adapters.peft_config import AdapterConfig
     from lorarep_runtime.hub.snapshot import fetch
     from lorarep_runtime.model.compiled_adapter import file_parameters, storage_bytes
@@ -132,8 +133,8 @@ def _adapter(
     snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress)
     config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), AdapterLimits())
     stack = config.stack(footprint.layers)
-    header = read_header(snapshot.folder / WEIGHTS_FILE)
-    layout = checked_layout(config, header, stack, footprint.modules, footprint.prefix)
+    layout = layout_of(config, stack, footprint.modules, footprint.prefix)
+    checked_header(snapshot.folder / WEIGHTS_FILE, layout, footprint.prefix)
     return stack, {
         "name": source.name,
         "commit": snapshot.commit,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from huggingface_hub import CachedRepoInfo, CacheNotFound, scan_cache_dir
 
+from lorarep_runtime.errors import Exhausted
 from lorarep_runtime.hub.files import CONFIG
 from lorarep_runtime.hub.snapshot import LOCAL, Snapshot
 
@@ -44,6 +45,8 @@ class DiskBudget:
         self._lock = threading.Lock()
         self._reads: Counter[str] = Counter()
         self._reads_lock = threading.Lock()
+        self._coming: Counter[str] = Counter()
+        """Bytes that are being downloaded, by repository."""
         self._held = {repo.repo_id: repo.size_on_disk for repo in self._scan()}
 
     @contextmanager
@@ -56,6 +59,34 @@ class DiskBudget:
         finally:
             with self._reads_lock:
                 self._reads[repository] -= 1
+                is_last = not self._reads[repository]
+            if is_last:
+                with self._lock:
+                    self._coming.pop(repository, None)
+
+    def expect(self, repository: str, size: int) -> None:
+        """Counts bytes that are about to be downloaded while the repository is `staying`; others may go for them.
+
+        Raises:
+            Exhausted: the limit has no room for them beside what is in use.
+        """
+        if not size:
+            return
+        with self._lock:
+            others = self._coming.total() - self._coming[repository]
+            if others + size <= self._limit:
+                self._coming[repository] = size
+                if self._total <= self._limit:
+                    return
+                self._trim()
+                if self._total <= self._limit:
+                    return
+                del self._coming[repository]
+        raise Exhausted(
+            f"adapters' disk: {size} bytes of {repository} have no room within {self._limit}",
+            field="adapter",
+            retry_after=1.0,
+        )
 
     def added(self, snapshot: Snapshot) -> None:
         """Counts a snapshot that has been found or downloaded; over the limit, the least recently used others go."""
@@ -64,8 +95,14 @@ class DiskBudget:
         blobs = snapshot.folder.parents[1] / "blobs"
         with self._lock:
             self._held[snapshot.repository] = sum(file.stat().st_size for file in blobs.iterdir())
-            if sum(self._held.values()) > self._limit:
+            self._coming.pop(snapshot.repository, None)
+            if self._total > self._limit:
                 self._trim()
+
+    @property
+    def _total(self) -> int:
+        """Bytes that adapters take in the cache, and those that are being downloaded."""
+        return sum(self._held.values()) + self._coming.total()
 
     def _scan(self) -> list[CachedRepoInfo]:
         """The adapters' repositories in the cache."""
@@ -79,7 +116,7 @@ class DiskBudget:
         info = scan_cache_dir(self._cache_dir)
         repos = [repo for repo in info.repos if _is_adapter(repo)]
         uses = self._uses()
-        held = sum(repo.size_on_disk for repo in repos)
+        held = sum(repo.size_on_disk for repo in repos) + self._coming.total()
         deleted: list[CachedRepoInfo] = []
         for repo in sorted(repos, key=lambda x: (uses.get(x.repo_id) or 0, x.last_accessed)):
             if held <= self._limit * SHARE_AFTER:

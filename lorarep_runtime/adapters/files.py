@@ -13,11 +13,12 @@ from pathlib import Path
 
 from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.adapters.disk import DiskBudget
-from lorarep_runtime.adapters.header import Header, checked_header, layout_of
+from lorarep_runtime.adapters.header import Header, checked_header, layout_of, most_file_bytes
 from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterConfig
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.errors import DataLoss, InvalidArgument, NotFound
+from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.files import file_digest
 from lorarep_runtime.hub.snapshot import Snapshot, fetch
 from lorarep_runtime.model.base import Base
@@ -32,6 +33,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 1 << 20
+TOKENIZER_BYTES, TOKEN_BYTES = 4 << 20, 512
+"""Most bytes of a tokenizer's files, and those for each token of the base's vocabulary. Tokenizers of 262,144 tokens
+take 40 MiB."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class AdapterFiles:
         self._cache_dir = cache_dir
         self._hashing = ThreadPoolExecutor(thread_name_prefix="lorarep-digest")
 
-    def check(self, source: str, revision: str | None, stack: str | None, progress: Progress | None) -> CheckedFiles:
+    def check(
+        self, source: str, revision: str | None, stack: str | None, progress: Progress | None, *, trusted: bool
+    ) -> CheckedFiles:
         """Downloads an adapter if the cache does not hold it, and reads its config and its weights file's header.
 
         Args:
@@ -82,12 +88,13 @@ class AdapterFiles:
             revision: branch, tag or commit; None is the default branch.
             stack: named stack, as for `AdapterRegistry.load`.
             progress: told of stages "download" (bytes) and "check".
+            trusted: as for `fetch`.
 
         Raises:
             LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `layout_of` and `checked_header`.
         """
         give_way()
-        snapshot = self.fetch(source, revision, progress)
+        snapshot = self.fetch(source, revision, progress, stack=stack, trusted=trusted)
         if progress is not None:
             progress("check", 0, 0)
         weights = snapshot.folder / WEIGHTS_FILE
@@ -97,13 +104,48 @@ class AdapterFiles:
         header = checked_header(weights, layout, self.base.prefix)
         return CheckedFiles(snapshot, config, header, layout, walked, self._hashing.submit(_digest, weights))
 
-    def fetch(self, source: str, revision: str | None, progress: Progress | None = None) -> Snapshot:
-        """An adapter's snapshot, which counts towards the disk budget. Raises as `hub.snapshot.fetch`."""
+    def fetch(
+        self,
+        source: str,
+        revision: str | None,
+        progress: Progress | None = None,
+        *,
+        stack: str | None = None,
+        trusted: bool,
+    ) -> Snapshot:
+        """An adapter's snapshot, which counts towards the disk budget.
+
+        Args:
+            source, revision, stack, progress: as for `check`.
+            trusted: whether an operator names the source, or its commit has been checked before; otherwise its
+                revision and its files' sizes are bounded before they are downloaded.
+
+        Raises:
+            LorarepError: as `hub.snapshot.fetch`; Exhausted if the disk budget has no room.
+        """
         with nullcontext() if self.disk is None else self.disk.staying(source):
-            snapshot = fetch(source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress)
+            bounds = None if trusted else self._bounds(source, stack)
+            snapshot = fetch(
+                source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress, bounds=bounds
+            )
             if self.disk is not None:
                 self.disk.added(snapshot)
         return snapshot
+
+    def _bounds(self, source: str, stack: str | None) -> Bounds:
+        """Most bytes of each file of an adapter that no operator has named."""
+
+        def weights(folder: Path) -> int:
+            config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits)
+            layout = layout_of(config, self._walked(config, stack), self.base.modules, self.base.prefix)
+            return most_file_bytes(layout, self.base.prefix)
+
+        def make_room(size: int) -> None:
+            if self.disk is not None:
+                self.disk.expect(source, size)
+
+        tokenizer = TOKENIZER_BYTES + TOKEN_BYTES * self.base.vocab_size
+        return Bounds(MAX_CONFIG_BYTES, tokenizer, weights, make_room)
 
     def compile(self, checked: CheckedFiles, progress: Progress | None) -> Adapter:
         """Compiles checked files onto the base's device. Raises as `compile_adapter`."""

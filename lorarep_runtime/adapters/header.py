@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -98,6 +99,13 @@ def read_header(file: Path, most_bytes: int) -> Header:
 def most_header_bytes(layout: Layout, prefix: str) -> int:
     """Most bytes of the header of a weights file with a layout, whichever program wrote it."""
     return METADATA_BYTES + sum(len(name) + ENTRY_BYTES for name, _ in giving_way(_tensors(layout, prefix)))
+
+
+def most_file_bytes(layout: Layout, prefix: str) -> int:
+    """Most bytes of a weights file with a layout: in the widest dtype."""
+    widest = max(dtype.itemsize for dtype in DTYPES.values())
+    numbers = sum(math.prod(shape) for _, shape in giving_way(_tensors(layout, prefix)))
+    return 8 + most_header_bytes(layout, prefix) + numbers * widest
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class AdapterRegistry:
             revision: branch, tag or commit.
             stack: named stack that the adapter's layer numbers count, for adapters trained on a stacked model; default
                 is its own `layer_replication`, else the base's order.
-            trusted: whether the operator asks, whom the allow-list does not bind.
+            trusted: whether the operator asks, whom neither the allow-list nor the bounds on downloads bind.
             pinned: whether it never leaves the device. None leaves it as it is, at first False.
             priority: among those that may leave, the lowest leaves first. None leaves it as it is, at first 0.
             replace: whether it may take the name of another revision, whose requests finish on that.
@@ -101,7 +101,7 @@ class AdapterRegistry:
         """
         self.check_allowed(name, source, trusted)
         with self._only_load_of(name, source, progress):
-            item = self._checked(name, source, revision, stack, replace, progress)
+            item = self._checked(name, source, revision, stack, trusted, replace, progress)
             with self.residency.hold(item) as hold:
                 hold.load(progress)
                 self._give_name(item, pinned, priority)
@@ -139,11 +139,12 @@ class AdapterRegistry:
         source: str,
         revision: str | None,
         stack: str | None,
+        trusted: bool,
         replace: bool,
         progress: Progress | None,
     ) -> Revision:
         """The revision that the source has now: the one that has the name, if they are the same, or a new one."""
-        checked = self._files.check(source, revision, stack, progress)
+        checked = self._files.check(source, revision, stack, progress, trusted=trusted)
         with self._changed:
             present = self._named.get(name)
         if present is not None and present.is_same(checked):
@@ -267,6 +268,6 @@ class AdapterRegistry:
         source, _, revision = name.partition("@")
         self.check_allowed(name, source, False)
         with self._only_load_of(name, source, progress):
-            item = self._checked(name, source, revision or None, None, False, progress)
+            item = self._checked(name, source, revision or None, None, False, False, progress)
             item.wait_for_digest()
             self._give_name(item)

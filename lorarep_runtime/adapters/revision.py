@@ -101,7 +101,7 @@ class Revision(Resident):
         """
         tokenizer = self._tokenizer
         if tokenizer is None:
-            tokenizer = self._tokenizer = self._files.tokenizer(self._files.fetch(*self._source).folder)
+            tokenizer = self._tokenizer = self._files.tokenizer(self._files.fetch(*self._source, trusted=True).folder)
         return tokenizer
 
     def info(self) -> AdapterInfo:
@@ -124,7 +124,7 @@ class Revision(Resident):
 
     @property
     def _source(self) -> tuple[str, str | None]:
-        """The repository or folder, and the revision to ask for."""
+        """The repository or folder, and the revision to ask for: trusted, since this commit has been checked once."""
         return self.repository, None if self.commit == LOCAL else self.commit
 
     def make(self, progress: Progress | None) -> Adapter:
@@ -133,7 +133,7 @@ class Revision(Resident):
         if checked is not None and not (checked.snapshot.folder / WEIGHTS_FILE).exists():
             checked = None  # the files have left the disk since
         if checked is None:
-            checked = self._files.check(*self._source, self._stack_name, progress)
+            checked = self._files.check(*self._source, self._stack_name, progress, trusted=True)
         adapter = self._files.compile(checked, progress)
         if not self.is_same(checked):
             raise FailedPrecondition(f"{self.name!r}: {self.repository} is not what it was when it was loaded")

@@ -3,12 +3,14 @@
 models--org--name/
   blobs/      contents, each named by its hash; parts of downloads end in ".incomplete"
   snapshots/  one folder a commit, whose files are links to blobs
+  refs/       one file a branch or tag: its commit
   trees/      one file a commit: the files that the Hub lists, with their hashes
 """
 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -74,5 +76,23 @@ def _is_whole(folder: Path, file: RepoFile, known: Collection[str]) -> bool:
     return git_hash(path.read_bytes()) == file.blob_id if file.lfs is None else file_digest(path) == file.lfs.sha256
 
 
+def snapshot_folder(repository: str, commit: str, cache_dir: Path | None) -> Path:
+    """The folder of a commit's snapshot, which may not exist."""
+    return _folder(repository, cache_dir) / "snapshots" / commit
+
+
+def remember_ref(repository: str, name: str, commit: str, cache_dir: Path | None) -> None:
+    """Notes the commit of a branch or tag where clients look while the Hub cannot be reached."""
+    ref = _folder(repository, cache_dir) / "refs" / name
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    new = ref.with_name(f".{ref.name}.{uuid.uuid4().hex}")
+    new.write_text(commit)
+    new.replace(ref)
+
+
 def _blobs(repository: str, cache_dir: Path | None) -> Path:
-    return Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
+    return _folder(repository, cache_dir) / "blobs"
+
+
+def _folder(repository: str, cache_dir: Path | None) -> Path:
+    return Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,16 @@ from huggingface_hub.utils.tqdm import tqdm
 from lorarep_runtime.errors import (
     Exhausted,
     FailedPrecondition,
+    InvalidArgument,
     LorarepError,
     NotFound,
     PermissionDenied,
     Unavailable,
     first_line,
 )
-from lorarep_runtime.hub.files import FILES, IGNORED, Kind
+from lorarep_runtime.hub.bounds import Bounds, check_small, check_weights, listed, resolve
+from lorarep_runtime.hub.cache import remember_ref, snapshot_folder
+from lorarep_runtime.hub.files import CONFIG, FILES, IGNORED, Kind
 from lorarep_runtime.progress import Progress
 
 AGENT = "lorarep"
@@ -43,7 +48,12 @@ AGENT = "lorarep"
 
 
 def download(
-    repository: str, revision: str | None, kind: Kind, cache_dir: Path | None, progress: Progress | None
+    repository: str,
+    revision: str | None,
+    kind: Kind,
+    cache_dir: Path | None,
+    progress: Progress | None,
+    bounds: Bounds | None = None,
 ) -> Path:
     """Downloads the files of a kind that the cache does not hold yet.
 
@@ -53,6 +63,7 @@ def download(
         kind: the part of the repository that is wanted.
         cache_dir: Hub cache; None is huggingface_hub's default.
         progress: told of bytes, as stage "download".
+        bounds: on an adapter; None is for what an operator has named.
 
     Returns:
         The commit's folder in the cache. It may be partial if the Hub did not answer and never listed the commit's
@@ -65,24 +76,51 @@ def download(
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     api = HfApi(endpoint=endpoint, library_name=AGENT)
 
-    def snapshot(**how: Any) -> Path:
+    def snapshot(revision: str | None = revision, patterns: Sequence[str] = FILES[kind], **how: Any) -> Path:
         folder = api.snapshot_download(
             repository,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=list(FILES[kind]),
+            allow_patterns=list(patterns),
             ignore_patterns=list(IGNORED),
             **how,
         )
         return Path(folder)
 
+    def bounded(bounds: Bounds) -> Path:
+        # 1. The list, of a commit that cannot move any more.
+        commit = resolve(api, repository, revision, cache_dir)
+        files = listed(api, repository, commit, cache_dir)
+        check_small(files, bounds)
+        # 2. The config, which says how large the weights may be.
+        folder = snapshot_folder(repository, commit, cache_dir)
+        if any(file.path == CONFIG[kind] for file in files):
+            snapshot(commit, [CONFIG[kind]], tqdm_class=_reporting_bar(None))
+        check_weights(files, folder, bounds)
+        # 3. All files.
+        coming = (file for file in files if _is_wanted(file.path, kind) and not (folder / file.path).exists())
+        bounds.make_room(sum(file.size for file in coming))
+        snapshot(commit, tqdm_class=_reporting_bar(progress))
+        if revision != commit:
+            remember_ref(repository, revision or constants.DEFAULT_REVISION, commit, cache_dir)
+        return folder
+
     try:
-        return snapshot(tqdm_class=_reporting_bar(progress))
+        return bounded(bounds) if bounds else snapshot(tqdm_class=_reporting_bar(progress))
+    except (PermissionDenied, FailedPrecondition, InvalidArgument, Exhausted):
+        raise  # what is beyond its bounds is not served from the cache either
     except Exception as error:  # of any class: the client fails in many ways over an answer that makes no sense
         try:
             return snapshot(local_files_only=True)
         except LocalEntryNotFoundError:
             raise _translated(error, repository, revision) from error
+
+
+def _is_wanted(name: str, kind: Kind) -> bool:
+    """Whether a file is among those that are downloaded of a kind."""
+    return any(fnmatchcase(name, pattern) for pattern in FILES[kind]) and not any(
+        fnmatchcase(name, pattern) for pattern in IGNORED
+    )
 
 
 def _translated(error: Exception, repository: str, revision: str | None) -> LorarepError:
@@ -91,7 +129,7 @@ def _translated(error: Exception, repository: str, revision: str | None) -> Lora
         error = error.__cause__
     at = repository if revision is None else f"{repository} at {revision}"
     if isinstance(error, LorarepError):
-        return type(error)(f"{at}: {error}")
+        return type(error)(f"{at}: {error.message}", field=error.field)
     if isinstance(error, GatedRepoError | DisabledRepoError):
         return PermissionDenied(f"{at}: the hub refuses access")
     if isinstance(error, RevisionNotFoundError):

@@ -19,6 +19,7 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationErro
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in an __all__
 
 from lorarep_runtime.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
+from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remove_abandoned_parts
 from lorarep_runtime.hub.client import download
 from lorarep_runtime.hub.files import Kind, check_files, check_links, check_shards
@@ -42,7 +43,13 @@ class Snapshot:
 
 
 def fetch(
-    source: str, revision: str | None, *, kind: Kind, cache_dir: Path | None, progress: Progress | None = None
+    source: str,
+    revision: str | None,
+    *,
+    kind: Kind,
+    cache_dir: Path | None,
+    progress: Progress | None = None,
+    bounds: Bounds | None = None,
 ) -> Snapshot:
     """Finds or downloads the configuration, tokenizer and safetensors of a base or an adapter.
 
@@ -54,12 +61,13 @@ def fetch(
         kind: the part of the repository that is wanted.
         cache_dir: Hub cache; None is huggingface_hub's default.
         progress: told of bytes downloaded, as stage "download".
+        bounds: on an adapter that no operator has named; a pull request is refused then.
 
     Raises:
         InvalidArgument: the source or revision is malformed, or a link leads out of an adapter's folder.
         NotFound: no such folder; or the Hub knows no such repository, revision or file.
-        PermissionDenied: the Hub refuses access.
-        FailedPrecondition: the weights are pickled; they are neither downloaded nor opened.
+        PermissionDenied: the Hub refuses access, or the revision is of a pull request.
+        FailedPrecondition: the weights are pickled, or a file is over its bound; neither is downloaded nor opened.
         DataLoss: shards of a base are missing, or what came is not what the Hub lists; the cache does not keep that.
         Exhausted: the disk is full.
         Unavailable: the Hub did not answer properly, and the cache does not hold all files.
@@ -72,7 +80,7 @@ def fetch(
         raise InvalidArgument(f"{revision!r} is not the name of a branch, tag or commit", field="revision")
     remove_abandoned_parts(source, cache_dir)
     known = known_blobs(source, cache_dir)
-    folder = download(source, revision, kind, cache_dir, progress)
+    folder = download(source, revision, kind, cache_dir, progress, bounds)
     try:
         tree = get_cached_repo_tree(source, revision=folder.name, cache_dir=cache_dir)
     except CachedRepoTreeNotFoundError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from lorarep_runtime.adapters import files
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.errors import DataLoss
+from lorarep_runtime.errors import DataLoss, Exhausted, FailedPrecondition
 from lorarep_runtime.hub.snapshot import fetch
 from tests.support.engines import engine_for, greedy
 from tests.support.hub_faults import FaultyHub
@@ -159,3 +161,31 @@ def test_a_cache_full_of_what_is_in_use_grows(
     assert "adapters in use" in caplog.text
     engine.adapters.load("c", "org/c", trusted=True)
     assert cached(tmp_path / "cache") == {"a", "c"}
+
+
+def test_an_adapter_that_no_operator_named_may_send_what_its_config_needs_and_the_disk_holds(
+    hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    size = published(hub, base, folders)
+    large = shutil.copytree(folders["a"], tmp_path / "large")
+    config = json.loads((large / "adapter_config.json").read_text())
+    (large / "adapter_config.json").write_text(json.dumps({**config, "r": 1}))
+    with (large / "adapter_model.safetensors").open("ab") as weights:
+        weights.write(bytes(200_000))
+    hub.publish("org/large", large)
+    cache = tmp_path / "cache"
+    limits = AdapterLimits(disk_bytes=int(1.5 * size), allow_repositories=("org/*",))
+    engine = engine_for(base, cache_dir=cache, limits=limits)
+    with pytest.raises(FailedPrecondition, match=r"adapter_model\.safetensors: \d+ bytes are over"):
+        engine.adapters.load("large", "org/large")
+    assert "adapter_model.safetensors" not in hub.downloads()
+    engine.adapters.load("a", "org/a", pinned=True)
+    hub.asked.clear()
+    with pytest.raises(Exhausted, match="no room"):
+        engine.adapters.load("b", "org/b")
+    assert "adapter_model.safetensors" not in hub.downloads()
+    engine.adapters.unload("a")
+    engine.adapters.load("b", "org/b")
+    assert "a" not in cached(cache)
+    assert engine.adapters._files.disk is not None
+    assert not engine.adapters._files.disk._coming

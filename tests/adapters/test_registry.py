@@ -158,6 +158,22 @@ def test_a_server_without_an_allow_list_permits_no_repository(engine: Engine, hu
     assert hub.asked == []
 
 
+def test_a_request_reaches_no_pull_request_of_a_repository_that_it_may_name(
+    base: Path, adapters: dict[str, Path], hub: FaultyHub, tmp_path: Path
+) -> None:
+    hub.publish("org/one", adapters["one"])
+    foreign = hub.publish("org/one", adapters["two"], branch="refs/pr/1")
+    limits = AdapterLimits(allow_repositories=("org/*",))
+    engine = engine_for(base, limits=limits, cache_dir=tmp_path, kv_bytes=4 << 20)
+    for revision in ("refs/pr/1", foreign):
+        with pytest.raises(PermissionDenied, match="revision"):
+            engine.adapters.lease([(f"org/one@{revision}", 1.0)])
+        with pytest.raises(PermissionDenied, match="revision"):
+            engine.adapters.load("one", "org/one", revision)
+    assert hub.downloads() == []
+    assert engine.adapters.load("operator's", "org/one", "refs/pr/1", trusted=True).commit == foreign
+
+
 def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:
     for i in range(MAX_IDLE_MIXES + 5):
         lease = engine.adapters.lease([("one", 1.0), ("two", 1.0 + i)])

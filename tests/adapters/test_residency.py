@@ -200,7 +200,7 @@ def test_patterns_of_an_adapter_that_has_waited_have_as_long_again(
     seen: list[float] = []
     monkeypatch.setattr(files, "compile_adapter", lambda file, config, *rest, **more: seen.append(config.deadline))
     finder = AdapterFiles(engine_for(base).base, {}, AdapterLimits(), None)
-    checked = finder.check(str(folders["a"]), None, None, None)
+    checked = finder.check(str(folders["a"]), None, None, None, trusted=True)
     late = time.monotonic() + 3600
     monkeypatch.setattr(time, "monotonic", lambda: late)
     finder.compile(checked, None)

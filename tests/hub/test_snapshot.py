@@ -26,6 +26,7 @@ from lorarep_runtime.errors import (
     Unavailable,
 )
 from lorarep_runtime.hub import cache, files, snapshot
+from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.files import file_digest
 from lorarep_runtime.hub.snapshot import LOCAL, Snapshot, check_allowed
 from tests.support.hub_faults import FaultyHub
@@ -208,6 +209,77 @@ def test_shard_that_the_index_names_is_missed(publish, fetch, tmp_path: Path) ->
     for source in (REPOSITORY, str(write(tmp_path / "folder", files))):
         with pytest.raises(DataLoss, match=r"model-2\.safetensors"):
             fetch(source, kind="base")
+
+
+# What no operator has named.
+
+KIB = 1 << 10
+
+
+def bounds(weights: int = KIB, room: list[int] | None = None) -> Bounds:
+    return Bounds(KIB, KIB, lambda folder: weights, (room if room is not None else []).append)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("adapter_config.json", KIB + 1),
+        ("tokenizer.json", KIB + 1),
+        ("any.model", KIB + 1),
+        ("any.jinja", KIB + 1),
+        ("adapter_model.safetensors", KIB + 1),
+    ],
+)
+def test_a_file_that_is_too_large_is_refused_by_name_and_never_asked_for(
+    hub: FaultyHub, publish, fetch, name: str, size: int
+) -> None:
+    publish({**ADAPTER, name: bytes(size)})
+    with pytest.raises(FailedPrecondition, match=rf"{name}: \d+ bytes"):
+        fetch(bounds=bounds())
+    assert name not in hub.downloads()
+    assert "adapter_model.safetensors" not in hub.downloads()
+    assert fetch().commit  # an operator's own may be of any size
+
+
+def test_many_files_of_a_tokenizer_are_bounded_together(hub: FaultyHub, publish, fetch) -> None:
+    publish({**ADAPTER, **{f"{i}.model": bytes(100) for i in range(20)}})
+    with pytest.raises(FailedPrecondition, match=r"over the limit of 1024"):
+        fetch(bounds=bounds())
+    assert hub.downloads() == []
+
+
+def test_a_repository_of_too_many_files_is_refused(publish, fetch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorarep_runtime.hub.bounds.MAX_FILES", 9)
+    publish({**ADAPTER, **{f"deep/{i}": b"" for i in range(6)}})
+    with pytest.raises(FailedPrecondition, match="over 9 files"):
+        fetch(bounds=bounds())
+
+
+def test_what_is_within_its_bounds_comes_whole_and_room_is_made_before(hub: FaultyHub, publish, fetch) -> None:
+    commit = publish(ADAPTER)
+    room: list[int] = []
+    assert contents(fetch(bounds=bounds(room=room))) == ADAPTER
+    assert room == [sum(len(data) for name, data in ADAPTER.items() if name != "adapter_config.json")]
+    assert hub.downloads() == sorted(ADAPTER)
+    hub.close()
+    for revision in (None, commit, "main"):
+        assert fetch(revision=revision, bounds=bounds()).commit == commit
+
+
+def test_a_pull_request_is_refused_by_name_and_by_commit(hub: FaultyHub, publish, fetch) -> None:
+    first = publish(ADAPTER)
+    second = publish({**ADAPTER, "tokenizer.json": b"[]"})
+    foreign = publish({**ADAPTER, "tokenizer.json": b"[1]"}, branch="refs/pr/1")
+    for revision in ("refs/pr/1", foreign, "refs/heads/main"):
+        with pytest.raises(PermissionDenied, match="revision"):
+            fetch(revision=revision, bounds=bounds())
+    with pytest.raises(NotFound, match="no branch or tag 'none'"):
+        fetch(revision="none", bounds=bounds())
+    assert hub.downloads() == []
+    assert [fetch(revision=of, bounds=bounds()).commit for of in (first, second, "main")] == [first, second, second]
+    assert fetch(revision="refs/pr/1").commit == foreign  # an operator may
+    with pytest.raises(PermissionDenied, match="revision"):
+        fetch(revision="refs/pr/1", bounds=bounds())
 
 
 # A Hub that fails.

@@ -112,7 +112,7 @@ class FaultyHandler(HubHandler):
             self.send(200, {"Content-Type": "application/json"}, self.hub.garbage)
             return
         for entry in value if isinstance(value, list) else ():
-            if claim := self.hub.claims.get(entry["path"]):
+            if claim := self.hub.claims.get(entry.get("path", "")):
                 entry["size"] = claim
                 entry.get("lfs", {})["size"] = claim
             if self.hub.has_xet and "lfs" in entry:

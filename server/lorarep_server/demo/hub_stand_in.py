@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 LARGE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".model")
 """Suffixes of files in LFS. Their entity tag is their SHA-256; that of other files is their git blob id."""
 
-_API = re.compile(r"/api/models/([^/]+(?:/[^/]+)??)(?:/(revision|tree)/([^/]+))?")
+_API = re.compile(r"/api/models/([^/]+(?:/[^/]+)??)(?:/(revision|tree|commits)/([^/]+)|/(refs))?")
 _RESOLVE = re.compile(r"/([^/]+(?:/[^/]+)??)/resolve/([^/]+)/(.+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
@@ -53,7 +53,9 @@ class Repository:
     commits: dict[str, Mapping[str, File]] = field(default_factory=dict)
     """The files of each commit, by path; commits are by hash."""
     refs: dict[str, str] = field(default_factory=dict)
-    """The commits of branches and tags, by name."""
+    """The commits of branches and tags, by name, and of pull requests, by "refs/pr/" and number."""
+    parents: dict[str, str] = field(default_factory=dict)
+    """The commit before each commit that has one."""
 
 
 class HubStandIn:
@@ -84,6 +86,8 @@ class HubStandIn:
         commit = hashlib.sha1("\n".join(tree).encode()).hexdigest()
         stored.commits[commit] = files
         stored.refs[branch] = commit
+        if parent and parent != commit:
+            stored.parents[commit] = parent
         return commit
 
     def tag(self, repository: str, name: str, commit: str) -> None:
@@ -127,9 +131,15 @@ class HubHandler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         try:
             if match := _API.fullmatch(path):
-                repository, kind, revision = match.groups()
+                repository, kind, revision, refs = match.groups()
                 commit, files = self._find(repository, unquote(revision or "main"))
-                self.send_json(_tree(files) if kind == "tree" else _info(repository, commit, files))
+                stored = self.server.hub.repositories[repository]
+                if refs:
+                    self.send_json(_refs(stored))
+                elif kind == "commits":
+                    self.send_json(_history(stored, commit))
+                else:
+                    self.send_json(_tree(files) if kind == "tree" else _info(repository, commit, files))
             elif match := _RESOLVE.fullmatch(path):
                 repository, revision, name = match.groups()
                 commit, files = self._find(repository, unquote(revision))
@@ -203,6 +213,24 @@ def _info(repository: str, commit: str, files: Mapping[str, File]) -> object:
         for path, file in files.items()
     ]
     return {"id": repository, "sha": commit, "private": False, "gated": False, "tags": [], "siblings": siblings}
+
+
+def _refs(stored: Repository) -> object:
+    branches = [
+        {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+        for name, commit in stored.refs.items()
+        if not name.startswith("refs/")
+    ]
+    return {"branches": branches, "tags": [], "converts": []}
+
+
+def _history(stored: Repository, commit: str | None) -> object:
+    found = []
+    while commit is not None:
+        date = "2026-01-01T00:00:00.000Z"
+        found.append({"id": commit, "authors": [], "date": date, "title": "", "message": ""})
+        commit = stored.parents.get(commit)
+    return found
 
 
 def _tree(files: Mapping[str, File]) -> object:

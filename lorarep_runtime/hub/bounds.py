@@ -1,0 +1,128 @@
+"""What a repository may send that no operator has named: whose commit, which files, and how many bytes of each.
+
+Anybody may open a pull request at a repository of the Hub, and so put files there under the repository's name. The
+bounds hold before a file is on the disk: names and sizes come from the Hub's list of the commit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
+
+from huggingface_hub import HfApi, RepoFile, get_cached_repo_tree
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+from lorarep_runtime.errors import FailedPrecondition, NotFound, PermissionDenied
+from lorarep_runtime.hub.cache import snapshot_folder
+from lorarep_runtime.hub.files import CONFIG, TOKENIZER_FILES, WEIGHTS
+
+MAX_FILES = 10_000
+"""Most files of a repository, its subfolders included."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Most bytes of an adapter's files."""
+
+    config: int
+    """Most bytes of its config."""
+    tokenizer: int
+    """Most bytes of all files of its tokenizer together."""
+    weights: Callable[[Path], int]
+    """Most bytes of its weights, by the folder that holds its config. May raise a LorarepError."""
+    make_room: Callable[[int], None]
+    """Told of the bytes that are about to come; raises Exhausted where the disk has no room for them."""
+
+
+def resolve(api: HfApi, repository: str, revision: str | None, cache_dir: Path | None) -> str:
+    """The commit of a revision, which is a branch, a tag, or a commit of one of them.
+
+    A commit that is in the cache is taken without asking: it has been resolved here, or an operator has fetched it.
+
+    Raises:
+        NotFound: no branch or tag has the name.
+        PermissionDenied: it is a pull request, or a commit of no branch or tag.
+    """
+    if revision is None:
+        return _commit(api, repository, None)
+    if revision.startswith("refs/"):
+        raise PermissionDenied(
+            f"{revision!r} may be a pull request; a branch, a tag or a commit of one is permitted", field="revision"
+        )
+    is_commit = _COMMIT.fullmatch(revision) is not None
+    if is_commit and snapshot_folder(repository, revision, cache_dir).is_dir():
+        return revision
+    refs = api.list_repo_refs(repository)
+    ours = [*refs.branches, *refs.tags]
+    if any(ref.name == revision for ref in ours):
+        return _commit(api, repository, revision)
+    if not is_commit:
+        raise NotFound(f"{repository} has no branch or tag {revision!r}", field="revision")
+    heads = dict.fromkeys(ref.target_commit for ref in ours)
+    if revision in heads or any(_is_commit_of(api, repository, revision, head) for head in heads):
+        return revision
+    raise PermissionDenied(f"{revision} is the commit of no branch or tag of {repository}", field="revision")
+
+
+def listed(api: HfApi, repository: str, commit: str, cache_dir: Path | None) -> Sequence[RepoFile]:
+    """The files of a commit.
+
+    Raises:
+        FailedPrecondition: they are too many.
+    """
+    try:
+        return get_cached_repo_tree(repository, revision=commit, cache_dir=cache_dir)
+    except CachedRepoTreeNotFoundError:
+        found = list(islice(api.list_repo_tree(repository, recursive=True, revision=commit), MAX_FILES + 1))
+    if len(found) > MAX_FILES:
+        raise FailedPrecondition(f"{repository} has over {MAX_FILES} files", field="repository")
+    return [file for file in found if isinstance(file, RepoFile)]
+
+
+def check_small(files: Sequence[RepoFile], bounds: Bounds) -> None:
+    """Checks the sizes of an adapter's config and tokenizer.
+
+    Raises:
+        FailedPrecondition: naming a file that is too large.
+    """
+    _check_size([file for file in files if file.path == CONFIG["adapter"]], bounds.config)
+    _check_size(
+        [file for file in files if any(fnmatchcase(file.path, pattern) for pattern in TOKENIZER_FILES)],
+        bounds.tokenizer,
+    )
+
+
+def check_weights(files: Sequence[RepoFile], folder: Path, bounds: Bounds) -> None:
+    """Checks the size of weights that are not in a folder yet, by the config in this folder.
+
+    Raises:
+        LorarepError: as `Bounds.weights`; FailedPrecondition if the weights are too large.
+    """
+    weights = [file for file in files if file.path in WEIGHTS["adapter"] and not (folder / file.path).exists()]
+    if weights and (folder / CONFIG["adapter"]).exists():
+        _check_size(weights, bounds.weights(folder))
+
+
+def _check_size(files: Sequence[RepoFile], most: int) -> None:
+    size = sum(file.size for file in files)
+    if size > most:
+        largest = max(files, key=lambda file: file.size)
+        raise FailedPrecondition(
+            f"{size} bytes are over the limit of {most}; nothing is downloaded", field=largest.path
+        )
+
+
+def _commit(api: HfApi, repository: str, revision: str | None) -> str:
+    commit = api.model_info(repository, revision=revision).sha
+    if commit is None:
+        raise ValueError("the hub names no commit")
+    return commit
+
+
+def _is_commit_of(api: HfApi, repository: str, commit: str, head: str) -> bool:
+    return any(info.commit_id == commit for info in api.list_repo_commits(repository, revision=head))

@@ -94,7 +94,7 @@ class DiskBudget:
             return
         blobs = snapshot.folder.parents[1] / "blobs"
         with self._lock:
-            self._held[snapshot.repository] = sum(file.stat().st_size for file in blobs.iterdir())
+            self._held[snapshot.repository] = sum(map(_size, blobs.iterdir()))
             self._coming.pop(snapshot.repository, None)
             if self._total > self._limit:
                 self._trim()
@@ -134,6 +134,14 @@ class DiskBudget:
         log.info("the hub cache holds %d bytes of adapters; %d repositories have left it", held, len(deleted))
         if held > self._limit:
             log.warning("adapters in use take %d bytes of the hub cache, the limit is %d", held, self._limit)
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; none if another download of the repository has renamed it meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _is_adapter(repo: CachedRepoInfo) -> bool:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from lorarep_runtime.adapters import files
+from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss, Exhausted, FailedPrecondition
-from lorarep_runtime.hub.snapshot import fetch
+from lorarep_runtime.hub.snapshot import Snapshot, fetch
 from tests.support.engines import engine_for, greedy
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import save_adapter, save_base
@@ -189,3 +190,16 @@ def test_an_adapter_that_no_operator_named_may_send_what_its_config_needs_and_th
     assert "a" not in cached(cache)
     assert engine.adapters._files.disk is not None
     assert not engine.adapters._files.disk._coming
+
+
+def test_a_part_that_another_download_renames_costs_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = DiskBudget(tmp_path, 1000, dict)
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "0"
+    blobs.mkdir()
+    for name in ("kept", "part.incomplete"):
+        (blobs / name).write_bytes(bytes(100))
+    listed = list(blobs.iterdir())
+    (blobs / "part.incomplete").unlink()
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(listed))
+    disk.added(Snapshot(folder, "org/a", "0"))
+    assert disk._held == {"org/a": 100}

@@ -36,6 +36,7 @@ from lorarep_runtime.model.compiled_adapter import (
     blocks_of,
     entries_of,
     file_parameters,
+    is_finite,
 )
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
@@ -124,16 +125,12 @@ def load_kernels(
             data = torch.zeros(entries * entry_bytes, dtype=torch.uint8)
             storage = allocate(blocks, dtype, device)
             _compile_run(data, places, form, blocks[0].entries(storage), partial(norm_terms, [0] * entries, module))
-            _is_finite(storage)
+            is_finite(storage)
 
 
 def _most_entries(form: Form) -> int:
     """Most entries of a run, for entries of a form."""
     return max(1, MAX_RUN_ELEMENTS // max(math.prod(shape) for _, shape in form.tensors))
-
-
-def _is_finite(storage: Tensor) -> bool:
-    return all(extreme.isfinite() for extreme in storage.aminmax())  # a NaN is minimum and maximum
 
 
 def _compile_run(
@@ -223,7 +220,7 @@ def compile_adapter(
             if progress is not None:
                 progress("compile", done, len(layout))
     give_way()
-    if not _is_finite(storage):
+    if not is_finite(storage):
         entries = entries_of(storage, blocks)
         bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
         raise FailedPrecondition(f"holds NaN or infinity, or does in {dtype}", field=f"{FILE_PREFIX}{paths[bad]}")

@@ -11,6 +11,7 @@ from lorarep_runtime.adapters.residency import Hold, Residency
 from lorarep_runtime.adapters.resident import Resident
 from lorarep_runtime.adapters.revision import Revision
 from lorarep_runtime.device.gil import give_way
+from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.compiled_adapter import (
     Adapter,
@@ -21,11 +22,15 @@ from lorarep_runtime.model.compiled_adapter import (
     blocks_of,
     copied_to,
     entries_of,
+    is_finite,
 )
 from lorarep_runtime.progress import Progress
 
 MAX_IDLE_MIXES = 16
 """Mixes that are kept although no request holds them."""
+
+MAX_WEIGHT = 1e4
+"""Largest absolute weight of an adapter in a mix."""
 
 MixKey = tuple[tuple[Revision, float], ...]
 """The adapters of a mix and their weights."""
@@ -125,6 +130,9 @@ def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str])
     Args:
         parts: the adapters, in the order in which they act, and their weights.
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
+
+    Raises:
+        InvalidArgument: a weight is so large that the result is infinite or NaN.
     """
     sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
     for adapter, share in parts:
@@ -160,5 +168,9 @@ def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str])
             entry.c.copy_(after)
         if entry.bias is not None:
             entry.bias.copy_(bias)
+    give_way()
+    if not is_finite(storage):
+        largest = max((share for _, share in parts), key=abs)
+        raise InvalidArgument(f"the weight {largest:g} makes the mix infinite in {storage.dtype}", field="adapters")
     parameters = sum(adapter.parameters for adapter, _ in parts)
     return adapter_of(first.stack, storage, blocks, modules, parameters)

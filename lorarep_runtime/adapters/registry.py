@@ -6,14 +6,13 @@ holds a lease on a revision: whatever happens to the name, it finishes on the re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lorarep_runtime.adapters.files import AdapterFiles
 from lorarep_runtime.adapters.lease import Lease
-from lorarep_runtime.adapters.mix import Mixes
+from lorarep_runtime.adapters.mix import MAX_WEIGHT, Mixes
 from lorarep_runtime.adapters.peft_config import check_name
 from lorarep_runtime.adapters.residency import Hold, Residency
 from lorarep_runtime.adapters.revision import AdapterInfo, Revision
@@ -230,8 +229,11 @@ class AdapterRegistry:
         if len(adapters) > MAX_ADAPTERS_OF_A_REQUEST or len(set(names)) < len(names):
             raise InvalidArgument(f"at most {MAX_ADAPTERS_OF_A_REQUEST}, each once", field="adapters")
         for name, weight in adapters:
-            if not math.isfinite(weight):
-                raise InvalidArgument(f"the weight of {name!r} is {weight}", field="adapters")
+            if not abs(weight) <= MAX_WEIGHT:  # NaN neither
+                raise InvalidArgument(
+                    f"the weight of {name!r} is {weight}, and not from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}",
+                    field="adapters",
+                )
         named = None if stack is None else self._files.named_stack(stack)
         if not adapters:
             return Lease(named or self._files.stacks["base"], self._base.tokenizer)

@@ -141,6 +141,11 @@ def blocks_of(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
     return [Block(module, p, form, start) for ((module, form), p), start in zip(alike.items(), starts, strict=False)]
 
 
+def is_finite(storage: Tensor) -> bool:
+    """Whether a storage holds neither NaN nor infinity."""
+    return all(extreme.isfinite() for extreme in storage.aminmax())  # a NaN is minimum and maximum
+
+
 def allocate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A storage for blocks: zeros (elements,)."""
     size = sum(len(block.positions) * sum(map(aligned, block.form.pieces)) for block in blocks)

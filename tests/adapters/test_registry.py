@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lorarep_runtime.adapters import files, mix
-from lorarep_runtime.adapters.mix import MAX_IDLE_MIXES, mix_adapters
+from lorarep_runtime.adapters import files, mix, registry
+from lorarep_runtime.adapters.mix import MAX_IDLE_MIXES, MAX_WEIGHT, mix_adapters
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.errors import PermissionDenied
+from lorarep_runtime.errors import InvalidArgument, PermissionDenied
 from lorarep_runtime.hub.files import file_digest
 from lorarep_runtime.request import Event, Finished
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
@@ -172,6 +172,18 @@ def test_a_request_reaches_no_pull_request_of_a_repository_that_it_may_name(
             engine.adapters.load("one", "org/one", revision)
     assert hub.downloads() == []
     assert engine.adapters.load("operator's", "org/one", "refs/pr/1", trusted=True).commit == foreign
+
+
+def test_a_weight_that_overflows_is_refused_by_name(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for weight in (1e39, -1e39, MAX_WEIGHT * 1.01, float("nan"), float("inf")):
+        with pytest.raises(InvalidArgument, match="adapters: the weight of 'one'"):
+            engine.adapters.lease([("one", weight)])
+    monkeypatch.setattr(registry, "MAX_WEIGHT", 1e39)  # as a smaller one overflows in fp16
+    lease = engine.adapters.lease([("one", 1e39), ("two", 1.0)])
+    with pytest.raises(InvalidArgument, match=r"adapters: the weight 1e\+39 makes the mix infinite"):
+        lease.wait()
+    lease.release()
+    assert_nothing_held(engine)
 
 
 def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:

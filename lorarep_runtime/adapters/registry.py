@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorarep_runtime.adapters.files import AdapterFiles
 from lorarep_runtime.adapters.lease import Lease
-from lorarep_runtime.adapters.mix import MAX_WEIGHT, Mixes
+from lorarep_runtime.adapters.mix import MAX_WEIGHT, Mix, Mixes
 from lorarep_runtime.adapters.peft_config import check_name
 from lorarep_runtime.adapters.residency import Hold, Residency
 from lorarep_runtime.adapters.revision import AdapterInfo, Revision
@@ -24,6 +24,9 @@ from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 
 MAX_ADAPTERS_OF_A_REQUEST = 16
+MAX_ON_DEMAND = 4096
+"""Most names that requests have given to repositories by asking for them. The least recently used go first, and come
+back when a request asks for them."""
 WAITING_SECONDS = 0.25
 """Time between two reports of a load that waits for another load of its name."""
 
@@ -48,6 +51,8 @@ class AdapterRegistry:
         self._mixes = Mixes(self.residency, tuple(base.modules), base.device)
         self._loading: dict[str, str] = {}
         """Names that are being loaded, and the sources they are loaded from."""
+        self._on_demand: set[str] = set()
+        """Names that say their own repository and that no operator made."""
 
     def _uses(self) -> dict[str, int | None]:
         """Last use of each repository, for `DiskBudget`.
@@ -103,7 +108,8 @@ class AdapterRegistry:
             item = self._checked(name, source, revision, stack, trusted, replace, progress)
             with self.residency.hold(item) as hold:
                 hold.load(progress)
-                self._give_name(item, pinned, priority)
+                on_demand = not trusted and name in (source, f"{source}@{revision}")
+                self._give_name(item, pinned, priority, on_demand=on_demand)
             return item.info()
 
     def check_allowed(self, name: str, source: str, trusted: bool) -> None:
@@ -152,7 +158,9 @@ class AdapterRegistry:
             raise AlreadyExists(f"{name!r} is {present.repository} at {present.commit}", field="name")
         return Revision(self._files, name, stack, checked)
 
-    def _give_name(self, item: Revision, pinned: bool | None = None, priority: int | None = None) -> None:
+    def _give_name(
+        self, item: Revision, pinned: bool | None = None, priority: int | None = None, *, on_demand: bool
+    ) -> None:
         """Lets new requests find a revision by its name, and the one that had the name no more."""
         with self._changed:
             before = self._named.get(item.name)
@@ -160,6 +168,20 @@ class AdapterRegistry:
             self.residency.set_policy(item, pinned=pinned, priority=priority)
             self.residency.publish(item, instead_of=before)
             self._mixes.prune()
+            if on_demand and before is None:
+                self._on_demand.add(item.name)
+                self._drop_idle_names(item)
+            elif not on_demand:
+                self._on_demand.discard(item.name)
+
+    def _drop_idle_names(self, latest: Revision) -> None:
+        """Unloads the least recently used of too many names that requests have made; those in use stay."""
+        if len(self._on_demand) <= MAX_ON_DEMAND:
+            return
+        named = (self._named[name] for name in self._on_demand)
+        idle = [item for item in named if item is not latest and not item.leases and not item.pinned]
+        for item in sorted(idle, key=lambda item: (item.priority, item.used))[: len(self._on_demand) - MAX_ON_DEMAND]:
+            self.unload(item.name)
 
     def unload(self, name: str) -> None:
         """Takes the name away; requests that hold the adapter finish on it, then its memory is freed.
@@ -171,6 +193,7 @@ class AdapterRegistry:
             item = self._named.pop(name, None)
             if item is None:
                 raise NotFound(f"{name!r} is not loaded", field="adapter")
+            self._on_demand.discard(name)
             self.residency.retire(item)
             self._mixes.prune()
 
@@ -194,11 +217,14 @@ class AdapterRegistry:
             return [self._named[name].info() for name in sorted(self._named)]
 
     def held_bytes(self) -> dict[str, int]:
-        """Device bytes of each adapter and mix. All that requests hold without a name is under "(leaving)"."""
+        """Device bytes of each adapter. All mixes are under "(mixes)", since callers choose their weights.
+
+        All that requests hold without a name is under "(leaving)".
+        """
         held: dict[str, int] = {}
         with self._changed:
             for item in self.residency.on_device():
-                name = item.label if item.is_findable else "(leaving)"
+                name = "(leaving)" if not item.is_findable else "(mixes)" if isinstance(item, Mix) else item.label
                 held[name] = held.get(name, 0) + item.size
         return held
 
@@ -272,4 +298,4 @@ class AdapterRegistry:
         with self._only_load_of(name, source, progress):
             item = self._checked(name, source, revision or None, None, False, False, progress)
             item.wait_for_digest()
-            self._give_name(item)
+            self._give_name(item, on_demand=True)

@@ -191,9 +191,36 @@ def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:
         lease = engine.adapters.lease([("one", 1.0), ("two", 1.0 + i)])
         lease.wait()
         lease.release()
-    mixes = engine.adapters.held_bytes().keys() - {"one", "two"}
+    mixes = {item.label for item in engine.adapters.residency.on_device()} - {"one", "two"}
     assert len(mixes) == MAX_IDLE_MIXES + 1
     assert "1·one + 1·two" not in mixes
+    assert engine.adapters.held_bytes().keys() == {"one", "two", "(mixes)"}
+
+
+def test_names_that_requests_make_are_bounded_and_come_back(
+    base: Path, adapters: dict[str, Path], hub: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "MAX_ON_DEMAND", 2)
+    commit = hub.publish("org/one", adapters["one"])
+    for tag in "abcd":
+        hub.tag("org/one", tag, commit)
+    limits = AdapterLimits(allow_repositories=("org/*",))
+    engine = engine_for(base, limits=limits, cache_dir=tmp_path, kv_bytes=4 << 20)
+
+    def names() -> set[str]:
+        return {info.name for info in engine.adapters.list()}
+
+    engine.adapters.load("org/one", "org/one", trusted=True)
+    engine.adapters.load("mine", "org/one")
+    held = engine.adapters.lease([("org/one@a", 1.0)])
+    engine.adapters.load("org/one@b", "org/one", "b")
+    engine.adapters.lease([("org/one@c", 1.0)]).release()
+    assert names() == {"org/one", "mine", "org/one@a", "org/one@c"}
+    held.release()
+    engine.adapters.lease([("org/one@d", 1.0)]).release()
+    assert names() == {"org/one", "mine", "org/one@c", "org/one@d"}
+    engine.adapters.lease([("org/one@a", 1.0)]).release()
+    assert names() == {"org/one", "mine", "org/one@d", "org/one@a"}
 
 
 def save_foreign_tokenizer(folder: Path, tokens: int) -> None:

@@ -357,7 +357,7 @@ class GetLedgerResponse(_message.Message):
     """
     @_builtins.property
     def adapter_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Each adapter's part of `adapters`, by name. A mix is named after its parts and weights. "(leaving)" is the memory
+        """Each adapter's part of `adapters`, by name. "(mixes)" is all mixes together. "(leaving)" is the memory
         of unloaded adapters that running requests still hold.
         """
 

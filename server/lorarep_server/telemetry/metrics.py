@@ -135,7 +135,7 @@ class EngineCollector(Collector):
         yield _gauge("kv_pages_used", "Pages of KV memory in use.", stats.pages_used)
         yield _gauge("kv_usage_ratio", "Part of the pages in use, 0 to 1.", stats.pages_used / stats.pages_total)
         yield _by("memory_bytes", "Device memory.", "category", ledger.categories)
-        yield _by("adapter_memory_bytes", "Device memory of each adapter and mix.", "adapter", ledger.adapters)
+        yield _by("adapter_memory_bytes", "Device memory of adapters and of mixes.", "adapter", ledger.adapters)
         tiers = Counts(info.tier for info in engine.adapters.list())
         by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
         yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from mmap import mmap
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,8 @@ FILES: Mapping[Kind, tuple[str, ...]] = {
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 IGNORED = ("*/*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES))
 """Shell patterns of the files that are never downloaded: pickles, and everything in subfolders."""
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""The first bytes of a pointer (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
 DIGEST_BYTES = 4 << 20
 """Bytes of a file that are read and hashed at a time."""
 
@@ -98,6 +101,22 @@ def check_files(names: Collection[str], kind: Kind, source: str) -> None:
         raise NotFound(f"{source}: has no {WEIGHTS[kind][0]}")
     if CONFIG[kind] not in names:
         raise NotFound(f"{source}: has no {CONFIG[kind]}")
+
+
+def check_pointers(folder: Path, kind: Kind) -> None:
+    """Checks that no file of a kind is a pointer of Git LFS in place of its content.
+
+    Raises:
+        FailedPrecondition: naming a file that is one.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in FILES[kind]):
+            with path.open("rb") as file:
+                is_pointer = file.read(len(POINTER)) == POINTER
+            if is_pointer:
+                raise FailedPrecondition(
+                    "is a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned", field=path.name
+                )
 
 
 def check_shards(folder: Path) -> None:

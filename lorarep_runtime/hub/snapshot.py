@@ -22,7 +22,7 @@ from lorarep_runtime.errors import InvalidArgument, NotFound, PermissionDenied, 
 from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remove_abandoned_parts
 from lorarep_runtime.hub.client import download
-from lorarep_runtime.hub.files import Kind, check_files, check_links, check_shards
+from lorarep_runtime.hub.files import Kind, check_files, check_links, check_pointers, check_shards
 from lorarep_runtime.progress import Progress
 
 LOCAL = "local"
@@ -67,7 +67,8 @@ def fetch(
         InvalidArgument: the source or revision is malformed, or a link leads out of an adapter's folder.
         NotFound: no such folder; or the Hub knows no such repository, revision or file.
         PermissionDenied: the Hub refuses access, or the revision is of a pull request.
-        FailedPrecondition: the weights are pickled, or a file is over its bound; neither is downloaded nor opened.
+        FailedPrecondition: the weights are pickled, or a file is over its bound; neither is downloaded nor opened. Or a
+            file is a pointer of Git LFS.
         DataLoss: shards of a base are missing, or what came is not what the Hub lists; the cache does not keep that.
         Exhausted: the disk is full.
         Unavailable: the Hub did not answer properly, and the cache does not hold all files.
@@ -88,6 +89,7 @@ def fetch(
         raise Unavailable(f"{source}: the hub cannot be reached, and the cache may hold only part of it") from error
     check_files({file.path for file in tree}, kind, source)
     check_contents(folder, tree, known)
+    check_pointers(folder, kind)
     if kind == "base":
         check_shards(folder)
     return Snapshot(folder, source, folder.name)
@@ -128,6 +130,7 @@ def _local(source: str, revision: str | None, kind: Kind) -> Snapshot:
     if kind == "adapter":
         check_links(folder)
     check_files({path.name for path in folder.iterdir() if path.is_file()}, kind, source)
+    check_pointers(folder, kind)
     if kind == "base":
         check_shards(folder)
     return Snapshot(folder, str(folder), LOCAL)

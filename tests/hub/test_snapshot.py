@@ -196,6 +196,25 @@ def test_pickle_beside_safetensors_is_left_alone(hub: FaultyHub, publish, fetch)
     assert contents(fetch()) == ADAPTER
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("adapter", "adapter_config.json"),
+        ("adapter", "adapter_model.safetensors"),
+        ("adapter", "tokenizer.json"),
+        ("base", "model-2.safetensors"),
+        ("base", "tokenizer.model"),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_named_with_what_to_run(publish, fetch, tmp_path: Path, kind: Any, name: str) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    files = {**(ADAPTER if kind == "adapter" else BASE), name: pointer}
+    publish(files)
+    for source in (REPOSITORY, str(write(tmp_path / "folder", files))):
+        with pytest.raises(FailedPrecondition, match=rf"{name}: is a Git LFS pointer.*git lfs pull"):
+            fetch(source, kind=kind)
+
+
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_repository_that_is_no_adapter_is_not_found(publish, fetch, missing: str) -> None:
     publish({name: data for name, data in ADAPTER.items() if name != missing})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,8 @@ MAX_CONFIG_BYTES = 1 << 20
 TOKENIZER_BYTES, TOKEN_BYTES = 4 << 20, 512
 """Most bytes of a tokenizer's files, and those for each token of the base's vocabulary. Tokenizers of 262,144 tokens
 take 40 MiB."""
+ABSENT_SECONDS, MAX_ABSENT = 10.0, 1024
+"""Time for which it is remembered that the Hub does not have a source, and most of these."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class AdapterFiles:
         self.disk = None if limits.disk_bytes is None else DiskBudget(cache_dir, limits.disk_bytes, uses)
         self._limits = limits
         self._cache_dir = cache_dir
+        self._absent = _Absent()
         self._hashing = ThreadPoolExecutor(thread_name_prefix="lorarep-digest")
 
     def check(
@@ -121,13 +125,20 @@ class AdapterFiles:
                 revision and its files' sizes are bounded before they are downloaded.
 
         Raises:
-            LorarepError: as `hub.snapshot.fetch`; Exhausted if the disk budget has no room.
+            LorarepError: as `hub.snapshot.fetch`; NotFound again, without another request to the Hub, for some seconds
+                after the Hub said so to anybody but an operator; Exhausted if the disk budget has no room.
         """
         with nullcontext() if self.disk is None else self.disk.staying(source):
+            if not trusted:
+                self._absent.check(source, revision)
             bounds = None if trusted else self._bounds(source, stack)
-            snapshot = fetch(
-                source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress, bounds=bounds
-            )
+            try:
+                snapshot = fetch(
+                    source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress, bounds=bounds
+                )
+            except NotFound as error:
+                self._absent.add(source, revision, error)
+                raise
             if self.disk is not None:
                 self.disk.added(snapshot)
         return snapshot
@@ -198,6 +209,29 @@ class AdapterFiles:
         if config.layer_replication is not None and own != named:
             raise InvalidArgument(f"{name!r} is not what the adapter's layer_replication says", field="stack")
         return named
+
+
+class _Absent:
+    """Sources that the Hub did not have a moment ago: callers who repeat a name cost no requests. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until: dict[tuple[str, str | None], tuple[float, NotFound]] = {}
+
+    def add(self, source: str, revision: str | None, error: NotFound) -> None:
+        """Remembers the error of a source for `ABSENT_SECONDS`."""
+        with self._lock:
+            while len(self._until) >= MAX_ABSENT:
+                del self._until[next(iter(self._until))]  # the oldest
+            self._until.pop((source, revision), None)
+            self._until[source, revision] = time.monotonic() + ABSENT_SECONDS, error
+
+    def check(self, source: str, revision: str | None) -> None:
+        """Raises NotFound if the source was not there a moment ago."""
+        with self._lock:
+            until, error = self._until.get((source, revision), (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise NotFound(error.message, field=error.field)
 
 
 def _digest(file: Path) -> str:

@@ -15,7 +15,7 @@ from lorarep_runtime.adapters import files, mix, registry
 from lorarep_runtime.adapters.mix import MAX_IDLE_MIXES, MAX_WEIGHT, mix_adapters
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.errors import InvalidArgument, PermissionDenied
+from lorarep_runtime.errors import InvalidArgument, NotFound, PermissionDenied
 from lorarep_runtime.hub.files import file_digest
 from lorarep_runtime.request import Event, Finished
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
@@ -184,6 +184,28 @@ def test_a_weight_that_overflows_is_refused_by_name(engine: Engine, monkeypatch:
         lease.wait()
     lease.release()
     assert_nothing_held(engine)
+
+
+def test_a_repository_that_is_not_there_is_asked_for_once_in_a_while(
+    base: Path, adapters: dict[str, Path], hub: FaultyHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = AdapterLimits(allow_repositories=("org/*",))
+    engine = engine_for(base, limits=limits, cache_dir=tmp_path, kv_bytes=4 << 20)
+
+    def asked() -> int:
+        hub.asked.clear()
+        with pytest.raises(NotFound, match="org/one"):
+            engine.adapters.lease([("org/one", 1.0)])
+        return len(hub.asked)
+
+    assert asked() > 0
+    assert asked() == 0
+    hub.publish("org/one", adapters["one"])
+    assert asked() == 0
+    engine.adapters.load("operator's", "org/one", trusted=True)
+    monkeypatch.setattr(files, "ABSENT_SECONDS", 0.0)
+    engine.adapters._files._absent = files._Absent()
+    engine.adapters.lease([("org/one", 1.0)]).release()
 
 
 def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,9 +25,7 @@ from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.compiled_adapter import Adapter, Layout
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
-from lorarep_runtime.text.tokenizer import Tokenizer, fits
-
-log = logging.getLogger(__name__)
+from lorarep_runtime.text.tokenizer import Tokenizer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -175,22 +172,23 @@ class AdapterFiles:
             progress=progress,
         )
 
-    def tokenizer(self, folder: Path) -> Tokenizer:
+    def tokenizer(self, folder: Path, *, trusted: bool) -> Tokenizer:
         """The tokenizer of an adapter's requests.
 
-        It is the adapter's own, if the folder has one that fits the base's vocabulary; else the base's, with the
-        adapter's chat template if the folder has only that.
+        It is the adapter's own, if the folder has one; else the base's, with the adapter's chat template if the folder
+        has only that.
+
+        Args:
+            folder: holds the adapter's files.
+            trusted: as for `AdapterRegistry.load`.
 
         Raises:
-            FailedPrecondition: the folder's tokenizer cannot be loaded.
+            FailedPrecondition: as `Tokenizer.adapters_own`.
         """
         template = folder / TEMPLATE_FILE
         if (folder / "tokenizer_config.json").exists():
-            own = Tokenizer(folder)
-            if fits(own, self.base.vocab_size):
-                return own
-            log.warning("the tokenizer in %s does not fit the base's vocabulary: the base's own is used", folder)
-        elif template.exists():
+            return self.base.tokenizer.adapters_own(folder, self.base.vocab_size, trusted=trusted)
+        if template.exists():
             return self.base.tokenizer.with_chat_template(template.read_text(encoding="utf-8", errors="replace"))
         return self.base.tokenizer
 

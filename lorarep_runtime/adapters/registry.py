@@ -92,7 +92,8 @@ class AdapterRegistry:
             revision: branch, tag or commit.
             stack: named stack that the adapter's layer numbers count, for adapters trained on a stacked model; default
                 is its own `layer_replication`, else the base's order.
-            trusted: whether the operator asks, whom neither the allow-list nor the bounds on downloads bind.
+            trusted: whether the operator names it. Neither the allow-list nor the bounds on downloads bind those, and
+                their tokenizers may compute anything.
             pinned: whether it never leaves the device. None leaves it as it is, at first False.
             priority: among those that may leave, the lowest leaves first. None leaves it as it is, at first 0.
             replace: whether it may take the name of another revision, whose requests finish on that.
@@ -156,7 +157,7 @@ class AdapterRegistry:
             return present
         if present is not None and not replace:
             raise AlreadyExists(f"{name!r} is {present.repository} at {present.commit}", field="name")
-        return Revision(self._files, name, stack, checked)
+        return Revision(self._files, name, stack, checked, trusted=trusted)
 
     def _give_name(
         self, item: Revision, pinned: bool | None = None, priority: int | None = None, *, on_demand: bool

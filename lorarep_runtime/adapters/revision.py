@@ -50,12 +50,15 @@ class Revision(Resident):
         name: of the adapter.
         stack_name: named stack that the adapter was loaded for; None is its own.
         checked: its files.
+        trusted: as for `AdapterRegistry.load`.
 
     Raises:
         FailedPrecondition: its tokenizer cannot be loaded.
     """
 
-    def __init__(self, files: AdapterFiles, name: str, stack_name: str | None, checked: CheckedFiles) -> None:
+    def __init__(
+        self, files: AdapterFiles, name: str, stack_name: str | None, checked: CheckedFiles, *, trusted: bool
+    ) -> None:
         super().__init__(storage_bytes(checked.layout, files.base.dtype))
         self.name = name
         self.repository, self.commit = checked.snapshot.repository, checked.snapshot.commit
@@ -67,7 +70,8 @@ class Revision(Resident):
         self._stack_name = stack_name
         self._checked: CheckedFiles | None = checked
         self._digest = checked.digest
-        self._tokenizer: Tokenizer | None = files.tokenizer(checked.snapshot.folder)
+        self._trusted = trusted
+        self._tokenizer: Tokenizer | None = files.tokenizer(checked.snapshot.folder, trusted=trusted)
 
     @property
     def label(self) -> str:
@@ -101,7 +105,8 @@ class Revision(Resident):
         """
         tokenizer = self._tokenizer
         if tokenizer is None:
-            tokenizer = self._tokenizer = self._files.tokenizer(self._files.fetch(*self._source, trusted=True).folder)
+            folder = self._files.fetch(*self._source, trusted=True).folder
+            tokenizer = self._tokenizer = self._files.tokenizer(folder, trusted=self._trusted)
         return tokenizer
 
     def info(self) -> AdapterInfo:

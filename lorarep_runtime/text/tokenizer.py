@@ -5,10 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.text.foreign import (
+    MAX_ADDED_TOKENS,
+    MAX_TOKEN_CHARACTERS,
+    VOCABULARY_FILES,
+    Pipeline,
+    foreign_code,
+)
 
 
 class Tokenizer:
@@ -25,12 +33,14 @@ class Tokenizer:
         # Imported late: it imports torch, and a server has to listen before both are there.
         from transformers import AutoTokenizer
 
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of any class: the file is foreign
+        if not any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES):
+            # transformers would make one of three tokens.
             raise FailedPrecondition(
-                f"transformers cannot load the one in {folder}: {first_line(error)}", field="tokenizer"
-            ) from error
+                f"{folder} has no vocabulary, which is one of {', '.join(VOCABULARY_FILES)}", field="tokenizer"
+            )
+        with foreign_code(f"transformers cannot load the one in {folder}"):
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self._folder = folder
         self.chat_template: str | None = self._tokenizer.chat_template
         self.eos_ids: frozenset[int] = frozenset(_eos_ids(folder, self._tokenizer.eos_token_id))
         """Tokens that end an answer, as the tokenizer, the generation config or the model's config say."""
@@ -51,10 +61,11 @@ class Tokenizer:
         Raises:
             InvalidArgument: there are more special tokens than that.
         """
-        if longest is None:
-            return list(self._tokenizer.encode(text))
-        # The tokenizer's own truncation would be a setting that all threads share.
-        encoded = self._tokenizer(text, return_special_tokens_mask=True)
+        with foreign_code("it cannot encode a text"):
+            if longest is None:
+                return list(self._tokenizer.encode(text))
+            # The tokenizer's own truncation would be a setting that all threads share.
+            encoded = self._tokenizer(text, return_special_tokens_mask=True)
         tokens, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
         if sum(is_special) > longest:
             raise InvalidArgument(f"{longest} tokens are less than the {sum(is_special)} special ones", field="longest")
@@ -69,11 +80,13 @@ class Tokenizer:
         """
         if not self._tokenizer.is_fast:
             raise FailedPrecondition("the tokenizer does not know where in a text its tokens are", field="offsets")
-        return list(self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
+        with foreign_code("it cannot encode a text"):
+            return list(self._tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Tokens as the vocabulary writes them, such as "▁the"; "" for an id that it does not have."""
-        return [piece or "" for piece in self._tokenizer.convert_ids_to_tokens(list(tokens))]
+        with foreign_code("it cannot name its tokens"):
+            return [piece or "" for piece in self._tokenizer.convert_ids_to_tokens(list(tokens))]
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Tokens of a conversation in the chat template's form, up to where the next answer begins.
@@ -87,14 +100,13 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise FailedPrecondition("the tokenizer has no chat template", field="prompt.chat")
-        try:
+        with foreign_code("the chat template refuses it", InvalidArgument, "prompt.chat"):
             text = self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
             )
-        except Exception as error:  # of any class: the template is foreign
-            raise InvalidArgument(f"the chat template refuses it: {error}", field="prompt.chat") from error
-        # The template writes the special tokens itself.
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        with foreign_code("it cannot encode a chat"):
+            # The template writes the special tokens itself.
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without the special ones.
@@ -102,24 +114,67 @@ class Tokenizer:
         Raises:
             FailedPrecondition: the tokenizer cannot decode them.
         """
-        try:
+        with foreign_code("it cannot decode an answer"):
             text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a panic of `tokenizers`, a library in Rust, is no Exception
-            raise FailedPrecondition(f"it cannot decode an answer: {error}", field="tokenizer") from error
         return str(text)
 
     def token_text(self, token: int) -> str:
         """Text of one token by itself, special or not; U+FFFD if it is only part of a character."""
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        with foreign_code("it cannot decode a token"):
+            return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` has a template to use."""
         return bool(self.chat_template)
 
-    @property
+    def adapters_own(self, folder: Path, rows: int, *, trusted: bool) -> Tokenizer:
+        """The tokenizer of an adapter of this tokenizer's base.
+
+        Args:
+            folder: holds the adapter's files.
+            rows: of the base's embedding.
+            trusted: whether the operator vouches for the files. What others publish may compute only what the base's
+                does: nobody could end it in the middle of a token.
+
+        Raises:
+            FailedPrecondition: it cannot be loaded, computes something else, or has other tokens in the base's place.
+        """
+        if not trusted:
+            self._pipeline.check(folder)
+        own = Tokenizer(folder)
+        if not trusted:
+            self._check_added(own)
+        if not fits(own, rows) and not self._is_part_of(own, rows):
+            raise FailedPrecondition(
+                f"its tokens go up to {own.largest_id}, are not the base's, and the base has rows for {rows}",
+                field="tokenizer",
+            )
+        return own
+
+    @cached_property
+    def _pipeline(self) -> Pipeline:
+        serialized = self._tokenizer.backend_tokenizer.to_str() if self._tokenizer.is_fast else None
+        return Pipeline(self._folder, serialized)
+
+    def _check_added(self, own: Tokenizer) -> None:
+        """Checks the class of an untrusted adapter's tokenizer, and the number and lengths of the tokens it adds."""
+        if not own._tokenizer.is_fast and type(own._tokenizer) is not type(self._tokenizer):
+            raise FailedPrecondition(f"{type(own._tokenizer).__name__} is not the base's class", field="tokenizer")
+        added = own._tokenizer.get_added_vocab().keys() - self._tokenizer.get_added_vocab().keys()
+        if len(added) > MAX_ADDED_TOKENS or any(len(token) > MAX_TOKEN_CHARACTERS for token in added):
+            raise FailedPrecondition(
+                f"it adds {len(added)} tokens, the longest of {max(map(len, added))} characters; "
+                f"{MAX_ADDED_TOKENS} of {MAX_TOKEN_CHARACTERS} are possible",
+                field="tokenizer",
+            )
+
+    def _is_part_of(self, other: Tokenizer, rows: int) -> bool:
+        """Whether another tokenizer has this one's tokens for the rows of an embedding, and further ones."""
+        ids = range(min(rows, self.largest_id + 1))
+        return bool(self._tokenizer.convert_ids_to_tokens(ids) == other._tokenizer.convert_ids_to_tokens(ids))
+
+    @cached_property
     def largest_id(self) -> int:
         """The largest id of a token in the vocabulary."""
         return max(self._tokenizer.get_vocab().values())

@@ -15,7 +15,7 @@ from lorarep_runtime.adapters import files, mix, registry
 from lorarep_runtime.adapters.mix import MAX_IDLE_MIXES, MAX_WEIGHT, mix_adapters
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.errors import InvalidArgument, NotFound, PermissionDenied
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from lorarep_runtime.hub.files import file_digest
 from lorarep_runtime.request import Event, Finished
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
@@ -253,18 +253,22 @@ def save_foreign_tokenizer(folder: Path, tokens: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<0>").save_pretrained(folder)
 
 
-@pytest.mark.parametrize("tokens", [VOCAB, VOCAB + 1])
-def test_an_adapters_own_tokenizer_is_used_if_it_fits(base: Path, tmp_path: Path, tokens: int) -> None:
+def test_an_adapters_own_tokenizer_is_used_if_the_operator_names_it(base: Path, tmp_path: Path) -> None:
     folder = save_adapter(base, tmp_path / "own", r=2, target_modules=["q_proj"])
-    save_foreign_tokenizer(folder, tokens)
+    save_foreign_tokenizer(folder, VOCAB)
     engine = engine_for(base, adapters={"own": folder}, kv_bytes=1 << 20)
     lease = engine.adapters.lease([("own", 1.0)])
-    fits = tokens == VOCAB
-    assert (lease.tokenizer.encode("<7>") == [7]) == fits
+    assert lease.tokenizer.encode("<7>") == [7]
     (answer,) = engine.generate([(greedy(PROMPT, 5), lease)])
-    decoded = "".join(f"<{token}>" for token in answer.tokens)
-    assert (answer.text == decoded) == fits
+    assert answer.text == "".join(f"<{token}>" for token in answer.tokens)
     assert len(engine.base.tokenizer.encode("<7>")) == 3  # the base's own stays what it was
+
+
+def test_an_adapters_tokenizer_that_does_not_fit_the_base_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = save_adapter(base, tmp_path / "own", r=2, target_modules=["q_proj"])
+    save_foreign_tokenizer(folder, VOCAB + 1)
+    with pytest.raises(FailedPrecondition, match=f"tokens go up to {VOCAB}.*rows for {VOCAB}"):
+        engine_for(base, adapters={"own": folder}, kv_bytes=1 << 20)
 
 
 def test_a_lease_waits_without_spinning_while_its_adapter_leaves(

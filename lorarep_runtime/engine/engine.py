@@ -132,9 +132,9 @@ class Engine:
             Exhausted: the queue is full.
             Unavailable: the engine stops or has failed. In all three cases the lease stays the caller's.
         """
-        validate(request, self.base.vocab_size)
         depth = len(lease.stack)
         validate_length(request, depth, max_tokens=self.max_tokens, total_pages=self.pool.total)
+        validate(request, self.base.vocab_size)
         ends = self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids  # configs may name any number
         sequence = Sequence(
             id=next(self._ids),

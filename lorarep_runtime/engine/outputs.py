@@ -61,7 +61,7 @@ class Outputs:
 def _apply_stop_rules(sequence: Sequence, token: int) -> _Effect:
     """Feeds the last token of an answer to its text and decides whether the answer ends with it."""
     stopping = sequence.request.stopping
-    if token in stopping.stop_token_ids:
+    if token in sequence.sampler.stop_ids:
         return _Effect(FinishReason.STOP_TOKEN, sequence.text.finish())
     if token in sequence.sampler.eos_ids and not stopping.ignore_eos:
         return _Effect(FinishReason.END_TOKEN, sequence.text.finish())

@@ -38,16 +38,40 @@ class SamplerState:
         self.counts: dict[int, int] = {}
         """Number of times that each token is in the answer."""
         self.new_tokens = 0
+        self.stop_ids = frozenset(request.stopping.stop_token_ids)
+        """Tokens with which the caller ends it."""
+        self._ends = torch.tensor(sorted(self.eos_ids | self.stop_ids), dtype=torch.int64)
         """Number of tokens in the answer."""
 
     def append(self, token: int) -> None:
         """Counts a token of the answer."""
         self.counts[token] = self.counts.get(token, 0) + 1
+        # Made once, in the thread that submits: each step would sort a long prompt anew.
+        self._known = {*request.prompt} if request.sampling.repetition_penalty != 1 else None
+        self._seen = torch.tensor(sorted(self._known or ()), dtype=torch.int64)
+        self._unseen: list[int] = []
+        """Tokens that are not in `_seen` yet."""
         self.new_tokens += 1
 
     def uniform(self, unread: int = 0) -> float:
         """The random number in [0, 1) of the token that comes after `unread` others.
 
+        if self._known is not None and token not in self._known:
+            self._known.add(token)
+            self._unseen.append(token)
+
+    def seen(self, device: torch.device) -> Tensor:
+        """Distinct tokens of prompt and answer, int64 on a device. Only where there is a repetition penalty."""
+        self._seen = _on(device, self._seen)
+        if self._unseen:
+            self._seen = torch.cat([self._seen, moved(torch.tensor(self._unseen), device)])
+            self._unseen.clear()
+        return self._seen
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Tokens that end the answer, int64 on a device."""
+        self._ends = _on(device, self._ends)
+        return self._ends
         It is a function of the seed and the token's place in the answer alone (Salmon et al., 2011).
         """
         return float(np.random.Generator(np.random.Philox(key=self.seed, counter=self.new_tokens + unread)).random())
@@ -130,15 +154,18 @@ def _penalize(scores: Tensor, state: SamplerState) -> None:
     """Applies penalties to a row's scores (vocab), and rules out end tokens where the answer must go on."""
     sampling, device = state.request.sampling, scores.device
     if sampling.repetition_penalty != 1:
-        seen = moved(torch.tensor(sorted({*state.request.prompt, *state.counts})), device)
+        seen = state.seen(device)
         own = scores[seen]
         scores[seen] = torch.where(own > 0, own / sampling.repetition_penalty, own * sampling.repetition_penalty)
     if state.counts and (sampling.presence_penalty or sampling.frequency_penalty):
         tokens, counts = moved(torch.tensor([list(state.counts), list(state.counts.values())]), device)
         scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     if state.must_go_on:
-        ends = [*state.eos_ids, *state.request.stopping.stop_token_ids]
-        scores.index_fill_(0, moved(torch.tensor(ends, dtype=torch.int64), device), -math.inf)
+        scores.index_fill_(0, state.ends(device), -math.inf)
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    return values if values.device == device else moved(values, device)
 
 
 def _draw(

@@ -11,17 +11,21 @@ from lorarep_runtime.request import Request, Sampling, Stopping
 MAX_LOGPROBS = 20
 MAX_PENALTY = 2.0
 MAX_STOPS = 16
+MAX_STOP_TOKENS = 1024
 MAX_STOP_CHARACTERS = 1024
 
 
 def validate(request: Request, vocab_size: int) -> None:
-    """Refuses a request with a field out of its range.
+    """Refuses a request with a field out of its range. It looks at each token, so `validate_length` comes first.
 
     Raises:
         InvalidArgument: with the field's name.
     """
     if not request.prompt:
         raise InvalidArgument("has no tokens", field="prompt")
+    count = len(request.stopping.stop_token_ids)
+    if count > MAX_STOP_TOKENS:
+        raise InvalidArgument(f"{count} tokens are over the limit of {MAX_STOP_TOKENS}", field="stop_token_ids")
     for field, tokens in (("prompt", request.prompt), ("stop_token_ids", request.stopping.stop_token_ids)):
         for token in tokens:
             if not 0 <= token < vocab_size:

@@ -383,6 +383,7 @@ def test_logprobs_are_those_of_the_logits(base: Path, adapters: dict[str, Path])
     answer = answers(engine, [(request, [("dora overlap", 1.0)])])[0]
     lease = engine.adapters.lease([("dora overlap", 1.0)])
     logits = engine.logits([*PROMPT, *answer.tokens], lease)[len(PROMPT) - 1 : -1].log_softmax(-1)
+        (Request(PROMPT, stopping=Stopping(stop_token_ids=(5,) * 1025)), "stop_token_ids: 1025 tokens are over"),
     for row, token, got in zip(logits, answer.tokens, answer.logprobs, strict=True):
         assert got.token == token == got.top[0][0]
         assert got.logprob == pytest.approx(row[token].item(), abs=1e-4)
@@ -392,6 +393,16 @@ def test_logprobs_are_those_of_the_logits(base: Path, adapters: dict[str, Path])
 def test_unknown_adapters_and_stacks_are_not_found(base: Path, adapters: dict[str, Path]) -> None:
     engine = engine_for(base, adapters=adapters)
     for names, stack in (([("nobody", 1.0)], None), ([], "nowhere")):
+def test_the_tokens_of_too_long_a_prompt_are_not_looked_at(base: Path) -> None:
+    class Prompt(tuple[int, ...]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError
+
+    engine = engine_for(base)
+    with pytest.raises(InvalidArgument, match="prompt and max_new_tokens: 600 and"):
+        engine.submit(Request(Prompt((5,) * 600)), engine.adapters.lease([]), Stream())
+
+
         with pytest.raises(NotFound):
             engine.adapters.lease(names, stack)
     for several, stack in ((["lora overlap", "lora shrinking"], None), (["lora overlap"], "base")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +96,27 @@ def test_presence_and_frequency_penalties_are_openais() -> None:
 
 
 def test_a_prompts_tokens_meet_the_repetition_penalty_alone() -> None:
+def test_a_repetition_penalty_looks_at_a_prompt_once() -> None:
+    class Prompt(tuple[int, ...]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[int]:
+            Prompt.looks += 1
+            return super().__iter__()
+
+    asked = SamplerState(Request(Prompt(PROMPT), Sampling(repetition_penalty=1.5)), frozenset())
+    logits = random_logits(8)
+    for new in (20, 3, 20, 30):
+        penalized = logits.clone()
+        seen = sorted({*PROMPT, *asked.counts})
+        penalized[0, seen] = torch.where(penalized[0, seen] > 0, penalized[0, seen] / 1.5, penalized[0, seen] * 1.5)
+        looks = Prompt.looks
+        assert sample(logits, [asked])[0].token == int(penalized.argmax())
+        assert Prompt.looks == looks
+        asked.append(new)
+    assert sorted(asked.seen(logits.device).tolist()) == [3, 7, 11, 20, 30]
+
+
     logits = torch.zeros(1, VOCAB)
     logits[0, 7], logits[0, 8] = 2.0, 1.5
     assert sample(logits, [state(Sampling(presence_penalty=2, frequency_penalty=2))])[0].token == 7

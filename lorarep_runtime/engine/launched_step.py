@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.device.timer import DeviceTimer
-from lorarep_runtime.engine.sampler import Sampled, choose, sample
+from lorarep_runtime.engine.sampler import Sampled, checked, choose, sample
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.failpoints import failpoint
 
@@ -41,7 +41,8 @@ class LaunchedStep:
         if self.is_plain:
             choose(tokens, self._logits, [s.sampler for s in sequences], unread=unread)
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
-            self._tokens.copy_(tokens, non_blocking=True)
+            # A copy: the next step reads `tokens`, and has no row of its embedding for NO_TOKEN.
+            self._tokens.copy_(checked(tokens, self._logits), non_blocking=True)
         self._timer.stop()
         for sequence in sequences:
             sequence.mark_computed(1)

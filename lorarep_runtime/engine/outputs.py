@@ -6,9 +6,10 @@ import logging
 import time
 from typing import NamedTuple
 
-from lorarep_runtime.engine.sampler import Sampled
+from lorarep_runtime.engine.sampler import NO_TOKEN, Sampled
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.engine.stats import StatsRecorder
+from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Timings
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ class Outputs:
 
         Raises:
             LorarepError: the sequence's tokenizer, which may be its adapter's, fails.
+            FailedPrecondition: there is no token, as the sequence's logits are no finite numbers.
         """
+        if sampled.token == NO_TOKEN:
+            raise _overflow(sequence.lease.names)
         now = time.monotonic()
         self._stats.record_token(sequence)
         sequence.append(sampled.token, now)
@@ -71,6 +75,13 @@ def _apply_stop_rules(sequence: Sequence, token: int) -> _Effect:
     if sequence.new_tokens == stopping.max_new_tokens:
         return _Effect(FinishReason.LENGTH, text + sequence.text.finish())
     return _Effect(None, text)
+
+
+def _overflow(names: tuple[str, ...]) -> FailedPrecondition:
+    if not names:
+        return FailedPrecondition("its logits are NaN or infinite", field="base")
+    which = f"{names[0]!r}" if len(names) == 1 else f"the mix of {', '.join(map(repr, names))}"
+    return FailedPrecondition(f"the logits with {which} are NaN or infinite", field="adapters")
 
 
 def _timings(sequence: Sequence, now: float) -> Timings:

@@ -17,12 +17,16 @@ from lorarep_runtime.request import Request, TokenLogprob
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 """Up to this temperature the likeliest token is chosen: smaller ones are 0 in fp32."""
 
+NO_TOKEN = -1
+"""Stands for the token of a row whose logits are no finite numbers."""
+
 
 @dataclass(frozen=True)
 class Sampled:
     """The next token of one sequence."""
 
     token: int
+    """NO_TOKEN where there is none to choose."""
     logprob: TokenLogprob | None
     """None where the request did not ask for log-probabilities."""
 
@@ -34,28 +38,24 @@ class SamplerState:
         self.request = request
         self.eos_ids = eos_ids
         """Tokens with which a model ends an answer."""
+        self.stop_ids = frozenset(request.stopping.stop_token_ids)
+        """Tokens with which the caller ends it."""
+        self._ends = torch.tensor(sorted(self.eos_ids | self.stop_ids), dtype=torch.int64)
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         self.counts: dict[int, int] = {}
         """Number of times that each token is in the answer."""
         self.new_tokens = 0
-        self.stop_ids = frozenset(request.stopping.stop_token_ids)
-        """Tokens with which the caller ends it."""
-        self._ends = torch.tensor(sorted(self.eos_ids | self.stop_ids), dtype=torch.int64)
         """Number of tokens in the answer."""
-
-    def append(self, token: int) -> None:
-        """Counts a token of the answer."""
-        self.counts[token] = self.counts.get(token, 0) + 1
         # Made once, in the thread that submits: each step would sort a long prompt anew.
         self._known = {*request.prompt} if request.sampling.repetition_penalty != 1 else None
         self._seen = torch.tensor(sorted(self._known or ()), dtype=torch.int64)
         self._unseen: list[int] = []
         """Tokens that are not in `_seen` yet."""
+
+    def append(self, token: int) -> None:
+        """Counts a token of the answer."""
+        self.counts[token] = self.counts.get(token, 0) + 1
         self.new_tokens += 1
-
-    def uniform(self, unread: int = 0) -> float:
-        """The random number in [0, 1) of the token that comes after `unread` others.
-
         if self._known is not None and token not in self._known:
             self._known.add(token)
             self._unseen.append(token)
@@ -72,6 +72,10 @@ class SamplerState:
         """Tokens that end the answer, int64 on a device."""
         self._ends = _on(device, self._ends)
         return self._ends
+
+    def uniform(self, unread: int = 0) -> float:
+        """The random number in [0, 1) of the token that comes after `unread` others.
+
         It is a function of the seed and the token's place in the answer alone (Salmon et al., 2011).
         """
         return float(np.random.Generator(np.random.Philox(key=self.seed, counter=self.new_tokens + unread)).random())
@@ -113,8 +117,24 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """
     likeliest = logits.argmax(-1)
     choose(likeliest, logits, states)
-    tokens = likeliest.tolist()  # waits for the device, as log-probabilities do, where they are asked for
-    return [Sampled(token, _logprob(logits[i], token, states[i].request)) for i, token in enumerate(tokens)]
+    tokens = checked(likeliest, logits).tolist()  # waits for the device, as log-probabilities do, where asked for
+    return [_sampled(logits[i], token, states[i].request) for i, token in enumerate(tokens)]
+
+
+def checked(tokens: Tensor, logits: Tensor) -> Tensor:
+    """Tokens (rows) as they were chosen; NO_TOKEN where the chosen logit is NaN or infinite. Waits for nothing.
+
+    The greatest logit is NaN where any of its row is, for `argmax` and `sort` of torch.
+    """
+    chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return tokens.masked_fill(~chosen.isfinite(), NO_TOKEN)
+
+
+def _sampled(logits: Tensor, token: int, request: Request) -> Sampled:
+    logprob = None if token == NO_TOKEN else _logprob(logits, token, request)
+    if logprob is not None and not math.isfinite(logprob.logprob):
+        return Sampled(NO_TOKEN, None)
+    return Sampled(token, logprob)
 
 
 def choose(tokens: Tensor, logits: Tensor, states: Sequence[SamplerState], *, unread: int = 0) -> None:

@@ -28,6 +28,7 @@ from lorarep_runtime.errors import (
     Unavailable,
 )
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Sampling, Stopping
+from tests.support.decoders import with_decoder
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy, sampled
 from tests.support.models import MAPS, save_adapter, save_base, save_tokenizer
 
@@ -132,6 +133,10 @@ class Stream:
         assert self.ended.wait(600)
         return self.events[-1]
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(token for event in self.events if isinstance(event, Output) for token in event.tokens)
+
 
 @pytest.fixture
 def running(base: Path, adapters: dict[str, Path]) -> Iterator[Engine]:
@@ -187,18 +192,54 @@ def test_nothing_of_an_answer_is_in_the_next_ones_that_have_its_pages(base: Path
     assert engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens == before
 
 
-def test_an_answer_that_overflows_spoils_none_computed_with_it_and_none_after_it(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("request_", [greedy(new_tokens=60), sampled(1), replace(greedy(), logprobs=1)])
+def test_an_answer_that_overflows_ends_by_name_and_spoils_none_computed_with_it_or_after_it(
+    base: Path, tmp_path: Path, request_: Request, overlapped: bool
+) -> None:
     folder = save_adapter(base, tmp_path, r=4, target_modules=["k_proj", "v_proj"])
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
     engine = engine_for(base, adapters={"huge": folder}, kv_bytes=512 << 10)
+    if overlapped:
+        with_decoder(engine)
     asked = [greedy(PROMPT[:5], 20), greedy(PROMPT + PROMPT, 20)]
     alone = [engine.generate([(request, engine.adapters.lease([]))])[0].tokens for request in asked]
-    huge = (greedy(new_tokens=60), engine.adapters.lease([("huge", 1.0)]))
-    beside = engine.generate([huge, *((request, engine.adapters.lease([])) for request in asked)])
+    huge, *beside = [Stream(), Stream(), Stream()]
+    engine.submit(request_, engine.adapters.lease([("huge", 1.0)]), huge)
+    for request, stream in zip(asked, beside, strict=True):
+        engine.submit(request, engine.adapters.lease([]), stream)
+    while engine.loop.is_busy:
+        engine.loop.step()
+    assert isinstance(huge.last, FailedPrecondition)
+    assert str(huge.last) == "adapters: the logits with 'huge' are NaN or infinite"
+    assert huge.tokens == ()
     assert any(pages.isnan().any() for pages in engine.pool.tensors)
     after = engine.generate([(request, engine.adapters.lease([])) for request in asked])
-    assert [answer.tokens for answer in beside[1:]] == [answer.tokens for answer in after] == alone
+    assert [stream.tokens for stream in beside] == [answer.tokens for answer in after] == alone
+    assert_nothing_held(engine)
+
+
+def test_a_stream_that_overflows_in_a_launched_step_ends_and_the_others_go_on(base: Path) -> None:
+    engine = engine_for(base)
+    decoder = with_decoder(engine)
+    alone = engine.generate([(greedy(new_tokens=20), engine.adapters.lease([]))])[0].tokens
+    fine, bad = Stream(), Stream()
+    engine.submit(greedy(new_tokens=20), engine.adapters.lease([]), fine)
+    engine.submit(greedy(PROMPT[:9], 20), engine.adapters.lease([]), bad)
+    for _ in range(4):
+        engine.loop.step()
+    assert engine.loop.overlap.pending is not None
+    for pages in engine.pool.tensors:
+        pages[engine.loop.scheduler.running[1].table.pages.ravel()] = torch.nan
+    steps = decoder.told
+    while engine.loop.is_busy:
+        engine.loop.step()
+    assert str(bad.last) == "base: its logits are NaN or infinite"
+    assert 0 < len(bad.tokens) < 20
+    assert fine.tokens == alone
+    assert decoder.told == steps + 1  # anew for the rows that are left, else overlapped
+    assert_nothing_held(engine)
 
 
 def test_an_adapters_end_token_that_the_base_does_not_have_never_comes(base: Path, tmp_path: Path) -> None:
@@ -342,6 +383,7 @@ def test_a_callback_that_fails_disturbs_nobody(base: Path) -> None:
         (Request(PROMPT, sampling=Sampling(top_p=0.0)), "top_p"),
         (Request(PROMPT, stopping=Stopping(max_new_tokens=4, min_new_tokens=5)), "min_new_tokens"),
         (Request(PROMPT, logprobs=1000), "logprobs"),
+        (Request(PROMPT, stopping=Stopping(stop_token_ids=(5,) * 1025)), "stop_token_ids: 1025 tokens are over"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -349,6 +391,16 @@ def test_a_bad_field_is_refused_by_name(base: Path, request_: Request, field: st
     engine = engine_for(base)
     with pytest.raises(InvalidArgument, match=field):
         engine.submit(request_, engine.adapters.lease([]), Stream())
+
+
+def test_the_tokens_of_too_long_a_prompt_are_not_looked_at(base: Path) -> None:
+    class Prompt(tuple[int, ...]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError
+
+    engine = engine_for(base)
+    with pytest.raises(InvalidArgument, match="prompt and max_new_tokens: 600 and"):
+        engine.submit(Request(Prompt((5,) * 600)), engine.adapters.lease([]), Stream())
 
 
 def test_a_request_that_could_never_fit_is_refused(base: Path) -> None:
@@ -383,7 +435,6 @@ def test_logprobs_are_those_of_the_logits(base: Path, adapters: dict[str, Path])
     answer = answers(engine, [(request, [("dora overlap", 1.0)])])[0]
     lease = engine.adapters.lease([("dora overlap", 1.0)])
     logits = engine.logits([*PROMPT, *answer.tokens], lease)[len(PROMPT) - 1 : -1].log_softmax(-1)
-        (Request(PROMPT, stopping=Stopping(stop_token_ids=(5,) * 1025)), "stop_token_ids: 1025 tokens are over"),
     for row, token, got in zip(logits, answer.tokens, answer.logprobs, strict=True):
         assert got.token == token == got.top[0][0]
         assert got.logprob == pytest.approx(row[token].item(), abs=1e-4)
@@ -393,16 +444,6 @@ def test_logprobs_are_those_of_the_logits(base: Path, adapters: dict[str, Path])
 def test_unknown_adapters_and_stacks_are_not_found(base: Path, adapters: dict[str, Path]) -> None:
     engine = engine_for(base, adapters=adapters)
     for names, stack in (([("nobody", 1.0)], None), ([], "nowhere")):
-def test_the_tokens_of_too_long_a_prompt_are_not_looked_at(base: Path) -> None:
-    class Prompt(tuple[int, ...]):
-        def __iter__(self) -> Iterator[int]:
-            raise AssertionError
-
-    engine = engine_for(base)
-    with pytest.raises(InvalidArgument, match="prompt and max_new_tokens: 600 and"):
-        engine.submit(Request(Prompt((5,) * 600)), engine.adapters.lease([]), Stream())
-
-
         with pytest.raises(NotFound):
             engine.adapters.lease(names, stack)
     for several, stack in ((["lora overlap", "lora shrinking"], None), (["lora overlap"], "base")):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-
 from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lorarep_runtime.engine.sampler import SamplerState, choose, sample
+from lorarep_runtime.engine.sampler import NO_TOKEN, SamplerState, checked, choose, sample
 from lorarep_runtime.request import Request, Sampling, Stopping
 
 VOCAB = 50
@@ -95,7 +96,6 @@ def test_presence_and_frequency_penalties_are_openais() -> None:
     assert chosen(presence_penalty=-2.0) == 10
 
 
-def test_a_prompts_tokens_meet_the_repetition_penalty_alone() -> None:
 def test_a_repetition_penalty_looks_at_a_prompt_once() -> None:
     class Prompt(tuple[int, ...]):
         looks = 0
@@ -117,6 +117,7 @@ def test_a_repetition_penalty_looks_at_a_prompt_once() -> None:
     assert sorted(asked.seen(logits.device).tolist()) == [3, 7, 11, 20, 30]
 
 
+def test_a_prompts_tokens_meet_the_repetition_penalty_alone() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 7], logits[0, 8] = 2.0, 1.5
     assert sample(logits, [state(Sampling(presence_penalty=2, frequency_penalty=2))])[0].token == 7
@@ -152,7 +153,7 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     assert sample(logits, [state(Sampling(temperature=temperature, seed=1))])[0].token == int(logits.argmax())
 
 
-def test_a_row_without_probabilities_gets_a_token_and_leaves_the_others_theirs() -> None:
+def test_a_row_that_is_no_numbers_has_no_token_and_leaves_the_others_theirs() -> None:
     logits = random_logits(6, rows=5)
     logits[1], logits[2, 7] = torch.nan, torch.inf
     fine = state(Sampling(temperature=1, seed=4))
@@ -161,7 +162,19 @@ def test_a_row_without_probabilities_gets_a_token_and_leaves_the_others_theirs()
     asked += [state(Sampling(temperature=1, seed=4), min_new_tokens=1, stop_token_ids=tuple(range(VOCAB)))]
     tokens = [one.token for one in sample(logits, asked)]
     assert tokens[0] == sample(logits[:1], [fine])[0].token
-    assert all(0 <= token < VOCAB for token in tokens)
+    assert tokens[1:3] == [NO_TOKEN, NO_TOKEN]
+    assert all(0 <= token < VOCAB for token in tokens[3:])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1, seed=4), Sampling(repetition_penalty=2)])
+def test_no_logprob_is_nan(value: float, sampling: Sampling) -> None:
+    logits = random_logits(9)
+    logits[0, 2] = value  # an end token, which may not come yet
+    request = Request(PROMPT, sampling, Stopping(min_new_tokens=1), logprobs=1)
+    got = sample(logits, [SamplerState(request, frozenset({2}))])[0]
+    assert (got.token == NO_TOKEN) == (value != -torch.inf)
+    assert got.logprob is None or math.isfinite(got.logprob.logprob)
 
 
 if torch.cuda.is_available():
@@ -177,6 +190,7 @@ if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("error")
         try:
             choose(tokens := logits.argmax(-1), logits, asked)
+            tokens = checked(tokens, logits)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert tokens.tolist() == [one.token for one in sample(logits.cpu(), asked)]

@@ -21,13 +21,14 @@ class TextStream:
 
     Args:
         tokenizer: of the request.
-        stop: strings that end the answer.
+        stop: strings that end the answer, also where one is the text of a special token, which has none in the answer.
         prompt: tokens before the answer, which the first pieces depend on.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        self._stop_tokens = {tokenizer.special_token(text): text for text in stop}
         self._tokens = self._context(prompt)
         """The context of the next tokens, followed by the tokens of an unfinished character."""
         self._known = tokenizer.decode(self._tokens)
@@ -53,6 +54,8 @@ class TextStream:
         Returns:
             The next piece of text, and the stop string that ended the answer, or "". After one nothing may be fed.
         """
+        if may_stop and token in self._stop_tokens:
+            return self._held, self._stop_tokens[token]
         text = self._held + self._decode(token)
         if may_stop and (met := [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]):
             at, stop = min(met)

@@ -41,7 +41,10 @@ class Tokenizer:
         with foreign_code(f"transformers cannot load the one in {folder}"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._folder = folder
-        self.chat_template: str | None = self._tokenizer.chat_template
+        template = self._tokenizer.chat_template
+        self._named_templates = sorted(template) if isinstance(template, Mapping) else []
+        self.chat_template: str | None = template.get("default") if isinstance(template, Mapping) else template
+        """Of several named ones the default, as for `transformers`."""
         self.eos_ids: frozenset[int] = frozenset(_eos_ids(folder, self._tokenizer.eos_token_id))
         """Tokens that end an answer, as the tokenizer, the generation config or the model's config say."""
 
@@ -95,11 +98,12 @@ class Tokenizer:
             messages: each with "role" and "content".
 
         Raises:
-            FailedPrecondition: there is no template.
+            FailedPrecondition: there is no template, or of several none is the default.
             InvalidArgument: the template refuses the messages.
         """
         if not self.chat_template:
-            raise FailedPrecondition("the tokenizer has no chat template", field="prompt.chat")
+            named = f' named "default", only {self._named_templates}' if self._named_templates else ""
+            raise FailedPrecondition(f"the tokenizer has no chat template{named}", field="prompt.chat")
         with foreign_code("the chat template refuses it", InvalidArgument, "prompt.chat"):
             text = self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
@@ -127,6 +131,16 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `chat` has a template to use."""
         return bool(self.chat_template)
+
+    def special_token(self, text: str) -> int | None:
+        """The special token that a text is, if it is one. `decode` leaves them out."""
+        return self._special_tokens.get(text)
+
+    @cached_property
+    def _special_tokens(self) -> Mapping[str, int]:
+        with foreign_code("it cannot name its special tokens"):
+            added = self._tokenizer.added_tokens_decoder
+            return {token.content: number for number, token in added.items() if token.special}
 
     def adapters_own(self, folder: Path, rows: int, *, trusted: bool) -> Tokenizer:
         """The tokenizer of an adapter of this tokenizer's base.

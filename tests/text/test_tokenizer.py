@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,15 @@ def test_a_stop_that_may_not_end_it_yet_is_text(tokenizer: Tokenizer) -> None:
     assert pieces[-1][1]
 
 
+def test_a_stop_that_is_a_special_token_stops_there(tokenizer: Tokenizer) -> None:
+    tokens = [*tokenizer.encode("a</"), 258, *tokenizer.encode("b")]
+    pieces, met = stream(tokenizer, tokens, ("never", "</s>"))
+    assert (met, "".join(pieces)) == (True, "a</")
+    assert TextStream(tokenizer, ("</s>",)).feed(258) == ("", "</s>")
+    assert TextStream(tokenizer, ("</s>",)).feed(258, may_stop=False) == ("", "")
+    assert "".join(stream(tokenizer, tokens, ("never",))[0]) == "a</b"
+
+
 def test_of_several_stops_the_one_that_is_met_is_told(tokenizer: Tokenizer) -> None:
     text = TextStream(tokenizer, ("never", "bc", "b"))
     assert [text.feed(token) for token in tokenizer.encode("ab")] == [("a", ""), ("", "b")]
@@ -170,6 +180,37 @@ def test_chat_is_the_templates_text(tokenizer: Tokenizer) -> None:
         tokenizer.chat(chat)
     with pytest.raises(InvalidArgument, match="no such thing"):
         tokenizer.with_chat_template("{{ raise_exception('no such thing') }}").chat(chat)
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_of_several_named_templates_the_default_one_is_used(tmp_path: Path, as_list: bool) -> None:
+    """As a list in the config (Command R), or as files of their own."""
+    save_tokenizer(tmp_path)
+    named = {"default": TEMPLATE, "tool_use": "{{ raise_exception('another') }}"}
+    file = tmp_path / "tokenizer_config.json"
+    listed = [{"name": name, "template": template} for name, template in named.items()]
+
+    def save(names: list[str]) -> None:
+        if as_list:
+            templates = [one for one in listed if one["name"] in names]
+            file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": templates}))
+            return
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+        (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(named["tool_use"])
+        if "default" in names:
+            (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+
+    chat = [{"role": "user", "content": "hi"}]
+    save(["default", "tool_use"])
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.has_chat_template
+    assert tokenizer.chat(chat) == [257, *tokenizer.encode("user: hi\n>")]
+    save(["tool_use"])
+    tokenizer = Tokenizer(tmp_path)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(FailedPrecondition, match=r"no chat template named \"default\", only \['tool_use'\]"):
+        tokenizer.chat(chat)
 
 
 def test_a_template_cannot_reach_python(tokenizer: Tokenizer) -> None:

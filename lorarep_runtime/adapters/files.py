@@ -189,7 +189,8 @@ class AdapterFiles:
         if (folder / "tokenizer_config.json").exists():
             return self.base.tokenizer.adapters_own(folder, self.base.vocab_size, trusted=trusted)
         if template.exists():
-            return self.base.tokenizer.with_chat_template(template.read_text(encoding="utf-8", errors="replace"))
+            text = template.read_text(encoding="utf-8", errors="replace")
+            return self.base.tokenizer.with_chat_template(text, trusted=trusted)
         return self.base.tokenizer
 
     def named_stack(self, name: str) -> Stack:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.text import chat_template
 from lorarep_runtime.text.foreign import (
     MAX_ADDED_TOKENS,
     MAX_TOKEN_CHARACTERS,
@@ -24,12 +25,13 @@ class Tokenizer:
 
     Args:
         folder: holds the tokenizer's files; a generation config and a model's config may name more tokens.
+        trusted: whether the operator vouches for the files. Their chat template is rendered in this process then.
 
     Raises:
         FailedPrecondition: the folder has none that `transformers` can load.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trusted: bool = True) -> None:
         # Imported late: it imports torch, and a server has to listen before both are there.
         from transformers import AutoTokenizer
 
@@ -41,6 +43,7 @@ class Tokenizer:
         with foreign_code(f"transformers cannot load the one in {folder}"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._folder = folder
+        self._trusted = trusted
         template = self._tokenizer.chat_template
         self._named_templates = sorted(template) if isinstance(template, Mapping) else []
         self.chat_template: str | None = template.get("default") if isinstance(template, Mapping) else template
@@ -48,10 +51,10 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = frozenset(_eos_ids(folder, self._tokenizer.eos_token_id))
         """Tokens that end an answer, as the tokenizer, the generation config or the model's config say."""
 
-    def with_chat_template(self, template: str) -> Tokenizer:
-        """A copy of the tokenizer with another chat template (Jinja)."""
+    def with_chat_template(self, template: str, *, trusted: bool = True) -> Tokenizer:
+        """A copy of the tokenizer with another chat template (Jinja), which the operator may vouch for or not."""
         other = copy.copy(self)
-        other.chat_template = template
+        other.chat_template, other._trusted = template, trusted
         return other
 
     def encode(self, text: str, longest: int | None = None) -> list[int]:
@@ -99,15 +102,21 @@ class Tokenizer:
 
         Raises:
             FailedPrecondition: there is no template, or of several none is the default.
-            InvalidArgument: the template refuses the messages.
+            InvalidArgument: there are no messages, or the template refuses them.
+            LorarepError: as `chat_template.render`, where nobody vouches for the template.
         """
         if not self.chat_template:
             named = f' named "default", only {self._named_templates}' if self._named_templates else ""
             raise FailedPrecondition(f"the tokenizer has no chat template{named}", field="prompt.chat")
+        if not messages:
+            raise InvalidArgument("has no messages", field="prompt.chat")
         with foreign_code("the chat template refuses it", InvalidArgument, "prompt.chat"):
-            text = self._tokenizer.apply_chat_template(
-                list(messages), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
-            )
+            if self._trusted:
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+                )
+            else:
+                text = chat_template.render(self.chat_template, messages, self._tokenizer.special_tokens_map)
         with foreign_code("it cannot encode a chat"):
             # The template writes the special tokens itself.
             return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -122,16 +131,6 @@ class Tokenizer:
             text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def token_text(self, token: int) -> str:
-        """Text of one token by itself, special or not; U+FFFD if it is only part of a character."""
-        with foreign_code("it cannot decode a token"):
-            return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `chat` has a template to use."""
-        return bool(self.chat_template)
-
     def special_token(self, text: str) -> int | None:
         """The special token that a text is, if it is one. `decode` leaves them out."""
         return self._special_tokens.get(text)
@@ -141,6 +140,16 @@ class Tokenizer:
         with foreign_code("it cannot name its special tokens"):
             added = self._tokenizer.added_tokens_decoder
             return {token.content: number for number, token in added.items() if token.special}
+
+    def token_text(self, token: int) -> str:
+        """Text of one token by itself, special or not; U+FFFD if it is only part of a character."""
+        with foreign_code("it cannot decode a token"):
+            return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` has a template to use."""
+        return bool(self.chat_template)
 
     def adapters_own(self, folder: Path, rows: int, *, trusted: bool) -> Tokenizer:
         """The tokenizer of an adapter of this tokenizer's base.
@@ -156,7 +165,7 @@ class Tokenizer:
         """
         if not trusted:
             self._pipeline.check(folder)
-        own = Tokenizer(folder)
+        own = Tokenizer(folder, trusted=trusted)
         if not trusted:
             self._check_added(own)
         if not fits(own, rows) and not self._is_part_of(own, rows):

@@ -1,0 +1,136 @@
+"""Chat templates that nobody vouches for: they are rendered in other processes, which end when one takes too much.
+
+Nothing ends a loop of Jinja in a thread of the server, or takes back what it has allocated.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from queue import Empty, LifoQueue
+
+from lorarep_runtime.errors import Exhausted, InvalidArgument, first_line
+
+PROCESSES = 2
+RENDER_SECONDS = 3.0
+"""Longest time of a rendering; most take a millisecond."""
+RENDER_BYTES = 512 << 20
+"""Most memory of a rendering."""
+MAX_CHARACTERS = 8 << 20
+"""Longest text of a template, and longest one that it may make."""
+WAITING_SECONDS = 60.0
+"""Longest time that a caller waits for a process."""
+KEPT_VARIABLES = ("HOME", "PATH", "LD_LIBRARY_PATH")
+
+_Process = subprocess.Popen[bytes]
+_idle: LifoQueue[_Process | None] = LifoQueue()
+for _ in range(PROCESSES):
+    _idle.put(None)
+
+
+def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
+    """The text of a conversation as a template (Jinja) writes it, up to where the next answer begins.
+
+    Args:
+        template: of any origin.
+        messages: each with "role" and "content".
+        special_tokens: texts by names, such as "eos_token".
+
+    Raises:
+        InvalidArgument: the template refuses the messages, or takes too much time or memory.
+        Exhausted: no process was free in time.
+    """
+    if len(template) > MAX_CHARACTERS:
+        raise InvalidArgument(f"the chat template has over {MAX_CHARACTERS} characters", field="prompt.chat")
+    try:
+        process = _idle.get(timeout=WAITING_SECONDS)
+    except Empty:
+        raise Exhausted("chat templates take all the time there is", field="prompt.chat", retry_after=1.0) from None
+    try:
+        if process is None or process.poll() is not None:
+            process = _start()
+        answer = _ask(process, [template, list(messages), dict(special_tokens)])
+    finally:
+        _idle.put(process)
+    if answer is None:
+        raise InvalidArgument(
+            f"the chat template takes over {RENDER_SECONDS:g} s or {RENDER_BYTES} bytes", field="prompt.chat"
+        )
+    if "error" in answer:
+        raise InvalidArgument(f"the chat template refuses it: {answer['error']}", field="prompt.chat")
+    return answer["text"]
+
+
+def _start() -> _Process:
+    # No fork of a process with threads. Little of the environment, where tokens are.
+    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,  # Ctrl-C is the server's
+    )
+
+
+def _ask(process: _Process, question: object) -> dict[str, str] | None:
+    """The answer of a process; None where it has ended instead."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    line = b""
+    try:
+        process.stdin.write(json.dumps(question).encode() + b"\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except OSError:
+        pass  # it has ended before it has read all
+    finally:
+        if not line.endswith(b"\n"):
+            _end(process)
+    return dict(json.loads(line)) if line.endswith(b"\n") else None
+
+
+def _end(process: _Process) -> None:
+    process.kill()
+    process.communicate()
+
+
+@atexit.register
+def _end_idle() -> None:
+    while not _idle.empty():
+        process = _idle.get()
+        if process is not None:
+            _end(process)
+
+
+def serve() -> None:
+    """Renders what the lines of standard input ask for, until its end. A process does nothing else."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    statm = Path("/proc/self/statm")
+    if statm.exists():  # elsewhere there is no such limit
+        most = int(statm.read_text().split()[0]) * resource.getpagesize() + RENDER_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        template, messages, special_tokens = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)  # its signal ends the process
+        try:
+            (text,), _ = render_jinja_template(
+                conversations=[messages], chat_template=template, add_generation_prompt=True, **special_tokens
+            )
+            if len(text) > MAX_CHARACTERS:
+                raise ValueError(f"it makes over {MAX_CHARACTERS} characters")
+            answer = {"text": text}
+        except Exception as error:  # of any class: the template is foreign
+            answer = {"error": first_line(error)}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(answer), file=answers, flush=True)

@@ -1,0 +1,76 @@
+"""Templates of anybody: rendered as `transformers` does, within limits of time and memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.text import chat_template
+from lorarep_runtime.text.tokenizer import Tokenizer
+from tests.support.models import save_tokenizer
+
+CHAT = [{"role": "user", "content": "hié\ud800\n"}, {"role": "assistant", "content": "b"}]
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}>{{ eos_token }}{% endif %}"
+)
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder)
+    return Tokenizer(folder)
+
+
+def test_an_untrusted_template_gives_the_same_tokens(tokenizer: Tokenizer) -> None:
+    chat = [{**message, "content": message["content"].replace("\ud800", "")} for message in CHAT]
+    trusted, untrusted = (tokenizer.with_chat_template(TEMPLATE, trusted=trusted) for trusted in (True, False))
+    assert untrusted.chat(chat) == trusted.chat(chat)
+    assert chat_template.render("{{ messages[0].content }}", CHAT, {}) == CHAT[0]["content"]
+
+
+def test_a_template_that_refuses_says_why() -> None:
+    with pytest.raises(InvalidArgument, match=r"prompt\.chat: the chat template refuses it: no such thing"):
+        chat_template.render("{{ raise_exception('no such thing') }}", CHAT, {})
+
+
+@pytest.mark.parametrize("hostile", [LOOP, "{% for i in range(99999) %}{% set x = 'a' * 10**9 %}{% endfor %}"])
+def test_a_template_that_takes_too_much_is_ended_and_the_next_is_rendered(hostile: str) -> None:
+    chat_template.render("", CHAT, {})  # a process is there
+    began = time.monotonic()
+    with pytest.raises(InvalidArgument, match=r"prompt\.chat: the chat template (takes over|refuses it: MemoryError)"):
+        chat_template.render(hostile, CHAT, {})
+    assert time.monotonic() - began < chat_template.RENDER_SECONDS + 20  # on a busy machine
+    assert chat_template.render("{{ messages[1].content }}", CHAT, {}) == "b"
+
+
+def test_a_text_without_end_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="over 8388608 characters"):
+        chat_template.render("{{ 'a' * 9000000 }}", CHAT, {})
+    with pytest.raises(InvalidArgument, match="over 8388608 characters"):
+        chat_template.render("a" * 9_000_000, CHAT, {})
+
+
+def test_callers_share_few_processes() -> None:
+    with ThreadPoolExecutor(8) as threads:
+        texts = threads.map(lambda i: chat_template.render(f"{i}", CHAT, {}), range(40))
+        assert list(texts) == [str(i) for i in range(40)]
+    assert chat_template._idle.qsize() == chat_template.PROCESSES
+
+
+def test_a_process_knows_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    process = chat_template._start()
+    try:
+        assert chat_template._ask(process, ["a", CHAT, {}]) == {"text": "a"}
+        assert b"secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert os.getsid(process.pid) == process.pid
+    finally:
+        chat_template._end(process)

@@ -53,21 +53,31 @@ def _supersequence(stacks: tuple[Stack, ...]) -> Stack:
 
 
 def _shortest(a: Stack, b: Stack) -> Stack:
-    """The shortest common supersequence of two walks, by dynamic programming over their suffixes."""
-    lengths = [list(range(len(b), -1, -1))]
-    for i in range(len(a) - 1, -1, -1):
-        below, row = lengths[-1], [0] * len(b) + [len(a) - i]
-        for j in range(len(b) - 1, -1, -1):
-            row[j] = 1 + (below[j + 1] if a[i] == b[j] else min(below[j], row[j + 1]))
-        lengths.append(row)
-    lengths.reverse()
+    """The shortest common supersequence of two walks: their longest common subsequence, and the rest around it.
+
+    The step thread merges whenever a stack joins or leaves a batch, so each row of the table is one integer, by the
+    bit-parallel rule of Hyyrö (2004). Bit k of a row is 0 where b[-k-1:] has one layer more in common than b[-k:].
+    """
+    places: dict[int, int] = {}
+    for k, layer in enumerate(reversed(b)):
+        places[layer] = places.get(layer, 0) | 1 << k
+    every = (1 << len(b)) - 1
+    rows = [every]
+    for layer in reversed(a):
+        found = rows[-1] & places.get(layer, 0)
+        rows.append((rows[-1] + found | rows[-1] - found) & every)
+
+    def common(i: int, j: int) -> int:
+        """Length of the longest common subsequence of a[i:] and b[j:]."""
+        return (~rows[len(a) - i] & (1 << len(b) - j) - 1).bit_count()
+
     merged: list[int] = []
     i = j = 0
     while i < len(a) and j < len(b):
         if a[i] == b[j]:
             merged.append(a[i])
             i, j = i + 1, j + 1
-        elif lengths[i + 1][j] <= lengths[i][j + 1]:
+        elif common(i + 1, j) >= common(i, j + 1):
             merged.append(a[i])
             i += 1
         else:

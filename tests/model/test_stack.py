@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from functools import cache
 
 import pytest
@@ -127,3 +129,12 @@ def test_the_plan_of_a_base_and_its_deeper_stack_is_no_longer_than_the_deeper() 
 def test_ranges_for_people_are_the_stack(stacks: list[Stack]) -> None:
     for stack in stacks:
         assert stack_from_ranges(ranges_of(stack), 8, max_positions=64) == stack
+
+
+def test_many_deep_stacks_are_merged_in_the_time_of_a_step() -> None:
+    """The step thread does it whenever a stack joins or leaves."""
+    generator = random.Random(3)
+    stacks = tuple(tuple(generator.randrange(32) for _ in range(512)) for _ in range(8))
+    began = time.process_time()
+    merge(stacks)
+    assert time.process_time() - began < 0.5

@@ -1,4 +1,4 @@
-"""The device time of launched work, measured without a wait for it."""
+"""Where the device is in launched work, and the time that it took, without a wait for it."""
 
 from __future__ import annotations
 
@@ -36,3 +36,17 @@ class DeviceTimer:
         if self._events is None:
             return (self._times[1] - self._times[0]) * 1e3
         return self._events[0].elapsed_time(self._events[1]) if self._events[1].query() else None
+
+
+class DeviceMark:
+    """A place in the order of the current stream: after all that was launched before its construction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(device))
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether the device has come past it. A CPU has done what it was told."""
+        return self._event is None or self._event.query()

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.device.timer import DeviceTimer
 from lorarep_runtime.engine.sampler import Sampled, sample
 from lorarep_runtime.engine.scheduler import Scheduler
@@ -135,6 +136,7 @@ class PrefillPass:
         logits = self._forward.logits(rows)
         for sequence, count in zip(self.sequences, self._counts, strict=True):
             sequence.mark_computed(count)
+            sequence.is_unread = not ready  # else sampling waits for the device
         if not ready:
             return []
         sequences = [sequence for sequence, _ in ready]
@@ -148,16 +150,11 @@ class PrefillPass:
         sequence.table.release()
         self._ended.append(sequence)
 
-    def release_adapters(self, *, wait: bool = True) -> None:
-        """Releases the adapters of sequences that ended before the pass was over.
-
-        Args:
-            wait: whether to wait for the device first, which may still read the adapters.
-        """
-        if self._ended and wait and self._batch.device.type == "cuda":
-            torch.cuda.current_stream(self._batch.device).synchronize()
-        while self._ended:
-            self._ended.pop().lease.release()
+    def take_ended(self) -> list[Lease]:
+        """The leases of sequences that ended before the pass was over, to be released by the caller."""
+        leases = [sequence.lease for sequence in self._ended]
+        self._ended.clear()
+        return leases
 
 
 class SlicedPrefill:
@@ -203,4 +200,5 @@ class SlicedPrefill:
     def release_adapters(self) -> None:
         """Releases the adapters that the pending pass keeps for sequences that have ended: it will not go on."""
         if self.pending is not None:
-            self.pending.release_adapters(wait=False)
+            for lease in self.pending.take_ended():
+                lease.release()

@@ -36,6 +36,9 @@ class Sequence:
     first_token_at: float | None = None
     """`time.monotonic()` seconds of the answer's first token; None before it."""
 
+    is_unread: bool = False
+    """Whether the device may still compute its prompt, as nobody has waited for the pass."""
+
     @property
     def remaining(self) -> int:
         """Number of tokens to compute before the next one can be sampled."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from lorarep_runtime.device import gil
+from lorarep_runtime.engine.deferred_releases import DeferredReleases
 from lorarep_runtime.engine.inbox import Inbox
 from lorarep_runtime.engine.launched_step import LaunchedStep
 from lorarep_runtime.engine.outputs import Outputs
@@ -48,6 +49,7 @@ class StepLoop:
         self.prefill = prefill
         self._outputs = outputs
         self._stats = stats
+        self._releases = DeferredReleases(scheduler.pool.key_pages.device)
         self._began_at = 0.0
         """`time.perf_counter()` seconds when the device began the last decode step, or shortly after."""
         self._failures = 0
@@ -68,10 +70,10 @@ class StepLoop:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there are requests, or launched work that has not been read."""
+        """Whether there are requests, launched work that has not been read, or adapters to be released behind it."""
         scheduler = self.scheduler
         has_requests = self.inbox.has_submitted or scheduler.running or scheduler.waiting
-        return bool(has_requests or self.overlap.pending or self.prefill.pending)
+        return bool(has_requests or self.overlap.pending or self.prefill.pending or self._releases)
 
     def step_or_wait(self) -> None:
         """A step. If all sequences wait for adapters: waits until one has come or a deadline may have passed."""
@@ -101,6 +103,7 @@ class StepLoop:
 
     def _take_in(self) -> None:
         """Takes in all that other threads have said, and ends the requests that are cancelled or too late."""
+        self._releases.release_passed()
         submitted, cancelled = self.inbox.take()
         self.scheduler.enqueue(submitted)
         now = time.monotonic()
@@ -189,7 +192,7 @@ class StepLoop:
         finished = self.prefill.take_finished()
         if finished is not None:
             self._emit(finished.sampled or ())
-            finished.release_adapters()
+            self._releases.add(finished.take_ended())
 
     def _emit(self, sampled: Seq[tuple[Sequence, Sampled]]) -> None:
         """Adds tokens to the answers of sequences that have not ended meanwhile, and ends those that are done."""
@@ -226,6 +229,8 @@ class StepLoop:
         self.scheduler.remove(sequence)
         if self.prefill.is_computing(sequence):
             self.prefill.drop(sequence)
+        elif sequence.is_unread:
+            self._releases.add([sequence.lease])
         else:
             self.overlap.release_adapter(sequence)
         self.inbox.report_not_waiting([sequence])
@@ -238,6 +243,7 @@ class StepLoop:
             self._end(sequence, error)
         self.overlap.release_adapters()
         self.prefill.release_adapters()
+        self._releases.release_all()
 
     def _record_use(self) -> None:
         self._stats.record_use(self.scheduler.running, self.scheduler.pool.used)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.config import PAGE_TOKENS, BaseConfig, EngineConfig, SchedulerConfig
+from lorarep_runtime.engine import deferred_releases
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.engine.prefill_pass import SHARE, SlicePacer
+from lorarep_runtime.engine.prefill_pass import SHARE, PrefillPass, SlicePacer
 from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.errors import Cancelled, EngineFailure
 from lorarep_runtime.request import Event, Output, Request
@@ -107,7 +112,7 @@ def test_streams_that_end_leave_a_prompt_the_whole_step(base: Path) -> None:
 def test_a_cancelled_prompts_pages_are_back_within_a_step_and_are_not_written_to(base: Path, length: int) -> None:
     """Streams of some length take the pages while the pass that would write to them goes on for another prompt."""
     request = greedy(PROMPT[:length], new_tokens=3 * PAGE_TOKENS)
-    engine = engine_for(base, kv_bytes=LAYERS * 10 * PAGE)
+    engine = engine_for(base, kv_bytes=LAYERS * 6 * PAGE)
     with_decoder(engine)
     streams = [Caller(engine, request) for _ in range(2)]
     for _ in range(2):
@@ -220,6 +225,78 @@ def test_an_adapter_is_held_until_no_slice_reads_it(base: Path, tmp_path: Path) 
         engine.loop.step()
     assert references() == 1
     to_the_end(engine)
+
+
+def test_an_adapter_of_a_cancelled_prompt_is_held_until_the_device_has_passed_its_chunk(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for a pass that ends in the middle of a prompt, so the device may read the adapter after it."""
+    marks: list[SimpleNamespace] = []
+
+    def mark(device: torch.device) -> SimpleNamespace:
+        marks.append(SimpleNamespace(is_passed=False))
+        return marks[-1]
+
+    monkeypatch.setattr(deferred_releases, "DeviceMark", mark)
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    engine = engine_for(base, adapters={"a": adapter}, max_step_tokens=32)
+    long = replace(greedy(new_tokens=4), prompt=PROMPT * 5)
+    caller = Caller(engine, long, "a")
+    engine.loop.step()
+    assert engine.loop.prefill.pending is None
+    assert not caller.tokens
+    engine.cancel(caller.id)
+    engine.loop.step()
+    assert isinstance(caller.events[-1], Cancelled)
+    assert engine.pool.used == 0
+    assert engine.loop.is_busy
+    assert not engine.loop.step()
+    assert engine.adapters.get("a").references == 1
+    marks[0].is_passed = True
+    to_the_end(engine)
+
+
+def test_a_loop_that_ends_releases_what_the_device_has_not_passed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred_releases, "DeviceMark", lambda device: SimpleNamespace(is_passed=False))
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    engine = engine_for(base, adapters={"a": adapter}, max_step_tokens=32)
+    caller = Caller(engine, replace(greedy(new_tokens=4), prompt=PROMPT * 5), "a")
+    engine.loop.step()
+    engine.cancel(caller.id)
+    engine.start()
+    engine.stop()
+    assert_nothing_held(engine)
+
+
+if torch.cuda.is_available():
+
+    def test_a_gpu_reads_a_cancelled_prompts_adapter_before_it_is_released(
+        base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+        config = BaseConfig(str(base), dtype="bfloat16", device="cuda")
+        engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=64 << 20, max_step_tokens=32)))
+        engine.adapters.load("a", str(adapter), trusted=True)
+        caller = Caller(engine, replace(greedy(new_tokens=4), prompt=PROMPT * 5), "a")
+        while engine.adapters.get("a").tier != "device":
+            time.sleep(0.01)
+        launch = PrefillPass.launch_visits
+
+        def slow(self: PrefillPass, *arguments: Any) -> None:
+            torch.cuda._sleep(3_000_000_000)  # cycles: more than a second
+            launch(self, *arguments)
+
+        monkeypatch.setattr(PrefillPass, "launch_visits", slow)
+        engine.loop.step()
+        engine.cancel(caller.id)
+        engine.loop.step()
+        assert isinstance(caller.events[-1], Cancelled)
+        assert engine.adapters.get("a").references == 1
+        torch.cuda.synchronize()
+        engine.loop.step()
+        assert_nothing_held(engine)
 
 
 def test_slices_are_as_long_as_measured_times_allow() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders
 
 from lorarep_runtime.engine.engine import Engine
@@ -28,7 +27,6 @@ from lorarep_runtime.errors import (
     Unavailable,
 )
 from lorarep_runtime.request import Event, Finished, FinishReason, Output, Request, Sampling, Stopping
-from tests.support.decoders import with_decoder
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy, sampled
 from tests.support.models import MAPS, save_adapter, save_base, save_tokenizer
 
@@ -133,10 +131,6 @@ class Stream:
         assert self.ended.wait(600)
         return self.events[-1]
 
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        return tuple(token for event in self.events if isinstance(event, Output) for token in event.tokens)
-
 
 @pytest.fixture
 def running(base: Path, adapters: dict[str, Path]) -> Iterator[Engine]:
@@ -190,56 +184,6 @@ def test_nothing_of_an_answer_is_in_the_next_ones_that_have_its_pages(base: Path
     engine.cancel(number)
     assert not engine.loop.step()
     assert engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens == before
-
-
-@pytest.mark.parametrize("overlapped", [False, True])
-@pytest.mark.parametrize("request_", [greedy(new_tokens=60), sampled(1), replace(greedy(), logprobs=1)])
-def test_an_answer_that_overflows_ends_by_name_and_spoils_none_computed_with_it_or_after_it(
-    base: Path, tmp_path: Path, request_: Request, overlapped: bool
-) -> None:
-    folder = save_adapter(base, tmp_path, r=4, target_modules=["k_proj", "v_proj"])
-    file = folder / "adapter_model.safetensors"
-    save_file({name: tensor * 1e30 for name, tensor in load_file(file).items()}, file)
-    engine = engine_for(base, adapters={"huge": folder}, kv_bytes=512 << 10)
-    if overlapped:
-        with_decoder(engine)
-    asked = [greedy(PROMPT[:5], 20), greedy(PROMPT + PROMPT, 20)]
-    alone = [engine.generate([(request, engine.adapters.lease([]))])[0].tokens for request in asked]
-    huge, *beside = [Stream(), Stream(), Stream()]
-    engine.submit(request_, engine.adapters.lease([("huge", 1.0)]), huge)
-    for request, stream in zip(asked, beside, strict=True):
-        engine.submit(request, engine.adapters.lease([]), stream)
-    while engine.loop.is_busy:
-        engine.loop.step()
-    assert isinstance(huge.last, FailedPrecondition)
-    assert str(huge.last) == "adapters: the logits with 'huge' are NaN or infinite"
-    assert huge.tokens == ()
-    assert any(pages.isnan().any() for pages in engine.pool.tensors)
-    after = engine.generate([(request, engine.adapters.lease([])) for request in asked])
-    assert [stream.tokens for stream in beside] == [answer.tokens for answer in after] == alone
-    assert_nothing_held(engine)
-
-
-def test_a_stream_that_overflows_in_a_launched_step_ends_and_the_others_go_on(base: Path) -> None:
-    engine = engine_for(base)
-    decoder = with_decoder(engine)
-    alone = engine.generate([(greedy(new_tokens=20), engine.adapters.lease([]))])[0].tokens
-    fine, bad = Stream(), Stream()
-    engine.submit(greedy(new_tokens=20), engine.adapters.lease([]), fine)
-    engine.submit(greedy(PROMPT[:9], 20), engine.adapters.lease([]), bad)
-    for _ in range(4):
-        engine.loop.step()
-    assert engine.loop.overlap.pending is not None
-    for pages in engine.pool.tensors:
-        pages[engine.loop.scheduler.running[1].table.pages.ravel()] = torch.nan
-    steps = decoder.told
-    while engine.loop.is_busy:
-        engine.loop.step()
-    assert str(bad.last) == "base: its logits are NaN or infinite"
-    assert 0 < len(bad.tokens) < 20
-    assert fine.tokens == alone
-    assert decoder.told == steps + 1  # anew for the rows that are left, else overlapped
-    assert_nothing_held(engine)
 
 
 def test_an_adapters_end_token_that_the_base_does_not_have_never_comes(base: Path, tmp_path: Path) -> None:

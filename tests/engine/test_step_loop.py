@@ -18,7 +18,7 @@ from lorarep_runtime.engine.outputs import Outputs
 from lorarep_runtime.engine.overlap import StepOverlap
 from lorarep_runtime.engine.prefill_pass import SlicedPrefill
 from lorarep_runtime.engine.sampler import SamplerState
-from lorarep_runtime.engine.scheduler import Scheduler
+from lorarep_runtime.engine.scheduler import Schedule, Scheduler
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.engine.stats import Stats, StatsRecorder
 from lorarep_runtime.engine.step_loop import StepLoop
@@ -159,6 +159,34 @@ def test_a_request_that_was_preempted_waits_again() -> None:
     assert loop.stats.preemptions == 1
     assert [loop.tokens(number) for number in numbers] == [[15, 16, 17, 18]] * 2
     loop.assert_nothing_held()
+
+
+def test_the_youngest_gives_its_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(pages=3 * DEPTH)
+    preempted: list[int] = []
+    schedule = loop.loop.scheduler.schedule
+
+    def recorded() -> Schedule:
+        made = schedule()
+        preempted.extend(sequence.id for sequence in made.preempted)
+        return made
+
+    monkeypatch.setattr(loop.loop.scheduler, "schedule", recorded)
+    numbers = [loop.submit(prompt=(1,) * 12, new_tokens=20) for _ in range(2)]
+    while loop.loop.step():
+        pass
+    assert preempted == [numbers[1]]
+    assert [len(loop.tokens(number)) for number in numbers] == [20, 20]
+    loop.assert_nothing_held()
+
+
+def test_a_claim_has_its_turn_before_older_requests() -> None:
+    """Its adapter was brought for it, and is kept from others meanwhile."""
+    loop = Loop(max_sequences=1)
+    older, claims = loop.submit("a"), loop.submit("b")
+    loop.leases[0].has_claim = False
+    loop.loop.step()
+    assert [len(loop.tokens(number)) for number in (older, claims)] == [0, 1]
 
 
 @pytest.mark.parametrize("limits", [dict(max_queued=2), dict(max_queued_per_adapter=2)], ids=str)

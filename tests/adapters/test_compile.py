@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from lorarep_server.cli.reference import stacked
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,6 +26,7 @@ from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lorarep_runtime.kernels.entry_table import Entry, entry_table
 from lorarep_runtime.model.compiled_adapter import Adapter, table_of
+from lorarep_runtime.model.physical_stack import stacked
 from tests.support.decode_rows import one_by_one
 from tests.support.engines import PROMPT, engine_for
 from tests.support.models import load_base, reference_logits, save_adapter, save_base, stack_of, without_replication

@@ -10,7 +10,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from lorarep_server.cli.reference import stacked
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -28,6 +27,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from lorarep_runtime.model.physical_stack import stacked
 
 LAYERS = 6
 VOCAB = 272

@@ -7,7 +7,6 @@ is not used, since it is silently wrong for some bases.
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from lorarep_runtime.adapters.header import FILE_PREFIX
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.physical_stack import stacked
 
 
 class Reference:
@@ -82,26 +82,6 @@ def use_dense_weights(model: nn.Module, dtype: torch.dtype) -> None:
         plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         plain.bias = module.bias
         model.set_submodule(name, plain)
-
-
-def stacked(model: Any, stack: Sequence[int]) -> Any:
-    """Replaces a model's layers with copies in stack order, and returns the model. Copies share their weights."""
-    config = model.config.get_text_config()
-    decoder = model.get_decoder()
-    name, layers = next((n, m) for n, m in decoder.named_children() if isinstance(m, nn.ModuleList))
-    copies = []
-    for position, layer in enumerate(stack):
-        shared = {id(tensor): tensor for tensor in (*layers[layer].parameters(), *layers[layer].buffers())}
-        copied = copy.deepcopy(layers[layer], shared)
-        for module in copied.modules():
-            if hasattr(module, "layer_idx"):
-                object.__setattr__(module, "layer_idx", position)
-        copies.append(copied)
-    setattr(decoder, name, nn.ModuleList(copies))
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in stack]
-    config.num_hidden_layers = len(stack)
-    return model
 
 
 def _under_peft(model: Any, adapter: Path) -> Any:

@@ -170,6 +170,48 @@ def test_the_pod_may_do_nothing_but_serve(pod: dict[str, Any]) -> None:
     assert writable == {"/cache", "/tmp"}
 
 
+def settings_of(objects: Objects) -> dict[str, Any]:
+    (config,) = (thing["data"] for thing in objects.values() if "lorarep.yaml" in thing.get("data", ()))
+    return yaml.safe_load(config["lorarep.yaml"])
+
+
+def gibibytes(size: str) -> float:
+    """Of a quantity of Kubernetes or a size of lorarep's."""
+    return float(size.removesuffix("B").removesuffix("Gi"))
+
+
+def test_where_callers_choose_adapters_each_tier_has_a_budget_that_fits(objects: Objects, pod: dict[str, Any]) -> None:
+    settings = settings_of(objects)
+    budgets = {name: settings.get(f"adapter_{name}") for name in ("bytes", "host_bytes", "disk_bytes")}
+    if "allow_repository" not in settings:
+        assert set(budgets.values()) == {None}  # the operator's own adapters are as many as the file says
+        return
+    (container,) = pod["containers"]
+    (claim,) = objects["StatefulSet", "lorarep"]["spec"]["volumeClaimTemplates"]
+    assert gibibytes(budgets["bytes"]) > 0
+    assert gibibytes(budgets["host_bytes"]) <= gibibytes(container["resources"]["limits"]["memory"]) / 2
+    assert gibibytes(budgets["disk_bytes"]) + 30 <= gibibytes(claim["spec"]["resources"]["requests"]["storage"])
+
+
+def test_replicas_that_leave_leave_no_volume_and_do_not_share_a_node(objects: Objects, pod: dict[str, Any]) -> None:
+    stateful = objects["StatefulSet", "lorarep"]["spec"]
+    assert stateful["persistentVolumeClaimRetentionPolicy"] == {"whenDeleted": "Retain", "whenScaled": "Delete"}
+    (spread,) = pod["topologySpreadConstraints"]
+    assert (spread["maxSkew"], spread["topologyKey"]) == (1, "kubernetes.io/hostname")
+    assert spread["labelSelector"] == stateful["selector"]
+
+
+def test_the_pod_asks_for_the_disk_and_the_threads_that_it_uses(pod: dict[str, Any]) -> None:
+    (container,) = pod["containers"]
+    requests = container["resources"]["requests"]
+    (tmp,) = (volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "tmp")
+    assert gibibytes(requests["ephemeral-storage"]) > gibibytes(tmp["sizeLimit"])
+    (threads,) = (variable for variable in container["env"] if variable["name"] == "OMP_NUM_THREADS")
+    field = threads["valueFrom"]["resourceFieldRef"]
+    assert field == {"resource": "requests.cpu", "divisor": "1"}
+    assert int(requests["cpu"]) >= 1
+
+
 def test_an_air_gapped_pod_reaches_nothing(overlay: str, objects: Objects) -> None:
     policy = objects["NetworkPolicy", "lorarep"]["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]

@@ -175,6 +175,9 @@ class Pod:
         for variable in self.container["env"]:
             if "value" in variable:
                 env[variable["name"]] = variable["value"]
+            elif field := variable["valueFrom"].get("resourceFieldRef"):
+                kind, name = field["resource"].split(".")
+                env[variable["name"]] = self.container["resources"][kind][name]
             else:
                 reference = variable["valueFrom"]["secretKeyRef"]
                 if reference["name"] in self._secrets or not reference["optional"]:

@@ -12,6 +12,7 @@ from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.device.threads import limit_threads
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub.snapshot import fetch
+from lorarep_runtime.model.family_check import check_family
 from lorarep_runtime.model.loader import find_device, load_model
 from lorarep_runtime.model.model_config import quantization_of, read_model_config, trained_tokens
 from lorarep_runtime.model.packed import kernels_compiled, norm_products, row_squares
@@ -35,16 +36,17 @@ class Base(WalkedModel):
         snapshot = fetch(config.base, config.revision, kind="base", cache_dir=config.cache_dir, progress=progress)
         self.repository, self.commit, self.folder = snapshot.repository, snapshot.commit, snapshot.folder
         model_config = read_model_config(self.folder)
+        self.max_tokens = trained_tokens(model_config)
+        """Tokens of the longest sequence that is served."""
         kind, self.quantization_config = quantization_of(model_config, config)
         register_attention()
         failpoint("base")
+        check_family(model_config, config.cache_dir)
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         with kernels_compiled(kind, dtype or model_config.dtype, device):
             model = load_model(self.folder, model_config, dtype, self.quantization_config, device, progress)
         super().__init__(model, device)
         self.tokenizer = Tokenizer(self.folder)
-        self.max_tokens = trained_tokens(self.config)
-        """Tokens of the longest sequence that is served."""
         self.squares: dict[tuple[int, str], Tensor] = {}
         """fp32 (out), |w|² of the rows of each weight that a DoRA has asked for, by layer and module path."""
         self.quantization: Quantization = next(iter(self.weights[0].values())).quantization

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 
 from lorarep_runtime.config import BaseConfig, Quantization
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line, shown
 
 UNIFORM_ATTENTION = {"full_attention", "sliding_attention"}
 """Attention kinds whose keys and values can be paged; others keep state of another form."""
@@ -24,9 +24,10 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+        text = config.get_text_config()
+    # A config is anybody's, and what each family's code raises over it cannot be known.
+    except Exception as error:
         raise FailedPrecondition(f"transformers cannot read its config: {first_line(error)}", field="base") from error
-    text = config.get_text_config()
     foreign = set(getattr(text, "layer_types", None) or ()) - UNIFORM_ATTENTION
     if foreign:
         raise FailedPrecondition(f"layer_types {sorted(foreign)} have no keys and values to page", field="base")
@@ -72,9 +73,12 @@ def trained_tokens(config: PretrainedConfig) -> int:
 
     A rotary embedding that changes its frequencies past a length changes them for every sequence of a batch. Such a
     base is served up to that length, where each sequence has the frequencies that it has alone.
+
+    Raises:
+        FailedPrecondition: the config does not say it.
     """
     text = config.get_text_config()
-    limit: int = text.max_position_embeddings
+    limit = _number(text, "max_position_embeddings")
     rope = getattr(text, "rope_parameters", None) or {}
     for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         if parameters.get("rope_type") in ("dynamic", "longrope"):
@@ -83,8 +87,22 @@ def trained_tokens(config: PretrainedConfig) -> int:
 
 
 def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """A base's number of heads of keys and values, and their dimension."""
+    """A base's number of heads of keys and values, and their dimension.
+
+    Raises:
+        FailedPrecondition: the config does not say them.
+    """
     text = config.get_text_config()
-    kv_heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = _number(text, "num_attention_heads")
+    kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
+    head_dim: int = getattr(text, "head_dim", None) or _number(text, "hidden_size") // heads
     return kv_heads, head_dim
+
+
+def _number(config: PretrainedConfig, name: str) -> int:
+    found = getattr(config, name, None)
+    if not isinstance(found, int) or found <= 0:
+        raise FailedPrecondition(
+            f"its config.json has no {name}, or {shown(found)}, which has to be a number above 0", field="base"
+        )
+    return found

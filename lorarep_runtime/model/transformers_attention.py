@@ -49,7 +49,9 @@ def _attention(
     Raises:
         FailedPrecondition: the model wants something of its attention that pages cannot give.
     """
-    unknown = [name for name, given in others.items() if name not in NO_EFFECT and given is not None]
+    unknown = [
+        name for name, given in others.items() if name not in NO_EFFECT and given is not None and given is not False
+    ]
     if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
         wanted = ", ".join(unknown) or "a mask of its own"
         raise FailedPrecondition(

@@ -6,18 +6,21 @@ it takes memory for the whole model at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.logging import set_tqdm_hook
 
 from lorarep_runtime.device.arena import Arena
-from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.errors import DataLoss, InvalidArgument, first_line
+from lorarep_runtime.hub.files import INDEX, WEIGHTS
 from lorarep_runtime.model.layer_walk import Walk
 from lorarep_runtime.model.linear import SharedLinear
 from lorarep_runtime.model.packed import pack_layers
@@ -68,7 +71,11 @@ def load_model(
         dtype: of weights that are not quantized; None is the checkpoint's own.
         quantization: how to quantize; None where the checkpoint is quantized already or nothing is to be quantized.
         progress: told of tensors, as stage "load" or "quantize".
+
+    Raises:
+        DataLoss: a file of weights is truncated or no safetensors file, named.
     """
+    _check_weights(folder)
     with _reporting(progress, "load" if quantization is None else "quantize"), _memory_as_needed():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -83,6 +90,19 @@ def load_model(
             trust_remote_code=False,
         ).eval()
     return model.requires_grad_(False)
+
+
+def _check_weights(folder: Path) -> None:
+    """Opens each file of weights: what fails inside `transformers` does not say in which file."""
+    index = folder / INDEX
+    whole = not index.exists() or (folder / WEIGHTS["base"][0]).exists()
+    names = {WEIGHTS["base"][0]} if whole else set(json.loads(index.read_bytes())["weight_map"].values())
+    for name in sorted(names):
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise DataLoss(f"is not a whole safetensors file: {first_line(error)}", field=name) from error
 
 
 def share_weights(

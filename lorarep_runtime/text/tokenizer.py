@@ -198,6 +198,11 @@ class Tokenizer:
         return bool(self._tokenizer.convert_ids_to_tokens(ids) == other._tokenizer.convert_ids_to_tokens(ids))
 
     @cached_property
+    def longest_piece(self) -> int:
+        """Characters of the longest token in the vocabulary: no text of n tokens is longer than n times this."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    @cached_property
     def largest_id(self) -> int:
         """The largest id of a token in the vocabulary."""
         return max(self._tokenizer.get_vocab().values())

@@ -28,6 +28,7 @@ from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.ports import Ports
 from lorarep_server.requests.admission import Admission
 from lorarep_server.requests.frontend import Frontend
+from lorarep_server.requests.workers import UnjoinedThreads, run_apart
 from lorarep_server.telemetry.metrics import EngineCollector, Metrics
 from lorarep_server.telemetry.tracing import Traces
 
@@ -112,6 +113,7 @@ class App:
         Raises:
             LorarepError: the server cannot be started.
         """
+        asyncio.get_running_loop().set_default_executor(UnjoinedThreads(thread_name_prefix="lorarep-worker"))
         for service in ("", *READINESS):
             await self._health.set(service, NOT_SERVING)
         await self._health.set("liveness", SERVING)
@@ -124,7 +126,7 @@ class App:
             return 1 if failed else 0
         finally:
             await ports.close(LAST_WRITES)
-            await asyncio.to_thread(self._traces.close)
+            await run_apart(self._traces.close)
 
     async def _open_ports(self) -> Ports:
         """Opens all ports before anything is loaded: probes are answered, and calls are refused as Unavailable."""
@@ -206,5 +208,5 @@ class App:
             self._admission.end()
             await self._admission.finished(LAST_WRITES)
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop, LAST_WRITES)
+            await run_apart(self._engine.stop, LAST_WRITES)
             log.info("ended with %d pages in use", self._engine.stats().pages_used)

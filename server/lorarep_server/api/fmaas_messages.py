@@ -10,6 +10,7 @@ from lorarep.v1 import generation_pb2
 
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Finished, FinishReason, Output, TokenLogprob
+from lorarep_server.requests.messages import check_characters
 
 if TYPE_CHECKING:
     from lorarep_runtime.text.tokenizer import Tokenizer
@@ -171,10 +172,18 @@ def merged(parts: Sequence[pb.GenerationResponse]) -> pb.GenerationResponse:
     return whole
 
 
-def tokenized(request: pb.BatchedTokenizeRequest, tokenizer: Tokenizer) -> pb.BatchedTokenizeResponse:
-    """The tokens of each text, special tokens included. A truncated text keeps its last tokens."""
+def tokenized(request: pb.BatchedTokenizeRequest, tokenizer: Tokenizer, max_tokens: int) -> pb.BatchedTokenizeResponse:
+    """The tokens of each text, special tokens included. A truncated text keeps its last tokens.
+
+    Args:
+        max_tokens: most tokens of a prompt. Texts that have more for certain are refused.
+
+    Raises:
+        InvalidArgument: a text is too long.
+    """
     response = pb.BatchedTokenizeResponse()
     for text in (each.text for each in request.requests):
+        check_characters(len(text), tokenizer, max_tokens, "prompt")
         tokens = tokenizer.encode(text)
         spans = tokenizer.spans(text) if request.return_offsets else []
         kept = slice(-request.truncate_input_tokens or None, None)

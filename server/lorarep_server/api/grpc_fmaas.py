@@ -88,7 +88,7 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(self, request: pb.BatchedTokenizeRequest, context: Any) -> pb.BatchedTokenizeResponse:
         with _fmaas_field_names():
             target = await self._target(request)
-            work = partial(fmaas_messages.tokenized, request)
+            work = partial(fmaas_messages.tokenized, request, max_tokens=self._frontend.engine().max_tokens)
             return await self._frontend.with_tokenizer(target.get("adapters", ()), work)
 
     async def ModelInfo(self, request: pb.ModelInfoRequest, context: Any) -> pb.ModelInfoResponse:

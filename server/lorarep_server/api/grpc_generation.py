@@ -60,5 +60,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             await context.write(generation_pb2.GenerateStreamResponse(finished=end))
 
     async def Tokenize(self, request: generation_pb2.TokenizeRequest, context: Any) -> generation_pb2.TokenizeResponse:
-        tokens = partial(messages.prompt_tokens, request.prompt)
+        most = self._frontend.engine().max_tokens
+        tokens = partial(messages.prompt_tokens, request.prompt, max_tokens=most)
         return generation_pb2.TokenizeResponse(token_ids=await self._frontend.with_tokenizer(request.adapters, tokens))

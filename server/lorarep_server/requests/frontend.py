@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lorarep.v1 import generation_pb2
 
 from lorarep_runtime.errors import Exhausted, Unavailable
+from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.request import Event, Finished, Stopping
 from lorarep_server.errors import code_of
 from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests import messages
 from lorarep_server.requests.event_stream import EventStream
+from lorarep_server.requests.workers import AdmissionThreads, ended
 from lorarep_server.telemetry.metrics import Metrics
 from lorarep_server.telemetry.tracing import TracedRequest, Traces
 
@@ -70,6 +72,7 @@ class Frontend:
         self._reconciler = reconciler
         self._metrics = metrics
         self._traces = traces
+        self._threads = AdmissionThreads()
         self._max_unread = max_unread
         self._patience = patience
 
@@ -107,11 +110,12 @@ class Frontend:
             if time_limit is not None:
                 deadline = min(time.monotonic() + time_limit, math.inf if deadline is None else deadline)
             # 2. Submit the request in a thread, since tokenization takes a while.
-            work = asyncio.to_thread(submit, engine, request, deadline, events.put, new_tokens, longest_prompt)
-            submission = asyncio.ensure_future(work)
+            submission = await self._threads.begin(
+                submit, engine, request, deadline, events.put, new_tokens, longest_prompt
+            )
             try:
-                # Shielded: a request that is submitted while its caller leaves has to be cancelled afterwards.
-                admitted = await asyncio.shield(submission)
+                # A request that is submitted while its caller leaves has to be cancelled afterwards.
+                admitted = await ended(submission)
                 traced.submitted, traced.prompt_tokens = admitted.submitted, len(admitted.prompt)
                 # 3. The caller reads the events.
                 yield admitted, events
@@ -147,7 +151,7 @@ class Frontend:
         return {"adapters": [generation_pb2.AdapterRef(name=model)]}
 
     async def with_tokenizer(self, adapters: Iterable[generation_pb2.AdapterRef], work: Callable[[Tokenizer], T]) -> T:
-        """Runs `work` in a thread with the tokenizer of requests with these adapters, and returns its result."""
+        """Runs `work` in a thread with the tokenizer of requests with these adapters. Returns its result."""
         engine, weights = self.engine(), messages.adapter_weights(adapters)
         await self._load_absent(engine, weights)
 
@@ -158,7 +162,7 @@ class Frontend:
             finally:
                 lease.release()
 
-        return await asyncio.to_thread(leased)
+        return await self._threads.run(leased)
 
     async def _load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
         """Loads those adapters of a request that are not resident and may be loaded. Waits for the loads."""
@@ -198,9 +202,10 @@ def submit(
     Raises:
         LorarepError: as `AdapterRegistry.lease`, the tokenizer and `Engine.submit`.
     """
+    failpoint("admission")
     lease = engine.adapters.lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
     try:
-        prompt = messages.prompt_tokens(request.prompt, lease.tokenizer, longest_prompt)
+        prompt = messages.prompt_tokens(request.prompt, lease.tokenizer, engine.max_tokens, longest_prompt)
         longest = engine.longest(len(lease.stack))
         runtime_request = messages.runtime_request(request, prompt, deadline, longest, new_tokens)
         submitted = time.monotonic_ns()

@@ -46,23 +46,46 @@ STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
 }
 
 
-def prompt_tokens(prompt: generation_pb2.Prompt, tokenizer: Tokenizer, longest: int | None = None) -> tuple[int, ...]:
+def prompt_tokens(
+    prompt: generation_pb2.Prompt, tokenizer: Tokenizer, max_tokens: int, longest: int | None = None
+) -> tuple[int, ...]:
     """The tokens of a prompt. A text has at most `longest` of them; longer texts are cut as in `Tokenizer.encode`.
 
+    Args:
+        max_tokens: most tokens of a prompt. What has more for certain is refused before it is tokenized.
+
     Raises:
-        InvalidArgument: the prompt is unset, or the tokenizer cannot encode it.
+        InvalidArgument: the prompt is unset or too long, or the tokenizer cannot encode it.
     """
     match prompt.WhichOneof("content"):
         case "text":
+            check_characters(len(prompt.text), tokenizer, max_tokens, "prompt")
             return tuple(tokenizer.encode(prompt.text, longest))
         case "token_ids":
+            if (count := len(prompt.token_ids.ids)) > max_tokens:
+                raise InvalidArgument(f"{count} tokens are over the limit of {max_tokens}", field="prompt")
             return tuple(prompt.token_ids.ids)
         case "chat":
             if not prompt.chat.messages:
                 raise InvalidArgument("has no messages", field="prompt.chat")
+            characters = sum(len(m.role) + len(m.content) for m in prompt.chat.messages)
+            check_characters(characters, tokenizer, max_tokens, "prompt.chat")
             return tuple(tokenizer.chat([{"role": m.role, "content": m.content} for m in prompt.chat.messages]))
         case _:
             raise InvalidArgument("one of text, token_ids and chat has to be set", field="prompt")
+
+
+def check_characters(characters: int, tokenizer: Tokenizer, max_tokens: int, field: str) -> None:
+    """Refuses a text that has more than `max_tokens` for certain, by arithmetic: to tokenize it would take seconds.
+
+    Raises:
+        InvalidArgument: with the field's name.
+    """
+    most = max_tokens * tokenizer.longest_piece
+    if characters > most:
+        raise InvalidArgument(
+            f"{characters} characters are over {most}, the most that {max_tokens} tokens can have", field=field
+        )
 
 
 def adapter_weights(adapters: Iterable[generation_pb2.AdapterRef]) -> list[tuple[str, float]]:

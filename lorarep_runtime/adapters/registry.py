@@ -184,6 +184,14 @@ class AdapterRegistry:
         for item in sorted(idle, key=lambda item: (item.priority, item.used))[: len(self._on_demand) - MAX_ON_DEMAND]:
             self.unload(item.name)
 
+    def set_policy(self, name: str, *, pinned: bool | None = None, priority: int | None = None) -> AdapterInfo:
+        """Says how long an adapter stays on the device, as for `load`; None leaves it as it is. Raises NotFound."""
+        with self._changed:
+            if name not in self._named:
+                raise NotFound(f"{name!r} is not loaded", field="adapter")
+            self.residency.set_policy(self._named[name], pinned=pinned, priority=priority)
+            return self._named[name].info()
+
     def unload(self, name: str) -> None:
         """Takes the name away; requests that hold the adapter finish on it, then its memory is freed.
 
@@ -252,16 +260,8 @@ class AdapterRegistry:
         Raises:
             LorarepError: NotFound, InvalidArgument, Exhausted if they can never have room, and as `load`.
         """
+        named = self.check_lease(adapters, stack)
         names = tuple(name for name, _ in adapters)
-        if len(adapters) > MAX_ADAPTERS_OF_A_REQUEST or len(set(names)) < len(names):
-            raise InvalidArgument(f"at most {MAX_ADAPTERS_OF_A_REQUEST}, each once", field="adapters")
-        for name, weight in adapters:
-            if not abs(weight) <= MAX_WEIGHT:  # NaN neither
-                raise InvalidArgument(
-                    f"the weight of {name!r} is {weight}, and not from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}",
-                    field="adapters",
-                )
-        named = None if stack is None else self._files.named_stack(stack)
         if not adapters:
             return Lease(named or self._files.stacks["base"], self._base.tokenizer)
         with ExitStack() as holds:
@@ -280,6 +280,26 @@ class AdapterRegistry:
                 hold.release()
                 raise
             return Lease(walked, tokenizer, names, infos, hold)
+
+    def check_lease(self, adapters: Sequence[tuple[str, float]], stack: str | None = None) -> Stack | None:
+        """Refuses what `lease` would refuse whatever the adapters are: nothing is loaded for it.
+
+        Returns:
+            The named stack, if one is named.
+
+        Raises:
+            InvalidArgument: too many adapters, one of them twice, or a weight that is no number.
+            NotFound: there is no such stack.
+        """
+        if len(adapters) > MAX_ADAPTERS_OF_A_REQUEST or len({name for name, _ in adapters}) < len(adapters):
+            raise InvalidArgument(f"at most {MAX_ADAPTERS_OF_A_REQUEST}, each once", field="adapters")
+        for name, weight in adapters:
+            if not abs(weight) <= MAX_WEIGHT:  # NaN neither
+                raise InvalidArgument(
+                    f"the weight of {name!r} is {weight}, and not from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}",
+                    field="adapters",
+                )
+        return None if stack is None else self._files.named_stack(stack)
 
     def _hold(self, name: str, progress: Progress | None) -> Hold[Revision]:
         """A hold on the revision that has the name; a repository that has no name yet gets its own."""

@@ -121,6 +121,11 @@ class Engine:
             self._stats,
         )
 
+    def check(self, request: Request) -> None:
+        """Refuses what `submit` would refuse on any stack. Raises InvalidArgument, with the field's name."""
+        validate(request, self.base.vocab_size)
+        validate_length(request, 1, max_tokens=self.max_tokens, total_pages=self.pool.total)
+
     def submit(self, request: Request, lease: Lease, on_event: Callable[[Event], None]) -> int:
         """Queues a request and takes over its lease. The step loop's thread calls `on_event` with each event.
 

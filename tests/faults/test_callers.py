@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lorarep.v1 import adapters_pb2 as pb
+from lorarep.v1 import generation_pb2 as pb2
 
 from tests.support.callers import Bystander, adapters, load, loading, refused, request, stream, unload
 from tests.support.failpoints import Failpoints
 from tests.support.models import save_adapter
-from tests.support.servers import OnTerminal, Server, wait_for
+from tests.support.servers import SECONDS, OnTerminal, Server, wait_for
 from tests.support.world import ADAPTERS, World
 
 WEIGHTS = "adapter_model.safetensors"
@@ -91,6 +94,60 @@ def test_callers_share_a_load_that_goes_on_while_one_of_them_waits(
     assert world.hub.downloads().count(WEIGHTS) == 1
     assert {outcome: ended(server, outcome) - before[outcome] for outcome in before} == {"ok": 1, "cancelled": 0}
     unload(server, new)
+
+
+@pytest.mark.parametrize("first", ["LoadAdapter", "GenerateStream"])
+def test_a_request_leaves_an_administrators_pin_and_priority(
+    server: Server, bystander: Bystander, failpoints: Failpoints, new: str, first: str
+) -> None:
+    """Whoever begins the load, and whoever joins it."""
+    begin = [lambda: loading(server, new, new, pinned=True, priority=7), lambda: stream(server, request("x", new))]
+    if first == "GenerateStream":
+        begin.reverse()
+    failpoints.set("load-check", "hold")
+    calls = [begin[0]()]
+    failpoints.wait_reached("load-check")
+    calls.append(begin[1]())
+    failpoints.unset("load-check")
+    for call in calls:
+        list(call)
+    found = adapters(server)[new]
+    assert (found.pinned, found.priority) == (True, 7)
+    assert load(server, new, new).pinned  # who says nothing about it changes nothing
+    unload(server, new)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code", "named"),
+    [
+        (lambda new: request("x", *(f"{new}@{i}" for i in range(20))), "INVALID_ARGUMENT", "adapters: "),
+        (
+            lambda new: request("x", adapters=[pb2.AdapterRef(name=new, weight=math.nan)]),
+            "INVALID_ARGUMENT",
+            "adapters: ",
+        ),
+        (lambda new: request("x", new, sampling=pb2.Sampling(temperature=math.nan)), "INVALID_ARGUMENT", "temperature"),
+        (lambda new: request("x", new, new_tokens=10**6), "INVALID_ARGUMENT", "max_new_tokens: "),
+        (lambda new: request("x", new, stopping=pb2.Stopping(stop=["x"] * 17)), "INVALID_ARGUMENT", "stop: "),
+        (lambda new: request("x", new, stack="nowhere"), "NOT_FOUND", "stack: "),
+        (lambda new: request("x", new, logprobs=21), "INVALID_ARGUMENT", "logprobs: "),
+        (lambda new: request("x", new, prompt=pb2.Prompt()), "INVALID_ARGUMENT", "prompt: "),
+    ],
+    ids=["adapters", "weight", "temperature", "max_new_tokens", "stop", "stack", "logprobs", "prompt"],
+)
+def test_a_request_that_is_refused_has_loaded_nothing(
+    server: Server,
+    world: World,
+    bystander: Bystander,
+    new: str,
+    wanted: Callable[[str], pb2.GenerateRequest],
+    code: str,
+    named: str,
+) -> None:
+    world.hub.asked.clear()
+    refused(lambda: server.generation.Generate(wanted(new), timeout=SECONDS), code, named)
+    assert not world.hub.asked
+    assert not [name for name in adapters(server) if name.startswith(new)]
 
 
 @pytest.mark.parametrize("stage", STAGES)

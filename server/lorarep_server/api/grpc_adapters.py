@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests import messages
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.registry import AdapterRegistry
     from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.engine.engine import Engine
 
@@ -39,7 +37,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         registry = self._engine().adapters
         entry = self._reconciler.get(request.name)
-        load_request = await asyncio.to_thread(_load_request, registry, request, entry)
+        load_request = _load_request(request, entry)
         info = await self._load_queue.load(registry, load_request, report)
         if entry is not None:
             self._reconciler.set_loaded(entry, info)
@@ -81,25 +79,19 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return messages.adapter(info, error=self._reconciler.error(info.name), desired=desired)
 
 
-def _load_request(
-    registry: AdapterRegistry, request: adapters_pb2.LoadAdapterRequest, entry: DesiredAdapter | None
-) -> LoadRequest:
-    """The load that a call asks for.
+def _load_request(request: adapters_pb2.LoadAdapterRequest, entry: DesiredAdapter | None) -> LoadRequest:
+    """The load that a call asks for. What it does not say about pin and priority stays as it is.
 
     An entry of the adapters file can be loaded at once or again, but only as the file describes it.
     """
-    before: DesiredAdapter | AdapterInfo | None = entry
-    if before is None:
-        with suppress(NotFound):
-            before = registry.get(request.name)
     load_request = LoadRequest(
         request.name,
         request.repository,
         request.revision if request.HasField("revision") else None,
         request.stack if request.HasField("stack") else None,
         trusted=entry is not None,
-        pinned=request.pinned if request.HasField("pinned") else before is not None and before.pinned,
-        priority=request.priority if request.HasField("priority") else before.priority if before is not None else 0,
+        pinned=request.pinned if request.HasField("pinned") else None if entry is None else entry.pinned,
+        priority=request.priority if request.HasField("priority") else None if entry is None else entry.priority,
     )
     if entry is not None and load_request != entry.load_request:
         different = (

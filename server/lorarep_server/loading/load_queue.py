@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -42,7 +42,7 @@ Report = Callable[[LoadState], Awaitable[object]]
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """The arguments of `AdapterRegistry.load`. Callers with equal requests share a load."""
+    """The arguments of `AdapterRegistry.load`. Callers that differ in trust, pin and priority alone share a load."""
 
     name: str
     repository: str
@@ -50,8 +50,8 @@ class LoadRequest:
     revision: str | None = None
     stack: str | None = None
     trusted: bool = False
-    pinned: bool = False
-    priority: int = 0
+    pinned: bool | None = None
+    priority: int | None = None
     replace: bool = False
 
     def run(self, registry: AdapterRegistry, progress: Progress | None) -> AdapterInfo:
@@ -94,7 +94,15 @@ class LoadQueue:
         """Loads an adapter under a name, as `run` does. Returns and raises as `AdapterRegistry.load`."""
         registry.check_allowed(request.name, request.repository, request.trusted)  # before it waits for other loads
         source = "folder" if is_folder(request.repository) else "hub"
-        return await self.run(request, partial(request.run, registry), report, source)
+        key = replace(request, trusted=False, pinned=None, priority=None)
+        info = await self.run(key, partial(request.run, registry), report, source)
+        # The load may be another caller's, who wanted no pin or another priority.
+        wanted, told = (request.pinned, request.priority), (info.pinned, info.priority)
+        if all(own is None or own == has for own, has in zip(wanted, told, strict=True)):
+            return info
+        return await asyncio.to_thread(
+            registry.set_policy, request.name, pinned=request.pinned, priority=request.priority
+        )
 
     async def bring(self, registry: AdapterRegistry, name: str, report: Report | None = None) -> None:
         """Makes a known adapter resident, as `run` does, so that a lease of it does not block."""

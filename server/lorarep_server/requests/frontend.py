@@ -105,8 +105,10 @@ class Frontend:
         names = ",".join(ref.name for ref in request.adapters)
         traced = TracedRequest(metadata, names or request.stack or engine.base.repository)
         try:
-            # 1. Load absent adapters.
-            await self._load_absent(engine, messages.adapter_weights(request.adapters))
+            # 1. Load absent adapters: for a request that would be refused in any case, none.
+            if request.adapters:
+                await self._threads.run(check, engine, request, new_tokens)
+                await self._load_absent(engine, messages.adapter_weights(request.adapters))
             if time_limit is not None:
                 deadline = min(time.monotonic() + time_limit, math.inf if deadline is None else deadline)
             # 2. Submit the request in a thread, since tokenization takes a while.
@@ -153,6 +155,7 @@ class Frontend:
     async def with_tokenizer(self, adapters: Iterable[generation_pb2.AdapterRef], work: Callable[[Tokenizer], T]) -> T:
         """Runs `work` in a thread with the tokenizer of requests with these adapters. Returns its result."""
         engine, weights = self.engine(), messages.adapter_weights(adapters)
+        engine.adapters.check_lease(weights)
         await self._load_absent(engine, weights)
 
         def leased() -> T:
@@ -187,6 +190,17 @@ class Frontend:
 def call_context(context: Any) -> tuple[dict[str, str], float | None]:
     """The metadata of a gRPC call, and the seconds until its deadline; None if it has none."""
     return dict(context.invocation_metadata()), context.time_remaining()
+
+
+def check(engine: Engine, request: generation_pb2.GenerateRequest, new_tokens: int = Stopping.max_new_tokens) -> None:
+    """Refuses a request that `submit` would refuse whatever its adapters are. Nothing is loaded or tokenized for it.
+
+    Raises:
+        LorarepError: as `AdapterRegistry.check_lease` and `Engine.check`.
+    """
+    engine.adapters.check_lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
+    prompt = messages.any_prompt(request.prompt, engine.max_tokens)
+    engine.check(messages.runtime_request(request, prompt, None, engine.max_tokens, new_tokens))
 
 
 def submit(

@@ -46,6 +46,9 @@ STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
 }
 
 
+UNSET = "one of text, token_ids and chat has to be set"
+
+
 def prompt_tokens(
     prompt: generation_pb2.Prompt, tokenizer: Tokenizer, max_tokens: int, longest: int | None = None
 ) -> tuple[int, ...]:
@@ -62,9 +65,7 @@ def prompt_tokens(
             check_characters(len(prompt.text), tokenizer, max_tokens, "prompt")
             return tuple(tokenizer.encode(prompt.text, longest))
         case "token_ids":
-            if (count := len(prompt.token_ids.ids)) > max_tokens:
-                raise InvalidArgument(f"{count} tokens are over the limit of {max_tokens}", field="prompt")
-            return tuple(prompt.token_ids.ids)
+            return token_ids(prompt, max_tokens)
         case "chat":
             if not prompt.chat.messages:
                 raise InvalidArgument("has no messages", field="prompt.chat")
@@ -72,7 +73,29 @@ def prompt_tokens(
             check_characters(characters, tokenizer, max_tokens, "prompt.chat")
             return tuple(tokenizer.chat([{"role": m.role, "content": m.content} for m in prompt.chat.messages]))
         case _:
-            raise InvalidArgument("one of text, token_ids and chat has to be set", field="prompt")
+            raise InvalidArgument(UNSET, field="prompt")
+
+
+def any_prompt(prompt: generation_pb2.Prompt, max_tokens: int) -> tuple[int, ...]:
+    """The tokens of a prompt if it needs no tokenizer, else one token in their place.
+
+    Raises:
+        InvalidArgument: the prompt is unset, or has more than `max_tokens` tokens.
+    """
+    match prompt.WhichOneof("content"):
+        case "token_ids":
+            return token_ids(prompt, max_tokens)
+        case None:
+            raise InvalidArgument(UNSET, field="prompt")
+        case _:
+            return (0,)
+
+
+def token_ids(prompt: generation_pb2.Prompt, max_tokens: int) -> tuple[int, ...]:
+    """The tokens of a prompt of tokens. Raises InvalidArgument if they are more than `max_tokens`."""
+    if (count := len(prompt.token_ids.ids)) > max_tokens:
+        raise InvalidArgument(f"{count} tokens are over the limit of {max_tokens}", field="prompt")
+    return tuple(prompt.token_ids.ids)
 
 
 def check_characters(characters: int, tokenizer: Tokenizer, max_tokens: int, field: str) -> None:

@@ -26,7 +26,7 @@ from lorarep_server.config import ServerConfig
 from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.ports import Ports
-from lorarep_server.requests.admission import Admission
+from lorarep_server.requests.admission import Admission, most_bytes
 from lorarep_server.requests.frontend import Frontend
 from lorarep_server.requests.workers import UnjoinedThreads, run_apart
 from lorarep_server.telemetry.metrics import EngineCollector, Metrics
@@ -80,7 +80,7 @@ class App:
         self._traces = Traces(config.traces_endpoint)
         self._load_queue = LoadQueue(self._metrics)
         self._reconciler = Reconciler(config.adapters_file, self._load_queue)
-        self._admission = Admission(config.max_calls)
+        self._admission = Admission(config.max_calls, lambda: most_bytes(self.engine().max_tokens))
         self._frontend = Frontend(
             self.engine,
             self._load_queue,
@@ -145,7 +145,7 @@ class App:
             (self._admission,) if token_auth is None else (token_auth, self._admission),
         )
         ports.bind_health(partial(health_pb2_grpc.add_HealthServicer_to_server, self._health))
-        ports.serve_metrics(self._metrics_registry)
+        await ports.serve_metrics(self._metrics_registry, LAST_WRITES)
         await ports.serve_openai(partial(self._openai_application, token_auth), LAST_WRITES)
         await ports.start()
         return ports

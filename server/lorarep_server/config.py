@@ -7,6 +7,9 @@ from pathlib import Path
 
 from lorarep_server.sources import AdapterSource
 
+MAX_MESSAGE = 16 << 20
+"""Most bytes of a request over gRPC, and of a body over HTTP."""
+
 
 @dataclass(frozen=True)
 class ServerConfig:

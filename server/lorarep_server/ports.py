@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 
 from lorarep_runtime.errors import InvalidArgument
-from lorarep_server.addresses import parse_address
-from lorarep_server.config import ServerConfig
+from lorarep_server.config import MAX_MESSAGE, ServerConfig
 from lorarep_server.connections import close_connections
+from lorarep_server.http_port import HttpPort
 from lorarep_server.tls import TlsFiles
 
 log = logging.getLogger(__name__)
 
 GRPC_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the port is an error; it does not share the calls
-    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.max_concurrent_streams", 1024),
     # A caller that has vanished is noticed within 90 seconds. A caller that pings too often is cut off.
@@ -31,6 +32,11 @@ GRPC_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 3),
 )
+
+MAX_SCRAPERS = 64
+"""Most connections to the port of metrics."""
+MAX_CONNECTIONS = 512
+"""Most connections to the port of OpenAI's API, half of the descriptors that a process usually may have."""
 
 
 class Ports:
@@ -47,8 +53,7 @@ class Ports:
         self._config = config
         self._tls = _tls_files(config)
         self._grpc_servers: list[grpc.aio.Server] = []
-        self._metrics_server: WSGIServer | None = None
-        self._openai_runner: web.AppRunner | None = None
+        self._http_ports: list[HttpPort] = []
         self.grpc = self.health = self.metrics = self.openai = 0
 
     def bind_grpc(self, add_services: Callable[[grpc.aio.Server], None], interceptors: Sequence[Any]) -> None:
@@ -79,19 +84,27 @@ class Ports:
             self.health = _bind(server, "health_listen", address, None)
             self._grpc_servers.append(server)
 
-    def serve_metrics(self, registry: CollectorRegistry) -> None:
-        """Serves Prometheus metrics from a thread of their own.
+    async def serve_metrics(self, registry: CollectorRegistry, patience: float) -> None:
+        """Serves Prometheus metrics at every path, in plain text.
 
         Raises:
             InvalidArgument: the address cannot be used.
         """
-        address = self._config.metrics_listen
-        try:
-            host, port = parse_address(address)
-            self._metrics_server, _thread = start_http_server(port, host, registry)
-        except (OSError, ValueError, OverflowError) as error:
-            raise InvalidArgument(f"cannot serve at {address!r}: {error}", field="metrics_listen") from error
-        self.metrics = self._metrics_server.server_port
+        scraper = ThreadPoolExecutor(1, thread_name_prefix="lorarep-metrics")
+
+        async def scrape(request: web.Request) -> web.Response:
+            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+            metrics = await asyncio.get_running_loop().run_in_executor(scraper, encode, registry)
+            response = web.Response(body=metrics, headers={"Content-Type": content_type})
+            response.enable_compression()
+            return response
+
+        application = web.Application()
+        application.router.add_get("/{path:.*}", scrape)
+        port = HttpPort(application, MAX_SCRAPERS, patience)
+        await port.open(self._config.metrics_listen, "metrics_listen")
+        self._http_ports.append(port)
+        self.metrics = port.port
 
     async def serve_openai(self, application: Callable[[], web.Application], patience: float) -> None:
         """Serves OpenAI's API with the configured TLS, if the configuration has an address for it.
@@ -105,18 +118,10 @@ class Ports:
         """
         if (address := self._config.openai_listen) is None:
             return
-        context = None if self._tls is None else self._tls.context()
-        logging.getLogger("aiohttp.server").addFilter(_is_ours)
-        # A caller that leaves cancels its request.
-        runner = web.AppRunner(application(), handler_cancellation=True, shutdown_timeout=patience, access_log=None)
-        await runner.setup()
-        try:
-            host, port = parse_address(address)
-            await web.TCPSite(runner, host or None, port, ssl_context=context).start()
-        except (OSError, ValueError, OverflowError) as error:
-            await runner.cleanup()
-            raise InvalidArgument(f"cannot serve at {address!r}: {error}", field="openai_listen") from error
-        self._openai_runner, self.openai = runner, int(runner.addresses[0][1])
+        port = HttpPort(application(), min(self._config.max_calls, MAX_CONNECTIONS), patience)
+        await port.open(address, "openai_listen", None if self._tls is None else self._tls.context())
+        self._http_ports.append(port)
+        self.openai = port.port
 
     async def start(self) -> None:
         """Starts the gRPC servers, and logs all ports."""
@@ -137,11 +142,8 @@ class Ports:
         close_connections({self.grpc, self.health} - {0})
         for server in self._grpc_servers:
             await server.stop(patience)
-        if self._openai_runner is not None:
-            await self._openai_runner.cleanup()
-        if self._metrics_server is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
+        for port in self._http_ports:
+            await port.close()
 
 
 def _tls_files(config: ServerConfig) -> TlsFiles | None:
@@ -161,8 +163,3 @@ def _bind(server: grpc.aio.Server, field: str, address: str, credentials: grpc.S
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise InvalidArgument(f"cannot serve at {address!r}", field=field) from error
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """A log filter: drops aiohttp's reports of malformed requests, which would copy a peer's bytes into the log."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))

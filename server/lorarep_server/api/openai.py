@@ -16,23 +16,24 @@ from typing import Any
 from aiohttp import web
 from pydantic import ValidationError
 
-from lorarep_runtime.errors import Cancelled, InvalidArgument, NotFound
+from lorarep_runtime.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound
 from lorarep_runtime.request import Output
 from lorarep_server.api.openai_errors import FIELDS, bad_request, error_body, error_response
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
 from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse, GenerationResponse
 from lorarep_server.api.status_page import FILES, StatusPage
 from lorarep_server.auth import Role, TokenAuth
+from lorarep_server.config import MAX_MESSAGE
 from lorarep_server.errors import Status
 from lorarep_server.loading.reconciler import Reconciler
-from lorarep_server.requests.admission import Admission
+from lorarep_server.requests.admission import LONG_MESSAGE, Admission, most_bytes
 from lorarep_server.requests.event_stream import EventStream
 from lorarep_server.requests.frontend import Frontend
 
 log = logging.getLogger(__name__)
 
-MAX_BODY = 16 << 20
-"""Most bytes of a request's body, the limit of gRPC messages too."""
+BODY_SECONDS = 60.0
+"""Seconds for a body to arrive."""
 LAST_WRITE = 1.0
 """Seconds for an error to reach the caller of a stream."""
 OWNER = "lorarep"
@@ -58,7 +59,7 @@ class OpenAI:
 
     def application(self) -> web.Application:
         """An application with all routes of the API and of the status page."""
-        app = web.Application(middlewares=[self._checked], client_max_size=MAX_BODY)
+        app = web.Application(middlewares=[self._checked], client_max_size=MAX_MESSAGE)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model:.+}", self._model)
         app.router.add_post("/v1/completions", self._completions)
@@ -80,9 +81,7 @@ class OpenAI:
                 return error_response(refusal)
         try:
             return await handler(request)
-        except web.RequestPayloadError as error:
-            return bad_request(f"body: {error.args[0] if error.args else error}", 400)
-        except web.HTTPException as error:  # an unknown path or method, or too long a body
+        except web.HTTPException as error:  # an unknown path or method
             return bad_request(f"{request.method} {request.path}: {error.reason}", error.status)
 
     async def _status(self, request: web.Request) -> web.StreamResponse:
@@ -125,6 +124,11 @@ class OpenAI:
             for name, root in roots.items()
         }
 
+    async def _parsed(self, kind: type[GenerationRequest], request: web.Request) -> GenerationRequest:
+        """The request in a body of JSON; a long one is parsed in a thread."""
+        body = await _body(request, most_bytes(self._frontend.engine().max_tokens))
+        return await asyncio.to_thread(_parsed, kind, body) if len(body) > LONG_MESSAGE else _parsed(kind, body)
+
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, CompletionRequest, CompletionResponse)
 
@@ -134,7 +138,6 @@ class OpenAI:
     async def _generate(
         self, request: web.Request, kind: type[GenerationRequest], builder: type[GenerationResponse]
     ) -> web.StreamResponse:
-        body = await request.read()  # before admission: a slow sender is not a running call
         stream = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         fields = dict(FIELDS)
 
@@ -143,10 +146,10 @@ class OpenAI:
                 raise InvalidArgument(
                     f"is {request.content_type!r} and has to be application/json", field="content-type"
                 )
-            parsed = _parsed(kind, body)
+            parsed = await self._parsed(kind, request)
             fields["max_new_tokens"] = fields["prompt and max_new_tokens"] = parsed.length()[0]
             fields["logprobs"] = parsed.logprobs_field
-            generate = parsed.to_generate(**await self._frontend.target(parsed.model))
+            generate = await asyncio.to_thread(parsed.to_generate, **await self._frontend.target(parsed.model))
             async with self._frontend.generate(generate, request.headers, new_tokens=parsed.unset_tokens) as (
                 admitted,
                 events,
@@ -174,6 +177,29 @@ class OpenAI:
             if request.transport is not None:
                 request.transport.abort()
         return stream
+
+
+async def _body(request: web.Request, most: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        InvalidArgument: it is broken, or longer than `most` bytes.
+        DeadlineExceeded: it does not end in time.
+    """
+    if (request.content_length or 0) > most:
+        raise InvalidArgument(f"{request.content_length} bytes are over the limit of {most}", field="body")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"has not arrived within {BODY_SECONDS:g} seconds", field="body") from error
+    except web.RequestPayloadError as error:
+        raise InvalidArgument(str(error.args[0] if error.args else error), field="body") from error
+    except web.HTTPRequestEntityTooLarge as error:
+        raise InvalidArgument(f"is over the limit of {MAX_MESSAGE} bytes", field="body") from error
+    if len(body) > most:
+        raise InvalidArgument(f"{len(body)} bytes are over the limit of {most}", field="body")
+    return body
 
 
 def _parsed(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:

@@ -13,7 +13,7 @@ from lorarep_runtime.errors import InvalidArgument
 UInt32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 UInt64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 T = TypeVar("T")
-Listed = Annotated[list[T], Field(fail_fast=True)]
+Listed = Annotated[list[T], Field(fail_fast=True, max_length=1 << 20)]
 """A list that is checked up to its first wrong item: reports of a million items would block the server for seconds."""
 
 SAMPLING = set(generation_pb2.Sampling.DESCRIPTOR.fields_by_name)
@@ -69,7 +69,7 @@ class GenerationRequest(Message, ABC):
     repetition_penalty: float | None = None
     min_tokens: UInt32 | None = None
     ignore_eos: bool = False
-    stop_token_ids: Listed[UInt32] = []
+    stop_token_ids: Annotated[Listed[UInt32], Field(max_length=1024)] = []
 
     @field_validator("top_k")
     @classmethod
@@ -171,7 +171,7 @@ class ChatRequest(GenerationRequest):
     unset_tokens = (1 << 32) - 1  # as many as the prompt leaves
     logprobs_field = "top_logprobs"
 
-    messages: Listed[ChatMessage]
+    messages: Annotated[Listed[ChatMessage], Field(max_length=1 << 14)]
     max_completion_tokens: UInt32 | None = None
     logprobs: bool = False
     top_logprobs: UInt32 | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -75,10 +76,12 @@ def listed(api: HfApi, repository: str, commit: str, cache_dir: Path | None) -> 
     Raises:
         FailedPrecondition: they are too many.
     """
-    try:
-        return get_cached_repo_tree(repository, revision=commit, cache_dir=cache_dir)
-    except CachedRepoTreeNotFoundError:
-        found = list(islice(api.list_repo_tree(repository, recursive=True, revision=commit), MAX_FILES + 1))
+    folder = snapshot_folder(repository, commit, cache_dir)
+    if any((folder / name).exists() for name in WEIGHTS["adapter"]):
+        with suppress(CachedRepoTreeNotFoundError):
+            return get_cached_repo_tree(repository, revision=commit, cache_dir=cache_dir)
+    # Anew, as long as there are no weights: the client remembers a list, and a wrong one would be remembered too.
+    found = list(islice(api.list_repo_tree(repository, recursive=True, revision=commit), MAX_FILES + 1))
     if len(found) > MAX_FILES:
         raise FailedPrecondition(f"{repository} has over {MAX_FILES} files", field="repository")
     return [file for file in found if isinstance(file, RepoFile)]

@@ -29,6 +29,7 @@ from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.tqdm import tqdm
 
 from lorarep_runtime.errors import (
+    DataLoss,
     Exhausted,
     FailedPrecondition,
     InvalidArgument,
@@ -39,7 +40,7 @@ from lorarep_runtime.errors import (
     first_line,
 )
 from lorarep_runtime.hub.bounds import Bounds, check_small, check_weights, listed, resolve
-from lorarep_runtime.hub.cache import remember_ref, snapshot_folder
+from lorarep_runtime.hub.cache import check_contents, known_blobs, remember_ref, snapshot_folder
 from lorarep_runtime.hub.files import CONFIG, FILES, IGNORED, Kind
 from lorarep_runtime.progress import Progress
 
@@ -94,8 +95,10 @@ def download(
         check_small(files, bounds)
         # 2. The config, which says how large the weights may be.
         folder = snapshot_folder(repository, commit, cache_dir)
-        if any(file.path == CONFIG[kind] for file in files):
+        if configs := [file for file in files if file.path == CONFIG[kind]]:
+            known = known_blobs(repository, cache_dir)
             snapshot(commit, [CONFIG[kind]], tqdm_class=_reporting_bar(None))
+            check_contents(folder, configs, known)
         check_weights(files, folder, bounds)
         # 3. All files.
         coming = (file for file in files if _is_wanted(file.path, kind) and not (folder / file.path).exists())
@@ -107,7 +110,7 @@ def download(
 
     try:
         return bounded(bounds) if bounds else snapshot(tqdm_class=_reporting_bar(progress))
-    except (PermissionDenied, FailedPrecondition, InvalidArgument, Exhausted):
+    except (PermissionDenied, FailedPrecondition, InvalidArgument, Exhausted, DataLoss):
         raise  # what is beyond its bounds is not served from the cache either
     except Exception as error:  # of any class: the client fails in many ways over an answer that makes no sense
         try:

@@ -301,6 +301,19 @@ def test_a_pull_request_is_refused_by_name_and_by_commit(hub: FaultyHub, publish
         fetch(revision="refs/pr/1", bounds=bounds())
 
 
+@pytest.mark.parametrize(
+    ("name", "claim", "error"),
+    [("adapter_model.safetensors", 1 << 40, FailedPrecondition), ("adapter_config.json", 5, DataLoss)],
+)
+def test_a_wrong_list_is_not_kept(hub: FaultyHub, publish, fetch, name: str, claim: int, error: Any) -> None:
+    publish(ADAPTER)
+    hub.claims[name] = claim
+    with pytest.raises(error, match=name):
+        fetch(bounds=bounds())
+    hub.claims.clear()
+    assert contents(fetch(bounds=bounds())) == ADAPTER
+
+
 # A Hub that fails.
 
 

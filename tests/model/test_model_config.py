@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 
-from lorarep_runtime.errors import DataLoss, FailedPrecondition
+from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lorarep_runtime.model.model_config import trained_tokens
+from lorarep_runtime.request import Request, Stopping
 from tests.support.engines import engine_for
 from tests.support.models import SHAPE, save_base
 
@@ -34,6 +35,17 @@ def test_a_base_is_served_as_long_as_its_frequencies_stay(rope: dict[str, Any], 
     config = LlamaConfig(**SHAPE)
     config.rope_parameters = rope
     assert trained_tokens(config) == expected
+
+
+def test_a_longrope_base_answers_up_to_its_original_length(tmp_path: Path) -> None:
+    rope = {**LONG, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 96}
+    base = save_base("phi3", tmp_path, original_max_position_embeddings=96, rope_parameters=rope)
+    engine = engine_for(base, kv_bytes=1 << 20)
+    assert isinstance(engine.base.config, Phi3Config)
+    assert engine.max_tokens == 96
+    engine.submit(Request(tuple(range(90)), stopping=Stopping(max_new_tokens=6)), engine.adapters.lease([]), print)
+    with pytest.raises(InvalidArgument, match="96"):
+        engine.submit(Request(tuple(range(90)), stopping=Stopping(max_new_tokens=7)), engine.adapters.lease([]), print)
 
 
 @pytest.mark.parametrize("name", ["max_position_embeddings", "num_attention_heads"])

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ DECODED = 4
 def check_family(config: PretrainedConfig, cache_dir: Path | None) -> None:
     """Checks that lorarep computes what `transformers` computes for bases of a config.
 
-    Lorarep's attention has to be registered. A good verdict is kept in the cache, for this config and these versions.
+    Lorarep's attention has to be registered. A good verdict is kept in the cache, for this config, this code and this
+    version of `transformers`.
 
     Args:
         config: of the whole base; it is not changed.
@@ -80,10 +81,18 @@ def check_family(config: PretrainedConfig, cache_dir: Path | None) -> None:
 
 def _verdict_file(config: PretrainedConfig, cache_dir: Path | None) -> Path:
     """The file that exists once a config has been found good."""
-    key = "\n".join((config.to_json_string(use_diff=False), transformers.__version__, version("lorarep")))
+    key = "\n".join((config.to_json_string(use_diff=False), transformers.__version__, _code()))
     # The Hub's clients take every other folder there for a repository.
     folder = Path(cache_dir or constants.HF_HUB_CACHE, ".locks", "lorarep-families")
     return folder / hashlib.sha256(key.encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of the code that a verdict depends on: the walk, and the torch operators that it uses."""
+    here = Path(__file__).parent
+    files = sorted(file for folder in (here, here.parent / "kernels" / "eager") for file in folder.glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _compare(config: PretrainedConfig) -> None:

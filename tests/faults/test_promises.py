@@ -13,7 +13,7 @@ def test_every_test_that_the_table_names_exists() -> None:
     there = {
         name
         for file in HERE.parent.rglob("test_*.py")
-        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+        for name in re.findall(r"^ *def (test_\w+)", file.read_text(), re.M)
     }
     assert named
     assert named - there == set()

@@ -48,6 +48,7 @@ EXPECTED: Mapping[str, tuple[object, ...]] = {
 """Fields whose value has to be one of these."""
 CONSUMED = {
     "alpha_pattern",
+    "exclude_modules",
     "layer_replication",
     "layers_pattern",
     "layers_to_transform",
@@ -64,6 +65,9 @@ ALL_LINEAR = "all-linear"
 """The value of `target_modules` that stands for every linear module."""
 _PLAIN = re.compile(r"[\w.]*")
 _BRACES = re.compile(r"\{[^{}]*\}")
+_ANOTHERS = re.compile(r"\{(?!\d*,?\d*\})|\[:\^?\w+:\]")
+"""What means something to `regex`, which matches here, and only its own characters to `re`, which PEFT uses: errors
+that are allowed, such as "{e<=1}", and POSIX classes. No path of a module has any of these characters."""
 MAX_PATTERNS = 8192
 """Most names or patterns in one field."""
 MAX_REPEATED = 100_000
@@ -81,6 +85,8 @@ class AdapterConfig:
     lora_alpha: float
     target_modules: str | tuple[str, ...]
     """A regular expression that matches whole paths of modules, or the names that such paths end in."""
+    exclude_modules: str | tuple[str, ...]
+    """Modules that are not adapted although they are targets, in the same form."""
     layers_to_transform: tuple[int, ...]
     """Positions that are adapted; empty means all."""
     layers_pattern: tuple[str, ...]
@@ -107,16 +113,16 @@ class AdapterConfig:
             FailedPrecondition: a field asks for something that cannot be served exactly.
         """
         _check_supported(raw)
-        targets = raw.get("target_modules")
+        targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
         layers = raw.get("layers_to_transform")
-        if isinstance(targets, str) and layers is not None:
-            raise InvalidArgument(
-                "goes with a list of target_modules, not with an expression", field="layers_to_transform"
-            )
+        for field in ("layers_to_transform", "layers_pattern"):
+            if isinstance(targets, str) and raw.get(field) is not None:
+                raise InvalidArgument("goes with a list of target_modules, not with an expression", field=field)
         config = cls(
             r=_integer("r", raw.get("r", 8), 1, limits.max_rank),
             lora_alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
             target_modules=targets if isinstance(targets, str) else _strings("target_modules", targets),
+            exclude_modules=excluded if isinstance(excluded, str) else _strings("exclude_modules", excluded),
             layers_to_transform=tuple(
                 _integer("layers_to_transform", layer, 0, limits.max_positions) for layer in _items(layers)
             ),
@@ -136,11 +142,15 @@ class AdapterConfig:
             max_positions=limits.max_positions,
             deadline=time.monotonic() + MATCHING_SECONDS,
         )
-        _check_expressions("target_modules", [targets] if isinstance(targets, str) else [])
+        for field, value in (("target_modules", targets), ("exclude_modules", excluded)):
+            _check_expressions(field, [value] if isinstance(value, str) else [], "{}")
         for field in ("layers_pattern", "rank_pattern", "alpha_pattern"):
-            _check_expressions(field, getattr(config, field))
+            # PEFT puts them into another expression, where a flag for the whole one, such as (?i), is an error.
+            _check_expressions(field, getattr(config, field), "({})")
         if not config.target_modules:
             raise InvalidArgument("names no module", field="target_modules")
+        if config.layers_pattern and layers is None:
+            raise InvalidArgument("needs layers_to_transform", field="layers_pattern")
         if config.use_dora and config.lora_bias:
             raise InvalidArgument("does not go with use_dora", field="lora_bias")
         return config
@@ -164,12 +174,14 @@ class AdapterConfig:
         Raises:
             InvalidArgument: an expression is malformed or takes too long to match.
         """
+        if self._names("exclude_modules", self.exclude_modules, path):
+            return False
         names = self.target_modules
         if isinstance(names, str):
-            return names.lower() == ALL_LINEAR or self._match("target_modules", names, path, whole=True) is not None
+            return names.lower() == ALL_LINEAR or self._names("target_modules", names, path)
         if path in names:  # as in PEFT, where layers_to_transform selects among paths that end in a name
             return True
-        if not any(path.endswith(f".{name}") for name in names):
+        if not self._names("target_modules", names, path):
             return False
         if not self.layers_to_transform:
             return True
@@ -191,6 +203,12 @@ class AdapterConfig:
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(path)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _names(self, field: str, names: str | tuple[str, ...], path: str) -> bool:
+        """Whether an expression matches a path, or one of the names is it or its end."""
+        if isinstance(names, str):
+            return bool(names) and self._match(field, names, path, whole=True) is not None
+        return path in names or any(path.endswith(f".{name}") for name in names)
 
     def _first(self, field: str, patterns: Mapping[str, Any], path: str) -> str | None:
         """The first pattern that a path ends in, as in PEFT's `get_pattern_key`."""
@@ -255,10 +273,13 @@ def _check_count(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:
         raise InvalidArgument(f"{len(items)} entries are over the limit of {MAX_PATTERNS}", field=field)
 
 
-def _check_expressions(field: str, patterns: Iterable[str]) -> None:
+def _check_expressions(field: str, patterns: Iterable[str], whole: str) -> None:
     """Refuses patterns that would take all memory to compile, and patterns that PEFT's own `re` does not know.
 
     Repeats within repeats take memory; recursion and other extensions of `regex` are unknown to `re`.
+
+    Args:
+        whole: the expression that PEFT puts a pattern into, in place of its braces.
     """
     added = 0
     for pattern in patterns:
@@ -272,9 +293,11 @@ def _check_expressions(field: str, patterns: Iterable[str]) -> None:
             raise InvalidArgument(
                 f"its repeats written out are over the limit of {MAX_REPEATED} characters", field=field
             )
+        if found := _ANOTHERS.search(pattern):
+            raise InvalidArgument(f"{shown(pattern)} has {found[0]!r}, which is no part of any path", field=field)
         if not _PLAIN.fullmatch(pattern):
             try:
-                re.compile(f"({pattern})")
+                re.compile(whole.format(pattern))
             except (re.error, RecursionError, OverflowError, ValueError) as error:
                 raise InvalidArgument(f"{shown(pattern)} is not a regular expression: {error}", field=field) from error
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lorarep_runtime.adapters.peft_config import CONSUMED, EXPECTED, NO_EFFECT, AdapterConfig
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, LorarepError
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from tests.support.models import FAMILIES, LAYERS
 
 LIMITS = AdapterLimits()
@@ -28,7 +28,11 @@ ASKED = {
     "names": dict(target_modules=["q_proj", "up_proj"]),
     "whole paths": dict(target_modules=["model.layers.1.mlp.up_proj", "layers.2.self_attn.q_proj"]),
     "expression": dict(target_modules=r".*layers\.[135]\..*(q|down)_proj"),
+    "expression with a flag": dict(target_modules=r"(?i)MODEL\.layers\.[135]\..*(Q|down)_proj"),
+    "verbose expression": dict(target_modules="(?x) .* \\.(q|v)_proj  # both"),
     "all linear": dict(target_modules="all-linear"),
+    "all but some": dict(target_modules="all-linear", exclude_modules=["q_proj", "layers.2.mlp.up_proj"]),
+    "all but an expression's": dict(target_modules=["q_proj", "up_proj"], exclude_modules=r"(?i).*LAYERS\.[0-3]\..*"),
     "some layers": dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 4]),
     "some layers, and a path by itself": dict(
         target_modules=["model.layers.0.self_attn.q_proj", "v_proj"], layers_to_transform=[1, 4]
@@ -94,7 +98,6 @@ def test_every_field_of_peft_is_known_or_refused_once_it_is_set() -> None:
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["experts"]),
-        ("exclude_modules", ["q_proj"]),
         ("use_qalora", True),
         ("arrow_config", {"top_k": 3}),
         ("from_the_future", "on"),
@@ -169,10 +172,41 @@ def test_an_expression_that_is_none_is_refused_by_name() -> None:
         AdapterConfig.parse({**PLAIN, "target_modules": "("}, LIMITS)
 
 
-def test_contradictions_are_refused() -> None:
-    for changed in ({"target_modules": "q_proj", "layers_to_transform": [1]}, {"use_dora": True, "lora_bias": True}):
-        with pytest.raises(LorarepError):
-            AdapterConfig.parse({**PLAIN, **changed}, LIMITS)
+@pytest.mark.parametrize(
+    ("field", "pattern"),
+    [("rank_pattern", "(?i)Q_PROJ"), ("alpha_pattern", "(?i)Q_PROJ"), ("layers_pattern", "(?i)LAYERS")],
+)
+def test_a_flag_is_refused_where_peft_puts_the_expression_into_another(field: str, pattern: str) -> None:
+    value = [pattern] if field == "layers_pattern" else {pattern: 2}
+    with pytest.raises(InvalidArgument, match=rf"^{field}: "):
+        AdapterConfig.parse({**PLAIN, "layers_to_transform": [1], field: value}, LIMITS)
+
+
+@pytest.mark.parametrize("pattern", ["(?:.*k_proj){s<=1}", ".*[[:alpha:]]_proj", "(?V1).*q_proj", r".*\p{L}_proj"])
+def test_what_means_something_else_to_another_library_is_refused_by_name(pattern: str) -> None:
+    """`re`, which PEFT uses, takes the first two for literal braces and for a set of characters."""
+    for field in ("target_modules", "exclude_modules"):
+        with pytest.raises(InvalidArgument, match=rf"^{field}: "):
+            AdapterConfig.parse({**PLAIN, field: pattern}, LIMITS)
+
+
+CONTRADICTIONS = {
+    "layers of an expression": dict(target_modules="q_proj", layers_to_transform=[1]),
+    "a pattern of an expression's layers": dict(target_modules=".*q_proj", layers_pattern="layers"),
+    "a pattern of layers, and no layers": dict(layers_pattern=["layers"]),
+    "DoRA with a bias": dict(use_dora=True, lora_bias=True),
+}
+
+
+@pytest.mark.parametrize("changed", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_contradictions_are_refused_as_peft_refuses_them(changed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="_"):
+        LoraConfig(**changed)
+    with pytest.raises(InvalidArgument):
+        AdapterConfig.parse({**PLAIN, **changed}, LIMITS)
+
+
+def test_a_config_without_its_type_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"^peft_type"):
         AdapterConfig.parse({"target_modules": ["q_proj"]}, LIMITS)
 

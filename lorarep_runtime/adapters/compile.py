@@ -11,11 +11,11 @@ computed and written as one tensor. That takes few Python operations, for each o
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from operator import sub
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Header, tensor_name
 from lorarep_runtime.adapters.peft_config import AdapterConfig
+from lorarep_runtime.adapters.weights_file import WeightsFile
 from lorarep_runtime.device.gil import give_way, giving_way
-from lorarep_runtime.errors import DataLoss, FailedPrecondition
+from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.compiled_adapter import (
     Adapter,
@@ -72,29 +73,45 @@ def _runs(places: Sequence[_Place], most: int) -> Iterator[range]:
     yield range(begin, len(places))
 
 
-def _read(data: Tensor, places: Sequence[_Place], kind: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Reads one kind of a run's tensors from the file's bytes: fp32 (entries, *shape), on the device."""
-    dtype, start = places[0].dtypes[kind], places[0].starts[kind]
-    size = math.prod(shape) * dtype.itemsize
-    distance = places[1].starts[kind] - start if len(places) > 1 else size
-    read = torch.empty(len(places), size, dtype=torch.uint8, device=device)
-    read.copy_(data.as_strided(read.shape, (distance, 1), start))
-    give_way()
-    return read.view(dtype).view(-1, *shape).float()
+def _read(file: int, places: Sequence[_Place], form: Form) -> list[Tensor]:
+    """Reads a run's tensors into host memory: for each kind, in its dtype, (entries, *shape).
+
+    Args:
+        file: descriptor of the weights file.
+        places: where it holds the entries of the run.
+        form: of each entry.
+
+    Raises:
+        OSError, EOFError: the file cannot be read, or ends before a tensor does.
+    """
+    first = places[0]
+    shapes = [shape for _, shape in form.tensors]
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, first.dtypes, strict=True)]
+    read = [torch.empty(len(places), size, dtype=torch.uint8) for size in sizes]
+    arrays = [tensor.numpy() for tensor in read]
+    # An entry's tensors mostly lie one after the other: such neighbours take one call.
+    neighbours: list[list[int]] = []
+    for kind in sorted(range(len(sizes)), key=first.starts.__getitem__):
+        last = neighbours[-1][-1] if neighbours else None
+        if last is not None and first.starts[last] + sizes[last] == first.starts[kind]:
+            neighbours[-1].append(kind)
+        else:
+            neighbours.append([kind])
+    calls = [(kinds, sum(sizes[kind] for kind in kinds)) for kinds in neighbours]
+    for entry, place in giving_way(enumerate(places)):
+        for kinds, size in calls:
+            if os.preadv(file, [arrays[kind][entry] for kind in kinds], place.starts[kinds[0]]) != size:
+                raise EOFError("ends before its tensors do")
+    return [
+        tensor.view(dtype).view(-1, *shape) for tensor, dtype, shape in zip(read, first.dtypes, shapes, strict=True)
+    ]
 
 
-def _mapped(file: Path, header: Header) -> tuple[Tensor, Mapping[str, int]]:
-    """The bytes of a checked file, mapped into memory, and the offset of each tensor's first byte."""
+def _starts(file: int, header: Header) -> Mapping[str, int]:
+    """Offset of each tensor's first byte in a file."""
     sizes = [math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in header.values()]
-    try:
-        with file.open("rb") as opened:
-            body = 8 + int.from_bytes(opened.read(8), "little")
-        if file.stat().st_size != body + sum(sizes):
-            raise DataLoss("is not what it was when it was checked", field=file.name)
-        data = torch.from_file(str(file), shared=False, size=body + sum(sizes), dtype=torch.uint8)
-    except (OSError, RuntimeError) as error:
-        raise DataLoss(str(error), field=file.name) from error
-    return data, dict(zip(header, accumulate(sizes, initial=body), strict=False))
+    body = 8 + int.from_bytes(os.pread(file, 8, 0), "little")
+    return dict(zip(header, accumulate(sizes, initial=body), strict=False))
 
 
 NormTerms = Callable[[Sequence[int], str, Tensor], tuple[Tensor, Tensor]]
@@ -116,15 +133,11 @@ def load_kernels(
     """
     for module, shape in shapes.items():
         form = Form(8, shape, has_c=True, has_bias=False)
-        sizes = [math.prod(shape) * torch.bfloat16.itemsize for _, shape in form.tensors]
-        *starts, entry_bytes = accumulate(sizes, initial=0)
         for entries in (1, 2, _most_entries(form)):
             blocks = [Block(module, range(entries), form, 0)]
-            at = [tuple(start + entry_bytes * i for start in starts) for i in range(entries)]
-            places = [_Place(1.0, (torch.bfloat16,) * len(sizes), starts) for starts in at]
-            data = torch.zeros(entries * entry_bytes, dtype=torch.uint8)
+            read = [torch.zeros(entries, *shape, dtype=torch.bfloat16) for _, shape in form.tensors]
             storage = allocate(blocks, dtype, device)
-            _compile_run(data, places, form, blocks[0].entries(storage), partial(norm_terms, [0] * entries, module))
+            _compile_run(read, 1.0, blocks[0].entries(storage), partial(norm_terms, [0] * entries, module))
             is_finite(storage)
 
 
@@ -134,24 +147,18 @@ def _most_entries(form: Form) -> int:
 
 
 def _compile_run(
-    data: Tensor,
-    places: Sequence[_Place],
-    form: Form,
-    to: Entry,
-    norm_terms: Callable[[Tensor], tuple[Tensor, Tensor]],
+    read: Sequence[Tensor], scale: float, to: Entry, norm_terms: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> None:
-    """Reads the entries of a run, computes them in fp32, and writes them in the activations' dtype.
+    """Computes the entries of a run in fp32, and writes them in the activations' dtype.
 
     Args:
-        data: the file's bytes.
-        places: where these hold the entries.
-        form: of each entry.
-        to: where to write; the entries lie along a first dimension.
+        read: the entries' tensors as `_read` returns them.
+        scale: factor of B A x.
+        to: where to write, on the device; the entries lie along a first dimension.
         norm_terms: `Base.norm_terms` of the layers that the entries are at, as a function of their A.
     """
     give_way()
-    a, b, *rest = (_read(data, places, i, shape, to.A.device) for i, (_, shape) in enumerate(form.tensors))
-    scale = places[0].scale
+    a, b, *rest = (_on_device(tensor, to.A.device) for tensor in read)
     if to.c is not None:
         give_way()
         squares, products = norm_terms(a)
@@ -170,8 +177,15 @@ def _compile_run(
         to.bias.copy_(rest[0].mul_(scale))
 
 
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in fp32 on the device, whose values may be changed."""
+    there = tensor.to(device)
+    give_way()
+    return there.float()
+
+
 def compile_adapter(
-    file: Path,
+    weights: WeightsFile,
     config: AdapterConfig,
     header: Header,
     layout: Layout,
@@ -187,7 +201,7 @@ def compile_adapter(
     """Reads a checked file, computes each entry in fp32 and casts it.
 
     Args:
-        file: the adapter's weights, in the safetensors format.
+        weights: the adapter's, in the safetensors format.
         config: the adapter's.
         header, layout: as `checked_header` and `layout_of` gave them for this file.
         stack: the layers that the file's layer numbers count.
@@ -199,26 +213,29 @@ def compile_adapter(
 
     Raises:
         FailedPrecondition: a tensor holds NaN or infinity, or its values do in `dtype`.
-        DataLoss: the file cannot be read.
+        DataLoss: the file cannot be read, or is written to meanwhile.
     """
     give_way()
-    data, starts = _mapped(file, header)
     paths = {key: f"{prefix}.{key[0]}.{key[1]}" for key in layout}
-    places = {key: _place(paths[key], form, config, header, starts) for key, form in giving_way(layout.items())}
-    blocks = blocks_of(layout, sorted(layout, key=lambda key: places[key].starts))
-    storage = allocate(blocks, dtype, device)
     done = 0
-    for block in blocks:
-        whole = block.entries(storage)
-        found = [places[position, block.module] for position in block.positions]
-        for run in _runs(found, _most_entries(block.form)):
-            part = slice(run.start, run.stop)
-            layers = [stack[position] for position in block.positions[part]]
-            to = Entry._make(None if views is None else views[part] for views in whole)
-            _compile_run(data, found[part], block.form, to, partial(norm_terms, layers, block.module))
-            done += len(run)
-            if progress is not None:
-                progress("compile", done, len(layout))
+    with weights.opened() as file:
+        starts = _starts(file, header)
+        places = {key: _place(paths[key], form, config, header, starts) for key, form in giving_way(layout.items())}
+        blocks = blocks_of(layout, sorted(layout, key=lambda key: places[key].starts))
+        storage = allocate(blocks, dtype, device)
+        for block in blocks:
+            whole = block.entries(storage)
+            found = [places[position, block.module] for position in block.positions]
+            for run in _runs(found, _most_entries(block.form)):
+                part = slice(run.start, run.stop)
+                layers = [stack[position] for position in block.positions[part]]
+                to = Entry._make(None if views is None else views[part] for views in whole)
+                give_way()
+                read = _read(file, found[part], block.form)
+                _compile_run(read, found[run.start].scale, to, partial(norm_terms, layers, block.module))
+                done += len(run)
+                if progress is not None:
+                    progress("compile", done, len(layout))
     give_way()
     if not is_finite(storage):
         entries = entries_of(storage, blocks)

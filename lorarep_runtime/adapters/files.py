@@ -15,9 +15,10 @@ from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.header import Header, checked_header, layout_of, most_file_bytes
 from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterConfig
+from lorarep_runtime.adapters.weights_file import WeightsFile
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.device.gil import give_way
-from lorarep_runtime.errors import DataLoss, InvalidArgument, NotFound
+from lorarep_runtime.errors import InvalidArgument, NotFound
 from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.files import file_digest
 from lorarep_runtime.hub.snapshot import Snapshot, fetch
@@ -43,13 +44,17 @@ class CheckedFiles:
     """An adapter's files that fit the base, and their contents but for the weights."""
 
     snapshot: Snapshot
+    weights: WeightsFile
     config: AdapterConfig
     header: Header
     layout: Layout
     stack: Stack
     """The stack that the weights are for."""
     digest: Future[str]
-    """SHA-256 of the weights file, computed concurrently with whatever follows; DataLoss if it cannot be read."""
+    """SHA-256 of the weights file, computed concurrently with whatever follows.
+
+    DataLoss if it cannot be read, or is written to meanwhile.
+    """
 
 
 class AdapterFiles:
@@ -98,12 +103,12 @@ class AdapterFiles:
         snapshot = self.fetch(source, revision, progress, stack=stack, trusted=trusted)
         if progress is not None:
             progress("check", 0, 0)
-        weights = snapshot.folder / WEIGHTS_FILE
+        weights = WeightsFile.at(snapshot.folder / WEIGHTS_FILE)
         config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(config, stack)
         layout = layout_of(config, walked, self.base.modules, self.base.prefix)
-        header = checked_header(weights, layout, self.base.prefix)
-        return CheckedFiles(snapshot, config, header, layout, walked, self._hashing.submit(_digest, weights))
+        header = checked_header(weights.path, layout, self.base.prefix)
+        return CheckedFiles(snapshot, weights, config, header, layout, walked, self._hashing.submit(_digest, weights))
 
     def fetch(
         self,
@@ -158,7 +163,7 @@ class AdapterFiles:
     def compile(self, checked: CheckedFiles, progress: Progress | None) -> Adapter:
         """Compiles checked files onto the base's device. Raises as `compile_adapter`."""
         return compile_adapter(
-            checked.snapshot.folder / WEIGHTS_FILE,
+            checked.weights,
             # Its patterns get their time anew: it may have waited since the check.
             replace(checked.config, deadline=time.monotonic() + MATCHING_SECONDS),
             checked.header,
@@ -233,11 +238,9 @@ class _Absent:
             raise NotFound(error.message, field=error.field)
 
 
-def _digest(file: Path) -> str:
-    try:
+def _digest(weights: WeightsFile) -> str:
+    with weights.opened() as file:
         return file_digest(file)
-    except OSError as error:
-        raise DataLoss(str(error), field=file.name) from error
 
 
 def read_config(file: Path) -> Mapping[str, object]:

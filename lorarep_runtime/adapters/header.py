@@ -131,7 +131,7 @@ class _Start:
 @lru_cache(KNOWN)
 def _header(start: _Start) -> Header:
     give_way(OPENING_SECONDS)
-    with safe_open(start.file, framework="pt") as opened:
+    with safe_open(start.file, framework="pt", backend="pread") as opened:  # not mapped: see `weights_file`
         header: dict[str, TensorInfo] = {}
         infos: dict[TensorInfo, TensorInfo] = {}
         for name in giving_way(opened.offset_keys()):

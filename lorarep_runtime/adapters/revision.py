@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorarep_runtime.adapters.files import WEIGHTS_FILE, AdapterFiles, CheckedFiles
+from lorarep_runtime.adapters.files import AdapterFiles, CheckedFiles
 from lorarep_runtime.adapters.resident import Resident, Tier
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.hub.snapshot import LOCAL
@@ -135,8 +135,8 @@ class Revision(Resident):
     def make(self, progress: Progress | None) -> Adapter:
         # Used once: layouts of thousands of adapters would be gigabytes.
         checked, self._checked = self._checked, None
-        if checked is not None and not (checked.snapshot.folder / WEIGHTS_FILE).exists():
-            checked = None  # the files have left the disk since
+        if checked is not None and not checked.weights.is_there:
+            checked = None  # the files have left the disk since, or are others
         if checked is None:
             checked = self._files.check(*self._source, self._stack_name, progress, trusted=True)
         adapter = self._files.compile(checked, progress)

@@ -55,13 +55,17 @@ DIGEST_BYTES = 4 << 20
 """Bytes of a file that are read and hashed at a time."""
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+def file_digest(file: Path | int) -> str:
+    """SHA-256 of a file, or of what an open descriptor has yet to read, in hexadecimal. Raises OSError."""
     # Not `hashlib.file_digest`, which reads 256 KiB at a time and takes Python's lock from others after each. Nor a
     # bytearray, which keeps that lock for some milliseconds while it is filled with zeros.
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file, mmap(-1, DIGEST_BYTES) as pages, memoryview(pages) as buffer:
-        while size := file.readinto(buffer):
+    with (
+        open(file, "rb", buffering=0, closefd=not isinstance(file, int)) as opened,
+        mmap(-1, DIGEST_BYTES) as pages,
+        memoryview(pages) as buffer,
+    ):
+        while size := opened.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
 

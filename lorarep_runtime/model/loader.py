@@ -1,7 +1,7 @@
 """Loading a base: a `transformers` causal model is read and quantized once, and its linear weights become shared ones.
 
-While a model is loaded two behaviours of `transformers` are changed for the whole process: its progress bar, and that
-it takes memory for the whole model at once.
+While a model is loaded three behaviours of `transformers` are changed for the whole process: its progress bar, that it
+takes memory for the whole model at once, and, for a CPU, that it leaves the weights in a map of their files.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def load_model(
         DataLoss: a file of weights is truncated or no safetensors file, named.
     """
     _check_weights(folder)
-    with _reporting(progress, "load" if quantization is None else "quantize"), _memory_as_needed():
+    with _reporting(progress, "load" if quantization is None else "quantize"), _memory_as_needed(), _read(device):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -188,3 +188,26 @@ def _memory_as_needed() -> Iterator[None]:
         yield
     finally:
         setattr(modeling_utils, name, taking)
+
+
+@contextmanager
+def _read(device: torch.device) -> Iterator[None]:
+    """Has weights that stay on the CPU read into memory of their own, by a patch of `transformers` for the process.
+
+    They would stay a map of their files, and who writes to these later would change the weights, or end the process by
+    SIGBUS. Its `disable_mmap` would hold the whole model twice.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    from transformers import modeling_utils  # imported where a model is loaded, as above
+
+    def read(file: Any, framework: str = "pt", device: str = "cpu", **_: Any) -> Any:
+        return safe_open(file, framework=framework, device=device, backend="pread")
+
+    mapping = modeling_utils.safe_open
+    modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapping

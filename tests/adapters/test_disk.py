@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_read_once_costs_one_request(
     limits = AdapterLimits(allow_repositories=("org/*",))
     engine = engine_for(base, cache_dir=tmp_path / "cache", limits=limits)
 
-    def fails(file: Path) -> str:
+    def fails(file: int) -> str:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as broken:

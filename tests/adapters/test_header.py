@@ -41,9 +41,9 @@ def test_every_prefix_of_a_file_is_data_loss(tmp_path: Path) -> None:
 def test_a_header_that_is_known_is_not_parsed_again_and_vouches_for_no_other_file(tmp_path: Path, monkeypatch) -> None:
     opened: list[Path] = []
 
-    def noted(file: Path, framework: str) -> safe_open:
+    def noted(file: Path, **how: str) -> safe_open:
         opened.append(file)
-        return safe_open(file, framework=framework)
+        return safe_open(file, **how)
 
     def read(name: str, content: bytes) -> Header:
         (tmp_path / name).write_bytes(content)
@@ -70,6 +70,22 @@ def test_a_header_that_is_known_is_not_parsed_again_and_vouches_for_no_other_fil
     assert [file.name for file in opened[-2:]] == ["says more", "too long to remember"]
     with pytest.raises(DataLoss, match="differs where nobody looked"):
         read("differs where nobody looked", whole.replace(b"[0, 8]", b"[0, 9]"))
+
+
+def test_a_file_is_not_mapped_while_its_header_is_read(tmp_path: Path, monkeypatch) -> None:
+    """Somebody who cuts a mapped file ends the process."""
+    file, maps = tmp_path / "file", []
+
+    def looked(file: Path, **how: str) -> safe_open:
+        opened = safe_open(file, **how)
+        maps.append(Path("/proc/self/maps").read_text())
+        return opened
+
+    monkeypatch.setattr(header, "safe_open", looked)
+    file.write_bytes(small())
+    header._header.cache_clear()
+    assert read_header(file, MOST)["a"].shape == (2,)
+    assert [str(file) in text for text in maps] == [False]
 
 
 def test_a_file_that_becomes_another_while_it_is_read_is_not_remembered(tmp_path: Path, monkeypatch) -> None:

@@ -74,7 +74,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = compile_adapter
     monkeypatch.setattr(
-        files, "compile_adapter", lambda file, *a, **k: seen.append(file.parent.name) or real(file, *a, **k)
+        files, "compile_adapter", lambda file, *a, **k: seen.append(file.path.parent.name) or real(file, *a, **k)
     )
     return seen
 

@@ -12,7 +12,7 @@ import pytest
 from lorarep.v1 import adapters_pb2
 
 from tests.faults.conftest import nothing_left
-from tests.support.callers import Bystander, adapters, load, refused, request, stream, unload
+from tests.support.callers import Bystander, adapters, load, loading, refused, request, stream, unload
 from tests.support.failpoints import HUB_SECONDS, Failpoints
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import save_adapter
@@ -106,6 +106,49 @@ def test_device_memory_that_is_short_while_loading_leaves_what_is_loaded(
     failpoints.set("adapter", "once out-of-memory")
     assert load(server, "plain", "org/plain").tier == ON_DEVICE
     unload(server, "plain")
+
+
+def test_the_bases_file_may_be_written_to_once_the_server_is_ready(
+    server: Server, bystander: Bystander, world: World
+) -> None:
+    (link,) = world.cache.glob("models--org--base/snapshots/*/model.safetensors")
+    content = link.read_bytes()
+    try:
+        os.truncate(link, 0)
+        bystander.recover()
+    finally:
+        link.resolve().write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "overwritten"])
+def test_weights_that_are_written_to_while_they_are_loaded_end_that_load_alone(
+    server: Server, bystander: Bystander, failpoints: Failpoints, world: World, tmp_path: Path, how: str
+) -> None:
+    """As `cp` over a served folder does; a mapped file that is cut ends the process."""
+    repository = f"org/{tmp_path.name[:60]}"
+    asked = dict(r=64, target_modules=["q_proj", "up_proj", "down_proj"])
+    world.hub.publish(repository, save_adapter(world.base, tmp_path / "new", seed=5, **asked))
+    load(server, "before", repository)
+    alone = server.generation.Generate(request("x", "before")).token_ids
+    (link,) = world.cache.glob(f"models--{repository.replace('/', '--')}/snapshots/*/{WEIGHTS}")
+    file, content = link.resolve(), link.read_bytes()
+    failpoints.set("load-compile", "hold")
+    call = loading(server, "new", repository)
+    failpoints.wait_reached("load-compile")
+    if how == "cut":
+        os.truncate(file, 0)
+    else:
+        with file.open("r+b") as opened:
+            opened.write(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    failpoints.unset("load-compile")
+    refused(lambda: list(call), "DATA_LOSS", WEIGHTS)
+    assert "new" not in adapters(server)
+    assert server.generation.Generate(request("x", "before")).token_ids == alone
+    file.write_bytes(content)
+    assert load(server, "new", repository).tier == ON_DEVICE
+    assert server.generation.Generate(request("x", "new")).token_ids == alone
+    for name in ("before", "new"):
+        unload(server, name)
 
 
 def test_an_adapter_in_use_finishes_when_it_is_unloaded_and_evicted(

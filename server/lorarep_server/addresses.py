@@ -18,9 +18,11 @@ def parse_address(address: str) -> tuple[str, int]:
     """The host and the port of "HOST:PORT". An empty host stands for every interface.
 
     Raises:
-        ValueError: the port is not a number.
+        ValueError: there is no port, it is no number of 16 bits, or an IPv6 host has no brackets.
     """
     host, port = split_address(address)
+    if ":" not in address or not 0 <= int(port) < 1 << 16 or (":" in host and not address.startswith("[")):
+        raise ValueError(f"{address!r} is not HOST:PORT")
     return host, int(port)
 
 

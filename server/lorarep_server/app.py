@@ -209,4 +209,10 @@ class App:
             await self._admission.finished(LAST_WRITES)
         if self._engine is not None:
             await run_apart(self._engine.stop, LAST_WRITES)
-            log.info("ended with %d pages in use", self._engine.stats().pages_used)
+            # Pages that calls still hold, which had not ended in time. They go with the process.
+            log.info("ended: %s", _held(self._engine.stats().pages_used))
+
+
+def _held(pages: int) -> str:
+    """What calls have left at the end."""
+    return f"calls that did not end in time hold {pages} pages of keys and values" if pages else "no call holds pages"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from lorarep_runtime.errors import InvalidArgument
+from lorarep_server.addresses import parse_address
 from lorarep_server.config import MAX_MESSAGE, ServerConfig
 from lorarep_server.connections import close_connections
 from lorarep_server.http_port import HttpPort
@@ -162,4 +164,18 @@ def _bind(server: grpc.aio.Server, field: str, address: str, credentials: grpc.S
             return server.add_insecure_port(address)
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise InvalidArgument(f"cannot serve at {address!r}", field=field) from error
+        # gRPC says no reason.
+        raise InvalidArgument(f"cannot serve at {address!r}{_reason(address)}", field=field) from error
+
+
+def _reason(address: str) -> str:
+    """Why nothing can listen at an address, as an end of a message; nothing where that cannot be found out."""
+    try:
+        host, port = parse_address(address)
+        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        with socket.create_server((host, port), family=family):
+            return ""
+    except OSError as error:
+        return f": {(error.strerror or str(error)).lower()}"
+    except ValueError:
+        return ""

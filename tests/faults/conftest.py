@@ -68,7 +68,7 @@ def nothing_left(server: Server, failpoints: Failpoints) -> Iterator[Bystander]:
 def assert_nothing_left_at_the_end(server: Server) -> None:
     """Asserts by its log that a server that has ended held no pages."""
     assert server.process.poll() is not None
-    wait_for(lambda: any("ended with 0 pages in use" in line for line in server.log), "the last line of the log")
+    wait_for(lambda: any("ended: no call holds pages" in line for line in server.log), "the last line of the log")
 
 
 @pytest.fixture(scope="session")

@@ -439,6 +439,11 @@ def test_the_command_line_brings_certificate_and_token(secured: Secured, tmp_pat
     healthy = lorarep("health", *at)
     assert (healthy.returncode, healthy.stdout) == (0, "SERVING\n"), healthy.stderr
     assert lorarep("health", f"--server={secured.server.address}", "--timeout=2").returncode == 1
+    missing = lorarep("generate", *at, "the quick").stderr
+    assert missing.startswith("Error: UNAUTHENTICATED: ")
+    assert missing.endswith(" (--token-file or LORAREP_TOKEN gives one)\n")
+    wrong = lorarep("generate", *at, "the quick", env={"LORAREP_TOKEN": "x"}).stderr
+    assert wrong == "Error: UNAUTHENTICATED: authorization: the token is not known (LORAREP_TOKEN gave it)\n"
     user = [*at, f"--token-file={tmp_path}/user"]
     generated = lorarep("generate", *user, "--max-new-tokens=4", "the quick")
     assert generated.returncode == 0, generated.stderr

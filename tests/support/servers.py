@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -32,11 +33,12 @@ OPENAI_PORT = re.compile(r"OpenAI's API on port (\d+)")
 class Server:
     """A server process, its log, and stubs of its services."""
 
-    def __init__(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path | None) -> None:
         ports = ("--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0")
         self.process = subprocess.Popen(
             [*LORAREP, "serve", *ports, *arguments],
             env={**os.environ, **env},
+            cwd=cwd,
             stderr=subprocess.PIPE,
             text=True,
             errors="backslashreplace",
@@ -122,9 +124,11 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) 
 
 
 @contextmanager
-def serving(arguments: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    arguments: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Iterator[Server]:
     """A server that listens while the context lasts. It is killed at the end."""
-    server = Server(arguments, env or {})
+    server = Server(arguments, env or {}, cwd)
     try:
         yield server
     finally:
@@ -164,11 +168,14 @@ class OnTerminal:
         return status
 
 
-def lorarep(*arguments: str, env: Mapping[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def lorarep(
+    *arguments: str, env: Mapping[str, str] | None = None, stdin: str = "", cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""
     return subprocess.run(
         [*LORAREP, *arguments],
         env={**os.environ, **(env or {})},
+        cwd=cwd,
         input=stdin,
         capture_output=True,
         text=True,

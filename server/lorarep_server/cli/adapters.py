@@ -30,7 +30,7 @@ def _adapter_service(connection: Connection) -> Iterator[adapters_pb2_grpc.Adapt
 
 
 @adapters.command()
-@click.argument("adapter", type=AdapterSourceType())
+@click.argument("adapter", type=AdapterSourceType(here=False))
 @option("--stack", help="Named stack that the adapter's layer numbers count.")
 @option("--pinned/--not-pinned", default=None, show_default="as it is", help="Never leave the device for others.")
 @option("--priority", type=int, show_default="as it is", help="Of those not pinned, the lowest leaves first.")

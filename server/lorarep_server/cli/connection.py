@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorarep_server.cli.options import option
+from lorarep_server.cli.options import Address, option
 
 if TYPE_CHECKING:
     import grpc
@@ -47,7 +47,16 @@ class Connection:
                 yield channel
             except grpc.RpcError as error:
                 status: Any = error
-                raise click.ClickException(f"{status.code().name}: {status.details()}") from error
+                raise click.ClickException(
+                    f"{status.code().name}: {status.details()}{self._hint(status.code())}"
+                ) from error
+
+    def _hint(self, code: grpc.StatusCode) -> str:
+        """What an operator may do about a status."""
+        if code.name != "UNAUTHENTICATED":
+            return ""
+        given = TOKEN_VARIABLE if self.token_file is None else "--token-file"
+        return f" ({given} gave it)" if self.metadata else f" (--token-file or {TOKEN_VARIABLE} gives one)"
 
     def _channel(self) -> grpc.Channel:
         import grpc
@@ -76,7 +85,7 @@ class Connection:
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     """Decorates a command with the connection flags, which it receives as its argument `connection`."""
 
-    @option("--server", metavar="HOST:PORT", default="127.0.0.1:50051", help="The server.")
+    @option("--server", type=Address(), default="127.0.0.1:50051", help="The server.")
     @option("--tls-ca", type=FILE, help="PEM file of the authorities that the server's certificate may be from.")
     @option("--tls-certificate", type=FILE, help="PEM file of an own certificate chain.")
     @option("--tls-key", type=FILE, help="PEM file of its key.")

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorarep_server.sources import AdapterSource, split_revision
+from lorarep_server.addresses import parse_address
+from lorarep_server.sources import AdapterSource, found_here, split_here, split_revision
 
 if TYPE_CHECKING:
     from lorarep_runtime.model.stack import Stack
 
 option = partial(click.option, show_default=True, show_envvar=True)
 
+GRPC_SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "vsock:", "xds:")
+"""What addresses in gRPC's own notation begin with."""
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{infix}B": factor ** (power + 1)
     for infix, factor in (("", 1000), ("I", 1024))
@@ -37,10 +40,42 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class Address(click.ParamType):  # type: ignore[type-arg]
+    """Where a server listens, or is: HOST:PORT, or an address in gRPC's own notation."""
+
+    name = "HOST:PORT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        address = str(value)
+        try:
+            if not address.startswith(GRPC_SCHEMES):
+                parse_address(address)
+        except ValueError:
+            port = address if address.isdigit() else "50051"
+            self.fail(f"{address!r} is not HOST:PORT, such as 127.0.0.1:{port} or [::1]:{port}", param, ctx)
+        return address
+
+
+class BaseSourceType(click.ParamType):  # type: ignore[type-arg]
+    """The base: a folder that exists, or a Hub repository."""
+
+    name = "SOURCE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return found_here(str(value))
+
+
 class AdapterSourceType(click.ParamType):  # type: ignore[type-arg]
-    """An adapter to load, written NAME=SOURCE[@REVISION]."""
+    """An adapter to load, written NAME=SOURCE[@REVISION].
+
+    Args:
+        here: whether it is loaded on this machine, so that a folder that exists goes before a repository of its name.
+    """
 
     name = "NAME=SOURCE[@REVISION]"
+
+    def __init__(self, *, here: bool) -> None:
+        self._split = split_here if here else split_revision
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AdapterSource:
         if isinstance(value, AdapterSource):
@@ -48,7 +83,7 @@ class AdapterSourceType(click.ParamType):  # type: ignore[type-arg]
         name, equals, source = value.partition("=")
         if not (name and equals and source):
             self.fail(f"{value!r} is not NAME=SOURCE[@REVISION]", param, ctx)
-        return AdapterSource(name, *split_revision(source))
+        return AdapterSource(name, *self._split(source))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from lorarep_runtime.config import PAGE_TOKENS, AdapterLimits, BaseConfig, DType, Quantization
-from lorarep_server.cli.options import ByteSize, NamedStack, StackType, option
-from lorarep_server.sources import AdapterSource, is_folder, split_revision
+from lorarep_server.cli.folders import check_folders
+from lorarep_server.cli.options import BaseSourceType, ByteSize, NamedStack, StackType, option
+from lorarep_server.sources import AdapterSource, is_folder, split_here
 
 if TYPE_CHECKING:
     from lorarep_runtime.model.footprint import Footprint
@@ -26,7 +27,7 @@ class OptionalNameType(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AdapterSource:
         name, equals, source = value.partition("=")
-        repository, revision = split_revision(source if equals else value)
+        repository, revision = split_here(source if equals else value)
         if not repository or not name:
             self.fail(f"{value!r} is not [NAME=]SOURCE[@REVISION]", param, ctx)
         default = Path(repository).name if is_folder(repository) else repository
@@ -34,7 +35,7 @@ class OptionalNameType(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command()
-@option("--base", required=True, help="Hub repository or folder of the base.")
+@option("--base", type=BaseSourceType(), required=True, help="Hub repository or folder of the base.")
 @option("--revision", help="Branch, tag or commit of the base.")
 @option("--adapter", type=OptionalNameType(), multiple=True, help="Adapter to count.")
 @option("--stack", type=StackType(), multiple=True, help="Named stack, such as deep=0-24,8-32, or a mergekit recipe.")
@@ -73,6 +74,7 @@ def count(
         LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `layout_of`, `checked_header` and
             `NamedStack.resolve`.
     """
+    check_folders(base.base, "config", [adapter.source for adapter in adapters])
     from lorarep_runtime.hub.snapshot import fetch
     from lorarep_runtime.model.footprint import quantization_kind
     from lorarep_runtime.model.model_config import read_model_config

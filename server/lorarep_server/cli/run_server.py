@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,11 +16,17 @@ from lorarep_runtime.config import EngineConfig
 from lorarep_server.app import App
 from lorarep_server.cli.options import NamedStack
 from lorarep_server.cli.progress_bars import ProgressBars
+from lorarep_server.cli.progress_log import ProgressLog
 from lorarep_server.config import ServerConfig
 
 if TYPE_CHECKING:
     from lorarep_runtime.engine.engine import Engine
     from lorarep_runtime.progress import Progress
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status of a process that Ctrl-C has ended."""
 
 
 def run(config: EngineConfig, stacks: Sequence[NamedStack], server: ServerConfig) -> int:
@@ -26,12 +35,23 @@ def run(config: EngineConfig, stacks: Sequence[NamedStack], server: ServerConfig
     Raises:
         LorarepError: the server cannot be started.
     """
-    progress = ProgressBars()
+    progress: Progress = ProgressBars() if sys.stderr.isatty() else ProgressLog()
 
     async def until_stopped() -> int:
         app = App(server, partial(load_engine, config, stacks, progress), progress)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, app.stop)
+        interrupted = False
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            if interrupted:
+                os._exit(INTERRUPTED)  # whatever runs
+            interrupted = True
+            log.info("interrupted; a second Ctrl-C ends the server at once")
+            app.stop()
+
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, app.stop)
+        loop.add_signal_handler(signal.SIGINT, interrupt)
         return await app.run()
 
     return asyncio.run(until_stopped())

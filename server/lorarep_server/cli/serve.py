@@ -12,7 +12,16 @@ import click
 
 from lorarep_runtime.config import AdapterLimits, BaseConfig, DType, EngineConfig, Quantization, SchedulerConfig
 from lorarep_server.cli.config_file import read_config
-from lorarep_server.cli.options import AdapterSourceType, ByteSize, NamedStack, StackType, option
+from lorarep_server.cli.folders import check_folders
+from lorarep_server.cli.options import (
+    AdapterSourceType,
+    Address,
+    BaseSourceType,
+    ByteSize,
+    NamedStack,
+    StackType,
+    option,
+)
 from lorarep_server.config import ServerConfig
 from lorarep_server.sources import AdapterSource
 from lorarep_server.telemetry.log import logging_in_a_thread
@@ -34,7 +43,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     callback=read_config,
     help="YAML file; its keys are the flags' names. Flags and environment variables come first.",
 )
-@option("--base", required=True, help="Hub repository or folder of the base.")
+@option("--base", type=BaseSourceType(), required=True, help="Hub repository or folder of the base.")
 @option("--revision", help="Branch, tag or commit of the base.")
 @option(
     "--quantization",
@@ -56,7 +65,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @option("--device", default=BaseConfig.device, help="Torch device.")
 @option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Hub cache.")
 @option("--stack", type=StackType(), multiple=True, help="Named stack, such as deep=0-24,8-32, or a mergekit recipe.")
-@option("--adapter", type=AdapterSourceType(), multiple=True, help="Adapter to load before the server is ready.")
+@option(
+    "--adapter", type=AdapterSourceType(here=True), multiple=True, help="Adapter to load before the server is ready."
+)
 @option(
     "--adapters-file",
     type=FILE,
@@ -109,22 +120,22 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     show_default="most of what is left; 1GiB on a CPU",
     help="Device memory for keys and values.",
 )
-@option("--listen", metavar="HOST:PORT", default=ServerConfig.listen, help="Where gRPC is served.")
+@option("--listen", type=Address(), default=ServerConfig.listen, help="Where gRPC is served.")
 @option(
     "--metrics-listen",
-    metavar="HOST:PORT",
+    type=Address(),
     default=ServerConfig.metrics_listen,
     help="Where Prometheus metrics are served.",
 )
 @option(
     "--health-listen",
-    metavar="HOST:PORT",
+    type=Address(),
     show_default="with gRPC alone",
     help="Where health is served besides, in plain text, for probes that speak no TLS.",
 )
 @option(
     "--openai-listen",
-    metavar="HOST:PORT",
+    type=Address(),
     show_default="nowhere",
     help="Where OpenAI's HTTP API is served, and a page to look at.",
 )
@@ -166,6 +177,7 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
     )
     server = ServerConfig(**_fields_of({**given, "adapters": adapter}, ServerConfig))
     with logging_in_a_thread(log_level):
+        check_folders(config.base.base, "base", [one.source for one in adapter])
         from lorarep_server.cli.run_server import run  # takes longer to import than flags to be refused
 
         status = run(config, stack, server)

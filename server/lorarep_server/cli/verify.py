@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from lorarep_runtime.config import AdapterLimits, BaseConfig, DType, EngineConfig, Quantization, SchedulerConfig
-from lorarep_server.cli.options import option
-from lorarep_server.sources import split_revision
+from lorarep_server.cli.folders import check_folders
+from lorarep_server.cli.options import BaseSourceType, option
+from lorarep_server.sources import split_here
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ class Comparison:
 
 
 @click.command()
-@option("--base", required=True, help="Hub repository or folder of the base.")
+@option("--base", type=BaseSourceType(), required=True, help="Hub repository or folder of the base.")
 @option("--revision", help="Branch, tag or commit of the base.")
 @option("--adapter", required=True, metavar="SOURCE[@REVISION]", help="Hub repository or folder of the adapter.")
 @option("--quantization", type=click.Choice(get_args(Quantization)), default=BaseConfig.quantization)
@@ -61,6 +62,8 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
     The reference is `transformers` with physically stacked layers, under PEFT where that is installed. Ends with status
     1 if the two differ by more than rounding explains.
     """
+    source, revision = split_here(adapter)
+    check_folders(given["base"], "base", [source])
     from lorarep_runtime.adapters.files import CONFIG_FILE, read_config
     from lorarep_runtime.adapters.peft_config import AdapterConfig
     from lorarep_runtime.engine.engine import Engine
@@ -71,7 +74,6 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
     # 1. Answer the prompts with lorarep.
     progress = ProgressBars()
     engine = Engine(EngineConfig(BaseConfig(**given), scheduler=SchedulerConfig(kv_bytes=1 << 30)), progress)
-    source, revision = split_revision(adapter)
     info = engine.adapters.load("adapter", source, revision, trusted=True, progress=progress)
     answered = _answered(engine, prompt or PROMPTS, max_new_tokens)
     # 2. Build the reference of the same revision.

@@ -20,7 +20,7 @@ import yaml
 from lorarep_runtime.adapters.peft_config import check_name
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.loading.load_queue import LoadRequest
-from lorarep_server.sources import is_folder
+from lorarep_server.sources import found_here, is_folder
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _adapter(name: object, entry: object) -> DesiredAdapter:
             raise InvalidArgument(f"{value!r} has to be {description}", field=key)
     if "repository" not in entry:
         raise InvalidArgument("is missing", field="repository")
-    adapter = DesiredAdapter(name, **entry)
+    adapter = DesiredAdapter(name, **{**entry, "repository": found_here(entry["repository"])})
     if not is_folder(adapter.repository):
         check_allowed(adapter.repository, ("*",))
     if adapter.priority not in PRIORITIES:

@@ -80,7 +80,7 @@ class App:
         self._traces = Traces(config.traces_endpoint)
         self._load_queue = LoadQueue(self._metrics)
         self._reconciler = Reconciler(config.adapters_file, self._load_queue)
-        self._admission = Admission(config.max_calls, lambda: most_bytes(self.engine().max_tokens))
+        self._admission = Admission(config.max_calls, lambda: most_bytes(self.engine().max_tokens), self._metrics)
         self._frontend = Frontend(
             self.engine,
             self._load_queue,

@@ -50,6 +50,7 @@ def test_callers_that_leave_stay_calls_under_way_until_their_work_ends(world: Wo
         own.unset("admission")
         wait_for(lambda: code(server, SECONDS) == "OK", "an answer")
         server.wait_idle()
+        assert server.metrics()["lorarep_requests_finished_total{reason=resource_exhausted}"] > 1
 
 
 def test_a_server_ends_in_time_whatever_its_threads_do(world: World, own: Failpoints) -> None:

@@ -54,6 +54,7 @@ def test_sigterm_lets_streams_finish_and_takes_no_more(world: World, tmp_path: P
         with pytest.raises(grpc.RpcError) as error:
             server.generation.Generate(request("abc"))
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.metrics()["lorarep_requests_finished_total{reason=unavailable}"] == 1
         failpoints.unset("step")
         assert sum(len(message.chunk.token_ids) for message in call) == 400
         assert server.process.wait(SECONDS) == 0
@@ -83,6 +84,7 @@ def test_sigterm_during_a_stalled_start(world: World) -> None:
             with pytest.raises(grpc.RpcError) as error:
                 server.generation.Generate(request("abc"))
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert server.metrics()["lorarep_requests_finished_total{reason=unavailable}"] == 1
             assert server.stop() == 0
         finally:
             world.hub.stalled, world.hub.faulty = False, ""

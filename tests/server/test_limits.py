@@ -14,10 +14,11 @@ import openai
 import pytest
 from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import generation_pb2_grpc
+from lorarep.v1.generation_pb2 import GenerateStreamRequest, TokenizeRequest
 from lorarep_server.requests.event_stream import EventStream
 
 from lorarep_runtime.request import Output
-from tests.support.callers import request, stream
+from tests.support.callers import refused, request, stream
 from tests.support.servers import SECONDS, Server, serving, wait_for
 from tests.support.world import World
 
@@ -73,6 +74,34 @@ def test_over_http_a_full_queue_is_429_with_a_hint(small: Server) -> None:
         # A client that follows the hint gets an answer.
         assert client.completions.create(model="lora", prompt="x", max_tokens=4).choices
     small.wait_idle()
+
+
+def test_calls_that_are_refused_before_they_are_requests_are_counted(small: Server) -> None:
+    def counts() -> dict[str, float]:
+        prefix = "lorarep_requests_finished_total{reason="
+        return {
+            name.removeprefix(prefix)[:-1]: value for name, value in small.metrics().items() if name.startswith(prefix)
+        }
+
+    def change(before: dict[str, float]) -> dict[str, float]:
+        changes = {reason: count - before.get(reason, 0) for reason, count in counts().items()}
+        return {reason: count for reason, count in changes.items() if count}
+
+    before, bad_text = counts(), fmaas_pb2.GenerationRequest(text="x")
+    with small.openai() as client:
+        for fields in (dict(n=2), dict(extra_body={"unknown": 1})):
+            with pytest.raises(openai.BadRequestError):
+                client.completions.create(model="lora", prompt="x", **fields)
+    params = fmaas_pb2.Parameters(method="SAMPLE", sampling=fmaas_pb2.SamplingParameters(typical_p=0.5))
+    batch = fmaas_pb2.BatchedGenerationRequest(requests=[bad_text] * 3, params=params)
+    refused(lambda: small.fmaas.Generate(batch, timeout=SECONDS), "INVALID_ARGUMENT")
+    refused(lambda: list(small.generation.GenerateStream(GenerateStreamRequest())), "INVALID_ARGUMENT", "request")
+    assert change(before) == {"invalid_argument": 4}
+    before = counts()
+    # Once, where the request itself is refused; and not at all where none was meant.
+    refused(lambda: small.generation.Generate(request("x", "absent"), timeout=SECONDS), "NOT_FOUND")
+    refused(lambda: small.generation.Tokenize(TokenizeRequest(), timeout=SECONDS), "INVALID_ARGUMENT")
+    assert change(before) == {"not_found": 1}
 
 
 def test_over_http_a_reader_that_does_not_read_ends_alone(small: Server) -> None:

@@ -167,7 +167,7 @@ class OpenAI:
             # In a thread: each log-probability has its token decoded.
             return web.json_response(await asyncio.to_thread(response.whole, outputs, finished))
 
-        result = await self._admission.guard(f"POST {request.path}", work())
+        result = await self._admission.guard(f"POST {request.path}", work(), for_answer=True)
         if not isinstance(result, Status) or not stream.prepared:
             return _response(result, fields)
         try:

@@ -1,5 +1,7 @@
 """Admission of calls: a limit, the translation of errors to statuses, one log line a call, and an orderly end.
 
+Calls for answers are counted as requests, those too that are refused before they are one.
+
 Health and reflection pass no admission.
 """
 
@@ -17,6 +19,7 @@ from google.protobuf.message import DecodeError
 from lorarep_runtime.errors import Exhausted, InvalidArgument, Unavailable
 from lorarep_server.config import MAX_MESSAGE
 from lorarep_server.errors import Status, status_of
+from lorarep_server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,8 @@ T = TypeVar("T")
 OWN_SERVICES = ("/lorarep.v1.", "/fmaas.")
 ONE_PROMPT = "/lorarep.v1.GenerationService/"
 """The service whose requests have one prompt."""
+FOR_ANSWERS = ("Generate", "GenerateStream")
+"""Methods of both protocols whose calls are requests."""
 LONG_MESSAGE = 64 << 10
 """Bytes of a request over which it is parsed in a thread."""
 BYTES_OF_A_TOKEN = 64
@@ -43,14 +48,16 @@ def most_bytes(max_tokens: int) -> int:
 class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """The running calls of lorarep's and fmaas' services. Health and reflection are answered until the end."""
 
-    def __init__(self, max_calls: int, most_bytes: Callable[[], int]) -> None:
+    def __init__(self, max_calls: int, most_bytes: Callable[[], int], metrics: Metrics) -> None:
         """
         Args:
             max_calls: most concurrent calls; further calls are refused.
             most_bytes: gives the most bytes that a request of one prompt needs.
+            metrics: count calls for answers that fail before they are requests.
         """
         self._max_calls = max_calls
         self._most_bytes = most_bytes
+        self._metrics = metrics
         self._tasks: set[asyncio.Task[Any]] = set()
         self._none_left = asyncio.Event()
         self._none_left.set()
@@ -85,6 +92,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None or not method.startswith(OWN_SERVICES):
             return handler
         streams = handler.response_streaming
+        for_answer = method.rpartition("/")[2] in FOR_ANSWERS
         inner = handler.unary_stream if streams else handler.unary_unary
 
         async def handle(data: bytes, context: Any) -> Any:
@@ -101,7 +109,8 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return await inner(request, context)
 
         async def guarded(data: bytes, context: Any) -> Any:
-            result = await self.guard(method.removeprefix("/lorarep.v1.").removeprefix("/"), handle(data, context))
+            name = method.removeprefix("/lorarep.v1.").removeprefix("/")
+            result = await self.guard(name, handle(data, context), for_answer=for_answer)
             if isinstance(result, Status):
                 await context.abort(result.code, result.text, result.metadata)
             return result
@@ -110,11 +119,12 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         # Requests arrive as bytes and are parsed above: gRPC's own parser would report malformed ones as UNKNOWN.
         return wrap(guarded, None, handler.response_serializer)
 
-    async def guard(self, method: str, work: Coroutine[Any, Any, T]) -> T | Status:
+    async def guard(self, method: str, work: Coroutine[Any, Any, T], *, for_answer: bool = False) -> T | Status:
         """Runs a call's work in the current task, if it is admitted, and logs its outcome.
 
         Args:
             method: the name of the call in the log.
+            for_answer: whether the call is a request, which is counted.
 
         Returns:
             The result of the work, or the status of its error.
@@ -122,6 +132,8 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         started, code = time.monotonic(), "OK"
         task = asyncio.current_task()
         assert task is not None
+        if for_answer:
+            self._metrics.begin_call()
         try:
             self._admit(task)
             return await work
@@ -132,6 +144,8 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             else:
                 status = status_of(error)
             code = status.code.name
+            if for_answer:
+                self._metrics.refused(status.code)
             return status
         finally:
             log.info("%s %s %.0f ms", method, code, 1000 * (time.monotonic() - started))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 from grpc import StatusCode
@@ -33,6 +34,10 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 LOAD_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 
 
+_counted: ContextVar[list[str]] = ContextVar("counted")
+"""What the current call's requests were counted as. All tasks of a call share the list."""
+
+
 class Metrics:
     """The metrics that the server counts itself. Thread-safe."""
 
@@ -53,10 +58,19 @@ class Metrics:
             "lorarep_requests_finished", "Requests by what ended them.", ("reason",), registry=registry
         )
 
+    def begin_call(self) -> None:
+        """Says that the current task begins a call for answers. `refused` looks whether the call counts already."""
+        _counted.set([])
+
+    def refused(self, code: StatusCode) -> None:
+        """Counts the current call as a request that ended with an error, unless a request of it was counted."""
+        if not _counted.get([]):
+            self.failed(code)
+
     def finished(self, finished: Finished) -> None:
         """Counts a request that has finished, and its timings."""
         times = finished.timings
-        self._ended.labels(finished.reason.value).inc()
+        self._count(finished.reason.value)
         self._request.observe(times.total)
         self._first.observe(times.first_token)
         self._queue.observe(times.queued)
@@ -67,7 +81,11 @@ class Metrics:
 
     def failed(self, code: StatusCode) -> None:
         """Counts a request that ended with an error."""
-        self._ended.labels(code.name.lower()).inc()
+        self._count(code.name.lower())
+
+    def _count(self, reason: str) -> None:
+        self._ended.labels(reason).inc()
+        _counted.get([]).append(reason)
 
     def latencies(self) -> dict[str, dict[str, float]]:
         """Cumulative buckets of the time to the first token and of the mean time per output token.

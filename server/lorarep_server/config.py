@@ -43,6 +43,10 @@ class ServerConfig:
     """Seconds that running calls have to finish when the server is told to end."""
     max_calls: int = 4096
     """Most concurrent calls; further calls are refused."""
+    max_connections: int | None = None
+    """Most connections to the port of OpenAI's API. None is 512, or fewer where calls or open files are fewer."""
+    max_connections_per_address: int | None = None
+    """Most of them from one address; None is half of them. Behind a proxy all callers have the proxy's address."""
     max_unread: int = 1024
     """Most events of a stream that may wait for a slow reader for any time."""
     max_unread_seconds: float = 10.0

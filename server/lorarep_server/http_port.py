@@ -1,4 +1,7 @@
-"""One HTTP port: its connections are limited in number, and in the time that they may take to ask for something."""
+"""One HTTP port: its connections are limited in number, and in the time that they may take to ask for something.
+
+A connection is counted when it is accepted, before its TLS handshake.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.addresses import parse_address
+from lorarep_server.connections import ConnectionLimit
 
 REQUEST_SECONDS = 75.0
 """Seconds for a connection to send the head of its next request. Proxies keep idle connections for a minute."""
@@ -25,20 +30,20 @@ class HttpPort:
     def __init__(
         self,
         application: web.Application,
-        max_connections: int,
+        limit: ConnectionLimit,
         patience: float,
         request_seconds: float = REQUEST_SECONDS,
     ) -> None:
         """
         Args:
-            max_connections: most connections; further ones are closed at once. Those of one burst are counted late.
+            limit: of connections; those over it are closed at once.
             patience: seconds that requests have to finish when the port is closed.
             request_seconds: seconds for a connection to send the head of its next request.
         """
         application.middlewares.insert(0, self._counted)
         # A caller that leaves cancels its request.
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=patience, access_log=None)
-        self._max_connections = max_connections
+        self._limit = limit
         self._request_seconds = request_seconds
         self._since: dict[web.RequestHandler, float] = {}
         """When each connection without a request became one."""
@@ -46,24 +51,27 @@ class HttpPort:
         """Connections whose request is being handled."""
         self._server: asyncio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._tls: Callable[[], ssl.SSLContext] | None = None
+        self._handshakes: set[asyncio.Task[None]] = set()
         self.port = 0
 
-    async def open(self, address: str, field: str, context: ssl.SSLContext | None = None) -> None:
-        """Serves at an address, with TLS if there is a context.
+    async def open(self, address: str, field: str, tls: Callable[[], ssl.SSLContext] | None = None) -> None:
+        """Serves at an address.
 
         Args:
             field: the name of the address in errors.
+            tls: gives the context of a new connection; None serves plain text.
 
         Raises:
             InvalidArgument: the address cannot be used.
         """
         logging.getLogger("aiohttp.server").addFilter(_is_ours)
         await self._runner.setup()
-        handshake = None if context is None else HANDSHAKE_SECONDS
+        self._tls = tls
         try:
             host, port = parse_address(address)
             self._server = await asyncio.get_running_loop().create_server(
-                self._connection, host or None, port, ssl=context, ssl_handshake_timeout=handshake
+                lambda: _Connection(self._limit, self._take), host or None, port
             )
         except (OSError, ValueError, OverflowError) as error:
             await self._runner.cleanup()
@@ -76,12 +84,38 @@ class HttpPort:
         if self._server is not None and self._watch is not None:
             self._watch.cancel()
             self._server.close()
+            for handshake in self._handshakes:
+                handshake.cancel()
             await self._runner.cleanup()
 
-    def _connection(self) -> asyncio.Protocol:
+    def _take(self, connection: _Connection, transport: asyncio.Transport) -> None:
+        """Serves an accepted connection, after its handshake if there is TLS."""
+        if self._tls is None:
+            connection.serve(self._handler(), transport)
+            return
+        handshake = asyncio.create_task(self._shake_hands(connection, transport, self._tls()))
+        self._handshakes.add(handshake)
+        handshake.add_done_callback(self._handshakes.discard)
+
+    async def _shake_hands(
+        self, connection: _Connection, transport: asyncio.Transport, context: ssl.SSLContext
+    ) -> None:
+        encrypted = None
+        try:
+            with suppress(OSError):  # of the caller, and of TLS
+                encrypted = await asyncio.get_running_loop().start_tls(
+                    transport, connection, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS
+                )
+        finally:
+            if encrypted is None:
+                connection.connection_lost(None)
+        if encrypted is not None:
+            connection.serve(self._handler(), encrypted)
+
+    def _handler(self) -> web.RequestHandler:
         server = self._runner.server
         assert server is not None
-        return server() if len(server.connections) < self._max_connections else _Refusal()
+        return server()
 
     @web.middleware
     async def _counted(
@@ -106,11 +140,67 @@ class HttpPort:
             await asyncio.sleep(min(1, self._request_seconds / 4))
 
 
-class _Refusal(asyncio.Protocol):
-    """A connection too many."""
+class _Connection(asyncio.Protocol):
+    """A connection from its acceptance to its end, which is counted meanwhile. aiohttp serves it."""
+
+    def __init__(self, limit: ConnectionLimit, take: Callable[[_Connection, asyncio.Transport], None]) -> None:
+        """
+        Args:
+            limit: counts the connection; one too many is closed.
+            take: is told of a connection that is not; calls `serve`.
+        """
+        self._limit = limit
+        self._take = take
+        self._address: str | None = None
+        """Where a counted connection comes from."""
+        self._handler: web.RequestHandler | None = None
+        self._early: list[bytes] = []
+        """What has arrived behind the last message of a handshake."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
+        assert isinstance(transport, asyncio.Transport)
+        peer = transport.get_extra_info("peername")
+        address = str(peer[0]) if isinstance(peer, tuple) else ""
+        if not self._limit.enter(address):
+            transport.abort()
+            return
+        self._address = address
+        self._take(self, transport)
+
+    def serve(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        """Hands the connection over to aiohttp, unless it is lost already."""
+        if self._address is None:
+            return
+        self._handler = handler
+        handler.connection_made(transport)
+        for data in self._early:
+            handler.data_received(data)
+        self._early.clear()
+
+    def data_received(self, data: bytes) -> None:
+        if self._handler is None:
+            self._early.append(data)
+        else:
+            self._handler.data_received(data)
+
+    def eof_received(self) -> None:
+        if self._handler is not None:
+            self._handler.eof_received()
+
+    def pause_writing(self) -> None:
+        if self._handler is not None:
+            self._handler.pause_writing()
+
+    def resume_writing(self) -> None:
+        if self._handler is not None:
+            self._handler.resume_writing()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._address is not None:
+            self._limit.leave(self._address)
+            self._address = None
+        if self._handler is not None:
+            self._handler.connection_lost(error)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

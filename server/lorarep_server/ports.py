@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.addresses import parse_address
 from lorarep_server.config import MAX_MESSAGE, ServerConfig
-from lorarep_server.connections import close_connections
+from lorarep_server.connections import ConnectionLimit, close_connections, raise_descriptor_limit
 from lorarep_server.http_port import HttpPort
 from lorarep_server.tls import TlsFiles
 
@@ -28,6 +29,10 @@ GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.max_concurrent_streams", 1024),
+    # A connection says what it speaks at once, and goes when it has had no call for a while. Callers' libraries connect
+    # again by themselves.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),
     # A caller that has vanished is noticed within 90 seconds. A caller that pings too often is cut off.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -36,9 +41,40 @@ GRPC_OPTIONS = (
 )
 
 MAX_SCRAPERS = 64
-"""Most connections to the port of metrics."""
+"""Most connections to the port of metrics, and to the port of health alone."""
 MAX_CONNECTIONS = 512
-"""Most connections to the port of OpenAI's API, half of the descriptors that a process usually may have."""
+"""Most connections to the port of OpenAI's API where the configuration says nothing."""
+
+
+@dataclass(frozen=True)
+class PortLimits:
+    """Most connections of each port. All together leave a quarter of the process's descriptors to files."""
+
+    grpc: int
+    openai: int
+    openai_per_address: int
+    small: int
+    """Of the port of metrics, and of the port of health alone."""
+
+    @classmethod
+    def within(cls, descriptors: int, config: ServerConfig) -> PortLimits:
+        """The limits of a configuration for a process that may have so many open files and connections.
+
+        Raises:
+            InvalidArgument: more connections are configured than the process may have.
+        """
+        most = max(1, descriptors // 4)
+        openai = config.max_connections
+        if openai is None:
+            openai = min(MAX_CONNECTIONS, config.max_calls, most)
+        elif openai > most:
+            raise InvalidArgument(
+                f"{openai} connections need {4 * openai} open files, and this process may have {descriptors}: "
+                "raise its hard limit (ulimit -Hn)",
+                field="max_connections",
+            )
+        per_address = config.max_connections_per_address or _half(openai)
+        return cls(most, openai, per_address, max(1, min(MAX_SCRAPERS, descriptors // 8)))
 
 
 class Ports:
@@ -50,9 +86,10 @@ class Ports:
             config: the addresses and the TLS files.
 
         Raises:
-            InvalidArgument: the TLS files are not complete.
+            InvalidArgument: the TLS files are not complete, or the process may not have the connections.
         """
         self._config = config
+        self._limits = PortLimits.within(raise_descriptor_limit(), config)
         self._tls = _tls_files(config)
         self._grpc_servers: list[grpc.aio.Server] = []
         self._http_ports: list[HttpPort] = []
@@ -68,7 +105,7 @@ class Ports:
         Raises:
             InvalidArgument: the address or the TLS files cannot be used.
         """
-        server = grpc.aio.server(interceptors=interceptors, options=GRPC_OPTIONS)
+        server = grpc.aio.server(interceptors=interceptors, options=_grpc_options(self._limits.grpc))
         add_services(server)
         credentials = None if self._tls is None else self._tls.grpc_credentials()
         self.grpc = _bind(server, "listen", self._config.listen, credentials)
@@ -81,7 +118,7 @@ class Ports:
             InvalidArgument: the address cannot be used.
         """
         if (address := self._config.health_listen) is not None:
-            server = grpc.aio.server(options=GRPC_OPTIONS)
+            server = grpc.aio.server(options=_grpc_options(self._limits.small))
             add_services(server)
             self.health = _bind(server, "health_listen", address, None)
             self._grpc_servers.append(server)
@@ -103,7 +140,8 @@ class Ports:
 
         application = web.Application()
         application.router.add_get("/{path:.*}", scrape)
-        port = HttpPort(application, MAX_SCRAPERS, patience)
+        limit = ConnectionLimit(self._limits.small, _half(self._limits.small))
+        port = HttpPort(application, limit, patience)
         await port.open(self._config.metrics_listen, "metrics_listen")
         self._http_ports.append(port)
         self.metrics = port.port
@@ -120,8 +158,9 @@ class Ports:
         """
         if (address := self._config.openai_listen) is None:
             return
-        port = HttpPort(application(), min(self._config.max_calls, MAX_CONNECTIONS), patience)
-        await port.open(address, "openai_listen", None if self._tls is None else self._tls.context())
+        limit = ConnectionLimit(self._limits.openai, self._limits.openai_per_address)
+        port = HttpPort(application(), limit, patience)
+        await port.open(address, "openai_listen", None if self._tls is None else self._tls.contexts())
         self._http_ports.append(port)
         self.openai = port.port
 
@@ -146,6 +185,15 @@ class Ports:
             await server.stop(patience)
         for port in self._http_ports:
             await port.close()
+
+
+def _half(number: int) -> int:
+    return max(1, number // 2)
+
+
+def _grpc_options(max_connections: int) -> tuple[tuple[str, int], ...]:
+    """The options of a port of gRPC. The library counts its connections in all, not by address."""
+    return (*GRPC_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
 
 
 def _tls_files(config: ServerConfig) -> TlsFiles | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,21 @@ class TlsFiles:
         changed: Any = files.changed
         return grpc.dynamic_ssl_server_credentials(files.first, changed, self.client_ca is not None)
 
-    def context(self) -> ssl.SSLContext:
-        """A context for servers that use Python's own TLS. Raises InvalidArgument if the files cannot be used."""
+    def contexts(self) -> Callable[[], ssl.SSLContext]:
+        """Gives the context of each new connection. Raises InvalidArgument if the files cannot be used.
+
+        A session can be resumed with the context that it began with, and no other. So what changed files no longer
+        admit is not resumed either.
+        """
         files = WatchedFiles(self._paths(), self._context)
         newest = files.first
 
-        def renew(connection: ssl.SSLObject, name: str | None, first: ssl.SSLContext) -> None:
+        def context() -> ssl.SSLContext:
             nonlocal newest
             newest = files.changed() or newest
-            connection.context = newest
+            return newest
 
-        # The callback runs in each handshake, even if the caller names no server.
-        files.first.sni_callback = renew  # type: ignore[assignment]
-        return files.first
+        return context
 
     def _paths(self) -> list[Path]:
         return [path for path in (self.certificate, self.key, self.client_ca) if path is not None]

@@ -13,13 +13,14 @@ import pytest
 from aiohttp import web
 from lorarep.v1 import generation_pb2
 from lorarep_server.api import openai
+from lorarep_server.connections import ConnectionLimit
 from lorarep_server.http_port import HttpPort
 
 from lorarep_runtime.errors import DeadlineExceeded
 from tests.support.callers import Bystander, refused, request
 from tests.support.servers import SECONDS, Server
 
-HALF = b"GET / HTTP/1.1\r\nHost: x\r\n"
+HALF = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def application(seconds: float = 0) -> web.Application:
@@ -56,7 +57,7 @@ async def until_open(port: HttpPort, count: int) -> None:
 
 def test_connections_without_a_whole_request_are_closed_and_slow_answers_arrive() -> None:
     async def ask() -> None:
-        port = HttpPort(application(seconds=1.5), max_connections=10, patience=1, request_seconds=0.5)
+        port = HttpPort(application(seconds=1.5), ConnectionLimit(10, 10), patience=1, request_seconds=0.5)
         await port.open("127.0.0.1:0", "metrics_listen")
         try:
             for said in (b"", HALF):
@@ -75,7 +76,7 @@ def test_connections_without_a_whole_request_are_closed_and_slow_answers_arrive(
 
 def test_a_connection_too_many_is_closed_at_once() -> None:
     async def ask() -> None:
-        port = HttpPort(application(), max_connections=2, patience=1)
+        port = HttpPort(application(), ConnectionLimit(2, 2), patience=1)
         await port.open("127.0.0.1:0", "metrics_listen")
         try:
             async with connected(port), connected(port):
@@ -106,11 +107,11 @@ def test_a_body_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     async def ask() -> None:
         app = web.Application()
         app.router.add_post("/", read)
-        port = HttpPort(app, max_connections=2, patience=1)
+        port = HttpPort(app, ConnectionLimit(2, 2), patience=1)
         await port.open("127.0.0.1:0", "openai_listen")
         try:
             async with connected(port) as (reader, writer):
-                writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+                writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
                 assert (await asyncio.wait_for(reader.readline(), SECONDS)).startswith(b"HTTP/1.1 200")
         finally:
             await port.close()
@@ -123,11 +124,11 @@ def test_half_requests_take_no_threads_of_the_port_of_metrics(server: Server, by
     process, url = psutil.Process(server.process.pid), urllib.parse.urlsplit(server.metrics_url)
     before = process.num_threads()
     with contextlib.ExitStack() as held:
-        for _ in range(50):
+        for _ in range(30):
             connection = held.enter_context(socket.create_connection((url.hostname, url.port), timeout=SECONDS))
             connection.sendall(HALF)
         assert server.metrics()["lorarep_kv_pages"] > 0
-        assert process.num_threads() < before + 40
+        assert process.num_threads() < before + 25
 
 
 def test_a_request_longer_than_any_prompt_needs_is_refused_before_it_is_parsed(

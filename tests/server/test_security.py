@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -428,6 +429,44 @@ def test_certificates_of_the_port_of_openai_are_renewed_too(secured: Secured) ->
     finally:
         replace(secured.folder / "ca.crt", before)
     call()
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("name", ["openai", "grpc"])
+def test_no_session_outlives_the_authority_of_its_certificate(
+    secured: Secured, name: str, version: ssl.TLSVersion
+) -> None:
+    port = secured.server.openai_port if name == "openai" else parse_address(secured.server.address)[1]
+    before = (secured.folder / "ca.crt").read_bytes()
+    context = ssl.create_default_context(cadata=before.decode())
+    context.load_cert_chain(secured.folder / "caller.crt", secured.folder / "caller.key")
+    context.minimum_version = context.maximum_version = version
+    first = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    if name == "grpc":
+        context.set_alpn_protocols(["h2"])
+        first = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # and empty settings
+
+    def ask(session: ssl.SSLSession | None) -> tuple[ssl.SSLSession | None, bool | None]:
+        """Has an answer over a new connection. The session that can be resumed, and whether the given one was."""
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1", session=session) as connection,
+        ):
+            connection.sendall(first)
+            if not connection.recv(1 << 12):
+                raise ConnectionError("closed")
+            return connection.session, connection.session_reused
+
+    session, _ = ask(None)
+    session, is_resumed = ask(session)
+    assert is_resumed
+    replace(secured.folder / "ca.crt", trustme.CA().cert_pem.bytes())
+    try:
+        with pytest.raises(OSError):  # noqa: PT011 (an alert or the end, as they come)
+            ask(session)
+    finally:
+        replace(secured.folder / "ca.crt", before)
+    ask(None)
 
 
 def test_the_command_line_brings_certificate_and_token(secured: Secured, tmp_path: Path) -> None:

@@ -149,6 +149,18 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     "--grace-seconds", type=SECONDS, default=ServerConfig.grace_seconds, help="For calls under way when told to end."
 )
 @option("--max-calls", type=POSITIVE, default=ServerConfig.max_calls, help="Most calls at a time.")
+@option(
+    "--max-connections",
+    type=POSITIVE,
+    show_default="512, or --max-calls if that is less",
+    help="Most connections to the port of OpenAI's API.",
+)
+@option(
+    "--max-connections-per-address",
+    type=POSITIVE,
+    show_default="half of them",
+    help="Most of them from one address; behind a proxy all callers have the proxy's.",
+)
 @option("--max-unread", type=POSITIVE, default=ServerConfig.max_unread, help="Events that may wait for a slow reader.")
 @option(
     "--max-unread-seconds",

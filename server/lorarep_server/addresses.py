@@ -32,7 +32,12 @@ def is_loopback(address: str) -> bool:
     Addresses in gRPC's own notation, such as "unix:/run/lorarep.sock", are allowed.
     """
     host, _ = split_address(address)
+    return is_loopback_host(host) or address.startswith("unix:")
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a host, without a port and without brackets, is this machine for itself alone."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or address.startswith("unix:")
+        return host == "localhost"

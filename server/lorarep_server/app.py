@@ -23,6 +23,7 @@ from lorarep_server.api.openai import OpenAI
 from lorarep_server.api.status_page import StatusPage
 from lorarep_server.auth import TokenAuth, check_exposure
 from lorarep_server.config import ServerConfig
+from lorarep_server.hosts import host_check
 from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.ports import Ports
@@ -152,7 +153,10 @@ class App:
 
     def _openai_application(self, token_auth: TokenAuth | None) -> web.Application:
         page = StatusPage(self.engine, self._reconciler, self._metrics)
-        return OpenAI(self._frontend, self._reconciler, self._admission, token_auth, page).application()
+        config = self._config
+        has_credentials = token_auth is not None or config.tls_client_ca is not None
+        hosts = host_check(config.openai_listen or "", config.allow_hosts, has_credentials=has_credentials)
+        return OpenAI(self._frontend, self._reconciler, self._admission, token_auth, hosts, page).application()
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Waits for the work; False if the server is told to end before the work is done."""

@@ -33,6 +33,8 @@ class ServerConfig:
     """PEM file of certificate authorities; callers need a certificate signed by one of them."""
     token_file: Path | None = None
     """File of bearer tokens and their roles. Unset: calls need no token."""
+    allow_hosts: tuple[str, ...] = ()
+    """Further names of this machine that HTTP callers without credentials may ask for, where a port is on loopback."""
     insecure: bool = False
     """Whether other machines may call without token and client certificate."""
     adapters: tuple[AdapterSource, ...] = ()

@@ -19,6 +19,7 @@ from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.addresses import parse_address
 from lorarep_server.config import MAX_MESSAGE, ServerConfig
 from lorarep_server.connections import ConnectionLimit, close_connections, raise_descriptor_limit
+from lorarep_server.hosts import host_check
 from lorarep_server.http_port import HttpPort
 from lorarep_server.tls import TlsFiles
 
@@ -131,7 +132,11 @@ class Ports:
         """
         scraper = ThreadPoolExecutor(1, thread_name_prefix="lorarep-metrics")
 
+        hosts = host_check(self._config.metrics_listen, self._config.allow_hosts, has_credentials=False)
+
         async def scrape(request: web.Request) -> web.Response:
+            if hosts is not None and (refusal := hosts.refusal(request)) is not None:
+                return web.Response(text=refusal.text, status=403)
             encode, content_type = choose_encoder(request.headers.get("Accept", ""))
             metrics = await asyncio.get_running_loop().run_in_executor(scraper, encode, registry)
             response = web.Response(body=metrics, headers={"Content-Type": content_type})

@@ -111,7 +111,8 @@ def test_over_http_a_reader_that_does_not_read_ends_alone(small: Server) -> None
     )
     body = json.dumps(wanted).encode()
     path = "/v1/chat/completions"
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with socket.socket() as slow:
         # Small socket buffers on both sides: otherwise the system would buffer the whole stream.
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

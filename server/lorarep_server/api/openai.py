@@ -25,6 +25,7 @@ from lorarep_server.api.status_page import FILES, StatusPage
 from lorarep_server.auth import Role, TokenAuth
 from lorarep_server.config import MAX_MESSAGE
 from lorarep_server.errors import Status
+from lorarep_server.hosts import HostCheck
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests.admission import LONG_MESSAGE, Admission, most_bytes
 from lorarep_server.requests.event_stream import EventStream
@@ -48,12 +49,14 @@ class OpenAI:
         reconciler: Reconciler,
         admission: Admission,
         token_auth: TokenAuth | None,
+        hosts: HostCheck | None,
         page: StatusPage,
     ) -> None:
         self._frontend = frontend
         self._reconciler = reconciler
         self._admission = admission
         self._token_auth = token_auth
+        self._hosts = hosts
         self._page = page
         self._created = int(time.time())
 
@@ -73,7 +76,13 @@ class OpenAI:
     async def _checked(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Refuses requests without a valid token, even for unknown paths. The page's own files need no token."""
+        """Refuses requests of other web pages, and without a valid token, even for unknown paths.
+
+        The status page's own files need no token.
+        """
+        if self._hosts is not None and (other := self._hosts.refusal(request)) is not None:
+            log.info("%r %s", request.path, other.code.name)
+            return error_response(other)
         if self._token_auth is not None and request.path not in FILES:
             refusal = self._token_auth.refusal(request.headers.getall("Authorization", []), Role.GENERATE)
             if refusal is not None:

@@ -144,6 +144,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @option("--tls-key", type=FILE, help="PEM file of its key.")
 @option("--tls-client-ca", type=FILE, help="PEM file of authorities; callers need a certificate of theirs.")
 @option("--token-file", type=FILE, help="Lines 'generate TOKEN' or 'administer TOKEN'; read again when it changes.")
+@option(
+    "--allow-host",
+    metavar="NAME",
+    multiple=True,
+    help="Further host name that HTTP callers without credentials may ask for, such as a proxy's.",
+)
 @option("--insecure", is_flag=True, help="Let other machines call without token or certificate.")
 @option(
     "--grace-seconds", type=SECONDS, default=ServerConfig.grace_seconds, help="For calls under way when told to end."
@@ -187,7 +193,9 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
         ),
         scheduler=SchedulerConfig(**_fields_of(given, SchedulerConfig)),
     )
-    server = ServerConfig(**_fields_of({**given, "adapters": adapter}, ServerConfig))
+    server = ServerConfig(
+        **_fields_of({**given, "adapters": adapter, "allow_hosts": given["allow_host"]}, ServerConfig)
+    )
     with logging_in_a_thread(log_level):
         check_folders(config.base.base, "base", [one.source for one in adapter])
         from lorarep_server.cli.run_server import run  # takes longer to import than flags to be refused

@@ -1,0 +1,62 @@
+"""Which web pages may ask a port of HTTP that asks for no credentials: none but its own.
+
+Any page can have its own name lead to 127.0.0.1 (DNS rebinding). A browser on this machine then takes a port here for
+a part of that page. Yet the browser says which name it asked for (`Host`), and which page asks (`Origin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from grpc import StatusCode
+
+from lorarep_server.addresses import is_loopback, is_loopback_host
+from lorarep_server.errors import Status
+
+
+class HostCheck:
+    """Refuses requests that were meant for another host than this machine, or that a page from elsewhere sends."""
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        """
+        Args:
+            allowed: further names of this machine, such as a proxy's, without a port.
+        """
+        self._allowed = {name.lower() for name in allowed}
+
+    def refusal(self, request: web.BaseRequest) -> Status | None:
+        """The status that refuses a request; None if it may pass."""
+        hosts = request.headers.getall("Host", [])
+        name = _name(hosts[0]) if len(hosts) == 1 else None
+        if name is None or not (name in self._allowed or is_loopback_host(name)):
+            return _refusal(", ".join(hosts), "host")
+        for origin in request.headers.getall("Origin", []):
+            site = origin.partition("://")[2]
+            if site.lower() != hosts[0].lower() and _name(site) not in self._allowed:
+                return _refusal(origin, "origin")
+        return None
+
+
+def host_check(address: str, allowed: Iterable[str], *, has_credentials: bool) -> HostCheck | None:
+    """The check of a port; None where callers show credentials, or where other machines may call in any case.
+
+    Args:
+        address: where the port listens.
+        allowed: further names of this machine.
+    """
+    return None if has_credentials or not is_loopback(address) else HostCheck(allowed)
+
+
+def _refusal(given: str, field: str) -> Status:
+    return Status(StatusCode.PERMISSION_DENIED, f"{given!r} is not this server; --allow-host adds a name", field)
+
+
+def _name(host: str) -> str | None:
+    """The name in "HOST" or "HOST:PORT"; None if it is neither."""
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+    return None if name is None or "@" in host else name.removesuffix(".")

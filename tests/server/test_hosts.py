@@ -1,0 +1,77 @@
+"""Web pages that reach a server on this machine under a name of their own, or that send requests from elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import urllib.parse
+
+import pytest
+from aiohttp.test_utils import make_mocked_request
+from lorarep_server.hosts import HostCheck, host_check
+
+from tests.support.servers import SECONDS, Server
+
+
+def answer(port: int, path: str, **headers: str) -> tuple[int, bytes]:
+    """The status and the body of a request with these headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, SECONDS)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+@pytest.mark.parametrize(
+    ("headers", "field"),
+    [
+        ({"Host": "evil.example"}, "host"),
+        ({"Host": "127.0.0.1.evil.example:8000"}, "host"),
+        ({"Host": "localhost", "Origin": "http://evil.example"}, "origin"),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:3000"}, "origin"),
+        ({"Host": "localhost", "Origin": "null"}, "origin"),
+        ({"Host": "localhost"}, None),
+        ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}, None),
+    ],
+    ids=str,
+)
+def test_pages_from_elsewhere_are_refused(server: Server, headers: dict[str, str], field: str | None) -> None:
+    for path in ("/", "/status", "/v1/models", "/absent"):
+        status, body = answer(server.openai_port, path, **headers)
+        assert (status == 403) == (field is not None), (path, status)
+        if field is not None:
+            error = json.loads(body)["error"]
+            assert (error["type"], error["param"]) == ("permission_error", field)
+            assert "--allow-host" in error["message"]
+    status, _ = answer(urllib.parse.urlsplit(server.metrics_url).port, "/metrics", **headers)
+    assert status == (200 if field is None else 403)
+
+
+@pytest.mark.parametrize(
+    ("headers", "passes"),
+    [
+        ({"Host": "Chat.Example:80"}, True),
+        ({"Host": "chat.example.", "Origin": "https://chat.example"}, True),
+        ({"Host": "localhost", "Origin": "https://chat.example:8443"}, True),  # a proxy that names the server itself
+        ({"Host": "[::1]:8000"}, True),
+        ({"Host": "LOCALHOST"}, True),
+        ({"Host": "other.example"}, False),
+        ({"Host": "chat.example.evil.example"}, False),
+        ({"Host": "evil@localhost"}, False),
+        ({"Host": "0.0.0.0:8000"}, False),
+        ({"Host": "[::1"}, False),
+        ({"Host": ""}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_names_are_allowed_by_the_operator(headers: dict[str, str], passes: bool) -> None:
+    check = HostCheck(["chat.example"])
+    assert (check.refusal(make_mocked_request("GET", "/", headers=headers)) is None) == passes
+
+
+def test_ports_that_ask_for_credentials_or_are_open_have_any_name() -> None:
+    assert host_check("127.0.0.1:0", [], has_credentials=False) is not None
+    assert host_check("127.0.0.1:0", [], has_credentials=True) is None
+    assert host_check("0.0.0.0:8000", [], has_credentials=False) is None

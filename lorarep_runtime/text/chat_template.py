@@ -6,15 +6,18 @@ Nothing ends a loop of Jinja in a thread of the server, or takes back what it ha
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from queue import Empty, LifoQueue
+from queue import LifoQueue
 
 from lorarep_runtime.errors import Exhausted, InvalidArgument, first_line
 
@@ -25,14 +28,21 @@ RENDER_BYTES = 512 << 20
 """Most memory of a rendering."""
 MAX_CHARACTERS = 8 << 20
 """Longest text of a template, and longest one that it may make."""
-WAITING_SECONDS = 60.0
-"""Longest time that a caller waits for a process."""
+MAX_CALLERS = 2 * PROCESSES
+"""Most callers that wait for a process or its answer. Each holds a thread of the server, which has others."""
+WAITING_SECONDS = 0.25
+"""Longest time that a caller waits to be one of these."""
+REFUSED_SECONDS = 60.0
+"""Time for which a template that has taken too much is not rendered again."""
 KEPT_VARIABLES = ("HOME", "PATH", "LD_LIBRARY_PATH")
 
 _Process = subprocess.Popen[bytes]
 _idle: LifoQueue[_Process | None] = LifoQueue()
 for _ in range(PROCESSES):
     _idle.put(None)
+_places = threading.BoundedSemaphore(MAX_CALLERS)
+_refused: dict[bytes, float] = {}
+"""Until when templates that have taken too much are refused, by their SHA-256."""
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
@@ -44,28 +54,53 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
         special_tokens: texts by names, such as "eos_token".
 
     Raises:
-        InvalidArgument: the template refuses the messages, or takes too much time or memory.
-        Exhausted: no process was free in time.
+        InvalidArgument: the template refuses the messages, takes too much time or memory, or has done so a while ago.
+        Exhausted: others take all the time there is.
     """
     if len(template) > MAX_CHARACTERS:
         raise InvalidArgument(f"the chat template has over {MAX_CHARACTERS} characters", field="prompt.chat")
+    key = hashlib.sha256(template.encode(errors="surrogatepass")).digest()
+    _check(key)
+    if not _places.acquire(timeout=WAITING_SECONDS):
+        raise Exhausted("chat templates take all the time there is", field="prompt.chat", retry_after=1.0)
     try:
-        process = _idle.get(timeout=WAITING_SECONDS)
-    except Empty:
-        raise Exhausted("chat templates take all the time there is", field="prompt.chat", retry_after=1.0) from None
-    try:
-        if process is None or process.poll() is not None:
-            process = _start()
-        answer = _ask(process, [template, list(messages), dict(special_tokens)])
+        answer = _render(key, [template, list(messages), dict(special_tokens)])
     finally:
-        _idle.put(process)
-    if answer is None:
-        raise InvalidArgument(
-            f"the chat template takes over {RENDER_SECONDS:g} s or {RENDER_BYTES} bytes", field="prompt.chat"
-        )
+        _places.release()
     if "error" in answer:
         raise InvalidArgument(f"the chat template refuses it: {answer['error']}", field="prompt.chat")
     return answer["text"]
+
+
+def _check(key: bytes) -> None:
+    """Raises InvalidArgument if the template of this key has taken too much a while ago."""
+    if (seconds := _refused.get(key, 0.0) - time.monotonic()) > 0:
+        raise InvalidArgument(
+            f"the chat template took over {RENDER_SECONDS:g} s or {RENDER_BYTES} bytes, and is not rendered for "
+            f"{seconds:.0f} s",
+            field="prompt.chat",
+        )
+
+
+def _render(key: bytes, question: object) -> dict[str, str]:
+    """The answer of the next process that is free. Raises as `render`."""
+    process = _idle.get()
+    try:
+        _check(key)  # another caller's rendering may have ended meanwhile
+        if process is None or process.poll() is not None:
+            process = _start()
+        answer = _ask(process, question)
+    finally:
+        _idle.put(process)
+    if answer is None:
+        now = time.monotonic()
+        for old in [old for old, until in list(_refused.items()) if until <= now]:
+            _refused.pop(old, None)
+        _refused[key] = now + REFUSED_SECONDS
+        raise InvalidArgument(
+            f"the chat template takes over {RENDER_SECONDS:g} s or {RENDER_BYTES} bytes", field="prompt.chat"
+        )
+    return answer
 
 
 def _start() -> _Process:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.errors import Exhausted, InvalidArgument
 from lorarep_runtime.text import chat_template
 from lorarep_runtime.text.tokenizer import Tokenizer
 from tests.support.models import save_tokenizer
@@ -51,6 +52,41 @@ def test_a_template_that_takes_too_much_is_ended_and_the_next_is_rendered(hostil
     assert chat_template.render("{{ messages[1].content }}", CHAT, {}) == "b"
 
 
+def test_a_template_that_has_taken_too_much_is_refused_at_once_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(chat_template, "_ask", lambda process, question: asked.append(question))
+    monkeypatch.setattr(chat_template, "_refused", {})
+    with pytest.raises(InvalidArgument, match="takes over 3 s"):
+        chat_template.render(LOOP, CHAT, {})
+    with pytest.raises(InvalidArgument, match=r"took over 3 s .* not rendered for (60|59) s"):
+        chat_template.render(LOOP, CHAT, {})
+    assert len(asked) == 1
+    monkeypatch.setattr(chat_template, "_refused", dict.fromkeys(chat_template._refused, time.monotonic()))
+    with pytest.raises(InvalidArgument, match="takes over 3 s"):
+        chat_template.render(LOOP + "{# another #}", CHAT, {})
+    assert len(chat_template._refused) == 1
+
+
+def test_callers_of_templates_without_end_leave_threads_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many callers as the server has threads for admission, each with a template of its own."""
+    over = threading.Event()
+
+    def take_all_time(process: object, question: object) -> None:
+        over.wait()
+
+    monkeypatch.setattr(chat_template, "_ask", take_all_time)
+    monkeypatch.setattr(chat_template, "_refused", {})
+    with ThreadPoolExecutor(8) as threads:
+        hostile = [threads.submit(chat_template.render, str(i), CHAT, {}) for i in range(8)]
+        try:
+            threads.submit(int).result(timeout=20)
+        finally:
+            over.set()
+        ended = [type(call.exception()) for call in hostile]
+    assert ended.count(InvalidArgument) == chat_template.MAX_CALLERS
+    assert ended.count(Exhausted) == 8 - chat_template.MAX_CALLERS
+
+
 def test_a_text_without_end_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="over 8388608 characters"):
         chat_template.render("{{ 'a' * 9000000 }}", CHAT, {})
@@ -59,7 +95,7 @@ def test_a_text_without_end_is_refused() -> None:
 
 
 def test_callers_share_few_processes() -> None:
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(chat_template.MAX_CALLERS) as threads:
         texts = threads.map(lambda i: chat_template.render(f"{i}", CHAT, {}), range(40))
         assert list(texts) == [str(i) for i in range(40)]
     assert chat_template._idle.qsize() == chat_template.PROCESSES

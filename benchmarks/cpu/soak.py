@@ -4,8 +4,10 @@
 
 Callers ask the base, its stacks, adapters and mixes of them for greedy and seeded answers; some cancel, some have no
 time, some vanish. Adapters come and go, the Hub stalls, cuts, lies and limits, steps fail and hang, memory is short.
+Hostile callers among them attack at random times as `benchmarks.cpu.attacks` does, and get nothing but refusals.
 Every answer is compared with what its request gives alone; one that breaks off, with the beginning of that. Ends with
-status 1 if one differs, a call ends as none should, or anything is left: a page, a reference, a file, memory.
+status 1 if one differs, a call ends as none should, health is not steady, or anything is left: a page, a reference, a
+file, memory.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
+import resource
 import shutil
 import statistics
 import tempfile
@@ -34,8 +38,10 @@ from lorarep.v1 import generation_pb2 as pb
 from lorarep.v1 import generation_pb2_grpc
 from tqdm import tqdm
 
+from benchmarks.cpu.hostile import ATTACKS
+from benchmarks.cpu.hostile.attack import Target
 from tests.faults.conftest import held
-from tests.support.callers import load, request, stream, unload
+from tests.support.callers import SERVING, health, load, request, stream, unload
 from tests.support.failpoints import Failpoints
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import save_adapter
@@ -54,8 +60,19 @@ GROWTH = 1.05
 MEANT = {
     "call": {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL the forward pass failed"},
     "load": {"UNAVAILABLE", "DATA_LOSS", "RESOURCE_EXHAUSTED"},
+    "attack": {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"},
 }
-"""Statuses other than OK with which calls and loads may end."""
+"""Statuses other than OK with which calls and loads may end, and attacks instead of what is promised alone."""
+LEAVE_NOTHING = ("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "A10", "B1", "B3", "B4")
+"""Faults whose attacks any server bears again and again, and that leave nothing behind."""
+HOSTILE = [attack for attack in ATTACKS if attack.fault in LEAVE_NOTHING]
+ATTACKERS = 2
+ATTACK_PAUSE_SECONDS = 8.0
+"""Longest pause of an attacker."""
+ATTACK_SECONDS = 20.0
+"""Longest time of one call of an attack."""
+HEALTH_SECONDS = 1.0
+"""Seconds between two looks at the server's health."""
 
 
 class Soak:
@@ -63,11 +80,16 @@ class Soak:
         self.world, self.server, self.failpoints = world, server, failpoints
         self.counts: Counter[str] = Counter()
         self.bad: list[str] = []
+        self.slowest_health = 0.0
+        """Longest time until health was answered, in seconds."""
         self.over = threading.Event()
         dice = random.Random(0)
         self.kinds = [kind(dice) for _ in range(KINDS)]
         self.alone = [tokens_of(server.generation.Generate(wanted)) for wanted in self.kinds]
         self.coming = {name: self._tokens_of_coming(name) for name in coming_names()}
+        self.target = Target(world, server, world.cache, ATTACK_SECONDS)
+        for attack in HOSTILE:
+            attack.prepare(self.target)
 
     def _tokens_of_coming(self, repository: str) -> list[int]:
         load(self.server, "coming", repository)
@@ -177,6 +199,24 @@ class Soak:
         self.failpoints.set(name, action)
         self.over.wait(dice.uniform(1, 4))
 
+    def attack(self, dice: random.Random) -> None:
+        attack = dice.choice(HOSTILE)
+        outcome = attack.strike(self.target)
+        self.counts[f"attack {attack.fault}: {attack.title}"] += 1
+        statuses = set(re.findall("[A-Z_]{6,}", outcome.said))
+        # The faults of others hurt attackers, too.
+        if not outcome.kept and not (statuses and statuses - MEANT["attack"] == set()):
+            self.bad.append(f"{attack.fault}: {outcome.said}")
+        self.over.wait(dice.uniform(0, ATTACK_PAUSE_SECONDS))
+
+    def watch_health(self, dice: random.Random) -> None:
+        for service in ("", "liveness", "readiness"):
+            began = time.monotonic()
+            if health(self.server, service) != SERVING:
+                self.bad.append(f"health of {service!r} is not SERVING")
+            self.slowest_health = max(self.slowest_health, time.monotonic() - began)
+        self.over.wait(HEALTH_SECONDS)
+
     @contextmanager
     def counted(self, what: str, done: str) -> Iterator[None]:
         """Counts how a call ends; some calls are meant to fail."""
@@ -208,6 +248,7 @@ class Soak:
         """
         works = [self.call] * CALLERS + [self.break_hub, self.break_server]
         works += [lambda dice, name=name: self.come_and_go(dice, name) for name in ("a", "b")]
+        works += [self.attack] * ATTACKERS + [self.watch_health]
         threads = [threading.Thread(target=self.keep, args=(work, i)) for i, work in enumerate(works)]
         for thread in threads:
             thread.start()
@@ -262,6 +303,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     options = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for the attackers' connections
     with tempfile.TemporaryDirectory() as name, published(Path(name)) as world:
         folder = Path(name)
         configs = list(ADAPTERS.values())
@@ -269,8 +312,12 @@ def main() -> None:
         for i, repository in enumerate(coming_names()):
             made = save_adapter(world.base, folder / f"coming-{i}", seed=20 + i, **configs[i % len(configs)])
             world.hub.publish(repository, made)
+        for i, attack in enumerate(HOSTILE):
+            (folder / "hostile" / str(i)).mkdir(parents=True)
+            attack.publish(world, folder / "hostile" / str(i))
         failpoints = Failpoints(folder / "failpoints")
         flags = [*world.flags(), "--kv-bytes=512KiB", "--stack=deep=0-4,2-6", "--allow-repository=org/*"]
+        flags += ["--openai-listen=127.0.0.1:0"]
         flags += [f"--adapter={name}=org/{name}" for name in ("lora", "dora", "other")]
         with serving(flags, {**world.env, **failpoints.env}) as server:
             server.wait_ready()
@@ -297,11 +344,12 @@ def report(soak: Soak, seconds: float) -> None:
     if last > GROWTH * first:
         soak.bad.append("resident memory has grown")
     rows = [*sorted(soak.counts.items()), ("wrong or unmeant", len(soak.bad))]
+    rows += [("health, slowest answer, ms", round(1000 * soak.slowest_health))]
     rows += [
         (f"resident MiB, {when} quarter", round(size / 2**20)) for when, size in (("first", first), ("last", last))
     ]
     for title, count in rows:
-        print(f"{title:45}{count:10,}")
+        print(f"{title:100}{count:10,}")
     for line in soak.bad:
         print(line)
     if soak.bad:

@@ -33,10 +33,12 @@ OPENAI_PORT = re.compile(r"OpenAI's API on port (\d+)")
 class Server:
     """A server process, its log, and stubs of its services."""
 
-    def __init__(self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path | None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path | None, command: Sequence[str]
+    ) -> None:
         ports = ("--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0")
         self.process = subprocess.Popen(
-            [*LORAREP, "serve", *ports, *arguments],
+            [*command, "serve", *ports, *arguments],
             env={**os.environ, **env},
             cwd=cwd,
             stderr=subprocess.PIPE,
@@ -125,10 +127,13 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) 
 
 @contextmanager
 def serving(
-    arguments: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None
+    arguments: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    command: Sequence[str] = LORAREP,
 ) -> Iterator[Server]:
     """A server that listens while the context lasts. It is killed at the end."""
-    server = Server(arguments, env or {}, cwd)
+    server = Server(arguments, env or {}, cwd, command)
     try:
         yield server
     finally:

@@ -22,6 +22,7 @@ from lorarep_runtime.hub.snapshot import check_allowed
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
+from lorarep_runtime.text.tokenizer import Tokenizer
 
 MAX_ADAPTERS_OF_A_REQUEST = 16
 MAX_ON_DEMAND = 4096
@@ -260,17 +261,10 @@ class AdapterRegistry:
         Raises:
             LorarepError: NotFound, InvalidArgument, Exhausted if they can never have room, and as `load`.
         """
-        named = self.check_lease(adapters, stack)
         names = tuple(name for name, _ in adapters)
-        if not adapters:
-            return Lease(named or self._files.stacks["base"], self._base.tokenizer)
-        with ExitStack() as holds:
-            parts = [holds.enter_context(self._hold(name, progress)).item for name in names]
-            walked = named or parts[0].stack
-            for name, part in zip(names, parts, strict=True):
-                if part.stack != walked:
-                    other = "stack" if named else f"adapter {names[0]!r}"
-                    raise InvalidArgument(f"{name!r} is for another stack than the {other}", field="adapters")
+        with self._held_parts(adapters, stack, progress) as (walked, parts):
+            if not parts:
+                return Lease(walked, self._base.tokenizer)
             tokenizer, infos = parts[0].tokenizer(), tuple(part.info() for part in parts)
             weights = (weight for _, weight in adapters)
             hold = self._mixes.hold_combined(tuple(zip(parts, weights, strict=True)))
@@ -280,6 +274,30 @@ class AdapterRegistry:
                 hold.release()
                 raise
             return Lease(walked, tokenizer, names, infos, hold)
+
+    def tokenizer(self, adapters: Sequence[tuple[str, float]], progress: Progress | None = None) -> Tokenizer:
+        """The tokenizer of requests with these adapters. No weights are brought to the device for it.
+
+        Args:
+            adapters, progress: as for `lease`. It blocks and raises as that does, but never Exhausted for room.
+        """
+        with self._held_parts(adapters, None, progress) as (_, parts):
+            return parts[0].tokenizer() if parts else self._base.tokenizer
+
+    @contextmanager
+    def _held_parts(
+        self, adapters: Sequence[tuple[str, float]], stack: str | None, progress: Progress | None
+    ) -> Iterator[tuple[Stack, Sequence[Revision]]]:
+        """The stack and the revisions of a request, which are held while the context lasts."""
+        named = self.check_lease(adapters, stack)
+        with ExitStack() as holds:
+            parts = [holds.enter_context(self._hold(name, progress)).item for name, _ in adapters]
+            walked = named or (parts[0].stack if parts else self._files.stacks["base"])
+            for (name, _), part in zip(adapters, parts, strict=True):
+                if part.stack != walked:
+                    other = "stack" if named else f"adapter {adapters[0][0]!r}"
+                    raise InvalidArgument(f"{name!r} is for another stack than the {other}", field="adapters")
+            yield walked, parts
 
     def check_lease(self, adapters: Sequence[tuple[str, float]], stack: str | None = None) -> Stack | None:
         """Refuses what `lease` would refuse whatever the adapters are: nothing is loaded for it.
@@ -291,8 +309,9 @@ class AdapterRegistry:
             InvalidArgument: too many adapters, one of them twice, or a weight that is no number.
             NotFound: there is no such stack.
         """
-        if len(adapters) > MAX_ADAPTERS_OF_A_REQUEST or len({name for name, _ in adapters}) < len(adapters):
-            raise InvalidArgument(f"at most {MAX_ADAPTERS_OF_A_REQUEST}, each once", field="adapters")
+        self.check_count(len(adapters))
+        if len({name for name, _ in adapters}) < len(adapters):
+            raise InvalidArgument("one is named twice", field="adapters")
         for name, weight in adapters:
             if not abs(weight) <= MAX_WEIGHT:  # NaN neither
                 raise InvalidArgument(
@@ -300,6 +319,12 @@ class AdapterRegistry:
                     field="adapters",
                 )
         return None if stack is None else self._files.named_stack(stack)
+
+    @staticmethod
+    def check_count(adapters: int) -> None:
+        """Refuses more adapters than a request may have, before anything looks at each. Raises InvalidArgument."""
+        if adapters > MAX_ADAPTERS_OF_A_REQUEST:
+            raise InvalidArgument(f"{adapters} are over the limit of {MAX_ADAPTERS_OF_A_REQUEST}", field="adapters")
 
     def _hold(self, name: str, progress: Progress | None) -> Hold[Revision]:
         """A hold on the revision that has the name; a repository that has no name yet gets its own."""

@@ -178,6 +178,8 @@ class Residency:
             if not item.leases or (had_claim and not was_computing):
                 item.is_promised = False
             self._forget_unwanted(item)
+            if not item.leases and item.state is State.ON_DISK:
+                item.free_extras()
             self.version += 1
 
     def claim(self, item: Resident) -> Claim:

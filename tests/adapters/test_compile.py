@@ -283,7 +283,7 @@ def test_the_weights_of_a_mix_scale_each_adapters_change(base: Path, tmp_path: P
     assert (logits(("dora", 1)) - logits(("dora", 0))).abs().max() > 0.1
     with pytest.raises(InvalidArgument, match="weight"):
         engine.adapters.lease([("once", float("nan"))])
-    with pytest.raises(InvalidArgument, match="each once"):
+    with pytest.raises(InvalidArgument, match="named twice"):
         engine.adapters.lease([("once", 1), ("once", 1)])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import adapters_pb2 as pb
 from lorarep.v1 import generation_pb2 as pb2
 
@@ -148,6 +149,21 @@ def test_a_request_that_is_refused_has_loaded_nothing(
     refused(lambda: server.generation.Generate(wanted(new), timeout=SECONDS), code, named)
     assert not world.hub.asked
     assert not [name for name in adapters(server) if name.startswith(new)]
+
+
+def test_tokenizing_brings_no_weights_to_the_device(server: Server, bystander: Bystander, new: str) -> None:
+    adapter = pb2.AdapterRef(name=new)
+    wanted = pb2.TokenizeRequest(prompt=pb2.Prompt(text="abc"), adapters=[adapter, pb2.AdapterRef(name="org/plain")])
+    batch = fmaas_pb2.BatchedTokenizeRequest(requests=[fmaas_pb2.TokenizeRequest(text="abc")], adapter_id=new)
+    assert len(server.generation.Tokenize(wanted, timeout=SECONDS).token_ids) == 3
+    assert server.fmaas.Tokenize(batch, timeout=SECONDS).responses[0].token_count == 3
+    for name in (new, "org/plain"):
+        assert adapters(server)[name].tier == pb.ADAPTER_TIER_DISK
+    assert not any("mixes" in name for name in server.metrics())
+    list(stream(server, request("x", new)))
+    assert adapters(server)[new].tier == pb.ADAPTER_TIER_DEVICE
+    for name in (new, "org/plain"):
+        unload(server, name)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -91,7 +91,8 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Tokenize returns the tokens that a prompt would be computed with. It computes nothing.
+        """Tokenize returns the tokens that a prompt would be computed with. It computes nothing, and no adapter is brought to
+        the device for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorarep_runtime.adapters.registry import AdapterRegistry
     from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.progress import Progress
+    from lorarep_runtime.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -107,6 +108,10 @@ class LoadQueue:
     async def bring(self, registry: AdapterRegistry, name: str, report: Report | None = None) -> None:
         """Makes a known adapter resident, as `run` does, so that a lease of it does not block."""
         await self.run(name, lambda progress: registry.lease([(name, 1.0)], progress=progress).release(), report)
+
+    async def tokenizer(self, registry: AdapterRegistry, adapters: Sequence[tuple[str, float]]) -> Tokenizer:
+        """The tokenizer of requests with these adapters, found or downloaded as `run` does, without their weights."""
+        return await self.run(("tokenizer", *adapters), lambda progress: registry.tokenizer(adapters, progress))
 
     async def run(
         self, key: Hashable, load: Callable[[Progress], T], report: Report | None = None, source: str = "hub"

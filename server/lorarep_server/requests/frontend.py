@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from lorarep_server.telemetry.metrics import Metrics
 from lorarep_server.telemetry.tracing import TracedRequest, Traces
 
 if TYPE_CHECKING:
+    from lorarep_runtime.adapters.registry import AdapterRegistry
     from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.engine.engine import Engine
     from lorarep_runtime.text.tokenizer import Tokenizer
@@ -100,6 +101,7 @@ class Frontend:
             LorarepError: the request is refused, or ended with this error.
         """
         engine = self.engine()
+        engine.adapters.check_count(len(request.adapters))
         deadline = None if seconds is None else time.monotonic() + seconds
         events = EventStream(self._max_unread, self._patience)
         names = ",".join(ref.name for ref in request.adapters)
@@ -152,20 +154,22 @@ class Frontend:
             return {"stack": model}
         return {"adapters": [generation_pb2.AdapterRef(name=model)]}
 
-    async def with_tokenizer(self, adapters: Iterable[generation_pb2.AdapterRef], work: Callable[[Tokenizer], T]) -> T:
-        """Runs `work` in a thread with the tokenizer of requests with these adapters. Returns its result."""
-        engine, weights = self.engine(), messages.adapter_weights(adapters)
-        engine.adapters.check_lease(weights)
-        await self._load_absent(engine, weights)
+    async def with_tokenizer(self, adapters: Sequence[generation_pb2.AdapterRef], work: Callable[[Tokenizer], T]) -> T:
+        """Runs `work` in a thread with the tokenizer of requests with these adapters, and returns its result.
 
-        def leased() -> T:
-            lease = engine.adapters.lease(weights)
-            try:
-                return work(lease.tokenizer)
-            finally:
-                lease.release()
-
-        return await self._threads.run(leased)
+        No adapter is brought to the device for it.
+        """
+        registry = self.engine().adapters
+        registry.check_count(len(adapters))
+        weights = messages.adapter_weights(adapters)
+        registry.check_lease(weights)
+        for name, _ in weights:
+            absent = self._reconciler.get(name) is not None and not await asyncio.to_thread(registry.__contains__, name)
+            if absent:
+                await self._load_entry(registry, name)
+        if all([await asyncio.to_thread(registry.can_lease_at_once, name) for name, _ in weights]):
+            return await self._threads.run(lambda: work(registry.tokenizer(weights)))
+        return await self._threads.run(work, await self._load_queue.tokenizer(registry, weights))
 
     async def _load_absent(self, engine: Engine, adapters: Sequence[tuple[str, float]]) -> None:
         """Loads those adapters of a request that are not resident and may be loaded. Waits for the loads."""
@@ -176,15 +180,19 @@ class Frontend:
             if await asyncio.to_thread(registry.__contains__, name):
                 await self._load_queue.bring(registry, name)
             elif self._reconciler.get(name) is not None:
-                if error := self._reconciler.error(name):
-                    raise Unavailable(f"{name!r} is not loaded, and is tried again: {error}", field="adapter")
-                await self._load_queue.load(registry, self._reconciler.load_request(name))
+                await self._load_entry(registry, name)
             elif "/" in name:
                 repository, _, revision = name.partition("@")
                 try:
                     await self._load_queue.load(registry, LoadRequest(name, repository, revision or None))
                 except Exhausted:
                     await self._load_queue.bring(registry, name)  # the request waits in the queue for device memory
+
+    async def _load_entry(self, registry: AdapterRegistry, name: str) -> None:
+        """Waits for the load of an entry of the adapters file. Raises Unavailable if its last load failed."""
+        if error := self._reconciler.error(name):
+            raise Unavailable(f"{name!r} is not loaded, and is tried again: {error}", field="adapter")
+        await self._load_queue.load(registry, self._reconciler.load_request(name))
 
 
 def call_context(context: Any) -> tuple[dict[str, str], float | None]:

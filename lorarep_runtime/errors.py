@@ -2,6 +2,7 @@
 
     LorarepError
     ├── InvalidArgument      a field is malformed or out of its range
+    │   └── TooLong          a prompt, or it and its answer, has more tokens than can be computed together
     ├── NotFound             no such adapter, stack, repository or revision
     ├── AlreadyExists        the name is taken by something else
     ├── PermissionDenied     the repository is not on the allow-list
@@ -39,6 +40,10 @@ class LorarepError(Exception):
 
 class InvalidArgument(LorarepError):
     """A field is malformed or out of its range."""
+
+
+class TooLong(InvalidArgument):
+    """A prompt, or it and its answer, has more tokens than can be computed together."""
 
 
 class NotFound(LorarepError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lorarep_runtime.errors import InvalidArgument
-from lorarep_runtime.model.kv_cache import pages_of
+from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.errors import InvalidArgument, TooLong
 from lorarep_runtime.request import Request, Sampling, Stopping
 
 MAX_LOGPROBS = 20
@@ -74,15 +74,16 @@ def validate_length(request: Request, depth: int, *, max_tokens: int, total_page
         total_pages: pages of the KV cache.
 
     Raises:
-        InvalidArgument: with the numbers of tokens and pages.
+        TooLong: with the numbers of tokens. The field is "prompt" where no answer of any length would be possible.
     """
-    prompt, answer, field = len(request.prompt), request.stopping.max_new_tokens, "prompt and max_new_tokens"
-    if prompt + answer > max_tokens:
-        raise InvalidArgument(f"{prompt} and {answer} tokens are over the limit of {max_tokens} together", field=field)
-    pages = depth * pages_of(prompt + answer)
-    if pages > total_pages:
-        raise InvalidArgument(
-            f"{prompt + answer} tokens at {depth} positions take {pages} pages of KV memory, "
-            f"and there are {total_pages}",
-            field=field,
+    prompt, answer = len(request.prompt), request.stopping.max_new_tokens
+    memory = total_pages // depth * PAGE_TOKENS
+    why = f" that {depth} positions have KV memory for" if memory < max_tokens else ""
+    limit = min(memory, max_tokens)
+    if prompt >= limit:
+        raise TooLong(f"{prompt} tokens, of {limit}{why}, leave none for an answer", field="prompt")
+    if prompt + answer > limit:
+        raise TooLong(
+            f"{prompt} and {answer} tokens are over the limit of {limit} together{why}",
+            field="prompt and max_new_tokens",
         )

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, TooLong
 from lorarep_runtime.text import chat_template
 from lorarep_runtime.text.foreign import (
     MAX_ADDED_TOKENS,
@@ -18,6 +18,7 @@ from lorarep_runtime.text.foreign import (
     Pipeline,
     foreign_code,
 )
+from lorarep_runtime.text.text_length import characters_of_a_token
 
 
 class Tokenizer:
@@ -94,14 +95,16 @@ class Tokenizer:
         with foreign_code("it cannot name its tokens"):
             return [piece or "" for piece in self._tokenizer.convert_ids_to_tokens(list(tokens))]
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, str]], most_characters: int | None = None) -> list[int]:
         """Tokens of a conversation in the chat template's form, up to where the next answer begins.
 
         Args:
             messages: each with "role" and "content".
+            most_characters: of the text that the template writes; None is any number.
 
         Raises:
             FailedPrecondition: there is no template, or of several none is the default.
+            TooLong: the template writes more.
             InvalidArgument: there are no messages, or the template refuses them.
             LorarepError: as `chat_template.render`, where nobody vouches for the template.
         """
@@ -117,6 +120,11 @@ class Tokenizer:
                 )
             else:
                 text = chat_template.render(self.chat_template, messages, self._tokenizer.special_tokens_map)
+        if most_characters is not None and len(text) > most_characters:
+            raise TooLong(
+                f"the chat template makes {len(text)} characters of it, over the limit of {most_characters}",
+                field="prompt.chat",
+            )
         with foreign_code("it cannot encode a chat"):
             # The template writes the special tokens itself.
             return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -197,10 +205,16 @@ class Tokenizer:
         ids = range(min(rows, self.largest_id + 1))
         return bool(self._tokenizer.convert_ids_to_tokens(ids) == other._tokenizer.convert_ids_to_tokens(ids))
 
+    def most_characters(self, tokens: int) -> int | None:
+        """The most characters that a text of so many tokens can have; None where that may be any number."""
+        return None if self._characters_of_a_token is None else tokens * self._characters_of_a_token
+
     @cached_property
-    def longest_piece(self) -> int:
-        """Characters of the longest token in the vocabulary: no text of n tokens is longer than n times this."""
-        return max(map(len, self._tokenizer.get_vocab()))
+    def _characters_of_a_token(self) -> int | None:
+        if not self._tokenizer.is_fast:
+            return None
+        with foreign_code("it cannot say what it leaves out of a text"):
+            return characters_of_a_token(self._tokenizer.backend_tokenizer)
 
     @cached_property
     def largest_id(self) -> int:

@@ -27,8 +27,9 @@ from lorarep_server.hosts import host_check
 from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.ports import Ports
-from lorarep_server.requests.admission import Admission, most_bytes
+from lorarep_server.requests.admission import Admission
 from lorarep_server.requests.frontend import Frontend
+from lorarep_server.requests.message_bounds import MessageBounds
 from lorarep_server.requests.workers import UnjoinedThreads, run_apart
 from lorarep_server.telemetry.metrics import EngineCollector, Metrics
 from lorarep_server.telemetry.tracing import Traces
@@ -81,7 +82,7 @@ class App:
         self._traces = Traces(config.traces_endpoint)
         self._load_queue = LoadQueue(self._metrics)
         self._reconciler = Reconciler(config.adapters_file, self._load_queue)
-        self._admission = Admission(config.max_calls, lambda: most_bytes(self.engine().max_tokens), self._metrics)
+        self._admission = Admission(config.max_calls, self._message_bounds, self._metrics)
         self._frontend = Frontend(
             self.engine,
             self._load_queue,
@@ -103,6 +104,10 @@ class App:
         if self._engine is None:
             raise Unavailable("the server is starting")
         return self._engine
+
+    def _message_bounds(self) -> MessageBounds:
+        engine = self.engine()
+        return MessageBounds(engine.max_tokens, engine.config.scheduler.max_queued)
 
     def stop(self) -> None:
         """Tells the server to end. For signal handlers, in the event loop's thread."""

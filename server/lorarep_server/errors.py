@@ -21,6 +21,7 @@ from lorarep_runtime.errors import (
     LorarepError,
     NotFound,
     PermissionDenied,
+    TooLong,
     Unavailable,
 )
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 CODES: Mapping[type[LorarepError], StatusCode] = {
     InvalidArgument: StatusCode.INVALID_ARGUMENT,
+    TooLong: StatusCode.INVALID_ARGUMENT,
     NotFound: StatusCode.NOT_FOUND,
     AlreadyExists: StatusCode.ALREADY_EXISTS,
     PermissionDenied: StatusCode.PERMISSION_DENIED,
@@ -56,6 +58,8 @@ class Status:
     """The field that the message is about, by lorarep's own names."""
     metadata: tuple[tuple[str, str], ...] = ()
     """Trailing metadata."""
+    is_too_long: bool = False
+    """Whether a prompt, or it and its answer, has too many tokens."""
 
     def named(self, names: Mapping[str, str]) -> Status:
         """The same status with the field under a protocol's own name.
@@ -93,4 +97,4 @@ def status_of(error: BaseException) -> Status:
         return Status(code, "internal error; the server's log has the details")
     if isinstance(error, Exhausted) and error.retry_after is not None:
         return Status(code, error.message, error.field, ((RETRY_HINT, str(round(1000 * error.retry_after))),))
-    return Status(code, error.message, error.field)
+    return Status(code, error.message, error.field, is_too_long=isinstance(error, TooLong))

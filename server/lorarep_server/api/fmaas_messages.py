@@ -176,14 +176,15 @@ def tokenized(request: pb.BatchedTokenizeRequest, tokenizer: Tokenizer, max_toke
     """The tokens of each text, special tokens included. A truncated text keeps its last tokens.
 
     Args:
-        max_tokens: most tokens of a prompt. Texts that have more for certain are refused.
+        max_tokens: most tokens of a prompt. Texts that have more for certain are refused unless they are truncated.
 
     Raises:
         InvalidArgument: a text is too long.
     """
     response = pb.BatchedTokenizeResponse()
     for text in (each.text for each in request.requests):
-        check_characters(len(text), tokenizer, max_tokens, "prompt")
+        if not request.truncate_input_tokens:
+            check_characters(len(text), tokenizer, max_tokens, "prompt")
         tokens = tokenizer.encode(text)
         spans = tokenizer.spans(text) if request.return_offsets else []
         kept = slice(-request.truncate_input_tokens or None, None)

@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 from pydantic import ValidationError
 
-from lorarep_runtime.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound
+from lorarep_runtime.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, TooLong
 from lorarep_runtime.request import Output
 from lorarep_server.api.openai_errors import FIELDS, bad_request, error_body, error_response
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
@@ -27,9 +27,10 @@ from lorarep_server.config import MAX_MESSAGE
 from lorarep_server.errors import Status
 from lorarep_server.hosts import HostCheck
 from lorarep_server.loading.reconciler import Reconciler
-from lorarep_server.requests.admission import LONG_MESSAGE, Admission, most_bytes
+from lorarep_server.requests.admission import LONG_MESSAGE, Admission
 from lorarep_server.requests.event_stream import EventStream
 from lorarep_server.requests.frontend import Frontend
+from lorarep_server.requests.message_bounds import most_bytes
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,7 @@ class OpenAI:
                 )
             parsed = await self._parsed(kind, request)
             fields["max_new_tokens"] = fields["prompt and max_new_tokens"] = parsed.length()[0]
+            fields["prompt"] = parsed.prompt_field
             fields["logprobs"] = parsed.logprobs_field
             generate = await asyncio.to_thread(parsed.to_generate, **await self._frontend.target(parsed.model))
             async with self._frontend.generate(generate, request.headers, new_tokens=parsed.unset_tokens) as (
@@ -192,11 +194,12 @@ async def _body(request: web.Request, most: int) -> bytes:
     """The body of a request.
 
     Raises:
-        InvalidArgument: it is broken, or longer than `most` bytes.
+        InvalidArgument: it is broken.
+        TooLong: it is longer than `most` bytes.
         DeadlineExceeded: it does not end in time.
     """
     if (request.content_length or 0) > most:
-        raise InvalidArgument(f"{request.content_length} bytes are over the limit of {most}", field="body")
+        raise TooLong(f"{request.content_length} bytes are over the limit of {most}", field="body")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             body = await request.read()
@@ -207,7 +210,7 @@ async def _body(request: web.Request, most: int) -> bytes:
     except web.HTTPRequestEntityTooLarge as error:
         raise InvalidArgument(f"is over the limit of {MAX_MESSAGE} bytes", field="body") from error
     if len(body) > most:
-        raise InvalidArgument(f"{len(body)} bytes are over the limit of {most}", field="body")
+        raise TooLong(f"{len(body)} bytes are over the limit of {most}", field="body")
     return body
 
 
@@ -224,12 +227,17 @@ def _parsed(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
 
 
 async def _stream(stream: web.StreamResponse, response: GenerationResponse, events: EventStream) -> None:
-    """Sends a response's chunks as server-sent events until the request has finished."""
-    for chunk in response.begin():
-        await _send(stream, chunk)
-    finished = None
+    """Sends a response's chunks as server-sent events until the request has finished.
+
+    The first comes with the first token: clients measure the time until then.
+    """
+    has_begun, finished = False, None
     while finished is None:
         outputs, finished = await events.take()
+        if not has_begun:
+            for chunk in response.begin():
+                await _send(stream, chunk)
+        has_begun = True
         if outputs:
             await _send(stream, response.part(outputs))
     for chunk in response.end(finished):

@@ -25,6 +25,9 @@ HTTP: Mapping[StatusCode, tuple[int, str, str | None]] = {
 }
 """The HTTP status, and OpenAI's type and code of an error. Statuses that are not in the table are 500."""
 
+TOO_LONG = "context_length_exceeded"
+"""OpenAI's code of prompts and answers that are too long, which clients look for to shorten them."""
+
 FIELDS: Mapping[str, str] = {
     "adapter": "model",
     "adapters": "model",
@@ -54,6 +57,7 @@ def error_response(status: Status, fields: Mapping[str, str] = FIELDS) -> web.Re
 def error_body(status: Status, fields: Mapping[str, str]) -> dict[str, Any]:
     """The JSON body that reports a status; its `param` is the field under OpenAI's name."""
     _, kind, code = HTTP.get(status.code, (500, "server_error", None))
+    code = TOO_LONG if status.is_too_long else code
     named = status.named(fields)
     return _body(named.text, kind, named.field, code)
 

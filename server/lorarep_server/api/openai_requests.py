@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from lorarep.v1 import generation_pb2
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.errors import InvalidArgument, shown
 
 UInt32 = Annotated[int, Field(ge=0, lt=1 << 32)]
 UInt64 = Annotated[int, Field(ge=0, lt=1 << 64)]
@@ -42,6 +43,8 @@ class GenerationRequest(Message, ABC):
 
     unset_tokens: ClassVar[int]
     """Most tokens of the answer where the request sets no limit; the prompt may leave fewer."""
+    prompt_field: ClassVar[str] = "prompt"
+    """Name of the field that has the prompt."""
     logprobs_field: ClassVar[str] = "logprobs"
     """Name of the field that sets the number of log-probabilities."""
 
@@ -151,12 +154,30 @@ class TextPart(Message):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError("part", "a part of type {kind}: only text is supported", {"kind": shown(kind)})
+        return given
+
+
+def _content_kind(content: Any) -> str:
+    return "its parts" if isinstance(content, list) else "its text"
+
+
+Content = Annotated[
+    Annotated[str, Tag("its text")] | Annotated[Listed[TextPart], Tag("its parts")], Discriminator(_content_kind)
+]
+"""The content of a chat message. Told apart by its type, so that an error is about the kind that it is."""
+
 
 class ChatMessage(Message):
     """One message of a conversation."""
 
     role: str
-    content: str | Listed[TextPart]
+    content: Content
 
 
 class ResponseFormat(Message):
@@ -169,6 +190,7 @@ class ChatRequest(GenerationRequest):
     """The JSON body of a request to /v1/chat/completions."""
 
     unset_tokens = (1 << 32) - 1  # as many as the prompt leaves
+    prompt_field = "messages"
     logprobs_field = "top_logprobs"
 
     messages: Annotated[Listed[ChatMessage], Field(max_length=1 << 14)]

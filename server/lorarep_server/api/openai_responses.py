@@ -46,7 +46,7 @@ class GenerationResponse(ABC):
         return self._body(self.kind, [choice], usage=_usage(finished))
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """The chunks before the first token."""
+        """The chunks that come right before those of the first token."""
         yield from ()
 
     def part(self, outputs: Sequence[Output]) -> dict[str, Any]:

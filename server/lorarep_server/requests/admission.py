@@ -17,8 +17,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from lorarep_runtime.errors import Exhausted, InvalidArgument, Unavailable
-from lorarep_server.config import MAX_MESSAGE
 from lorarep_server.errors import Status, status_of
+from lorarep_server.requests.message_bounds import MessageBounds, has_prompts
 from lorarep_server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -26,37 +26,24 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OWN_SERVICES = ("/lorarep.v1.", "/fmaas.")
-ONE_PROMPT = "/lorarep.v1.GenerationService/"
-"""The service whose requests have one prompt."""
 FOR_ANSWERS = ("Generate", "GenerateStream")
 """Methods of both protocols whose calls are requests."""
 LONG_MESSAGE = 64 << 10
 """Bytes of a request over which it is parsed in a thread."""
-BYTES_OF_A_TOKEN = 64
-BYTES_OF_THE_REST = 256 << 10
-
-
-def most_bytes(max_tokens: int) -> int:
-    """The most bytes that a request of one prompt needs: longer ones are refused before they are parsed.
-
-    Args:
-        max_tokens: most tokens of the prompt. 64 bytes are more than a token's text has in JSON's longest spelling.
-    """
-    return min(MAX_MESSAGE, BYTES_OF_A_TOKEN * max_tokens + BYTES_OF_THE_REST)
 
 
 class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """The running calls of lorarep's and fmaas' services. Health and reflection are answered until the end."""
 
-    def __init__(self, max_calls: int, most_bytes: Callable[[], int], metrics: Metrics) -> None:
+    def __init__(self, max_calls: int, bounds: Callable[[], MessageBounds], metrics: Metrics) -> None:
         """
         Args:
             max_calls: most concurrent calls; further calls are refused.
-            most_bytes: gives the most bytes that a request of one prompt needs.
+            bounds: gives the bounds of requests that have prompts.
             metrics: count calls for answers that fail before they are requests.
         """
         self._max_calls = max_calls
-        self._most_bytes = most_bytes
+        self._bounds = bounds
         self._metrics = metrics
         self._tasks: set[asyncio.Task[Any]] = set()
         self._none_left = asyncio.Event()
@@ -96,9 +83,8 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         inner = handler.unary_stream if streams else handler.unary_unary
 
         async def handle(data: bytes, context: Any) -> Any:
-            most = self._most_bytes() if method.startswith(ONE_PROMPT) else MAX_MESSAGE
-            if len(data) > most:
-                raise InvalidArgument(f"{len(data)} bytes are over the limit of {most}", field="request")
+            if has_prompts(method):
+                self._bounds().check(method, data)
             try:
                 if len(data) > LONG_MESSAGE:
                     request = await asyncio.to_thread(handler.request_deserializer, data)

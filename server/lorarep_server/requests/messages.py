@@ -10,8 +10,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from lorarep.v1 import adapters_pb2, generation_pb2
 
-from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.errors import InvalidArgument, TooLong
 from lorarep_runtime.request import Finished, FinishReason, Output, Request, Sampling, Stopping
+from lorarep_server.requests.message_bounds import most_bytes
 
 if TYPE_CHECKING:
     from lorarep_runtime.adapters.revision import AdapterInfo
@@ -55,23 +56,25 @@ def prompt_tokens(
     """The tokens of a prompt. A text has at most `longest` of them; longer texts are cut as in `Tokenizer.encode`.
 
     Args:
-        max_tokens: most tokens of a prompt. What has more for certain is refused before it is tokenized.
+        max_tokens: most tokens of a prompt. What has more for certain is refused before it is tokenized, unless it is
+            cut.
 
     Raises:
         InvalidArgument: the prompt is unset or too long, or the tokenizer cannot encode it.
     """
     match prompt.WhichOneof("content"):
         case "text":
-            check_characters(len(prompt.text), tokenizer, max_tokens, "prompt")
+            if longest is None:
+                check_characters(len(prompt.text), tokenizer, max_tokens, "prompt")
             return tuple(tokenizer.encode(prompt.text, longest))
         case "token_ids":
             return token_ids(prompt, max_tokens)
         case "chat":
             if not prompt.chat.messages:
                 raise InvalidArgument("has no messages", field="prompt.chat")
-            characters = sum(len(m.role) + len(m.content) for m in prompt.chat.messages)
-            check_characters(characters, tokenizer, max_tokens, "prompt.chat")
-            return tuple(tokenizer.chat([{"role": m.role, "content": m.content} for m in prompt.chat.messages]))
+            # What the template leaves out does not count.
+            conversation = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
+            return tuple(tokenizer.chat(conversation, most_characters(tokenizer, max_tokens)))
         case _:
             raise InvalidArgument(UNSET, field="prompt")
 
@@ -94,7 +97,7 @@ def any_prompt(prompt: generation_pb2.Prompt, max_tokens: int) -> tuple[int, ...
 def token_ids(prompt: generation_pb2.Prompt, max_tokens: int) -> tuple[int, ...]:
     """The tokens of a prompt of tokens. Raises InvalidArgument if they are more than `max_tokens`."""
     if (count := len(prompt.token_ids.ids)) > max_tokens:
-        raise InvalidArgument(f"{count} tokens are over the limit of {max_tokens}", field="prompt")
+        raise TooLong(f"{count} tokens are over the limit of {max_tokens}", field="prompt")
     return tuple(prompt.token_ids.ids)
 
 
@@ -102,13 +105,16 @@ def check_characters(characters: int, tokenizer: Tokenizer, max_tokens: int, fie
     """Refuses a text that has more than `max_tokens` for certain, by arithmetic: to tokenize it would take seconds.
 
     Raises:
-        InvalidArgument: with the field's name.
+        TooLong: with the field's name.
     """
-    most = max_tokens * tokenizer.longest_piece
-    if characters > most:
-        raise InvalidArgument(
-            f"{characters} characters are over {most}, the most that {max_tokens} tokens can have", field=field
-        )
+    if characters > (most := most_characters(tokenizer, max_tokens)):
+        raise TooLong(f"{characters} characters are over the limit of {most} for {max_tokens} tokens", field=field)
+
+
+def most_characters(tokenizer: Tokenizer, max_tokens: int) -> int:
+    """The most characters of a text that is tokenized: more than `max_tokens` can have, or than a request may send."""
+    own, sent = tokenizer.most_characters(max_tokens), most_bytes(max_tokens)
+    return sent if own is None else min(own, sent)
 
 
 def adapter_weights(adapters: Iterable[generation_pb2.AdapterRef]) -> list[tuple[str, float]]:

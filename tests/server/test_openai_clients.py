@@ -1,0 +1,104 @@
+"""What OpenAI's clients, and those of vLLM, send and look for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+import pytest
+from lorarep_server.api.openai import _stream
+from lorarep_server.api.openai_requests import ChatRequest
+from lorarep_server.api.openai_responses import ChatResponse
+from lorarep_server.requests.event_stream import EventStream
+
+from lorarep_runtime.request import Finished, FinishReason, Output, Timings
+from tests.support.servers import SECONDS, Server
+
+CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+COMPLETION: dict[str, Any] = dict(model="lora", prompt="x", max_tokens=4)
+CONVERSATION: dict[str, Any] = dict(model="dora", messages=CHAT, max_tokens=4)
+IMAGE = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]
+
+
+def post(server: Server, path: str, body: Any) -> tuple[int, Any]:
+    """The status and the JSON of a response."""
+    url, headers = f"http://127.0.0.1:{server.openai_port}/v1/{path}", {"Content-Type": "application/json"}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=SECONDS
+        ) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        with error as response:
+            return response.code, json.loads(response.read())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", dict(model="lora", prompt="x" * 600), "prompt"),
+        ("completions", dict(model="lora", prompt="x" * 512), "prompt"),
+        ("completions", dict(model="lora", prompt=[5] * 600, max_tokens=4), "prompt"),
+        ("completions", dict(model="lora", prompt="x" * 5000), "prompt"),
+        ("completions", dict(model="lora", prompt="x" * 400, max_tokens=200), "max_tokens"),
+        ("completions", dict(model="lora", prompt="x" * 400_000), "body"),
+        ("chat/completions", dict(model="dora", messages=[{"role": "user", "content": "x" * 600}]), "messages"),
+        ("chat/completions", dict(model="dora", messages=[{"role": "user", "content": "x" * 5000}]), "messages"),
+        ("chat/completions", dict(model="dora", messages=CHAT, max_completion_tokens=511), "max_completion_tokens"),
+    ],
+)
+def test_what_is_too_long_has_the_code_that_clients_look_for(
+    server: Server, path: str, body: dict[str, Any], param: str
+) -> None:
+    status, told = post(server, path, body)
+    assert status == 400
+    assert (told["error"]["code"], told["error"]["param"]) == ("context_length_exceeded", param), told
+
+
+def test_other_fields_that_are_wrong_are_not_too_long(server: Server) -> None:
+    assert post(server, "completions", COMPLETION | dict(top_p=2))[1]["error"]["code"] is None
+
+
+def test_a_part_that_is_no_text_is_named(server: Server) -> None:
+    status, told = post(server, "chat/completions", CONVERSATION | dict(messages=[{"role": "user", "content": IMAGE}]))
+    assert (status, told["error"]["param"]) == (400, "messages.0.content.1")
+    assert told["error"]["message"] == "messages.0.content.1: a part of type 'image_url': only text is supported"
+    _, told = post(server, "chat/completions", CONVERSATION | dict(messages=[{"role": "user", "content": 5}]))
+    assert told["error"]["message"] == "messages.0.content: Input should be a valid string"
+
+
+class Sent:
+    """What was written to a stream."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Any] = []
+        self.has_two = asyncio.Event()
+
+    async def write(self, data: bytes) -> None:
+        event = data.removeprefix(b"data: ")
+        self.chunks.append(None if event.startswith(b"[DONE]") else json.loads(event)["choices"][0])
+        if len(self.chunks) == 2:
+            self.has_two.set()
+
+
+def test_the_role_comes_with_the_first_token_and_not_before() -> None:
+    asyncio.run(role_and_first_token())
+
+
+async def role_and_first_token() -> None:
+    sent, events = Sent(), EventStream(max_unread=10, patience=60)
+    response = ChatResponse(ChatRequest(model="base", messages=[]), tokenizer=None)
+    streaming = asyncio.create_task(_stream(sent, response, events))
+    for _ in range(10):
+        await asyncio.sleep(0.001)
+    assert sent.chunks == []
+    events.put(Output((5,), "a"))
+    await sent.has_two.wait()
+    role, first = (chunk["delta"] for chunk in sent.chunks)
+    assert (role, first) == ({"role": "assistant", "content": ""}, {"content": "a"})
+    events.put(Finished(FinishReason.LENGTH, 1, 1, Timings(0, 0, 0)))
+    await streaming
+    assert [chunk and chunk["finish_reason"] for chunk in sent.chunks[2:]] == ["length", None]

@@ -35,7 +35,7 @@ def code(server: Server, seconds: float) -> str:
 
 
 def test_callers_that_leave_stay_calls_under_way_until_their_work_ends(world: World, own: Failpoints) -> None:
-    """`max_calls` bounds what the server still does for callers that have left."""
+    """`max_calls` bounds what the server still does for callers that have left. No token is computed for them."""
     flags = [*world.flags(), f"--max-calls={ADMISSION_THREADS}", "--grace-seconds=1"]
     with serving(flags, {**world.env, **own.env}) as server:
         server.wait_ready()
@@ -47,7 +47,12 @@ def test_callers_that_leave_stay_calls_under_way_until_their_work_ends(world: Wo
         until = time.monotonic() + 2
         while time.monotonic() < until:
             assert code(server, 1) == "RESOURCE_EXHAUSTED"
+        own.set("step", "hold")
         own.unset("admission")
+        wait_for(lambda: sum(" CANCELLED " in line for line in server.log) == ADMISSION_THREADS, "their work to end")
+        own.unset("step")
+        server.wait_idle()
+        assert server.metrics()["lorarep_completion_tokens_total"] == 0
         wait_for(lambda: code(server, SECONDS) == "OK", "an answer")
         server.wait_idle()
         assert server.metrics()["lorarep_requests_finished_total{reason=resource_exhausted}"] > 1

@@ -73,11 +73,12 @@ def load_model(
         progress: told of tensors, as stage "load" or "quantize".
 
     Raises:
-        DataLoss: a file of weights is truncated or no safetensors file, named.
+        DataLoss: a file of weights is truncated or no safetensors file, named; or a weight is missing, or of another
+            shape than the config says.
     """
     _check_weights(folder)
     with _reporting(progress, "load" if quantization is None else "quantize"), _memory_as_needed(), _read(device):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
@@ -88,8 +89,15 @@ def load_model(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-        ).eval()
-    return model.requires_grad_(False)
+            # Weights that are missing, or of another shape, are drawn at random then: they are refused here, by name.
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    for name, theirs, ours in sorted(found["mismatched_keys"]):
+        raise DataLoss(f"has the shape {tuple(theirs)}, and the config of the base says {tuple(ours)}", field=name)
+    if missing := found["missing_keys"]:
+        raise DataLoss(f"is not among the weights of the base, which lack {len(missing)}", field=min(missing))
+    return model.eval().requires_grad_(False)
 
 
 def _check_weights(folder: Path) -> None:

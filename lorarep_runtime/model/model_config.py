@@ -28,6 +28,10 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     # A config is anybody's, and what each family's code raises over it cannot be known.
     except Exception as error:
         raise FailedPrecondition(f"transformers cannot read its config: {first_line(error)}", field="base") from error
+    if (name := getattr(config, "transformers_weights", None)) is not None:
+        raise FailedPrecondition(
+            f"{shown(name)} in place of model.safetensors or its index is not supported", field="transformers_weights"
+        )
     foreign = set(getattr(text, "layer_types", None) or ()) - UNIFORM_ATTENTION
     if foreign:
         raise FailedPrecondition(f"layer_types {sorted(foreign)} have no keys and values to page", field="base")

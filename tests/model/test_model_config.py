@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import LlamaConfig, Phi3Config
 
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 from lorarep_runtime.model.model_config import trained_tokens
 from lorarep_runtime.request import Request, Stopping
-from tests.support.engines import engine_for
-from tests.support.models import SHAPE, save_base
+from tests.support.engines import PROMPT, engine_for
+from tests.support.models import SHAPE, load_base, reference_logits, save_base
 
 LONG = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 8, long_factor=[2.0] * 8)
 DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)
@@ -63,4 +67,54 @@ def test_a_truncated_file_of_weights_is_named(size: int, tmp_path: Path) -> None
     file = base / "model.safetensors"
     os.truncate(file, size % file.stat().st_size)
     with pytest.raises(DataLoss, match=r"^model\.safetensors: is not a whole safetensors file"):
+        engine_for(base)
+
+
+def resave(base: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], **config: Any) -> Path:
+    """Changes the tensors of a base, and fields of its config."""
+    save_file(change(load_file(base / "model.safetensors")), base / "model.safetensors", {"format": "pt"})
+    file = base / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return base
+
+
+LACKING = {
+    "one tensor": lambda tensors: {k: v for k, v in tensors.items() if k != "model.layers.3.mlp.up_proj.weight"},
+    "keys of a wrapper": lambda tensors: {f"_orig_mod.{k}": v for k, v in tensors.items()},
+    "fewer layers than its config says": lambda tensors: {k: v for k, v in tensors.items() if ".layers.5." not in k},
+}
+
+
+@pytest.mark.parametrize("change", LACKING.values(), ids=LACKING)
+def test_a_base_that_lacks_weights_is_refused_by_name(change: Any, tmp_path: Path) -> None:
+    """`transformers` would draw them at random, and say so in its log."""
+    base = resave(save_base("llama", tmp_path), change)
+    with pytest.raises(DataLoss, match=r"\S+\.weight: is not among the weights of the base"):
+        engine_for(base)
+
+
+def test_a_base_of_another_shape_than_its_config_says_is_refused_by_name(tmp_path: Path) -> None:
+    base = resave(save_base("llama", tmp_path), dict, intermediate_size=96)
+    with pytest.raises(DataLoss, match=r"down_proj\.weight: has the shape \(64, 128\), .* says \(64, 96\)"):
+        engine_for(base)
+
+
+HEADS = {
+    "tied, and not in the file": lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"},
+    "said to be tied, and in the file": lambda tensors: {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1},
+}
+
+
+@pytest.mark.parametrize("change", HEADS.values(), ids=HEADS)
+def test_a_head_is_tied_where_transformers_ties_it(change: Any, tmp_path: Path) -> None:
+    base = resave(save_base("llama", tmp_path), change, tie_word_embeddings=True)
+    engine = engine_for(base)
+    expected = reference_logits(load_base(base), PROMPT)
+    torch.testing.assert_close(engine.logits(PROMPT, engine.adapters.lease([])), expected, atol=1e-4, rtol=0)
+
+
+def test_weights_under_another_name_are_refused(tmp_path: Path) -> None:
+    """`transformers` reads that file in place of model.safetensors, and lorarep would have checked another."""
+    base = resave(save_base("llama", tmp_path), dict, transformers_weights="other.safetensors")
+    with pytest.raises(FailedPrecondition, match=r"^transformers_weights: 'other\.safetensors'"):
         engine_for(base)

@@ -49,7 +49,8 @@ class Base(WalkedModel):
         self.tokenizer = Tokenizer(self.folder)
         self.squares: dict[tuple[int, str], Tensor] = {}
         """fp32 (out), |w|² of the rows of each weight that a DoRA has asked for, by layer and module path."""
-        self.quantization: Quantization = next(iter(self.weights[0].values())).quantization
+        self.quantization: Quantization = kind
+        """That of the checkpoint or the configuration; a checkpoint may leave some weights as they are."""
 
     def norm_terms(self, layers: Sequence[int], module: str, a: Tensor) -> tuple[Tensor, Tensor]:
         """The terms of DoRA's norms (`kernels.eager.dora_norm`) that need the base's weights.

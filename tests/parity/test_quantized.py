@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from click.testing import CliRunner
 from lorarep_server.cli.reference import Reference
+from lorarep_server.cli.verify import verify
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorarep_runtime.adapters.files import CONFIG_FILE, read_config
 from lorarep_runtime.adapters.peft_config import AdapterConfig
@@ -22,7 +26,6 @@ from tests.support.models import (
     save_adapter,
     save_base,
     stack_of,
-    stacked,
 )
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -109,24 +112,44 @@ def test_int8_is_closer_to_the_base_than_llm_int8(base: Path) -> None:
     assert (ours - exact).norm() < (theirs - exact).norm() < 0.1 * exact.norm()
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_checkpoint_that_is_quantized_already(quantization: str, base: Path, tmp_path: Path) -> None:
-    saved = load_base(base, quantization)
-    saved.save_pretrained(tmp_path)
+NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+SOME = ["lm_head", "q_proj", "model.layers.1.mlp.down_proj", "model.layers.2"]
+"""Modules that are not quantized: a kind, one, and a whole layer."""
+CHECKPOINTS = {
+    "nf4": ("nf4", NF4),
+    "int8": ("int8", dict(load_in_8bit=True)),
+    "nf4 but for some": ("nf4", dict(**NF4, llm_int8_skip_modules=SOME)),
+    "int8 but for some": ("int8", dict(load_in_8bit=True, llm_int8_skip_modules=SOME)),
+    "nf4, its scales quantized, in bytes of another type": (
+        "nf4",
+        dict(**NF4, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage=torch.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize(("quantization", "config"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_that_is_quantized_already(
+    quantization: str, config: dict[str, Any], base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """As `transformers` loads it, and as `lorarep verify` loads it for its reference."""
+    options = dict(quantization_config=BitsAndBytesConfig(**config), device_map={"": "cpu"})
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options).save_pretrained(tmp_path)
     for file in base.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     engine = engine_for(tmp_path)
     assert engine.base.quantization == quantization
-    model = stacked(load_base(base, quantization), range(6))
+    model = load_base(tmp_path)
     if quantization == "int8":
         use_dequantized_int8(model)
     expected = reference_logits(model, PROMPT)
     torch.testing.assert_close(engine.logits(PROMPT, engine.adapters.lease([])), expected, atol=1e-5, rtol=0)
+    flags = ["--base", tmp_path, "--adapter", adapters["dora on overlap"], "--device=cpu", "--dtype=float32"]
+    verified = CliRunner().invoke(verify, [*map(str, flags), "--prompt=abc", "--max-new-tokens=2"])
+    assert verified.exit_code == 0, verified.output
+    assert "the same but for rounding" in verified.output
 
 
 def test_double_quantization(base: Path) -> None:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
     from lorarep_runtime.engine.engine import Engine
 

@@ -146,15 +146,14 @@ def save_base(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Pa
 
 def load_base(folder: Path, quantization: str = "none", **options: Any) -> PreTrainedModel:
     """The base in fp32 as `transformers` loads it, on the CPU: bitsandbytes would choose another device."""
-    quantized = {
-        "none": None,
+    configs = {
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
-    }[quantization]
+    }
+    if quantization != "none":  # None would take the place of a quantized checkpoint's own
+        options["quantization_config"] = configs[quantization]
     options = {"attn_implementation": "eager", "device_map": {"": "cpu"}, **options}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantized, **options
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On some CPUs bitsandbytes would round to bf16, and repack the weight in place before PEFT's DoRA reads it.

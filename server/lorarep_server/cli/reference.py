@@ -38,13 +38,15 @@ class Reference:
             adapter: folder of an adapter for the stack.
             config: the adapter's configuration.
         """
+        # None in place of a config would also take the place of the one that a quantized checkpoint has.
+        own = {} if base.quantization_config is None else {"quantization_config": base.quantization_config}
         model = AutoModelForCausalLM.from_pretrained(
             base.folder,
             dtype=base.dtype,
             device_map={"": base.device},
             attn_implementation="eager",
-            quantization_config=base.quantization_config,
             local_files_only=True,
+            **own,
         ).eval()
         use_dense_weights(model, base.dtype)
         stacked(model, stack)

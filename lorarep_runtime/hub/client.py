@@ -41,7 +41,7 @@ from lorarep_runtime.errors import (
 )
 from lorarep_runtime.hub.bounds import Bounds, check_small, check_weights, listed, resolve
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remember_ref, snapshot_folder
-from lorarep_runtime.hub.files import CONFIG, FILES, IGNORED, Kind
+from lorarep_runtime.hub.files import CONFIG, FILES, IGNORED, Kind, missing_shards
 from lorarep_runtime.progress import Progress
 
 AGENT = "lorarep"
@@ -108,8 +108,15 @@ def download(
             remember_ref(repository, revision or constants.DEFAULT_REVISION, commit, cache_dir)
         return folder
 
+    def whole() -> Path:
+        folder = snapshot(tqdm_class=_reporting_bar(progress))
+        # Shards may have any names: those are in the index alone.
+        if kind == "base" and (shards := missing_shards(folder)):
+            snapshot(folder.name, shards, tqdm_class=_reporting_bar(progress))
+        return folder
+
     try:
-        return bounded(bounds) if bounds else snapshot(tqdm_class=_reporting_bar(progress))
+        return bounded(bounds) if bounds else whole()
     except (PermissionDenied, FailedPrecondition, InvalidArgument, Exhausted, DataLoss):
         raise  # what is beyond its bounds is not served from the cache either
     except Exception as error:  # of any class: the client fails in many ways over an answer that makes no sense

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from mmap import mmap
 from pathlib import Path
@@ -123,19 +123,27 @@ def check_pointers(folder: Path, kind: Kind) -> None:
                 )
 
 
+def missing_shards(folder: Path) -> Sequence[str]:
+    """The shards that are missing in a base's folder, if it has an index and no single file of weights.
+
+    Raises:
+        DataLoss: the index is malformed.
+    """
+    index = folder / INDEX
+    if not index.exists() or (folder / WEIGHTS["base"][0]).exists():
+        return []
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        return sorted(shard for shard in shards if not (folder / shard).is_file())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataLoss("not an index of safetensors", field=INDEX) from error
+
+
 def check_shards(folder: Path) -> None:
-    """Checks that a base's folder holds all shards of its index, if it has an index and no single file of weights.
+    """Checks that a base's folder holds all shards of its index.
 
     Raises:
         DataLoss: a shard is missing, or the index is malformed.
     """
-    index = folder / INDEX
-    if not index.exists() or (folder / WEIGHTS["base"][0]).exists():
-        return
-    try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataLoss("not an index of safetensors", field=INDEX) from error
-    if missing:
+    if missing := missing_shards(folder):
         raise DataLoss(f"names {missing[0]}, which is not there", field=INDEX)

@@ -7,6 +7,7 @@ whose connection broke with a Range request; after a restart it keeps the files 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import get_cached_repo_tree
+from huggingface_hub import RepoFile, constants, get_cached_repo_tree
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in an __all__
 
@@ -24,6 +25,8 @@ from lorarep_runtime.hub.cache import check_contents, known_blobs, remove_abando
 from lorarep_runtime.hub.client import download
 from lorarep_runtime.hub.files import Kind, check_files, check_links, check_pointers, check_shards
 from lorarep_runtime.progress import Progress
+
+log = logging.getLogger(__name__)
 
 LOCAL = "local"
 """The commit of a folder's snapshot."""
@@ -71,7 +74,8 @@ def fetch(
             file is a pointer of Git LFS.
         DataLoss: shards of a base are missing, or what came is not what the Hub lists; the cache does not keep that.
         Exhausted: the disk is full.
-        Unavailable: the Hub did not answer properly, and the cache does not hold all files.
+        Unavailable: the Hub did not answer properly, and the cache does not hold all files, or may not. With
+            HF_HUB_OFFLINE it is enough that it holds config and weights.
     """
     is_path = os.path.isabs(source) or source.startswith((".", "~"))
     if is_path or (kind != "adapter" and source and os.path.isdir(source)):
@@ -82,17 +86,39 @@ def fetch(
     remove_abandoned_parts(source, cache_dir)
     known = known_blobs(source, cache_dir)
     folder = download(source, revision, kind, cache_dir, progress, bounds)
-    try:
-        tree = get_cached_repo_tree(source, revision=folder.name, cache_dir=cache_dir)
-    except CachedRepoTreeNotFoundError as error:
-        # Without the list nobody can tell a whole snapshot from a partial one.
-        raise Unavailable(f"{source}: the hub cannot be reached, and the cache may hold only part of it") from error
-    check_files({file.path for file in tree}, kind, source)
-    check_contents(folder, tree, known)
+    tree = _listed(source, folder.name, cache_dir)
+    if tree is None:
+        check_files({path.name for path in folder.iterdir() if path.is_file()}, kind, f"the cache of {source}")
+    else:
+        check_files({file.path for file in tree}, kind, source)
+        check_contents(folder, tree, known)
     check_pointers(folder, kind)
     if kind == "base":
         check_shards(folder)
     return Snapshot(folder, source, folder.name)
+
+
+def _listed(repository: str, commit: str, cache_dir: Path | None) -> Sequence[RepoFile] | None:
+    """The files that the Hub has listed of a commit. None without a list, if the cache is to be taken as it is.
+
+    Without a list nobody can tell a whole snapshot from a partial one. It is missing where `transformers` or PEFT have
+    asked for each file, or a client before 1.24 for all.
+
+    Raises:
+        Unavailable: there is no list, and the Hub could have been asked for it.
+    """
+    try:
+        return get_cached_repo_tree(repository, revision=commit, cache_dir=cache_dir)
+    except CachedRepoTreeNotFoundError as error:
+        if not constants.HF_HUB_OFFLINE:
+            raise Unavailable(
+                f"{repository}: the hub cannot be reached, and the cache may hold only part of it; "
+                "with HF_HUB_OFFLINE=1 that is taken for all"
+            ) from error
+        log.warning(
+            "%s: what the cache holds is taken for all, since no list there says which files it has", repository
+        )
+        return None
 
 
 def check_allowed(repository: str, patterns: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, constants, file_download, hf_hub_download
+from huggingface_hub import HfApi, _tree_cache, constants, file_download, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import _http
 
@@ -156,6 +157,19 @@ def test_missing_repository_or_revision_is_not_found(publish, fetch) -> None:
 
 
 # What is downloaded.
+
+
+def test_shards_are_those_of_the_index_whatever_their_names(hub: FaultyHub, publish, fetch) -> None:
+    """As `transformers` takes them; other weights of the repository stay there."""
+    names = [f"model.safetensors-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.dumps({"weight_map": dict(zip("ab", names, strict=True))})
+    base = {"config.json": b"{}", "model.safetensors.index.json": index.encode(), **dict.fromkeys(names, b"shard")}
+    publish({**base, "consolidated.safetensors": b"the same once more"})
+    assert contents(fetch(kind="base")) == base
+    assert "consolidated.safetensors" not in hub.downloads()
+    hub.asked.clear()
+    hub.status = 500
+    assert contents(fetch(kind="base")) == base
 
 
 def test_base_is_fetched_with_all_shards_and_nothing_else(hub: FaultyHub, publish, fetch) -> None:
@@ -432,6 +446,39 @@ def test_files_of_unknown_number_are_never_taken_for_whole(hub: FaultyHub, publi
     hub.status = 500
     with pytest.raises(Unavailable, match="part of it"):
         fetch()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "base"])
+@pytest.mark.parametrize("client", ["an older one", "one that asks for each file"])
+def test_offline_a_complete_cache_starts_whoever_has_filled_it(
+    hub: FaultyHub, publish, fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: str, kind: str
+) -> None:
+    """PEFT and `transformers` ask for each file; clients before 1.24 kept no list of them."""
+    files = ADAPTER if kind == "adapter" else BASE
+    publish(files)
+    if client == "an older one":
+        shutil.rmtree(fetch(kind=kind).folder.parents[1] / "trees")
+        monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
+    else:
+        for name in files:
+            hf_hub_download(REPOSITORY, name, cache_dir=tmp_path / "cache", endpoint=hub.url)
+    hub.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = fetch(kind=kind)
+    assert contents(found).keys() == files.keys()
+    needed = "adapter_model.safetensors" if kind == "adapter" else "model-2.safetensors"
+    (found.folder / needed).unlink()
+    with pytest.raises((NotFound, DataLoss), match=needed):
+        fetch(kind=kind)
+    assert hub.asked == []
+
+
+def test_a_repository_that_was_renamed_is_found_under_its_old_name(hub: FaultyHub, publish, fetch) -> None:
+    commit = publish(ADAPTER)
+    hub.renamed["org/old"] = REPOSITORY
+    for limits in (None, bounds()):
+        found = fetch("org/old", bounds=limits)
+        assert (found.commit, contents(found)) == (commit, ADAPTER)
 
 
 def test_killed_download_leaves_nothing_whole_and_a_restart_continues(

@@ -51,6 +51,8 @@ class FaultyHub(HubStandIn):
         """By file name: the size that listings and headers claim."""
         self.garbage: bytes | None = None
         """The body of every answer about a repository, in place of JSON."""
+        self.renamed: dict[str, str] = {}
+        """New names of repositories, to which requests for the old ones are sent on."""
         self.has_xet = False
         """Whether large files are in Xet storage too, whose server never answers."""
         self.hanging = threading.Event()
@@ -89,6 +91,8 @@ class FaultyHandler(HubHandler):
             )
         elif hub.status is not None and hub.faulty in path:
             self.send(hub.status, {"Retry-After": "3600"})
+        elif old := next((name for name in hub.renamed if f"/{name}/" in f"{path}/"), None):
+            self.send(307, {"Location": hub.url + self.path.replace(f"/{old}", f"/{hub.renamed[old]}", 1)})
         else:
             super().answer()
 

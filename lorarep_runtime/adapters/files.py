@@ -18,9 +18,9 @@ from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterConfig
 from lorarep_runtime.adapters.weights_file import WeightsFile
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.device.gil import give_way
-from lorarep_runtime.errors import InvalidArgument, NotFound
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
 from lorarep_runtime.hub.bounds import Bounds
-from lorarep_runtime.hub.files import file_digest
+from lorarep_runtime.hub.files import TEMPLATE_FILES, TOKENIZER_FILES, file_digest
 from lorarep_runtime.hub.snapshot import Snapshot, fetch
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.compiled_adapter import Adapter, Layout
@@ -180,21 +180,24 @@ class AdapterFiles:
     def tokenizer(self, folder: Path, *, trusted: bool) -> Tokenizer:
         """The tokenizer of an adapter's requests.
 
-        It is the adapter's own, if the folder has one; else the base's, with the adapter's chat template if the folder
-        has only that.
+        It is the adapter's own, if the folder has any file of one; else the base's, with the adapter's chat template if
+        the folder has only that.
 
         Args:
             folder: holds the adapter's files.
             trusted: as for `AdapterRegistry.load`.
 
         Raises:
-            FailedPrecondition: as `Tokenizer.adapters_own`.
+            FailedPrecondition: as `Tokenizer.adapters_own`; or the template is not UTF-8.
         """
         template = folder / TEMPLATE_FILE
-        if (folder / "tokenizer_config.json").exists():
+        if any(any(folder.glob(name)) for name in TOKENIZER_FILES if name not in TEMPLATE_FILES):
             return self.base.tokenizer.adapters_own(folder, self.base.vocab_size, trusted=trusted)
         if template.exists():
-            text = template.read_text(encoding="utf-8", errors="replace")
+            try:
+                text = template.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise FailedPrecondition(f"is not UTF-8: {error}", field=template.name) from error
             return self.base.tokenizer.with_chat_template(text, trusted=trusted)
         return self.base.tokenizer
 

@@ -16,6 +16,7 @@ from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
 Kind = Literal["base", "config", "adapter"]
 """The part of a repository that is wanted: a base, a base's configuration without its weights, or an adapter."""
 
+TEMPLATE_FILES = ("chat_template.json", "*.jinja")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,8 +27,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
-    "chat_template.json",
-    "*.jinja",
+    *TEMPLATE_FILES,
 )
 """Shell patterns of the files of a tokenizer and its chat template."""
 CONFIG: Mapping[Kind, str] = {"base": "config.json", "config": "config.json", "adapter": "adapter_config.json"}

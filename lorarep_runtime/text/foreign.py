@@ -6,16 +6,14 @@ import filecmp
 import hashlib
 import json
 from asyncio import CancelledError
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lorarep_runtime.errors import FailedPrecondition, LorarepError, first_line
+from lorarep_runtime.text.vocabulary_files import TOKENIZER_FILE, VOCABULARY_FILES
 
-TOKENIZER_FILE = "tokenizer.json"
-VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt")
-"""Shell patterns of the files that hold a vocabulary."""
 COMPONENTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
 """Parts of a tokenizer.json that compute with text. A few bytes of them may ask for any time and memory."""
 MAX_CONFIG_BYTES = 4 << 20
@@ -27,11 +25,15 @@ MAX_TOKEN_CHARACTERS = 1024
 
 
 @contextmanager
-def foreign_code(what: str, kind: type[LorarepError] = FailedPrecondition, field: str = "tokenizer") -> Iterator[None]:
+def foreign_code(
+    what: str | Callable[[BaseException], str],
+    kind: type[LorarepError] = FailedPrecondition,
+    field: str = "tokenizer",
+) -> Iterator[None]:
     """Turns whatever a foreign file makes a library raise into an error. A panic of one in Rust is no Exception.
 
     Args:
-        what: has failed, for the message.
+        what: has failed, before the error's first line in the message; or makes the message of the error.
         kind: class of the error.
         field: of the error.
     """
@@ -40,7 +42,8 @@ def foreign_code(what: str, kind: type[LorarepError] = FailedPrecondition, field
     except (LorarepError, KeyboardInterrupt, SystemExit, CancelledError):
         raise
     except BaseException as error:
-        raise kind(f"{what}: {first_line(error)}", field=field) from error
+        message = f"{what}: {first_line(error)}" if isinstance(what, str) else what(error)
+        raise kind(message, field=field) from error
 
 
 class Pipeline:

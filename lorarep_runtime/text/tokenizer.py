@@ -14,11 +14,11 @@ from lorarep_runtime.text import chat_template
 from lorarep_runtime.text.foreign import (
     MAX_ADDED_TOKENS,
     MAX_TOKEN_CHARACTERS,
-    VOCABULARY_FILES,
     Pipeline,
     foreign_code,
 )
 from lorarep_runtime.text.text_length import characters_of_a_token
+from lorarep_runtime.text.vocabulary_files import check_read, check_there, what_is_missing
 
 
 class Tokenizer:
@@ -26,30 +26,28 @@ class Tokenizer:
 
     Args:
         folder: holds the tokenizer's files; a generation config and a model's config may name more tokens.
+        of_base: whether these configs are read. An adapter is generated from with its base's.
         trusted: whether the operator vouches for the files. Their chat template is rendered in this process then.
 
     Raises:
         FailedPrecondition: the folder has none that `transformers` can load.
     """
 
-    def __init__(self, folder: Path, *, trusted: bool = True) -> None:
+    def __init__(self, folder: Path, *, of_base: bool = True, trusted: bool = True) -> None:
         # Imported late: it imports torch, and a server has to listen before both are there.
         from transformers import AutoTokenizer
 
-        if not any(any(folder.glob(pattern)) for pattern in VOCABULARY_FILES):
-            # transformers would make one of three tokens.
-            raise FailedPrecondition(
-                f"{folder} has no vocabulary, which is one of {', '.join(VOCABULARY_FILES)}", field="tokenizer"
-            )
-        with foreign_code(f"transformers cannot load the one in {folder}"):
+        check_there(folder)
+        with foreign_code(lambda error: f"{folder} {what_is_missing(folder, error)}"):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_read(folder, self._tokenizer)
         self._folder = folder
         self._trusted = trusted
         template = self._tokenizer.chat_template
         self._named_templates = sorted(template) if isinstance(template, Mapping) else []
         self.chat_template: str | None = template.get("default") if isinstance(template, Mapping) else template
         """Of several named ones the default, as for `transformers`."""
-        self.eos_ids: frozenset[int] = frozenset(_eos_ids(folder, self._tokenizer.eos_token_id))
+        self.eos_ids: frozenset[int] = frozenset(_eos_ids(folder if of_base else None, self._tokenizer.eos_token_id))
         """Tokens that end an answer, as the tokenizer, the generation config or the model's config say."""
 
     def with_chat_template(self, template: str, *, trusted: bool = True) -> Tokenizer:
@@ -173,7 +171,7 @@ class Tokenizer:
         """
         if not trusted:
             self._pipeline.check(folder)
-        own = Tokenizer(folder, trusted=trusted)
+        own = Tokenizer(folder, of_base=False, trusted=trusted)
         if not trusted:
             self._check_added(own)
         if not fits(own, rows) and not self._is_part_of(own, rows):
@@ -227,11 +225,11 @@ def fits(tokenizer: Tokenizer, rows: int) -> bool:
     return tokenizer.largest_id < rows
 
 
-def _eos_ids(folder: Path, own: int | None) -> Iterable[int]:
+def _eos_ids(folder: Path | None, own: int | None) -> Iterable[int]:
     """The end tokens that the configs of a folder name, and the tokenizer's own."""
     found: list[Any] = [own]
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
+        if folder is not None and (folder / name).exists():
             try:
                 config = json.loads((folder / name).read_bytes())
                 found += [config.get("eos_token_id"), (config.get("text_config") or {}).get("eos_token_id")]

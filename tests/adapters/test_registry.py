@@ -264,6 +264,27 @@ def test_an_adapters_own_tokenizer_is_used_if_the_operator_names_it(base: Path, 
     assert len(engine.base.tokenizer.encode("<7>")) == 3  # the base's own stays what it was
 
 
+def test_what_an_adapter_has_of_a_tokenizer_is_used_or_refused(base: Path, tmp_path: Path) -> None:
+    """Never the base's in its place, which may make other tokens."""
+    folder = save_adapter(base, tmp_path / "own", r=2, target_modules=["q_proj"])
+    save_foreign_tokenizer(folder, VOCAB)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')  # of no adapter that the Hub sends
+    engine = engine_for(base, adapters={"own": folder}, kv_bytes=1 << 20)
+    lease = engine.adapters.lease([("own", 1.0)])
+    assert lease.tokenizer.encode("<7>") == [7]
+    assert lease.tokenizer.eos_ids == frozenset()
+    lease.release()
+    (folder / "tokenizer.json").unlink()
+    (folder / "added_tokens.json").write_text("{}")
+    with pytest.raises(FailedPrecondition, match="has no vocabulary"):
+        engine_for(base, adapters={"own": folder}, kv_bytes=1 << 20)
+    (folder / "added_tokens.json").unlink()
+    (folder / "chat_template.jinja").write_bytes(b"{{ messages[0].content }}\xff")
+    with pytest.raises(FailedPrecondition, match=r"^chat_template\.jinja: is not UTF-8"):
+        engine_for(base, adapters={"own": folder}, kv_bytes=1 << 20)
+
+
 def test_an_adapters_tokenizer_that_does_not_fit_the_base_is_refused(base: Path, tmp_path: Path) -> None:
     folder = save_adapter(base, tmp_path / "own", r=2, target_modules=["q_proj"])
     save_foreign_tokenizer(folder, VOCAB + 1)

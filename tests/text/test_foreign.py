@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, LorarepError
@@ -102,6 +103,22 @@ def test_a_token_past_the_bases_rows_leaves_the_tokenizer_in_use(base: Tokenizer
     for trusted in (False, True):
         tokenizer = base.adapters_own(own, 259, trusted=trusted)
         assert tokenizer.encode("a[PAD]") == [*base.encode("a"), 259]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_token_past_the_bases_rows_and_a_template_are_the_adapters_own(
+    base: Tokenizer, own: Path, trusted: bool
+) -> None:
+    """As whoever runs it under PEFT makes tokens of a chat: with the tokenizer of the adapter's folder."""
+    added = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=True)
+    edit(own, lambda document: document["added_tokens"].append({"id": 259, "content": "<|end|>", **added}))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}|{{ m.content }}<|end|>{% endfor %}"
+    edit(own, lambda config: config.update(chat_template=template, eos_token="<|end|>"), "tokenizer_config.json")
+    chat = [{"role": "user", "content": "a <|end|> é"}]
+    theirs = AutoTokenizer.from_pretrained(own)
+    tokens = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert 259 in tokens
+    assert base.with_chat_template("{{ 1 }}").adapters_own(own, 259, trusted=trusted).chat(chat) == tokens
 
 
 @pytest.mark.parametrize(

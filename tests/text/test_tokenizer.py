@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -239,6 +240,60 @@ def test_a_tokenizer_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(FailedPrecondition, match="tokenizer"):
         Tokenizer(tmp_path)
+
+
+def without(folder: Path, *names: str, **config: Any) -> Path:
+    """A tokenizer that has its vocabulary in vocab.json, with fields of its config, but without some of its files."""
+    save_tokenizer(folder)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "spiece.model").write_bytes(b"\n\x0c\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    for name in ("tokenizer.json", *names):
+        (folder / name).unlink()
+    return folder
+
+
+HALVES = {
+    "one file of two": (
+        ["merges.txt", "spiece.model"],
+        "GPT2Tokenizer",
+        "has vocab.json, and neither merges.txt nor tokenizer.json",
+    ),
+    "the other one": (
+        ["vocab.json", "spiece.model"],
+        "GPT2Tokenizer",
+        "has merges.txt, and neither vocab.json nor tokenizer.json",
+    ),
+    "a package for its class": (
+        ["spiece.model"],
+        "CpmAntTokenizer",
+        "needs the package rjieba, which is not installed",
+    ),
+    "another package": ([], "M2M100Tokenizer", "needs the package sentencepiece, which is not installed"),
+    "a package for its file": (
+        ["vocab.json", "merges.txt"],
+        "SiglipTokenizer",
+        "needs the package sentencepiece, which is not installed",
+    ),
+    "a file that its class reads": (
+        ["vocab.json", "merges.txt"],
+        "LlamaTokenizer",
+        "has no vocabulary that LlamaTokenizer reads, which is tokenizer.json or tokenizer.model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("missing", "name", "said"), HALVES.values(), ids=HALVES)
+def test_half_a_tokenizer_is_refused_by_what_it_lacks(missing: list[str], name: str, said: str, tmp_path: Path) -> None:
+    """What `transformers` says takes several lines, or names a package that would not help. Of the last it says
+    nothing, and makes no tokens of any text. None of the packages comes with lorarep or its tests."""
+    folder = without(tmp_path, *missing, tokenizer_class=name)
+    with pytest.raises(FailedPrecondition) as error:
+        Tokenizer(folder)
+    assert str(error.value) == f"tokenizer: {folder} {said}"
 
 
 def test_fits_is_about_the_largest_token(tokenizer: Tokenizer) -> None:

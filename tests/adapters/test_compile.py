@@ -64,6 +64,12 @@ def changed(saved: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tensor
     return change
 
 
+def renamed(tensors: dict[str, Tensor], old: str, new: str) -> None:
+    """Renames all tensors, as the keys of torch's wrappers of models and of PEFT's own modules are."""
+    for name in list(tensors):
+        tensors[name.replace(old, new)] = tensors.pop(name)
+
+
 SURPLUS = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
 
 
@@ -72,15 +78,30 @@ SURPLUS = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
     [
         (lambda t: t.pop(FIRST_A), FIRST_A),
         (lambda t: t.update({SURPLUS: torch.zeros(4, 64)}), SURPLUS),
+        (lambda t: renamed(t, "base_model.", "base_model._orig_mod."), r"base_model\._orig_mod\.model\.model\.layers"),
+        (lambda t: renamed(t, "model.layers.", "model._fsdp_wrapped_module.layers."), "_fsdp_wrapped_module"),
+        (lambda t: renamed(t, "lora_A.weight", "lora_A.default.weight"), r"lora_A\.default\.weight"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(4)}), "lm_head.weight"),
         (lambda t: t.update({FIRST_A: torch.zeros(5, 64)}), FIRST_A),
         (lambda t: t.update({FIRST_A: torch.zeros(4, 64, dtype=torch.int8)}), FIRST_A),
         (lambda t: t[FIRST_A].fill_(torch.nan), r"layers\.0\.self_attn\.q_proj"),
         (lambda t: t[FIRST_A][0].fill_(torch.inf), r"layers\.0\.self_attn\.q_proj"),
     ],
-    ids=["missing", "surplus", "surplus elsewhere", "shape", "dtype", "NaN", "infinity"],
+    ids=[
+        "missing",
+        "surplus",
+        "compiled",
+        "sharded",
+        "named",
+        "surplus elsewhere",
+        "shape",
+        "dtype",
+        "NaN",
+        "infinity",
+    ],
 )
 def test_a_file_that_contradicts_its_config_is_refused_by_name(engine: Engine, changed, how, named: str) -> None:
+    """PEFT would leave what it does not find in the file as it was drawn, and take no notice of keys of wrappers."""
     folder = changed(how)
     with pytest.raises(FailedPrecondition, match=named):
         engine.adapters.load("bad", str(folder), trusted=True)

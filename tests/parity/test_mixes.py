@@ -14,7 +14,14 @@ from tests.support.models import load_base, reference_logits, save_adapter, save
 from tests.support.models import stacked as physically_stacked
 
 MAP = [[0, 4], [2, 5]]
-KINDS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}
+PATTERNS = dict(rank_pattern={"down_proj": 7, r"layers\.[16]\.self_attn\.q_proj": 2}, alpha_pattern={"q_proj": 11})
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+    "patterns": PATTERNS,
+    "dora of patterns": {**PATTERNS, "use_dora": True, "use_rslora": True},
+}
 
 
 def weigh(model: PeftModel, adapter: str, weight: float) -> None:
@@ -33,6 +40,7 @@ def weigh(model: PeftModel, adapter: str, weight: float) -> None:
         [("dora", 0.7), ("dora", 1.6)],
         [("lora", -0.8), ("dora", 0.3), ("bias", 1.7), ("dora", 0.6)],
         [("dora", 0.4)],
+        [("patterns", 1.0), ("dora of patterns", -0.6), ("lora", 0.5)],
     ],
     ids=str,
 )

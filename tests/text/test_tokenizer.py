@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.text.detokenizer import REPLACEMENT, TextStream
@@ -81,6 +81,17 @@ def test_a_broken_character_at_the_end_is_left_out(tokenizer: Tokenizer) -> None
 def test_bytes_that_are_no_character_become_replacements(tokenizer: Tokenizer) -> None:
     broken = tokenizer.encode("é")[:1] + tokenizer.encode("abcd")
     assert "".join(stream(tokenizer, broken)[0]) == f"{REPLACEMENT}abcd"
+
+
+def test_tokens_past_the_vocabulary_are_no_text_as_in_transformers(tokenizer: Tokenizer) -> None:
+    """Many bases have more rows than their tokenizer has tokens."""
+    past = [tokenizer.largest_id + 1, VOCAB - 1]
+    theirs = AutoTokenizer.from_pretrained(tokenizer._folder)
+    a, b = tokenizer.encode("a"), tokenizer.encode("é")
+    tokens = [*past, *a, *past, *b[:1], past[0], *b, *past, *a]
+    shown, _ = stream(tokenizer, tokens, prompt=past)
+    assert "".join(shown) == theirs.decode(tokens, skip_special_tokens=True) == tokenizer.decode(tokens)
+    assert [tokenizer.token_text(token) for token in past] == ["", ""]
 
 
 def test_a_prompt_that_ends_inside_a_character_does_not_swallow_the_answer(tokenizer: Tokenizer) -> None:

@@ -8,14 +8,16 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, in the order of `transformers`: penalties, temperature, top-k, top-p, min-p."""
+    """How the next token is chosen, in the order of vLLM: penalties, temperature, min-p, top-k, top-p."""
 
     temperature: float = 0.0
     """0 is greedy."""
+    min_p: float = 0.0
+    """Keeps tokens that have at least this part of the likeliest one's probability."""
     top_k: int = 0
     """0 keeps all."""
     top_p: float = 1.0
-    min_p: float = 0.0
+    """Keeps the likeliest tokens until they have this probability together, of those that are left by then."""
     repetition_penalty: float = 1.0
     """Divides positive logits, multiplies negative ones, of every token in prompt or answer (Keskar et al., 2019)."""
     presence_penalty: float = 0.0

@@ -105,8 +105,8 @@ class SamplerState:
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """The next token of each row. A row's result does not depend on the other rows.
 
-    Scores are processed in the order of `transformers`: penalties, end tokens that may not come yet, temperature,
-    top-k, top-p, min-p.
+    Scores are processed in the order of vLLM: penalties, end tokens that may not come yet, temperature, min-p, top-k,
+    top-p. `transformers` has min-p last, which keeps the tokens that top-p takes from all that min-p would drop, too.
 
     Args:
         logits: (rows, vocab) fp32; left as they are.
@@ -204,12 +204,12 @@ def _draw(
     # Temperatures near 0 would overflow; the difference to the largest score cannot.
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature.float()
     scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    scores.masked_fill_(scores.exp() < min_p.float(), -math.inf)  # the likeliest one's score is 0
     scores.masked_fill_(scores < scores.gather(1, last.long()), -math.inf)
     probabilities = scores.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     # Rounding must not take the end of a distribution that was asked for whole.
     probabilities.masked_fill_(before >= top_p.float(), 0)
-    probabilities.masked_fill_(probabilities < min_p.float() * probabilities[:, :1], 0)
     cumulative = probabilities.double().cumsum(-1)
     place = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform, right=True)
     # Nor lead past the last token that has a probability. None has where scores overflow, are NaN or all forbidden.

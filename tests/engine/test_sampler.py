@@ -38,17 +38,17 @@ def state(sampling: Sampling, answer: tuple[int, ...] = (), **stopping: object) 
 
 
 def expected(logits: Tensor, sampling: Sampling, answer: tuple[int, ...]) -> Tensor:
-    """Probabilities (vocab) by `transformers`, in its order."""
+    """Probabilities (vocab) by `transformers`, in vLLM's order: its own has min-p last."""
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        processors.append(MinPLogitsWarper(sampling.min_p))
     return processors(torch.tensor([[*PROMPT, *answer]]), logits)[0].softmax(-1)
 
 
@@ -77,6 +77,17 @@ def test_tokens_are_drawn_as_transformers_would(sampling: Sampling) -> None:
     assert set(drawn) <= set(wanted.nonzero().flatten().tolist())
     # Five standard deviations of a frequency.
     assert ((got - wanted).abs() <= 5 * (wanted * (1 - wanted) / DRAWS).sqrt() + 1e-9).all()
+
+
+def test_min_p_comes_before_top_p() -> None:
+    """In vLLM's order 0.5 of 0.7 is enough for top-p; in that of `transformers`, 0.5 of 1 is not."""
+    logits = torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1]]).log()
+    both = Sampling(temperature=1.0, top_p=0.7, min_p=0.3)
+    assert expected(logits.clone(), both, ()).tolist() == [1, 0, 0, 0, 0]
+    drawn = {sample(logits, [state(Sampling(**{**both.__dict__, "seed": seed}))])[0].token for seed in range(50)}
+    assert drawn == {0}
+    alone = [sample(logits, [state(Sampling(temperature=1.0, min_p=0.3, seed=seed))])[0].token for seed in range(50)]
+    assert set(alone) == {0, 1}
 
 
 def test_presence_and_frequency_penalties_are_openais() -> None:

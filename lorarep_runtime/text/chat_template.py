@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import LifoQueue
+from typing import Any
 
 from lorarep_runtime.errors import Exhausted, InvalidArgument, first_line
 
@@ -45,13 +46,13 @@ _refused: dict[bytes, float] = {}
 """Until when templates that have taken too much are refused, by their SHA-256."""
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
+def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> str:
     """The text of a conversation as a template (Jinja) writes it, up to where the next answer begins.
 
     Args:
         template: of any origin.
         messages: each with "role" and "content".
-        special_tokens: texts by names, such as "eos_token".
+        variables: others of the template by name, such as "eos_token", as JSON has them.
 
     Raises:
         InvalidArgument: the template refuses the messages, takes too much time or memory, or has done so a while ago.
@@ -64,7 +65,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
     if not _places.acquire(timeout=WAITING_SECONDS):
         raise Exhausted("chat templates take all the time there is", field="prompt.chat", retry_after=1.0)
     try:
-        answer = _render(key, [template, list(messages), dict(special_tokens)])
+        answer = _render(key, [template, list(messages), dict(variables)])
     finally:
         _places.release()
     if "error" in answer:
@@ -156,11 +157,11 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
-        template, messages, special_tokens = json.loads(line)
+        template, messages, variables = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)  # its signal ends the process
         try:
             (text,), _ = render_jinja_template(
-                conversations=[messages], chat_template=template, add_generation_prompt=True, **special_tokens
+                conversations=[messages], chat_template=template, add_generation_prompt=True, **variables
             )
             if len(text) > MAX_CHARACTERS:
                 raise ValueError(f"it makes over {MAX_CHARACTERS} characters")

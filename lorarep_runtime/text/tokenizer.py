@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -93,17 +94,24 @@ class Tokenizer:
         with foreign_code("it cannot name its tokens"):
             return [piece or "" for piece in self._tokenizer.convert_ids_to_tokens(list(tokens))]
 
-    def chat(self, messages: Sequence[Mapping[str, str]], most_characters: int | None = None) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        most_characters: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Tokens of a conversation in the chat template's form, up to where the next answer begins.
 
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role" and "content", and perhaps others that templates read, such as "name".
             most_characters: of the text that the template writes; None is any number.
+            arguments: further variables of the template, as JSON has them.
 
         Raises:
             FailedPrecondition: there is no template, or of several none is the default.
             TooLong: the template writes more.
-            InvalidArgument: there are no messages, or the template refuses them.
+            InvalidArgument: there are no messages, or the template refuses them; or an argument has the name of what
+                the template has anyway.
             LorarepError: as `chat_template.render`, where nobody vouches for the template.
         """
         if not self.chat_template:
@@ -111,13 +119,21 @@ class Tokenizer:
             raise FailedPrecondition(f"the tokenizer has no chat template{named}", field="prompt.chat")
         if not messages:
             raise InvalidArgument("has no messages", field="prompt.chat")
+        arguments = arguments or {}
+        if taken := arguments.keys() & self._template_variables:
+            raise InvalidArgument(f"{min(taken)} cannot be set", field="prompt.chat.template_arguments")
         with foreign_code("the chat template refuses it", InvalidArgument, "prompt.chat"):
             if self._trusted:
                 text = self._tokenizer.apply_chat_template(
-                    list(messages), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+                    list(messages),
+                    chat_template=self.chat_template,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    **arguments,
                 )
             else:
-                text = chat_template.render(self.chat_template, messages, self._tokenizer.special_tokens_map)
+                variables = {**self._tokenizer.special_tokens_map, **arguments}
+                text = chat_template.render(self.chat_template, messages, variables)
         if most_characters is not None and len(text) > most_characters:
             raise TooLong(
                 f"the chat template makes {len(text)} characters of it, over the limit of {most_characters}",
@@ -126,6 +142,12 @@ class Tokenizer:
         with foreign_code("it cannot encode a chat"):
             # The template writes the special tokens itself.
             return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    @property
+    def _template_variables(self) -> set[str]:
+        """Names that arguments of a chat template cannot have: its own variables, and `transformers`' parameters."""
+        parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        return {"messages", *parameters, *self._tokenizer.special_tokens_map}
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without the special ones.

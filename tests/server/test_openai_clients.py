@@ -6,15 +6,20 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 from lorarep_server.api.openai import _stream
-from lorarep_server.api.openai_requests import ChatRequest
+from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest
 from lorarep_server.api.openai_responses import ChatResponse
+from lorarep_server.requests import messages
 from lorarep_server.requests.event_stream import EventStream
 
+from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Finished, FinishReason, Output, Timings
+from lorarep_runtime.text.tokenizer import Tokenizer
+from tests.support.models import save_tokenizer
 from tests.support.servers import SECONDS, Server
 
 CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
@@ -68,6 +73,73 @@ def test_a_part_that_is_no_text_is_named(server: Server) -> None:
     assert told["error"]["message"] == "messages.0.content.1: a part of type 'image_url': only text is supported"
     _, told = post(server, "chat/completions", CONVERSATION | dict(messages=[{"role": "user", "content": 5}]))
     assert told["error"]["message"] == "messages.0.content: Input should be a valid string"
+
+
+def test_what_answers_said_of_themselves_may_come_back(server: Server) -> None:
+    """Histories have messages as OpenAI's client wrote them."""
+    called = {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "tool_calls": []}
+    for sent, plain in (
+        ([CHAT[1], called], [CHAT[1], {"role": "assistant", "content": ""}]),
+        ([CHAT[1], {"role": "assistant"}], [CHAT[1], {"role": "assistant", "content": ""}]),
+        ([{**CHAT[1], "name": "Ann", "tool_calls": None}], [CHAT[1]]),  # a template that reads no name
+    ):
+        asked = CONVERSATION | dict(temperature=0)
+        _, answer = post(server, "chat/completions", asked | dict(messages=sent))
+        _, expected = post(server, "chat/completions", asked | dict(messages=plain))
+        assert answer["choices"] == expected["choices"], answer
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_templates_get_names_and_arguments(tmp_path: Path, trusted: bool) -> None:
+    save_tokenizer(tmp_path)
+    template = "{{ messages[0].name }} {{ messages[1].name is defined }} {{ think }} {{ most }} {{ deep.list }}"
+    tokenizer = Tokenizer(tmp_path).with_chat_template(template, trusted=trusted)
+    arguments = {"think": False, "most": 3, "deep": {"list": [1.5, None, "x", 2]}}
+    named: list[Any] = [{**CHAT[0], "name": "Ann"}, CHAT[1]]
+    asked = ChatRequest(model="base", messages=named, chat_template_kwargs=arguments)
+    tokens = messages.prompt_tokens(asked.to_prompt(), tokenizer, max_tokens=512)
+    assert tokenizer.decode(tokens) == "Ann False False 3 [1.5, None, 'x', 2]"
+    for taken in ("messages", "tools", "eos_token", "tokenize"):
+        asked = ChatRequest(model="base", messages=CHAT, chat_template_kwargs={taken: "x"})
+        with pytest.raises(InvalidArgument, match=taken):
+            messages.prompt_tokens(asked.to_prompt(), tokenizer, max_tokens=512)
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (dict(top_p=0), dict(top_k=1)),
+        (dict(seed=-1), {}),
+        (dict(seed=-(1 << 63)), dict(seed=0)),
+        (dict(seed=-2), dict(seed=(1 << 63) - 2)),
+        (dict(seed=5, top_p=0.5, top_k=-1), dict(seed=5, top_p=0.5)),
+    ],
+)
+def test_values_at_the_ends_of_their_ranges_mean_what_clients_mean(
+    sent: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    sampling = CompletionRequest(**COMPLETION, **sent).to_generate().sampling
+    assert {field.name: value for field, value in sampling.ListFields()} == {"temperature": 1.0, **expected} | (
+        {} if "top_k" in expected else {"top_k": 0}
+    )
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        dict(bad_words=[], use_beam_search=False, skip_special_tokens=True, include_stop_str_in_output=False),
+        dict(return_token_ids=False, return_tokens_as_token_ids=False, priority=0, prompt_logprobs=None),
+        dict(
+            safety_identifier="me", prompt_cache_key="mine", stream=True, stream_options={"include_obfuscation": False}
+        ),
+    ],
+)
+def test_what_says_what_is_done_anyway_is_taken(neutral: dict[str, Any]) -> None:
+    plain = CompletionRequest(**COMPLETION).to_generate()
+    assert CompletionRequest(**COMPLETION, **neutral).to_generate() == plain
+    chat = dict(functions=[], function_call="none", verbosity="medium", documents=[], echo=False)
+    chat |= dict(add_generation_prompt=True, continue_final_message=False, add_special_tokens=False)
+    assert ChatRequest(**CONVERSATION, **neutral, **chat).to_prompt() == ChatRequest(**CONVERSATION).to_prompt()
 
 
 class Sent:

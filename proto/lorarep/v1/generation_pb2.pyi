@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -119,18 +120,26 @@ class Chat(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TEMPLATE_ARGUMENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """At least one message; the oldest comes first."""
+
+    @_builtins.property
+    def template_arguments(self) -> _struct_pb2.Struct:
+        """Further variables of the chat template, such as `enable_thinking` of Qwen 3. They have 16 KiB at most. Those that the
+        template has anyway cannot be set: its messages, special tokens and tools.
+        """
 
     def __init__(
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        template_arguments: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["template_arguments", b"template_arguments"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "template_arguments", b"template_arguments"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -144,19 +153,23 @@ class ChatMessage(_message.Message):
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """The speaker. The chat template defines the roles; nearly all know "system", "user" and "assistant"."""
     content: _builtins.str
     """The text of the message."""
+    name: _builtins.str
+    """The name of the speaker, for templates that tell several apart. Default: none."""
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -194,8 +207,8 @@ Global___AdapterRef: _TypeAlias = AdapterRef  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """Sampling says how each next token is chosen. It applies penalties, temperature, top_k, top_p and min_p, in this
-    order.
+    """Sampling says how each next token is chosen. It applies penalties, temperature, min_p, top_k and top_p, in this
+    order, which is vLLM's.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -213,7 +226,9 @@ class Sampling(_message.Message):
     top_k: _builtins.int
     """The count of the likeliest tokens to keep; 0 keeps all. Default: 0."""
     top_p: _builtins.float
-    """The likeliest tokens are kept until their probabilities together reach this. Over 0, at most 1. Default: 1."""
+    """The likeliest tokens are kept until their probabilities together reach this, among the tokens that min_p and top_k
+    leave. Over 0, at most 1. Default: 1.
+    """
     min_p: _builtins.float
     """Tokens are kept that have at least this part of the likeliest one's probability. 0 to 1. Default: 0."""
     repetition_penalty: _builtins.float

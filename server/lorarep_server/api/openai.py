@@ -222,7 +222,9 @@ def _parsed(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
         error = invalid.errors(include_url=False, include_input=False)[0]
         # Pydantic's path also has names of alternatives, such as "list[int]".
         path = [str(at) for at in error["loc"] if isinstance(at, int) or (at.isidentifier() and at != "str")]
-        message = "is not supported" if error["type"] == "extra_forbidden" else error["msg"]
+        message = error["msg"]
+        if error["type"] == "extra_forbidden" or (error["type"] == "too_long" and not error["ctx"]["max_length"]):
+            message = "is not supported"
         raise InvalidArgument(message, field=".".join(path) or "body") from None
 
 

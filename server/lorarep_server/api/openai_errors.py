@@ -34,6 +34,7 @@ FIELDS: Mapping[str, str] = {
     "repository": "model",
     "stack": "model",
     "prompt.chat": "messages",
+    "prompt.chat.template_arguments": "chat_template_kwargs",
     "min_new_tokens": "min_tokens",
 }
 """OpenAI's names of fields by lorarep's own, where the two differ."""

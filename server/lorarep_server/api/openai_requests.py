@@ -9,10 +9,13 @@ from lorarep.v1 import generation_pb2
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from lorarep_runtime.errors import InvalidArgument, shown
+from lorarep_runtime.errors import InvalidArgument, first_line, shown
 
 UInt32 = Annotated[int, Field(ge=0, lt=1 << 32)]
-UInt64 = Annotated[int, Field(ge=0, lt=1 << 64)]
+Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Name = Annotated[str, Field(max_length=256)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+"""An empty list."""
 T = TypeVar("T")
 Listed = Annotated[list[T], Field(fail_fast=True, max_length=1 << 20)]
 """A list that is checked up to its first wrong item: reports of a million items would block the server for seconds."""
@@ -36,6 +39,8 @@ class StreamOptions(Message):
     """The options of a streamed response."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class GenerationRequest(Message, ABC):
@@ -57,7 +62,7 @@ class GenerationRequest(Message, ABC):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: UInt64 | None = None
+    seed: Int64 | None = None
     n: Literal[1] = 1
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] = {}
     store: Literal[False] = False
@@ -65,6 +70,8 @@ class GenerationRequest(Message, ABC):
     service_tier: Literal["auto", "default"] = "auto"
     user: str = ""
     """The user that the request is for. It does not change the answer."""
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
     # vLLM's own fields
     top_k: Annotated[int, Field(ge=-1, lt=1 << 32)] = 0
     """Both 0 and -1 keep all tokens."""
@@ -73,6 +80,19 @@ class GenerationRequest(Message, ABC):
     min_tokens: UInt32 | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[Listed[UInt32], Field(max_length=1024)] = []
+    bad_words: Nothing = []
+    use_beam_search: Literal[False] = False
+    skip_special_tokens: Literal[True] = True
+    include_stop_str_in_output: Literal[False] = False
+    return_token_ids: Literal[False] = False
+    return_tokens_as_token_ids: Literal[False] = False
+    priority: Literal[0] = 0
+
+    @field_validator("seed")
+    @classmethod
+    def _natural(cls, seed: int | None) -> int | None:
+        """A seed of the runtime for each of OpenAI's; -1 is none, as in vLLM."""
+        return None if seed in (None, -1) else seed % (1 << 63)
 
     @field_validator("top_k")
     @classmethod
@@ -98,9 +118,12 @@ class GenerationRequest(Message, ABC):
         Raises:
             InvalidArgument: the prompt cannot be translated.
         """
+        sampling = self.model_dump(include=SAMPLING)
+        if self.top_p == 0:  # of the likeliest tokens, those that are needed to have any probability
+            sampling |= {"top_p": None, "top_k": 1}
         return generation_pb2.GenerateRequest(
             prompt=self.to_prompt(),
-            sampling=generation_pb2.Sampling(**self.model_dump(include=SAMPLING)),
+            sampling=generation_pb2.Sampling(**sampling),
             stopping=generation_pb2.Stopping(
                 max_new_tokens=self.length()[1],
                 min_new_tokens=self.min_tokens,
@@ -131,6 +154,7 @@ class CompletionRequest(GenerationRequest):
     best_of: Literal[1] = 1
     echo: Literal[False] = False
     suffix: Literal[""] = ""
+    add_special_tokens: Literal[True] = True
 
     def to_prompt(self) -> generation_pb2.Prompt:
         prompt = self.prompt
@@ -178,6 +202,16 @@ class ChatMessage(Message):
 
     role: str
     content: Content
+    """An assistant's may be null, or missing, as in answers that called tools."""
+    name: Name = ""
+    tool_calls: Nothing = []
+    annotations: Nothing = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_content(cls, given: Any) -> Any:
+        is_empty = isinstance(given, dict) and given.get("role") == "assistant" and given.get("content") is None
+        return {**given, "content": ""} if is_empty else given
 
 
 class ResponseFormat(Message):
@@ -198,11 +232,21 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: UInt32 | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] = []
+    tools: Nothing = []
     tool_choice: Literal["none", "auto"] = "none"
+    functions: Nothing = []
+    function_call: Literal["none", "auto"] = "none"
     parallel_tool_calls: bool = True
     """Has no effect: there are no tools."""
     modalities: Listed[Literal["text"]] = ["text"]
+    verbosity: Literal["medium"] = "medium"
+    # vLLM's own fields
+    chat_template_kwargs: dict[Name, Any] = {}
+    add_generation_prompt: Literal[True] = True
+    continue_final_message: Literal[False] = False
+    add_special_tokens: Literal[False] = False
+    documents: Nothing = []
+    echo: Literal[False] = False
 
     @model_validator(mode="after")
     def _without_contradiction(self) -> ChatRequest:
@@ -221,6 +265,7 @@ class ChatRequest(GenerationRequest):
         messages = [
             generation_pb2.ChatMessage(
                 role=message.role,
+                name=message.name,
                 # Parts are joined as vLLM joins them.
                 content=message.content
                 if isinstance(message.content, str)
@@ -228,7 +273,12 @@ class ChatRequest(GenerationRequest):
             )
             for message in self.messages
         ]
-        return generation_pb2.Prompt(chat=generation_pb2.Chat(messages=messages))
+        chat = generation_pb2.Chat(messages=messages)
+        try:
+            chat.template_arguments.update(self.chat_template_kwargs)
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise InvalidArgument(first_line(error), field="chat_template_kwargs") from error
+        return generation_pb2.Prompt(chat=chat)
 
     def to_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from lorarep.v1 import adapters_pb2, generation_pb2
@@ -47,6 +48,8 @@ STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
 }
 
 
+MAX_ARGUMENT_BYTES = 16 << 10
+"""Most bytes of the arguments of a chat template."""
 UNSET = "one of text, token_ids and chat has to be set"
 
 
@@ -73,10 +76,37 @@ def prompt_tokens(
             if not prompt.chat.messages:
                 raise InvalidArgument("has no messages", field="prompt.chat")
             # What the template leaves out does not count.
-            conversation = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
-            return tuple(tokenizer.chat(conversation, most_characters(tokenizer, max_tokens)))
+            most, arguments = most_characters(tokenizer, max_tokens), template_arguments(prompt.chat)
+            return tuple(tokenizer.chat([_message(m) for m in prompt.chat.messages], most, arguments))
         case _:
             raise InvalidArgument(UNSET, field="prompt")
+
+
+def _message(message: generation_pb2.ChatMessage) -> dict[str, str]:
+    """A message of a conversation as templates have it."""
+    named = {"name": message.name} if message.name else {}
+    return {"role": message.role, "content": message.content, **named}
+
+
+def template_arguments(chat: generation_pb2.Chat) -> dict[str, Any]:
+    """The further variables of a conversation's template. Raises InvalidArgument if they are too long."""
+    if (size := chat.template_arguments.ByteSize()) > MAX_ARGUMENT_BYTES:
+        raise InvalidArgument(
+            f"{size} bytes are over the limit of {MAX_ARGUMENT_BYTES}", field="prompt.chat.template_arguments"
+        )
+    try:
+        return {name: _json(value) for name, value in json_format.MessageToDict(chat.template_arguments).items()}
+    except (ValueError, json_format.Error) as error:  # infinite numbers
+        raise InvalidArgument(str(error), field="prompt.chat.template_arguments") from error
+
+
+def _json(value: Any) -> Any:
+    """A value of a Struct, with whole numbers as such: templates would write 1.0 for 1."""
+    if isinstance(value, list):
+        return [_json(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _json(item) for name, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def any_prompt(prompt: generation_pb2.Prompt, max_tokens: int) -> tuple[int, ...]:
@@ -90,8 +120,9 @@ def any_prompt(prompt: generation_pb2.Prompt, max_tokens: int) -> tuple[int, ...
             return token_ids(prompt, max_tokens)
         case None:
             raise InvalidArgument(UNSET, field="prompt")
-        case _:
-            return (0,)
+        case "chat":
+            template_arguments(prompt.chat)
+    return (0,)
 
 
 def token_ids(prompt: generation_pb2.Prompt, max_tokens: int) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 # What is installed is what requirements.lock says, by hash (`make lock`). PyTorch's wheel for the CPU alone is not in
 # it: it comes from an index of its own, under other hashes, and is pinned by its version.
 #
-# BASE is a Debian with Python 3.11 or newer and its venv.
+# BASE is a Debian with Python 3.11 or newer and its venv. A tag moves; a digest behind it does not:
+# --build-arg BASE=python:3.12-slim@sha256:...
 ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS common

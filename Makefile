@@ -9,6 +9,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # PIP_EXTRA_INDEX_URL=... in BUILD, PyTorch's index of CPU wheels.
 BUILD  ?= docker build
 TARGET ?= cuda
+# The image below it. A digest pins it: python:3.12-slim@sha256:...
+BASE   ?= python:3.12-slim
 
 # Tests without servers, browsers, images, GPU kernels, or long comparisons with other libraries.
 FAST   := $(addprefix tests/,text model device adapters engine test_architecture.py)
@@ -52,7 +54,7 @@ lock: .venv/installed ## Resolves the versions that images install.
 	  --custom-compile-command "make lock" --output-file requirements.lock
 
 image: ## Builds the image; TARGET is cuda or cpu.
-	$(BUILD) --target $(TARGET) --label org.opencontainers.image.revision="$$(git rev-parse HEAD)" --tag lorarep .
+	$(BUILD) --target $(TARGET) --build-arg BASE=$(BASE) --label org.opencontainers.image.revision="$$(git rev-parse HEAD)" --tag lorarep .
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -188,6 +188,11 @@ class Engine:
         """The error that ended the step loop's thread, if one did."""
         return self._inbox.failure
 
+    @property
+    def turns(self) -> int:
+        """The number of steps that the step loop has begun. It stands still while a step hangs, and without work."""
+        return self.loop.turns
+
     def stats(self) -> Stats:
         """A snapshot of the requests, pages, steps and tokens."""
         return self._stats.snapshot(self._inbox.waiting_by_adapter())

@@ -54,6 +54,8 @@ class StepLoop:
         """`time.perf_counter()` seconds when the device began the last decode step, or shortly after."""
         self._failures = 0
         """Number of forward passes that have failed since one worked."""
+        self.turns = 0
+        """Number of steps that have begun, those that had nothing to do included. Any thread may read it."""
 
     def run(self) -> None:
         """Steps until the inbox says stop, then ends all requests with Unavailable; with EngineFailure if it fails."""
@@ -82,6 +84,7 @@ class StepLoop:
 
     def step(self) -> bool:
         """Computes some tokens of some sequences; False if there was nothing to do."""
+        self.turns += 1
         failpoint("step")
         self._take_in()
         if self.overlap.pending is not None:

@@ -14,11 +14,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
 from lorarep_runtime.errors import Unavailable
-from lorarep_server.api.grpc_services import add_services
+from lorarep_server.api.grpc_health import HealthService
+from lorarep_server.api.grpc_services import OWN_SERVICES, add_services
 from lorarep_server.api.openai import OpenAI
 from lorarep_server.api.status_page import StatusPage
 from lorarep_server.auth import TokenAuth, check_exposure
@@ -30,6 +31,7 @@ from lorarep_server.ports import Ports
 from lorarep_server.requests.admission import Admission
 from lorarep_server.requests.frontend import Frontend
 from lorarep_server.requests.message_bounds import MessageBounds
+from lorarep_server.requests.stall_watch import StallWatch
 from lorarep_server.requests.workers import UnjoinedThreads, run_apart
 from lorarep_server.telemetry.metrics import EngineCollector, Metrics
 from lorarep_server.telemetry.tracing import Traces
@@ -42,15 +44,17 @@ log = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-READINESS = ("readiness", "fmaas.GenerationService")
-"""Names of readiness in the health service; vllm-tgis-adapter's probes ask for the second."""
+READINESS = ("readiness", *OWN_SERVICES)
+"""Names of readiness in the health service. Clients ask for a service's own name, as do vllm-tgis-adapter's probes."""
 
 FIRST_ATTEMPTS = 60.0
 """Seconds for which readiness waits until every entry of the adapters file is loaded or has failed."""
 FAILURE_GRACE = 1.0
 """Seconds in which running calls are told that the engine has failed."""
-FAILURE_POLL = 0.5
-"""Seconds between two checks of the engine's health."""
+MOST_POLL = 0.5
+"""Most seconds between two looks at the engine and at admission."""
+STALLS_UNTIL_DEAD = 20
+"""Liveness ends after so many times the standstill that ends readiness: a step that takes minutes may be at work."""
 LAST_WRITES = 1.0
 """Seconds for pending statuses to reach their callers, and for the running step to end."""
 
@@ -93,7 +97,7 @@ class App:
             patience=config.max_unread_seconds,
         )
         self._metrics_registry.register(EngineCollector(self.engine, self._reconciler.states))
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = HealthService()
 
     def engine(self) -> Engine:
         """The engine.
@@ -200,9 +204,25 @@ class App:
             await self._health.set(service, status)
 
     async def _failure(self) -> None:
-        """Returns when the engine has failed."""
-        while self.engine().failure is None:  # noqa: ASYNC110 (the engine's thread knows no event loop)
-            await asyncio.sleep(FAILURE_POLL)
+        """Returns when the engine has failed. Health says meanwhile whether requests go on."""
+        engine, most = self.engine(), self._config.stall_seconds
+        watch = StallWatch(engine, self._frontend.pass_admission, min(MOST_POLL, most / 4))
+        is_ready = is_alive = True
+        try:
+            while engine.failure is None:
+                stalled = await watch.wait_and_look()
+                if is_ready and stalled >= most:
+                    log.error("not ready: no request has gone on for %g s", stalled)
+                elif not is_ready and stalled < most:
+                    log.warning("ready: requests go on")
+                if is_ready != (stalled < most):
+                    is_ready = not is_ready
+                    await self._set_readiness(SERVING if is_ready else NOT_SERVING)
+                if is_alive != (stalled < STALLS_UNTIL_DEAD * most):
+                    is_alive = not is_alive
+                    await self._health.set("liveness", SERVING if is_alive else NOT_SERVING)
+        finally:
+            watch.close()
 
     async def _end(self, failed: bool) -> None:
         """Lets running calls finish, ends those that do not in time, and stops the engine."""

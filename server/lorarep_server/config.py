@@ -43,6 +43,8 @@ class ServerConfig:
     """YAML file of the adapters to keep loaded while the server runs."""
     grace_seconds: float = 30.0
     """Seconds that running calls have to finish when the server is told to end."""
+    stall_seconds: float = 30.0
+    """Seconds without any progress of waiting requests after which the server is not ready, until there is some."""
     max_calls: int = 4096
     """Most concurrent calls; further calls are refused."""
     max_connections: int | None = None

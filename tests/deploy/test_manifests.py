@@ -136,6 +136,11 @@ def test_what_the_pod_mounts_is_there(objects: Objects, pod: dict[str, Any]) -> 
         assert container[probe]["grpc"]["port"] == ports["health"]
 
 
+def test_the_pod_is_not_killed_for_a_late_answer(pod: dict[str, Any]) -> None:
+    (container,) = pod["containers"]
+    assert container["livenessProbe"]["timeoutSeconds"] >= 30
+
+
 def test_services_and_policy_name_the_ports_of_the_pod(objects: Objects, pod: dict[str, Any]) -> None:
     (container,) = pod["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}

@@ -25,7 +25,12 @@ from lorarep_server.loading.load_queue import LoadQueue
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests.frontend import Frontend
 
-PROTOS = (generation_pb2, adapters_pb2, model_pb2, fmaas_pb2, health_pb2, reflection_pb2)
+OWN_PROTOS = (generation_pb2, adapters_pb2, model_pb2, fmaas_pb2)
+PROTOS = (*OWN_PROTOS, health_pb2, reflection_pb2)
+OWN_SERVICES = tuple(
+    service.full_name for proto in OWN_PROTOS for service in proto.DESCRIPTOR.services_by_name.values()
+)
+"""Full names of lorarep.v1's and fmaas' services."""
 
 
 def add_services(

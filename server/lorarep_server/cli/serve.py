@@ -154,6 +154,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @option(
     "--grace-seconds", type=SECONDS, default=ServerConfig.grace_seconds, help="For calls under way when told to end."
 )
+@option(
+    "--stall-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=ServerConfig.stall_seconds,
+    help="Time without progress of any request until the server is not ready; after 20 times as much it is not alive.",
+)
 @option("--max-calls", type=POSITIVE, default=ServerConfig.max_calls, help="Most calls at a time.")
 @option(
     "--max-connections",

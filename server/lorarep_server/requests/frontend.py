@@ -139,6 +139,10 @@ class Frontend:
                 self._metrics.finished(events.end)
                 self._traces.end(traced, events.end)
 
+    async def pass_admission(self) -> None:
+        """Goes the way of a request through the threads of admission, and does nothing there."""
+        await self._threads.run(int)
+
     async def target(self, model: str) -> dict[str, Any]:
         """The adapters or the stack of a model's name, as fields of GenerateRequest.
 

@@ -27,9 +27,10 @@ GENERATE = "/lorarep.v1.GenerationService/Generate"
 STOP_TOKENS = 15_900_000
 """As many as fit into a message of gRPC, of one byte each."""
 LONG_CALLS, LONG_BYTES, LEAVE_SECONDS = 12, 4 << 20, 0.25
-HALF = b"GET / HTTP/1.1\r\nHost: x\r\n"
+HALF = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 HALF_BODY = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 15000000\r\n\r\n"
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 15000000\r\n\r\n"
 )
 METRICS_CONNECTIONS, OPENAI_CONNECTIONS, BODIES, BODY_BYTES = 300, 800, 20, 8 << 20
 HELD_SECONDS = 4.0

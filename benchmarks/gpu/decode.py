@@ -33,7 +33,7 @@ from benchmarks.gpu.timeline import profiled
 from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.config import PAGE_TOKENS, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.model.kv_cache import PagePool
+from lorarep_runtime.model.kv_cache import KVShape
 from lorarep_runtime.request import Event, Output, Request, Sampling, Stopping
 
 PROMPT_TOKENS = 128
@@ -129,7 +129,7 @@ def started(files: Files, quantization: str, rows: int) -> Engine:
     """An engine for so many rows, whose prompts fit into one step, so that all rows decode from the next step on."""
     base, positions = files.base, len(files.stacks[DEEP])
     shape = files.shape
-    page = PagePool.page_bytes(shape["num_key_value_heads"], shape["head_dim"], torch.bfloat16)
+    page = KVShape(shape["num_key_value_heads"], *2 * [shape["head_dim"]]).page_bytes(torch.bfloat16)
     pages = rows * positions * (-(-(PROMPT_TOKENS + NEW_TOKENS) // PAGE_TOKENS) + 1)
     began = time.perf_counter()
     engine = Engine(

@@ -10,7 +10,6 @@ import torch
 
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.engine.engine import Engine
-from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.plan import merge
 
 
@@ -31,7 +30,7 @@ def floor_bytes(engine: Engine, names: Sequence[str], tokens: int) -> int:
 def token_bytes(engine: Engine) -> int:
     """Bytes of keys and values of one token at one position."""
     base = engine.base
-    return PagePool.page_bytes(base.kv_heads, base.head_dim, base.dtype) // PAGE_TOKENS
+    return base.kv_shape.page_bytes(base.dtype) // PAGE_TOKENS
 
 
 def weight_bytes(engine: Engine, stack: Sequence[int]) -> int:

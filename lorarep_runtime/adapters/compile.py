@@ -119,7 +119,10 @@ NormTerms = Callable[[Sequence[int], str, Tensor], tuple[Tensor, Tensor]]
 
 
 def load_kernels(
-    norm_terms: NormTerms, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+    norm_terms: NormTerms,
+    layer_modules: Sequence[Mapping[str, tuple[int, int]]],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Loads the device kernels that compilation uses, before any request runs: the device stands still meanwhile.
 
@@ -128,16 +131,20 @@ def load_kernels(
 
     Args:
         norm_terms: `Base.norm_terms`.
-        shapes: (out, in) of each linear module of a layer.
+        layer_modules: for each layer (out, in) of its linear modules.
         dtype, device: of the activations.
     """
-    for module, shape in shapes.items():
+    modules: dict[str, tuple[int, tuple[int, int]]] = {}
+    for layer, own in enumerate(layer_modules):
+        for module, shape in own.items():
+            modules.setdefault(module, (layer, shape))
+    for module, (layer, shape) in modules.items():
         form = Form(8, shape, has_c=True, has_bias=False)
         for entries in (1, 2, _most_entries(form)):
             blocks = [Block(module, range(entries), form, 0)]
             read = [torch.zeros(entries, *shape, dtype=torch.bfloat16) for _, shape in form.tensors]
             storage = allocate(blocks, dtype, device)
-            _compile_run(read, 1.0, blocks[0].entries(storage), partial(norm_terms, [0] * entries, module))
+            _compile_run(read, 1.0, blocks[0].entries(storage), partial(norm_terms, [layer] * entries, module))
             is_finite(storage)
 
 

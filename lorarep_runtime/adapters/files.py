@@ -106,7 +106,7 @@ class AdapterFiles:
         weights = WeightsFile.at(snapshot.folder / WEIGHTS_FILE)
         config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
         walked = self._walked(config, stack)
-        layout = layout_of(config, walked, self.base.modules, self.base.prefix)
+        layout = layout_of(config, walked, self.base.layer_modules, self.base.prefix)
         header = checked_header(weights.path, layout, self.base.prefix)
         return CheckedFiles(snapshot, weights, config, header, layout, walked, self._hashing.submit(_digest, weights))
 
@@ -150,7 +150,7 @@ class AdapterFiles:
 
         def weights(folder: Path) -> int:
             config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits)
-            layout = layout_of(config, self._walked(config, stack), self.base.modules, self.base.prefix)
+            layout = layout_of(config, self._walked(config, stack), self.base.layer_modules, self.base.prefix)
             return most_file_bytes(layout, self.base.prefix)
 
         def make_room(size: int) -> None:

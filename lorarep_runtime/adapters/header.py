@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,13 +142,15 @@ def _header(start: _Start) -> Header:
     return header
 
 
-def layout_of(config: AdapterConfig, stack: Stack, modules: Mapping[str, tuple[int, int]], prefix: str) -> Layout:
+def layout_of(
+    config: AdapterConfig, stack: Stack, layer_modules: Sequence[Mapping[str, tuple[int, int]]], prefix: str
+) -> Layout:
     """The entries that an adapter's config promises.
 
     Args:
         config: the adapter's.
         stack: the layers that the file's layer numbers count.
-        modules: (out, in) of the linear modules of every layer.
+        layer_modules: for each layer (out, in) of its linear modules, by their paths there.
         prefix: path of the list of layers, such as "model.layers".
 
     Raises:
@@ -157,7 +158,8 @@ def layout_of(config: AdapterConfig, stack: Stack, modules: Mapping[str, tuple[i
         InvalidArgument: a pattern of the config cannot be matched.
     """
     layout: dict[Key, Form] = {}
-    for position, (module, matrix) in giving_way(product(range(len(stack)), modules.items())):
+    linears = ((i, linear) for i, layer in enumerate(stack) for linear in layer_modules[layer].items())
+    for position, (module, matrix) in giving_way(linears):
         path = f"{prefix}.{position}.{module}"
         if config.targets(path):
             layout[position, module] = Form(config.rank(path), matrix, config.use_dora, config.lora_bias)

@@ -88,7 +88,9 @@ class Engine:
         if base.device.type == "cuda":
             from lorarep_runtime.gpu.warm_up import prepare_device
 
-            prepare_device(base.device, lambda: load_kernels(base.norm_terms, base.modules, base.dtype, base.device))
+            prepare_device(
+                base.device, lambda: load_kernels(base.norm_terms, base.layer_modules, base.dtype, base.device)
+            )
 
     def _decoder(self, progress: Progress | None) -> StepDecoder | None:
         """The captured decode steps of all stacks, where the base and its device have kernels for them."""
@@ -238,9 +240,9 @@ def _page_pool(base: Base, wanted: int | None, deepest: int) -> PagePool:
         wanted = CPU_KV_BYTES
         if base.device.type == "cuda":
             wanted = int(torch.cuda.mem_get_info(base.device)[0] * ACCELERATOR_KV_SHARE)
-    pages = wanted // PagePool.page_bytes(base.kv_heads, base.head_dim, base.dtype)
+    pages = wanted // base.kv_shape.page_bytes(base.dtype)
     if pages < deepest:
         raise InvalidArgument(
             f"{wanted} bytes are {pages} pages, one token at {deepest} positions more", field="kv_bytes"
         )
-    return PagePool(pages, base.kv_heads, base.head_dim, dtype=base.dtype, device=base.device)
+    return PagePool(pages, base.kv_shape, dtype=base.dtype, device=base.device)

@@ -39,7 +39,7 @@ def can_decode(base: Base) -> bool:
     config = base.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     return (
-        config.model_type in FAMILIES
+        base.config.model_type in FAMILIES  # wrappers of theirs may compute more before and after the layers
         and config.hidden_act in SILU
         and rope.get("rope_type", "default") not in CHANGING_ROTARY
         and set(base.modules) == {name for names in PACKED_MODULES for name in names}

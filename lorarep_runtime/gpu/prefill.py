@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorarep_runtime.device.staging import moved
 from lorarep_runtime.gpu.fused_layer import FusedLayer
+from lorarep_runtime.kernels.eager.attention import Scores
 from lorarep_runtime.kernels.prefill.adapt_segments import TILE_ROWS, SegmentTiles
 from lorarep_runtime.model.attention import attend_pages
 from lorarep_runtime.model.batch import Batch, View
@@ -79,7 +80,7 @@ class Prefill:
 
         def attend(q: Tensor) -> Tensor:
             a = layer.attention
-            return attend_pages(view, q, *pages, tables, scale=a.scale, window=a.window, softcap=None)
+            return attend_pages(view, q, *pages, tables, Scores(a.scale, a.window))
 
         layer.prefill(h, *rotary, *pages, slots, attend, self._tiles(view, index))
         if view.rows is not None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lorarep_runtime.kernels.eager.attention import paged_attention, prompt_attention
+from lorarep_runtime.kernels.eager.attention import Scores, paged_attention, prompt_attention
 from lorarep_runtime.model.batch import Prompt, View
 from lorarep_runtime.model.kv_cache import pages_of
 
@@ -16,29 +15,21 @@ def attend_pages(
     key_pages: Tensor,
     value_pages: Tensor,
     tables: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scores: Scores,
 ) -> Tensor:
     """Attention of the rows of a view to the pages of their spans, which hold their own keys and values already.
 
     Args:
-        q: (rows, heads, head_dim).
-        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim).
+        q: (rows, heads, key_dim).
+        key_pages, value_pages: (pages, page_tokens, kv_heads, key_dim) and (…, value_dim).
         tables: (spans, n) int64, the pages of each span at this visit.
-        scale: multiplies q · k.
-        window: tokens that a query sees, itself included; None is all.
-        softcap: bound of the scores, by a tanh; None is none.
 
     Returns:
-        (rows, heads, head_dim).
+        (rows, heads, value_dim).
     """
 
     def attend(rows: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-        return paged_attention(
-            rows.unsqueeze(1), key_pages, value_pages, tables, lengths, scale=scale, window=window, softcap=softcap
-        ).squeeze(1)
+        return paged_attention(rows.unsqueeze(1), key_pages, value_pages, tables, lengths, scores).squeeze(1)
 
     if not view.prompts:
         return attend(q, tables, view.lengths)
@@ -51,14 +42,12 @@ def attend_pages(
             tables[prompt.span, : pages_of(prompt.length)],
             prompt.length,
             prompt.bounds,
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            scores,
         )
 
     if len(view.prompts) == 1 and not len(view.decodes):
         return attend_prompt(view.prompts[0])
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:-1], value_pages.shape[-1])
     if len(view.decodes):
         out[view.decode_rows] = attend(
             q[view.decode_rows], tables[view.decodes, : view.decode_pages], view.lengths[view.decodes]

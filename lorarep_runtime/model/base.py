@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -10,9 +11,12 @@ from torch import Tensor
 from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.device.threads import limit_threads
+from lorarep_runtime.errors import FailedPrecondition, first_line
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub.snapshot import fetch
-from lorarep_runtime.model.family_check import check_family
+from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.family_check import COMPARED, check_family
+from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.loader import find_device, load_model
 from lorarep_runtime.model.model_config import quantization_of, read_model_config, trained_tokens
 from lorarep_runtime.model.packed import kernels_compiled, norm_products, row_squares
@@ -39,18 +43,43 @@ class Base(WalkedModel):
         self.max_tokens = trained_tokens(model_config)
         """Tokens of the longest sequence that is served."""
         kind, self.quantization_config = quantization_of(model_config, config)
-        register_attention()
-        failpoint("base")
-        check_family(model_config, config.cache_dir)
+        with ThreadPoolExecutor(1) as pool:
+            # Both import libraries, which takes seconds.
+            checked = pool.submit(check_family, self.folder, model_config, config.cache_dir)
+            register_attention()
+            failpoint("base")
+            checked.result()
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         with kernels_compiled(kind, dtype or model_config.dtype, device):
             model = load_model(self.folder, model_config, dtype, self.quantization_config, device, progress)
         super().__init__(model, device)
+        if model_config.model_type not in COMPARED:
+            self._try(model_config.model_type)
         self.tokenizer = Tokenizer(self.folder)
         self.squares: dict[tuple[int, str], Tensor] = {}
         """fp32 (out), |w|² of the rows of each weight that a DoRA has asked for, by layer and module path."""
         self.quantization: Quantization = kind
         """That of the checkpoint or the configuration; a checkpoint may leave some weights as they are."""
+
+    def _try(self, family: str) -> None:
+        """Computes two tokens: the family was compared in fp32, on the CPU and with plain weights alone.
+
+        Raises:
+            FailedPrecondition: that fails.
+        """
+        stack = tuple(range(self.layers))
+        pool = PagePool(len(stack), self.kv_shape, dtype=self.dtype, device=self.device)
+        table = PageTable(pool, len(stack))
+        table.grow(2)
+        try:
+            for done, tokens in enumerate(([0], [0])):
+                batch = Batch([Span(tokens, done, stack, None, table)], self.device)
+                self.forward(batch, pool, torch.zeros(1, dtype=torch.int64, device=self.device)).cpu()
+        except Exception as error:  # whatever a family's code raises here, it would raise for each request
+            raise FailedPrecondition(
+                f"a base of type {family!r} cannot be served in {self.dtype} on {self.device}: {first_line(error)}",
+                field="base",
+            ) from error
 
     def norm_terms(self, layers: Sequence[int], module: str, a: Tensor) -> tuple[Tensor, Tensor]:
         """The terms of DoRA's norms (`kernels.eager.dora_norm`) that need the base's weights.

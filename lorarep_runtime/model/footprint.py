@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.integers import ceil_div
-from lorarep_runtime.model.kv_cache import PagePool, pages_of
+from lorarep_runtime.model.kv_cache import pages_of
 from lorarep_runtime.model.layer_walk import find_layers
-from lorarep_runtime.model.linear import linear_shapes
-from lorarep_runtime.model.model_config import kv_shape
+from lorarep_runtime.model.linear import linear_shapes, straighten
+from lorarep_runtime.model.model_config import kv_shape, model_class
 
 NF4_BLOCK = 64
 """Weights that share a scale."""
@@ -39,15 +39,19 @@ class Footprint:
     """Numbers that are held for the parameters: two 4-bit parameters are one byte."""
     categories: Mapping[str, int]
     """Bytes by their use: base_weights, quantization_constants, embeddings_and_head and workspace."""
-    layers: int
-    modules: Mapping[str, tuple[int, int]]
-    """(out, in) of each linear module of a layer, by its path there."""
+    layer_modules: Sequence[Mapping[str, tuple[int, int]]]
+    """For each layer (out, in) of its linear modules, by their paths there."""
     prefix: str
     """Path of the list of layers, such as "model.layers"."""
     dtype: torch.dtype
     """The dtype of activations and of all weights that are not quantized."""
     page_bytes: int
     """Bytes of the keys and values of 16 tokens at one position."""
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_modules)
 
     @property
     def total(self) -> int:
@@ -81,8 +85,10 @@ def footprint(
     """
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+        model: Any = model_class(config).from_config(config, dtype=dtype, attn_implementation="eager")
     layers, prefix = find_layers(model)
+    for layer in layers:
+        straighten(layer)
     head = model.get_output_embeddings()
     vocabulary = {id(p): p for p in (*model.get_input_embeddings().parameters(), *head.parameters())}
     quantized = {
@@ -104,11 +110,10 @@ def footprint(
             "embeddings_and_head": _bytes(vocabulary.values()),
             "workspace": _bytes({id(b): b for b in model.buffers()}.values()),
         },
-        layers=len(layers),
-        modules=linear_shapes(layers[0]),
+        layer_modules=[linear_shapes(layer) for layer in layers],
         prefix=prefix,
         dtype=dtype,
-        page_bytes=PagePool.page_bytes(*kv_shape(config), dtype),
+        page_bytes=kv_shape(config).page_bytes(dtype),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +18,27 @@ WIPED = 4096
 """Stale pages that are wiped at a time: all would take long between two steps, and a few each time many launches."""
 
 
+class KVShape(NamedTuple):
+    """The keys and values of one token at one position."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one page, keys and values."""
+        return PAGE_TOKENS * self.heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
 class PagePool:
     """Pages and which of them are free. Not thread-safe: the engine's thread alone touches it."""
 
-    def __init__(self, pages: int, kv_heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, pages: int, kv: KVShape, *, dtype: torch.dtype, device: torch.device) -> None:
         # One more than are given out: the spare page.
-        shape = (pages + 1, PAGE_TOKENS, kv_heads, head_dim)
-        self.key_pages = torch.zeros(shape, dtype=dtype, device=device)
-        self.value_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.key_pages, self.value_pages = (
+            torch.zeros((pages + 1, PAGE_TOKENS, kv.heads, dim), dtype=dtype, device=device)
+            for dim in (kv.key_dim, kv.value_dim)
+        )
         self._wiped = list(range(pages - 1, -1, -1))
         """Free pages that hold zeros."""
         self._stale: list[int] = []
@@ -32,11 +46,6 @@ class PagePool:
         self.total = pages
         self.spare_slot = pages * PAGE_TOKENS
         """The slot for keys and values that nobody will read, as page · page_tokens + offset."""
-
-    @staticmethod
-    def page_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one page, keys and values."""
-        return 2 * PAGE_TOKENS * kv_heads * head_dim * dtype.itemsize
 
     @property
     def free(self) -> int:
@@ -50,7 +59,7 @@ class PagePool:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Key pages and value pages, each (pages, page_tokens, kv_heads, head_dim)."""
+        """Key pages and value pages, (pages, page_tokens, kv_heads, key_dim) and (…, value_dim)."""
         return self.key_pages, self.value_pages
 
     def grow(self, wanted: Sequence[tuple[PageTable, int]]) -> bool:

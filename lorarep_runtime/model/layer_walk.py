@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.eager import adapt as adapter_kernel
-from lorarep_runtime.kernels.eager.attention import write_pages
+from lorarep_runtime.kernels.eager.attention import Scores, write_pages
 from lorarep_runtime.model.attention import attend_pages
 from lorarep_runtime.model.batch import Batch, View
 from lorarep_runtime.model.kv_cache import PagePool
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with besides its hidden states: by place, and by name."""
+WALK = "_lorarep_walk"
+"""The attribute by which a layer's modules find their walk."""
+
+
 def find_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
     """The list of a model's decoder layers, and its path, such as "model.layers".
 
@@ -32,10 +38,13 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
         FailedPrecondition: the model has none.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for child in model.get_decoder().children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return child, next(path for path, module in model.named_modules() if module is child)
-    raise FailedPrecondition(f"{type(model).__name__} has no list of {count} decoder layers", field="base")
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    paths = {id(module): path for path, module in model.named_modules()}
+    if not lists:
+        raise FailedPrecondition(f"{type(model).__name__} has no list of {count} decoder layers", field="base")
+    # Layers may hold lists of as many modules.
+    found = min(lists, key=lambda module: paths[id(module)].count("."))
+    return found, paths[id(found)]
 
 
 class Walk:
@@ -45,7 +54,11 @@ class Walk:
         self.layers = layers
         self.hand_offs = nn.ModuleList(HandOff(self, i) for i in range(len(layers)))
         """Modules that take the layers' places in the model."""
-        self._arguments: list[dict[str, Any]] = []
+        for layer in layers:
+            for module in layer.modules():
+                object.__setattr__(module, WALK, self)
+        self._arguments: list[Arguments] = []
+        self._attended: bool
         self._batch: Batch
         self._pool: PagePool
         self._index: int
@@ -56,7 +69,7 @@ class Walk:
     def over(self, batch: Batch, pool: PagePool) -> Iterator[None]:
         """Walks a batch's plan in the forward pass within; afterwards holds nothing of it, least of all adapters."""
         self._batch, self._pool = batch, pool
-        self._arguments = [{} for _ in self.layers]
+        self._arguments = [((), {}) for _ in self.layers]
         try:
             yield
         finally:
@@ -64,7 +77,7 @@ class Walk:
                 self.__dict__.pop(name, None)
             self._arguments = []
 
-    def hand_in(self, layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def hand_in(self, layer: int, hidden: Tensor, arguments: Arguments) -> Tensor:
         """Takes one layer's arguments; with the last layer's, walks the plan.
 
         Args:
@@ -77,19 +90,21 @@ class Walk:
         return self._run(hidden) if layer == len(self.layers) - 1 else hidden
 
     def _run(self, hidden: Tensor) -> Tensor:
-        arguments: dict[View, list[dict[str, Any]]] = {}
+        arguments: dict[View, list[Arguments]] = {}
         for index, visit in enumerate(self._batch.plan.visits):
-            self._index, self._visit = index, visit
+            self._index, self._visit, self._attended = index, visit, False
             self._view = view = self._batch.view(tuple(p is not None for p in visit.positions))
             if view not in arguments:
                 arguments[view] = [_narrow(a, view, hidden.shape[1]) for a in self._arguments]
-            layer, own = self.layers[visit.layer], arguments[view][visit.layer]
+            layer, (placed, named) = self.layers[visit.layer], arguments[view][visit.layer]
             if view.rows is None:
-                hidden = _first(layer(hidden, walk=self, **own))
+                hidden = _first(layer(hidden, *placed, **named))
             else:
                 # Rows whose stack has no position here pass through.
-                walked = _first(layer(hidden.index_select(1, view.rows), walk=self, **own))
+                walked = _first(layer(hidden.index_select(1, view.rows), *placed, **named))
                 hidden = hidden.index_copy(1, view.rows, walked)
+            if not self._attended:
+                raise FailedPrecondition("its layers have an attention of their own, or none", field="base")
         return hidden
 
     def adapt(self, module: str, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,25 +121,29 @@ class Walk:
             adapter_kernel.adapt(x, y, slices)
         return y if bias is None else y.add_(bias)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """Stores keys and values of the rows at this visit and attends.
 
         Args:
-            q: (rows, heads, head_dim).
-            k, v: (rows, kv_heads, head_dim).
-            scale, window, softcap: as for `attend_pages`.
+            q: (rows, heads, key_dim).
+            k: (rows, kv_heads, key_dim).
+            v: (rows, kv_heads, value_dim).
 
         Returns:
-            (rows, heads, head_dim).
+            (rows, heads, value_dim).
+
+        Raises:
+            FailedPrecondition: the layer attends for the second time at this visit, which has pages for one time.
         """
+        if self._attended:
+            raise FailedPrecondition("its layers attend more than once", field="base")
+        self._attended = True
         view, pages = self._view, self._pool.tensors
         slots, tables = self._batch.slots[self._index], self._batch.tables[self._index]
         if view.rows is not None:
             slots, tables = slots[view.rows], tables[view.spans]
         write_pages(k, v, *pages, slots)
-        return attend_pages(view, q, *pages, tables, scale=scale, window=window, softcap=softcap)
+        return attend_pages(view, q, *pages, tables, scores)
 
 
 class HandOff(nn.Module):
@@ -135,8 +154,8 @@ class HandOff(nn.Module):
         object.__setattr__(self, "_walk", walk)  # nn.Module would take the walk's layers for its own
         self._layer = layer
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        return self._walk.hand_in(self._layer, hidden, arguments)
+    def forward(self, hidden_states: Tensor, *placed: Any, **named: Any) -> Tensor:
+        return self._walk.hand_in(self._layer, hidden_states, (placed, named))
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their layers, such as the attention kind.

@@ -41,6 +41,29 @@ class SharedLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def straighten(layer: nn.Module) -> None:
+    """Replaces the linear modules of a layer whose weights lie transposed (GPT-2's Conv1D) with plain ones."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, Conv1D):
+            into, out = module.weight.shape
+            plain = nn.Linear(into, out, device="meta")
+            plain.weight = nn.Parameter(module.weight.data.T.contiguous(), requires_grad=False)
+            plain.bias = module.bias
+            layer.set_submodule(name, plain)
+
+
+def linear_modules(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The modules of a layer that compute W x + b, by their paths there. A family's own classes may compute more."""
+    known = {"torch", "bitsandbytes"}
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__.partition(".")[0] in known
+    }
+
+
 def linear_shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of each linear module of a layer, by its path there."""
-    return {n: (m.out_features, m.in_features) for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    return {name: (module.out_features, module.in_features) for name, module in linear_modules(layer).items()}

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.logging import set_tqdm_hook
 
 from lorarep_runtime.device.arena import Arena
 from lorarep_runtime.errors import DataLoss, InvalidArgument, first_line
 from lorarep_runtime.hub.files import INDEX, WEIGHTS
 from lorarep_runtime.model.layer_walk import Walk
-from lorarep_runtime.model.linear import SharedLinear
+from lorarep_runtime.model.linear import SharedLinear, linear_modules
+from lorarep_runtime.model.model_config import model_class
 from lorarep_runtime.model.packed import pack_layers
 from lorarep_runtime.model.transformers_attention import ATTENTION
 from lorarep_runtime.model.weights import Weight, shared_weight
@@ -78,7 +79,8 @@ def load_model(
     """
     _check_weights(folder)
     with _reporting(progress, "load" if quantization is None else "quantize"), _memory_as_needed(), _read(device):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        load = model_class(config).from_pretrained
+        model, found = load(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
@@ -143,7 +145,7 @@ def share_weights(
 def _share_linears(
     layers: Sequence[nn.Module], walk: Walk, dtype: torch.dtype, pool: torch.cuda.MemPool | None
 ) -> list[dict[str, Weight]]:
-    linears = [{n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)} for layer in layers]
+    linears = [linear_modules(layer) for layer in layers]
     weights = [{name: shared_weight(module) for name, module in own.items()} for own in linears]
     pack_layers(weights, dtype, pool)
     for layer, modules, own in zip(layers, linears, weights, strict=True):

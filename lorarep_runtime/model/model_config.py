@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line, shown
+from lorarep_runtime.model.kv_cache import KVShape
 
 UNIFORM_ATTENTION = {"full_attention", "sliding_attention"}
 """Attention kinds whose keys and values can be paged; others keep state of another form."""
@@ -36,6 +45,19 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     if foreign:
         raise FailedPrecondition(f"layer_types {sorted(foreign)} have no keys and values to page", field="base")
     return config
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The class of `transformers` that loads a base as a model of texts, or of texts and images.
+
+    Raises:
+        FailedPrecondition: there is none.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise FailedPrecondition(f"transformers has no causal model for the type {config.model_type!r}", field="base")
 
 
 def quantization_of(model: PretrainedConfig, config: BaseConfig) -> tuple[Quantization, BitsAndBytesConfig | None]:
@@ -90,17 +112,21 @@ def trained_tokens(config: PretrainedConfig) -> int:
     return limit
 
 
-def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """A base's number of heads of keys and values, and their dimension.
+def kv_shape(config: PretrainedConfig) -> KVShape:
+    """The shape of a base's keys and values.
 
     Raises:
         FailedPrecondition: the config does not say them.
     """
     text = config.get_text_config()
     heads = _number(text, "num_attention_heads")
+    if rotated := getattr(text, "qk_rope_head_dim", None):  # DeepSeek's latent attention
+        return KVShape(heads, _number(text, "qk_nope_head_dim") + rotated, _number(text, "v_head_dim"))
     kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
+    if getattr(text, "multi_query", False):  # GPTBigCode
+        kv_heads = 1
     head_dim: int = getattr(text, "head_dim", None) or _number(text, "hidden_size") // heads
-    return kv_heads, head_dim
+    return KVShape(kv_heads, head_dim, head_dim)
 
 
 def _number(config: PretrainedConfig, name: str) -> int:

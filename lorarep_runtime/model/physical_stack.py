@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from lorarep_runtime.model.layer_walk import find_layers
+
 
 def stacked(model: Any, stack: Sequence[int]) -> Any:
     """Replaces a model's layers with copies in stack order, and returns the model. Copies share their weights."""
     config = model.config.get_text_config()
-    decoder = model.get_decoder()
-    name, layers = next((n, m) for n, m in decoder.named_children() if isinstance(m, nn.ModuleList))
+    layers, path = find_layers(model)
     copies = []
     for position, layer in enumerate(stack):
         shared = {id(tensor): tensor for tensor in (*layers[layer].parameters(), *layers[layer].buffers())}
@@ -23,7 +24,7 @@ def stacked(model: Any, stack: Sequence[int]) -> Any:
             if hasattr(module, "layer_idx"):
                 object.__setattr__(module, "layer_idx", position)
         copies.append(copied)
-    setattr(decoder, name, nn.ModuleList(copies))
+    model.set_submodule(path, nn.ModuleList(copies))
     choose_layers(config, stack)
     return model
 

@@ -1,4 +1,4 @@
-"""Configs of small models of a base's family: few layers, few heads, and narrow feed-forward layers."""
+"""Configs of small models of a base's family: few layers, few heads, few experts, and narrow feed-forward layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,19 @@ WIDTH = 64
 VOCAB = 320
 WINDOW = 8
 """Tokens of a sliding window."""
-WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
+CHOSEN = 2
+"""Experts that a token is given to."""
+GROUPS = 2
+"""Groups of experts, of which one is chosen from."""
+WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "expert_dim")
 """How the names of inner widths end."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of the number of experts."""
+EXPERTS_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+"""Names of the number of experts that a token is given to."""
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
+DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "depth", "layers")
+"""Names of the number of layers of encoders of images and sounds."""
 
 
 def shrunk_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -31,7 +39,7 @@ def shrunk_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
     Heads keep their dimension, so all that rotary embeddings say about it still fits.
     """
-    for fields in ((_shrink_heads, _shrink_widths), (_shrink_heads,), (_shrink_widths,), ()):
+    for shrinks in ((_shrink_heads, _shrink_widths), (_shrink_heads,), (_shrink_widths,), ()):
         whole = copy.deepcopy(config)
         text: Any = whole.get_text_config()
         if hasattr(whole, "quantization_config"):
@@ -40,8 +48,15 @@ def shrunk_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
         _shrink_vocabulary(text)
         if getattr(text, "sliding_window", None):
             text.sliding_window = min(text.sliding_window, WINDOW)
-        for shrink in fields:
+        for shrink in shrinks:
             shrink(text)
+        if whole is not text and _shrink_widths in shrinks:
+            _shrink_widths(whole)
+        for encoder in _encoders(whole, text):
+            _shrink_vocabulary(encoder)
+            _shrink_encoder(encoder)
+            for shrink in shrinks:
+                shrink(encoder)
         yield whole
 
 
@@ -55,32 +70,63 @@ def _shrink_layers(text: Any) -> None:
     choose_layers(text, sorted({*first, *list(kinds.values())[:LAYERS]}))
 
 
-def _shrink_vocabulary(text: Any) -> None:
-    text.vocab_size = min(text.vocab_size, VOCAB)
+def _shrink_vocabulary(config: Any) -> None:
+    for name, value in list(vars(config).items()):
+        if name.startswith("vocab_size") and isinstance(value, int):
+            setattr(config, name, min(value, VOCAB))
     for name in SPECIAL_TOKENS:
-        if isinstance(token := getattr(text, name, None), int) and token >= text.vocab_size:
-            setattr(text, name, text.vocab_size - 1)
+        vocab = getattr(config, "vocab_size", None)
+        if vocab and isinstance(token := getattr(config, name, None), int) and token >= vocab:
+            setattr(config, name, vocab - 1)
 
 
-def _shrink_heads(text: Any) -> None:
-    heads = text.num_attention_heads
-    if heads <= HEADS:
+def _shrink_heads(config: Any) -> None:
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads <= HEADS:
         return
-    kv_heads = getattr(text, "num_key_value_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None)
     # A multiple of 16, as products of experts need it, where the dimension of heads is a field of its own.
-    text.hidden_size = round_up(text.hidden_size * HEADS // heads, 1 if text.hidden_size % heads == 0 else 16)
-    text.num_attention_heads = HEADS
+    config.hidden_size = round_up(config.hidden_size * HEADS // heads, 1 if config.hidden_size % heads == 0 else 16)
+    config.num_attention_heads = HEADS
     if kv_heads:
-        text.num_key_value_heads = HEADS if kv_heads == heads else min(kv_heads, HEADS // 2)
+        config.num_key_value_heads = HEADS if kv_heads == heads else min(kv_heads, HEADS // 2)
 
 
-def _shrink_widths(text: Any) -> None:
-    for name, value in list(vars(text).items()):
+def _shrink_widths(config: Any) -> None:
+    for name, value in list(vars(config).items()):
         if name.endswith(WIDTHS) and (value is None or isinstance(value, int)):
-            setattr(text, name, min(value or WIDTH, WIDTH))
-    chosen = getattr(text, "num_experts_per_tok", None)
-    if not chosen or (getattr(text, "n_group", None) or 1) > 1:  # groups divide the experts
+            setattr(config, name, min(value or WIDTH, WIDTH))
+    _shrink_experts(config)
+
+
+def _shrink_experts(config: Any) -> None:
+    chosen = next((name for name in EXPERTS_CHOSEN if getattr(config, name, None)), None)
+    if chosen is None:
         return
+    setattr(config, chosen, min(getattr(config, chosen), CHOSEN))
+    groups = 1
+    if (getattr(config, "n_group", None) or 1) > 1:
+        groups = config.n_group = GROUPS
+        config.topk_group = 1
     for name in EXPERTS:
-        if experts := getattr(text, name, None):
-            setattr(text, name, min(experts, 2 * chosen))
+        if experts := getattr(config, name, None):
+            setattr(config, name, min(experts, 2 * groups * CHOSEN))
+
+
+def _encoders(config: Any, text: Any) -> Iterator[Any]:
+    """The configs of parts that see no text."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig) and part is not text:
+            if text not in (getattr(part, inner, None) for inner in part.sub_configs):
+                yield part
+            yield from _encoders(part, text)
+
+
+def _shrink_encoder(config: Any) -> None:
+    for name in DEPTHS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, 1)
+    heads, width = getattr(config, "num_heads", None), getattr(config, "hidden_size", None)
+    if isinstance(heads, int) and isinstance(width, int) and heads > HEADS and width % heads == 0:
+        config.num_heads, config.hidden_size = HEADS, width // heads * HEADS

@@ -8,14 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from lorarep_runtime.errors import FailedPrecondition
-from lorarep_runtime.kernels.eager.attention import varlen_attention
+from lorarep_runtime.kernels.eager.attention import Scores, varlen_attention
+from lorarep_runtime.model.layer_walk import WALK
 
 if TYPE_CHECKING:
     from lorarep_runtime.model.layer_walk import Walk
 
 ATTENTION = "lorarep"
 """Name under which `transformers` finds lorarep's attention. It has no mask function: the walk applies windows."""
-NO_EFFECT = {"dropout", "position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"}
+NO_EFFECT = {
+    "dropout",
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+    "is_causal",
+    "logits_to_keep",
+}
 """Arguments that models give to their attention and that change nothing here."""
 
 
@@ -38,13 +47,13 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    walk: Walk,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of `transformers`: (1, heads, rows, head_dim) in, (1, rows, heads, head_dim) out.
+    """The attention function of `transformers`: (1, heads, rows, key_dim) in, (1, rows, heads, value_dim) out.
 
     Raises:
         FailedPrecondition: the model wants something of its attention that pages cannot give.
@@ -57,12 +66,10 @@ def _attention(
         raise FailedPrecondition(
             f"{type(module).__name__} wants {wanted}, which paged attention does not know", field="base"
         )
-    out = walk.attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
+    walk: Walk | None = getattr(module, WALK, None)
+    if walk is None:
+        raise FailedPrecondition(f"{type(module).__name__} attends outside of the decoder's layers", field="base")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = walk.attend(q, k, v, Scores(scale, sliding_window, softcap, s_aux))
     return out.unsqueeze(0), None

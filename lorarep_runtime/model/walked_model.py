@@ -7,6 +7,7 @@ Replaced are the walk over the layers (`model.layer_walk`), the linear layers (`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import Walk, find_layers
-from lorarep_runtime.model.linear import linear_shapes
+from lorarep_runtime.model.linear import linear_shapes, straighten
 from lorarep_runtime.model.loader import share_weights
 from lorarep_runtime.model.model_config import kv_shape
 from lorarep_runtime.model.weights import Weight
@@ -35,24 +36,26 @@ class WalkedModel:
             device: where it lies.
 
         Raises:
-            FailedPrecondition: the model has no list of equal layers.
+            FailedPrecondition: the model has no list of layers, or these have no linear modules.
         """
         self.model = model
         self.device = device
         self.config = model.config
         self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         layers, self.prefix = find_layers(model)
-        self.modules: Mapping[str, tuple[int, int]] = linear_shapes(layers[0])
-        """(out, in) of each linear module of a layer, by its path there."""
-        if any(linear_shapes(layer) != self.modules for layer in layers):
-            raise FailedPrecondition(
-                "its layers differ in their linear modules, so positions cannot share them", field="base"
-            )
+        for layer in layers:
+            straighten(layer)
+        self.layer_modules: Sequence[Mapping[str, tuple[int, int]]] = [linear_shapes(layer) for layer in layers]
+        """For each layer (out, in) of its linear modules, by their paths there."""
+        self.modules: Mapping[str, tuple[int, int]] = dict(chain(*(m.items() for m in reversed(self.layer_modules))))
+        """(out, in) of each linear module that there is, by its path in the first layer that has it."""
+        if not self.modules:
+            raise FailedPrecondition("its layers have no linear modules", field="base")
         self.walk = Walk(list(layers))
         model.set_submodule(self.prefix, self.walk.hand_offs)
         self.weights: Sequence[Mapping[str, Weight]] = share_weights(model, self.walk, self.dtype, device)
         """For each layer the shared weights by module path, such as "self_attn.q_proj"."""
-        self.kv_heads, self.head_dim = kv_shape(self.config)
+        self.kv_shape = kv_shape(self.config)
 
     @property
     def layers(self) -> int:

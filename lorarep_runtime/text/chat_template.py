@@ -8,18 +8,15 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-import os
-import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
+from lorarep_runtime.device.process import Process, end_process, limit_memory, start_process
 from lorarep_runtime.errors import Exhausted, InvalidArgument, first_line
 
 PROCESSES = 2
@@ -35,10 +32,8 @@ WAITING_SECONDS = 0.25
 """Longest time that a caller waits to be one of these."""
 REFUSED_SECONDS = 60.0
 """Time for which a template that has taken too much is not rendered again."""
-KEPT_VARIABLES = ("HOME", "PATH", "LD_LIBRARY_PATH")
 
-_Process = subprocess.Popen[bytes]
-_idle: LifoQueue[_Process | None] = LifoQueue()
+_idle: LifoQueue[Process | None] = LifoQueue()
 for _ in range(PROCESSES):
     _idle.put(None)
 _places = threading.BoundedSemaphore(MAX_CALLERS)
@@ -89,7 +84,7 @@ def _render(key: bytes, question: object) -> dict[str, str]:
     try:
         _check(key)  # another caller's rendering may have ended meanwhile
         if process is None or process.poll() is not None:
-            process = _start()
+            process = start_process(__name__, "serve")
         answer = _ask(process, question)
     finally:
         _idle.put(process)
@@ -104,20 +99,7 @@ def _render(key: bytes, question: object) -> dict[str, str]:
     return answer
 
 
-def _start() -> _Process:
-    # No fork of a process with threads. Little of the environment, where tokens are.
-    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
-        start_new_session=True,  # Ctrl-C is the server's
-    )
-
-
-def _ask(process: _Process, question: object) -> dict[str, str] | None:
+def _ask(process: Process, question: object) -> dict[str, str] | None:
     """The answer of a process; None where it has ended instead."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -130,13 +112,8 @@ def _ask(process: _Process, question: object) -> dict[str, str] | None:
         pass  # it has ended before it has read all
     finally:
         if not line.endswith(b"\n"):
-            _end(process)
+            end_process(process)
     return dict(json.loads(line)) if line.endswith(b"\n") else None
-
-
-def _end(process: _Process) -> None:
-    process.kill()
-    process.communicate()
 
 
 @atexit.register
@@ -144,17 +121,14 @@ def _end_idle() -> None:
     while not _idle.empty():
         process = _idle.get()
         if process is not None:
-            _end(process)
+            end_process(process)
 
 
 def serve() -> None:
     """Renders what the lines of standard input ask for, until its end. A process does nothing else."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    statm = Path("/proc/self/statm")
-    if statm.exists():  # elsewhere there is no such limit
-        most = int(statm.read_text().split()[0]) * resource.getpagesize() + RENDER_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    limit_memory(RENDER_BYTES)
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         template, messages, variables = json.loads(line)

@@ -195,7 +195,7 @@ def test_a_first_load_has_no_kernel_that_was_not_loaded_at_start(quantization: s
     files, served = AdapterFiles(engine.base, {}, AdapterLimits(), None), engine.base
     checked = files.check(str(folder), None, None, None, trusted=True)
     with Operations() as loaded:
-        load_kernels(served.norm_terms, served.modules, served.dtype, served.device)
+        load_kernels(served.norm_terms, served.layer_modules, served.dtype, served.device)
     with Operations() as used:
         files.compile(checked, None)
     of_the_host = {"aten.empty.memory_format", "aten.detach.default", "aten.view.dtype"}

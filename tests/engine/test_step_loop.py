@@ -24,7 +24,7 @@ from lorarep_runtime.engine.stats import Stats, StatsRecorder
 from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.errors import Cancelled, EngineFailure, Exhausted, Unavailable
 from lorarep_runtime.model.batch import Batch
-from lorarep_runtime.model.kv_cache import PagePool, PageTable
+from lorarep_runtime.model.kv_cache import KVShape, PagePool, PageTable
 from lorarep_runtime.request import Event, Finished, Output, Request, Stopping
 
 VOCAB = 32
@@ -77,7 +77,7 @@ class Loop:
 
     def __init__(self, pages: int = 64, forward: Any = Counting, **limits: Any) -> None:
         config = SchedulerConfig(**limits)
-        self.pool = PagePool(pages, 1, 1, dtype=torch.float32, device=torch.device("cpu"))
+        self.pool = PagePool(pages, KVShape(1, 1, 1), dtype=torch.float32, device=torch.device("cpu"))
         self.inbox, self._recorder = Inbox(config), StatsRecorder(pages)
         scheduler = Scheduler(config, self.pool, SimpleNamespace(version=0))  # type: ignore[arg-type]
         self.loop = StepLoop(

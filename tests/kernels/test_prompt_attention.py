@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.kernels.eager import attention
-from lorarep_runtime.kernels.eager.attention import paged_attention, prompt_attention
+from lorarep_runtime.kernels.eager.attention import Scores, paged_attention, prompt_attention
 
 LENGTH, ROWS, PAGE = 13, 6, 4
 
@@ -28,11 +28,11 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, scale: float, window_si
 def test_flash_attention_sees_the_tokens_that_pages_show(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(ROWS, 4, 8, generator=generator)
-    pages = [torch.randn(6, PAGE, 2, 8, generator=generator) for _ in range(2)]
+    keys, values = (torch.randn(6, PAGE, 2, 8, generator=generator) for _ in range(2))
     table, bounds = torch.tensor([3, 0, 5, 1]), torch.tensor([[0, ROWS], [0, LENGTH]], dtype=torch.int32)
-    one = queries.unsqueeze(0), *pages, table.unsqueeze(0), torch.tensor([LENGTH])
-    expected = paged_attention(*one, scale=0.3, window=window, softcap=None)[0]
+    one = queries.unsqueeze(0), keys, values, table.unsqueeze(0), torch.tensor([LENGTH])
+    expected = paged_attention(*one, Scores(0.3, window))[0]
     monkeypatch.setattr(attention, "_has_flash", lambda queries: True)
     monkeypatch.setattr(attention, "varlen_attention", lambda: flash)
-    got = prompt_attention(queries, *pages, table, LENGTH, bounds, scale=0.3, window=window, softcap=None)
+    got = prompt_attention(queries, keys, values, table, LENGTH, bounds, Scores(0.3, window))
     torch.testing.assert_close(got, expected)

@@ -2,38 +2,69 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PretrainedConfig
 
-from benchmarks.cpu.families import verdicts_of_all
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model import family_check
+from lorarep_runtime.model.family_comparison import refusal
+from lorarep_runtime.model.model_config import model_class, read_model_config
+from lorarep_runtime.model.transformers_attention import register_attention
 from tests.support.engines import PROMPT, engine_for, greedy
-from tests.support.models import SHAPE, randomize, reference, reference_logits, save_tokenizer
+from tests.support.models import SHAPE, randomize, reference, reference_logits, save_adapter, save_tokenizer
 
-STACK = (0, 1, 2, 1, 2, 3, 4, 5, 0)
-SERVED: dict[str, dict[str, Any]] = {
-    "mixtral": dict(num_local_experts=4, sliding_window=8),
-    "granite": dict(),
-    "gpt_neox": dict(num_key_value_heads=4),
+MAP = [[0, 3], [1, 2], [1, 6], [0, 1]]
+STACK = (0, 1, 2, 1, 1, 2, 3, 4, 5, 0)
+LATENT = dict(q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
+"""DeepSeek's attention: keys of 24 numbers and values of 12."""
+EXPERTS = dict(n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=32)
+VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+SERVED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "mixtral": (dict(num_local_experts=4, sliding_window=8), ["q_proj", "v_proj"]),
+    "deepseek_v3": (dict(**LATENT, **EXPERTS, first_k_dense_replace=2, num_key_value_heads=4), ["o_proj", "kv_b_proj"]),
+    "gpt_oss": (dict(head_dim=16, num_local_experts=4, sliding_window=8), ["q_proj"]),
+    "minicpm3": (dict(**LATENT, num_key_value_heads=4, scale_depth=1.4, dim_model_base=32), ["q_b_proj"]),
+    "stablelm": (dict(), ["k_proj"]),
+    "nemotron": (dict(head_dim=16), ["up_proj"]),
+    "gpt2": (dict(num_key_value_heads=4), ["c_attn", "c_fc"]),
+    "gpt_bigcode": (dict(), ["c_attn"]),
+    "gpt_neox": (dict(num_key_value_heads=4), ["query_key_value"]),
+    "bert": (dict(is_decoder=True, num_key_value_heads=4), ["query"]),
+    "llava": (dict(), [r".*language_model.*\.q_proj"]),
 }
+REPLICATED = {"mixtral", "deepseek_v3", "minicpm3", "stablelm", "nemotron"}
+"""Families whose layers PEFT itself can replicate."""
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "diffllama": (dict(), "its logits differ from transformers' by"),
-    "stablelm": (dict(), "missing 1 required keyword-only argument: 'walk'"),
-    "gpt2": (dict(n_head=4, n_embd=64), "HandOff.forward"),
-    "bert": (dict(is_decoder=True), "no list of"),
-    "gpt_oss": (dict(head_dim=16, num_local_experts=4), "wants s_aux"),
+    "diffllama": (dict(), "its layers attend more than once"),
+    "xglm": (dict(), "its layers have an attention of their own"),
+    "bert": (dict(), "wants a mask of its own"),
+    "bart": (dict(), "no list of"),
+    "falcon": (dict(), "'lorarep'"),
+    "bloom": (dict(), "IndexError"),
+    "rwkv": (dict(), "AttributeError"),
+    "lfm2": (dict(full_attn_idxs=[1, 3]), "layer_types ['conv'] have no keys and values to page"),
+    "t5": (dict(), "transformers has no causal model for the type 't5'"),
 }
+
+
+def config_of(family: str, **fields: Any) -> PretrainedConfig:
+    text = {**SHAPE, **fields}
+    if family == "llava":
+        text = dict(
+            text_config={"model_type": "mistral", **SHAPE, "head_dim": 16, "sliding_window": 8},
+            vision_config={"model_type": "clip_vision_model", **VISION},
+            image_token_index=259,
+        )
+    return AutoConfig.for_model(family, **text)
 
 
 def save(family: str, folder: Path, **fields: Any) -> Path:
-    known = {name: value for name, value in SHAPE.items() if family != "gpt2" or name == "vocab_size"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**known, **fields})).float()
+    config = config_of(family, **fields)
+    model = model_class(config).from_config(config).float()
     with torch.inference_mode():
         randomize(model, 0)
     model.save_pretrained(folder)
@@ -41,47 +72,77 @@ def save(family: str, folder: Path, **fields: Any) -> Path:
     return folder
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases are compared here: a process of its own has to import torch."""
+    register_attention()
+    monkeypatch.setattr(family_check, "_judged", lambda folder: refusal(read_model_config(folder)))
+
+
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("family", SERVED)
-def test_a_family_that_passes_is_answered_as_transformers_answers(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base, cache = save(family, tmp_path / "base", **SERVED[family]), tmp_path / "cache"
-    engine = engine_for(base, stacks={"deep": STACK}, cache_dir=cache)
-    for name, stack in engine.stacks.items():
-        (answer,) = engine.generate([(greedy(new_tokens=8), engine.adapters.lease([], name))])
+def test_a_family_that_passes_is_answered_as_transformers_answers(family: str, tmp_path: Path) -> None:
+    fields, targets = SERVED[family]
+    base = save(family, tmp_path / "base", **fields)
+    adapter = save_adapter(
+        base,
+        tmp_path / "adapter",
+        r=2,
+        target_modules=targets[0] if family == "llava" else targets,
+        layer_replication=MAP if family in REPLICATED else None,
+        fan_in_fan_out=family == "gpt2",
+    )
+    engine = engine_for(base, stacks={"deep": STACK}, adapters={"adapter": adapter}, cache_dir=tmp_path / "cache")
+    own = STACK if family in REPLICATED else engine.stacks["base"]
+    for named, stack_name, folder, stack in (((), "deep", None, STACK), ([("adapter", 1.0)], None, adapter, own)):
+        (answer,) = engine.generate([(greedy(new_tokens=8), engine.adapters.lease(named, stack_name))])
         text = [*PROMPT, *answer.tokens]
-        expected = reference_logits(reference(base, None, stack), text)
-        assert list(answer.tokens) == expected[len(PROMPT) - 1 : -1].argmax(-1).tolist(), name
-        lease = engine.adapters.lease([], name)
+        expected = reference_logits(reference(base, folder, stack), text)
+        assert list(answer.tokens) == expected[len(PROMPT) - 1 : -1].argmax(-1).tolist()
+        lease = engine.adapters.lease(named, stack_name)
         torch.testing.assert_close(engine.logits(text, lease), expected, atol=1e-4, rtol=0)
-    # The verdict is kept: another start compares nothing.
-    monkeypatch.setattr(family_check, "_compare", None)
-    engine_for(base, cache_dir=cache)
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_that_would_answer_otherwise_is_refused_by_name(family: str, tmp_path: Path) -> None:
     fields, why = REFUSED[family]
-    base = save(family, tmp_path / "base", **fields)
-    with pytest.raises(
-        FailedPrecondition, match=f"^base: a base of type '{family}' cannot be served exactly: "
-    ) as error:
-        engine_for(base, cache_dir=tmp_path / "cache")
-    assert why in str(error.value)
+    register_attention()
+    config_of(family, **fields).save_pretrained(tmp_path)
+    try:
+        found = refusal(read_model_config(tmp_path))
+    except FailedPrecondition as error:
+        found = error.message
+    assert why in found
 
 
-def test_families_that_other_tests_compare_are_not_compared_at_each_start(
+def test_a_comparison_that_takes_too_long_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family_check, "PROCESS_SECONDS", 0.5)
+    monkeypatch.setenv("LORAREP_FAILPOINTS", str(tmp_path))
+    (tmp_path / "compare").write_text("hold")
+    with pytest.raises(FailedPrecondition, match=r"type 'granite' cannot be served exactly: .* takes over 0\.5 s"):
+        family_check.check_family(tmp_path, config_of("granite"), tmp_path)
+    assert (tmp_path / "compare.reached").exists()
+
+
+def test_a_comparison_that_dies_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAREP_FAILPOINTS", str(tmp_path))
+    (tmp_path / "compare").write_text("error")
+    with pytest.raises(FailedPrecondition, match=r"type 'granite' cannot be served exactly: .* with status 1"):
+        family_check.check_family(tmp_path, config_of("granite"), tmp_path)
+
+
+def test_a_good_verdict_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("granite")
+    config.save_pretrained(tmp_path)
+    family_check.check_family(tmp_path, config, tmp_path)
+    monkeypatch.setattr(family_check, "_judged", None)
+    family_check.check_family(tmp_path, config, tmp_path)
+
+
+def test_a_family_that_other_tests_compare_is_not_compared_and_its_wrappers_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(family_check, "_compare", None)
-    engine_for(save("llama", tmp_path / "base"), cache_dir=tmp_path / "cache")
-
-
-@pytest.mark.skipif("LORAREP_FAMILIES" not in os.environ, reason="takes minutes: LORAREP_FAMILIES=1")
-def test_every_family_passes_or_is_refused_by_name() -> None:
-    verdicts = {verdict.family: verdict.refusal for verdict in verdicts_of_all()}
-    assert len(verdicts) > 100
-    assert {family for family in SERVED if verdicts[family]} == set()
-    assert {family for family in ("diffllama", "stablelm", "gpt2", "gpt_oss") if not verdicts[family]} == set()
-    named = {family: "cannot be served exactly" in why for family, why in verdicts.items() if why}
-    assert all(named.values()), named
+    monkeypatch.setattr(family_check, "_judged", lambda folder: "compared")
+    family_check.check_family(tmp_path, config_of("mistral"), tmp_path)
+    with pytest.raises(FailedPrecondition, match="compared"):
+        family_check.check_family(tmp_path, config_of("llava"), tmp_path)

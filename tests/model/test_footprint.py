@@ -43,7 +43,7 @@ def test_every_category_is_what_the_loaded_base_holds(family: str, quantization:
     predicted = footprint(model, quantization_of(model, config)[1])
     held = engine.ledger().categories
     assert predicted.categories == {name: held[name] for name in predicted.categories}
-    assert predicted.modules == engine.base.modules
+    assert predicted.layer_modules == engine.base.layer_modules
     assert predicted.prefix == engine.base.prefix
     assert predicted.parameters == sum(p.numel() for p in _loaded(tmp_path).parameters())
 

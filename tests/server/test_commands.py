@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from lorarep_server.cli.commands import main
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorarep_runtime.model import family_check
+from lorarep_runtime.model.family_comparison import refusal
+from lorarep_runtime.model.model_config import read_model_config
+from lorarep_runtime.model.transformers_attention import register_attention
 from tests.support.callers import request
-from tests.support.models import save_adapter
+from tests.support.models import SHAPE, save_adapter, save_tokenizer
 from tests.support.servers import OnTerminal, Server, lorarep
 from tests.support.world import ADAPTERS, World
 
@@ -85,3 +92,20 @@ def test_verify_refuses_what_serving_refuses(world: World, tmp_path: Path) -> No
     file.write_text(json.dumps({**json.loads(file.read_text()), "bias": "all"}))
     ended = lorarep("verify", "--base", str(world.base), "--adapter", str(folder), "--device=cpu", "--dtype=float32")
     assert (ended.returncode, ended.stderr.splitlines()[-1][:12]) == (1, "Error: bias:")
+
+
+def test_serve_and_verify_refuse_a_base_that_they_would_compute_otherwise(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **SHAPE)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    flags = ("--base", str(tmp_path), "--device=cpu", f"--cache-dir={tmp_path}")
+    served = lorarep("serve", *flags, "--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0")
+    # This process has all libraries already.
+    register_attention()
+    monkeypatch.setattr(family_check, "_judged", lambda folder: refusal(read_model_config(folder)))
+    verified = CliRunner().invoke(main, ["verify", *flags, "--adapter", str(world.adapters["plain"])])
+    assert (served.returncode, verified.exit_code) == (1, 1)
+    why = "base: a base of type 'diffllama' cannot be served exactly: its layers attend more than once"
+    assert f"Error: {why}\n" in served.stderr
+    assert verified.stderr.endswith(f"Error: {why}\n")

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     Gemma2Config,
@@ -28,6 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lorarep_runtime.model.model_config import model_class
 from lorarep_runtime.model.physical_stack import stacked
 
 LAYERS = 6
@@ -153,7 +155,8 @@ def load_base(folder: Path, quantization: str = "none", **options: Any) -> PreTr
     if quantization != "none":  # None would take the place of a quantized checkpoint's own
         options["quantization_config"] = configs[quantization]
     options = {"attn_implementation": "eager", "device_map": {"": "cpu"}, **options}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    load = model_class(AutoConfig.from_pretrained(folder)).from_pretrained
+    model = load(folder, dtype=torch.float32, **options).eval()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # On some CPUs bitsandbytes would round to bf16, and repack the weight in place before PEFT's DoRA reads it.

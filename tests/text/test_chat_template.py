@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lorarep_runtime.device.process import end_process, start_process
 from lorarep_runtime.errors import Exhausted, InvalidArgument
 from lorarep_runtime.text import chat_template
 from lorarep_runtime.text.tokenizer import Tokenizer
@@ -103,10 +104,10 @@ def test_callers_share_few_processes() -> None:
 
 def test_a_process_knows_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    process = chat_template._start()
+    process = start_process(chat_template.__name__, "serve")
     try:
         assert chat_template._ask(process, ["a", CHAT, {}]) == {"text": "a"}
         assert b"secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
         assert os.getsid(process.pid) == process.pid
     finally:
-        chat_template._end(process)
+        end_process(process)

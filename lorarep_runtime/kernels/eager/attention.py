@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,26 @@ WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 """torch's attention backends without cuDNN. cuDNN compiles a plan for each new shape, which takes 0.1 s or longer."""
 
 
+class Scores(NamedTuple):
+    """How queries score keys."""
+
+    scale: float
+    """Factor of q · k."""
+    window: int | None
+    """Tokens that a query sees, itself included; None is all."""
+    softcap: float | None = None
+    """Bounds scores to ±softcap by tanh (Gemma 2); None is none."""
+    sinks: Tensor | None = None
+    """(heads), a further score of each head, which takes its part of the softmax and has no value (gpt-oss); None is
+    none."""
+
+
 def write_pages(keys: Tensor, values: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
     """Stores the keys and values of new tokens in their pages.
 
     Args:
-        keys, values: (rows, kv_heads, head_dim), one token a row.
-        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim).
+        keys, values: (rows, kv_heads, key_dim) and (rows, kv_heads, value_dim), one token a row.
+        key_pages, value_pages: (pages, page_tokens, kv_heads, key_dim) and (…, value_dim).
         slots: (rows) int64, page · page_tokens + the token's place in the page.
     """
     key_pages.flatten(0, 1).index_copy_(0, slots, keys)
@@ -39,29 +53,27 @@ def prompt_attention(
     table: Tensor,
     length: int,
     bounds: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scores: Scores,
 ) -> Tensor:
     """Causal attention of the last tokens of one sequence to the whole sequence.
 
     torch's FlashAttention-2 (Dao, 2023) computes it where the device and the dtype allow.
 
     Args:
-        queries: (rows, heads, head_dim), the last tokens of the sequence.
-        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim).
+        queries: (rows, heads, key_dim), the last tokens of the sequence.
+        key_pages, value_pages: (pages, page_tokens, kv_heads, key_dim) and (…, value_dim).
         table: (n) int64, the pages of the sequence in order.
         length: tokens of the sequence, queries included.
         bounds: (2, 2) int32, [[0, rows], [0, length]]: the bounds of queries and of keys.
-        scale, window, softcap: as for `paged_attention`.
 
     Returns:
-        (rows, heads, head_dim).
+        (rows, heads, value_dim).
     """
-    if softcap is not None or not _has_flash(queries):
+    scale, window, softcap, sinks = scores
+    narrow = value_pages.shape[-1] != key_pages.shape[-1]
+    if softcap is not None or sinks is not None or narrow or not _has_flash(queries):
         one = queries.unsqueeze(0), key_pages, value_pages, table.unsqueeze(0), bounds[1, 1:].long()
-        return paged_attention(*one, scale=scale, window=window, softcap=softcap)[0]
+        return paged_attention(*one, scores)[0]
     keys, values = (pages[table].flatten(0, 1)[:length] for pages in (key_pages, value_pages))
     window_size = (-1 if window is None else window - 1, 0)
     out: Tensor = varlen_attention()(
@@ -104,10 +116,7 @@ def paged_attention(
     value_pages: Tensor,
     tables: Tensor,
     lengths: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scores: Scores,
 ) -> Tensor:
     """Causal attention of the last tokens of each sequence to the whole sequence, with grouped heads.
 
@@ -115,24 +124,22 @@ def paged_attention(
     attention.
 
     Args:
-        queries: (sequences, rows, heads, head_dim), the last `rows` tokens of each sequence.
-        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim). Pages that a table names hold finite
-            numbers; a NaN would spread to the outputs of that sequence.
+        queries: (sequences, rows, heads, key_dim), the last `rows` tokens of each sequence.
+        key_pages, value_pages: (pages, page_tokens, kv_heads, key_dim) and (…, value_dim). Pages that a table names
+            hold finite numbers; a NaN would spread to the outputs of that sequence.
         tables: (sequences, n) int64, the pages of each sequence in order. Entries behind its length are any pages.
         lengths: (sequences) int64, tokens of each sequence, queries included.
-        scale: factor of q · k.
-        window: tokens that a query sees, itself included; None is all.
-        softcap: bounds scores to ±softcap by tanh (Gemma 2); None is none.
 
     Returns:
-        (sequences, rows, heads, head_dim), in the dtype of the queries.
+        (sequences, rows, heads, value_dim), in the dtype of the queries.
     """
-    sequences, rows, heads, head_dim = queries.shape
+    scale, window, softcap, sinks = scores
+    sequences, rows, heads, key_dim = queries.shape
     kv_heads = key_pages.shape[2]
     tokens = tables.shape[1] * key_pages.shape[1]
 
     def gathered(pages: Tensor) -> Tensor:
-        """The keys or values of all tables' pages: (sequences, kv_heads, tokens, head_dim)."""
+        """The keys or values of all tables' pages: (sequences, kv_heads, tokens, key_dim or value_dim)."""
         # index_select copies whole pages, several times as fast as advanced indexing copies elements.
         rows = pages.flatten(1).index_select(0, tables.flatten())
         return rows.view(sequences, tokens, kv_heads, -1).transpose(1, 2)
@@ -143,16 +150,21 @@ def paged_attention(
     seen = key <= query
     if window is not None:
         seen &= key > query - window
-    if softcap is None:
+    if softcap is None and sinks is None:
         with sdpa_kernel(WITHOUT_PLANS) if queries.is_cuda else nullcontext():
             return F.scaled_dot_product_attention(
                 queries.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
             ).transpose(1, 2)
-    # Query heads that share a key head become rows of one product: (sequences, kv_heads, rows · group, head_dim).
-    q = queries.view(sequences, rows, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    scores = torch.matmul(q, keys.transpose(2, 3)).mul_(scale).view(sequences, kv_heads, rows, -1, tokens)
-    scores = scores.div_(softcap).tanh_().mul_(softcap)
-    scores.masked_fill_(~seen[:, None, :, None, :], float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(queries.dtype)
+    # Query heads that share a key head become rows of one product: (sequences, kv_heads, rows · group, key_dim).
+    group = heads // kv_heads
+    q = queries.view(sequences, rows, kv_heads, group, key_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    found = torch.matmul(q, keys.transpose(2, 3)).mul_(scale).view(sequences, kv_heads, rows, group, tokens)
+    if softcap is not None:
+        found = found.div_(softcap).tanh_().mul_(softcap)
+    found.masked_fill_(~seen[:, None, :, None, :], float("-inf"))
+    if sinks is not None:
+        own = sinks.to(found.dtype).view(kv_heads, 1, group, 1).expand(*found.shape[:-1], 1)
+        found = torch.cat([found, own], dim=-1)
+    weights = found.softmax(-1, dtype=torch.float32)[..., :tokens].to(queries.dtype)
     out = torch.matmul(weights.flatten(2, 3), values)
-    return out.view(sequences, kv_heads, rows, -1, out.shape[-1]).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    return out.view(sequences, kv_heads, rows, group, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)

@@ -135,7 +135,7 @@ def _adapter(
     snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress)
     config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), AdapterLimits())
     stack = config.stack(footprint.layers)
-    layout = layout_of(config, stack, footprint.modules, footprint.prefix)
+    layout = layout_of(config, stack, footprint.layer_modules, footprint.prefix)
     checked_header(snapshot.folder / WEIGHTS_FILE, layout, footprint.prefix)
     return stack, {
         "name": source.name,

@@ -19,11 +19,11 @@ import bitsandbytes as bnb
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from lorarep_runtime.adapters.header import FILE_PREFIX
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.model_config import model_class
 from lorarep_runtime.model.physical_stack import stacked
 
 
@@ -40,7 +40,8 @@ class Reference:
         """
         # None in place of a config would also take the place of the one that a quantized checkpoint has.
         own = {} if base.quantization_config is None else {"quantization_config": base.quantization_config}
-        model = AutoModelForCausalLM.from_pretrained(
+        load = model_class(base.config).from_pretrained
+        model = load(
             base.folder,
             dtype=base.dtype,
             device_map={"": base.device},

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model import family_check
 from lorarep_runtime.model.family_comparison import refusal
+from lorarep_runtime.model.layer_walk import Walk
 from lorarep_runtime.model.model_config import model_class, read_model_config
 from lorarep_runtime.model.transformers_attention import register_attention
 from tests.support.engines import PROMPT, engine_for, greedy
@@ -146,3 +147,17 @@ def test_a_family_that_other_tests_compare_is_not_compared_and_its_wrappers_are(
     family_check.check_family(tmp_path, config_of("mistral"), tmp_path)
     with pytest.raises(FailedPrecondition, match="compared"):
         family_check.check_family(tmp_path, config_of("llava"), tmp_path)
+
+
+def test_a_base_that_cannot_compute_as_it_is_loaded_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(*_: Any) -> None:
+        raise RuntimeError("no kernel for this head")
+
+    monkeypatch.setattr(family_check, "_judged", lambda folder: "")
+    base = save("granite", tmp_path / "base")
+    monkeypatch.setattr(Walk, "attend", attend)
+    why = "type 'granite' cannot be served in torch.float32 on cpu: no kernel for this head"
+    with pytest.raises(FailedPrecondition, match=why):
+        engine_for(base, cache_dir=tmp_path / "cache")

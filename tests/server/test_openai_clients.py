@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lorarep_server.api.openai import _stream
+from lorarep_server.api.openai import _send, _stream
+from lorarep_server.api.openai_errors import json_response
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest
-from lorarep_server.api.openai_responses import ChatResponse
+from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse
 from lorarep_server.requests import messages
 from lorarep_server.requests.event_stream import EventStream
 
 from lorarep_runtime.errors import InvalidArgument
-from lorarep_runtime.request import Finished, FinishReason, Output, Timings
+from lorarep_runtime.request import Finished, FinishReason, Output, Timings, TokenLogprob
 from lorarep_runtime.text.tokenizer import Tokenizer
 from tests.support.models import save_tokenizer
 from tests.support.servers import SECONDS, Server
@@ -25,6 +27,7 @@ from tests.support.servers import SECONDS, Server
 CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
 COMPLETION: dict[str, Any] = dict(model="lora", prompt="x", max_tokens=4)
 CONVERSATION: dict[str, Any] = dict(model="dora", messages=CHAT, max_tokens=4)
+FINISHED = Finished(FinishReason.LENGTH, 1, 1, Timings(0, 0, 0))
 IMAGE = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "x"}}]
 
 
@@ -142,6 +145,24 @@ def test_what_says_what_is_done_anyway_is_taken(neutral: dict[str, Any]) -> None
     assert ChatRequest(**CONVERSATION, **neutral, **chat).to_prompt() == ChatRequest(**CONVERSATION).to_prompt()
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_json_has_no_nan_and_no_infinity(tmp_path: Path, chat: bool) -> None:
+    save_tokenizer(tmp_path)
+    kind, builder = (ChatRequest, ChatResponse) if chat else (CompletionRequest, CompletionResponse)
+    asked = kind(**(CONVERSATION | dict(logprobs=True, top_logprobs=2) if chat else COMPLETION | dict(logprobs=2)))
+    # A vocabulary may have tokens that never come.
+    place = TokenLogprob(65, -math.inf, 1, ((66, 0.0), (67, -math.inf)))
+    body = builder(asked, Tokenizer(tmp_path)).whole([Output((65,), "a", (place,))], FINISHED)
+    sent = json_response(body).text
+    assert "-9999" in sent
+    json.loads(sent, parse_constant=pytest.fail)
+    nan = TokenLogprob(65, math.nan, 1)
+    with pytest.raises(ValueError, match="JSON"):
+        json_response(builder(asked, Tokenizer(tmp_path)).whole([Output((65,), "a", (nan,))], FINISHED))
+    with pytest.raises(ValueError, match="JSON"):
+        asyncio.run(_send(Sent(), {"logprob": math.nan}))
+
+
 class Sent:
     """What was written to a stream."""
 
@@ -171,6 +192,6 @@ async def role_and_first_token() -> None:
     await sent.has_two.wait()
     role, first = (chunk["delta"] for chunk in sent.chunks)
     assert (role, first) == ({"role": "assistant", "content": ""}, {"content": "a"})
-    events.put(Finished(FinishReason.LENGTH, 1, 1, Timings(0, 0, 0)))
+    events.put(FINISHED)
     await streaming
     assert [chunk and chunk["finish_reason"] for chunk in sent.chunks[2:]] == ["length", None]

@@ -7,7 +7,6 @@ field is refused by its name, unless it is null or asks for the default behaviou
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 
 from lorarep_runtime.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, TooLong
 from lorarep_runtime.request import Output
-from lorarep_server.api.openai_errors import FIELDS, bad_request, error_body, error_response
+from lorarep_server.api.openai_errors import FIELDS, bad_request, error_body, error_response, json_response, to_json
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
 from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse, GenerationResponse
 from lorarep_server.api.status_page import FILES, StatusPage
@@ -98,11 +97,11 @@ class OpenAI:
         status = await self._page.status()
         if isinstance(status, Status):
             return error_response(status)
-        return web.json_response(status, headers={"Cache-Control": "no-store"})
+        return json_response(status, headers={"Cache-Control": "no-store"})
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         async def work() -> web.StreamResponse:
-            return web.json_response({"object": "list", "data": list((await self._all_models()).values())})
+            return json_response({"object": "list", "data": list((await self._all_models()).values())})
 
         return _response(await self._admission.guard("GET /v1/models", work()))
 
@@ -111,7 +110,7 @@ class OpenAI:
             models, name = await self._all_models(), request.match_info["model"]
             if name not in models:
                 raise NotFound(f"{name!r} is none of those served", field="model")
-            return web.json_response(models[name])
+            return json_response(models[name])
 
         return _response(await self._admission.guard("GET /v1/models/", work()))
 
@@ -176,7 +175,7 @@ class OpenAI:
                     more, finished = await events.take()
                     outputs += more
             # In a thread: each log-probability has its token decoded.
-            return web.json_response(await asyncio.to_thread(response.whole, outputs, finished))
+            return json_response(await asyncio.to_thread(response.whole, outputs, finished))
 
         result = await self._admission.guard(f"POST {request.path}", work(), for_answer=True)
         if not isinstance(result, Status) or not stream.prepared:
@@ -248,7 +247,7 @@ async def _stream(stream: web.StreamResponse, response: GenerationResponse, even
 
 
 async def _send(stream: web.StreamResponse, event: Mapping[str, Any]) -> None:
-    await _write(stream, b"data: %b\n\n" % json.dumps(event).encode())
+    await _write(stream, b"data: %b\n\n" % to_json(event).encode())
 
 
 async def _write(stream: web.StreamResponse, data: bytes) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -40,6 +42,11 @@ FIELDS: Mapping[str, str] = {
 """OpenAI's names of fields by lorarep's own, where the two differ."""
 
 
+to_json = partial(json.dumps, allow_nan=False)
+"""JSON has no NaN and no infinity: a value that has one is an error, and no client has to read it."""
+json_response = partial(web.json_response, dumps=to_json)
+
+
 def error_response(status: Status, fields: Mapping[str, str] = FIELDS) -> web.Response:
     """The HTTP response that reports a status.
 
@@ -52,7 +59,7 @@ def error_response(status: Status, fields: Mapping[str, str] = FIELDS) -> web.Re
     if status.code is StatusCode.UNAUTHENTICATED:
         headers["WWW-Authenticate"] = "Bearer"
     code, *_ = HTTP.get(status.code, (500,))
-    return web.json_response(error_body(status, fields), status=code, headers=headers)
+    return json_response(error_body(status, fields), status=code, headers=headers)
 
 
 def error_body(status: Status, fields: Mapping[str, str]) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def error_body(status: Status, fields: Mapping[str, str]) -> dict[str, Any]:
 
 def bad_request(message: str, http_status: int) -> web.Response:
     """The response to an HTTP request that no handler has seen."""
-    return web.json_response(_body(message, "invalid_request_error"), status=http_status)
+    return json_response(_body(message, "invalid_request_error"), status=http_status)
 
 
 def _body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -23,6 +23,9 @@ FINISH_REASONS: Mapping[FinishReason, str] = {
 }
 
 
+NEVER = -9999.0
+
+
 class GenerationResponse(ABC):
     """Builds the response to one request, either whole or as chunks."""
 
@@ -99,10 +102,10 @@ class CompletionResponse(GenerationResponse):
             for place in output.logprobs:
                 text = text_of(place.token)
                 found["tokens"].append(text)
-                found["token_logprobs"].append(place.logprob)
+                found["token_logprobs"].append(_finite(place.logprob))
                 # Tokens of the same text share a key. The chosen token comes first, then the most likely one.
-                top = {text_of(token): logprob for token, logprob in reversed(place.top)}
-                found["top_logprobs"].append({**top, text: place.logprob})
+                top = {text_of(token): _finite(logprob) for token, logprob in reversed(place.top)}
+                found["top_logprobs"].append({**top, text: _finite(place.logprob)})
                 # A token that only completes a character has the offset of that character.
                 found["text_offset"].append(self._shown)
             self._shown += len(output.text)
@@ -137,7 +140,16 @@ class ChatResponse(GenerationResponse):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._tokenizer.token_text(token)
         # The bytes of a token that is part of a character are unknown.
-        return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in text else list(text.encode())}
+        return {
+            "token": text,
+            "logprob": _finite(logprob),
+            "bytes": None if REPLACEMENT in text else list(text.encode()),
+        }
+
+
+def _finite(logprob: float) -> float:
+    """A log-probability in JSON, which has no infinity: OpenAI's -9999 is a token that never comes."""
+    return max(logprob, NEVER)
 
 
 def _usage(finished: Finished) -> dict[str, int]:

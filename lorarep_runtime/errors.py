@@ -82,6 +82,11 @@ class Unavailable(LorarepError):
 class DeadlineExceeded(LorarepError):
     """The deadline of a request passed before its answer was complete."""
 
+    def __init__(self, message: str, *, field: str | None = None, text: str = "") -> None:
+        super().__init__(message, field=field)
+        self.text = text
+        """The end of the answer's text so far, if it was held back as the possible beginning of a stop string."""
+
 
 class Cancelled(LorarepError):
     """The caller of a request cancelled it or closed the connection."""

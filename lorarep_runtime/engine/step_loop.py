@@ -115,7 +115,8 @@ class StepLoop:
             if sequence.id in cancelled:
                 self._end(sequence, Cancelled("the caller cancelled"))
             elif deadline is not None and now >= deadline:
-                self._end(sequence, DeadlineExceeded("the request's deadline has passed"))
+                held = sequence.text.finish()
+                self._end(sequence, DeadlineExceeded("the request's deadline has passed", text=held))
 
     def _schedule(self) -> list[tuple[Sequence, int]]:
         """The sequences of this step, and the number of their next tokens to compute. Reports all that has changed."""

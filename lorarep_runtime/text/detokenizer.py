@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
+import codecs
 from collections.abc import Sequence
+from functools import partial
 
+from lorarep_runtime.text.token_bytes import Kind
 from lorarep_runtime.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Decoders give it for bytes that are no character, or none yet."""
 CHARACTER_TOKENS = 4
 """Most tokens of one character: UTF-8 has up to four bytes."""
+UTF8 = partial(codecs.getincrementaldecoder("utf-8"), errors="replace")
+"""Makes a decoder of bytes that come piece by piece."""
 CONTEXT_TOKENS = 6
 """Least number of earlier tokens that new ones are decoded with. Decoders treat the first token of a text differently:
 some drop its space."""
@@ -29,18 +33,17 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._stop_tokens = {tokenizer.special_token(text): text for text in stop}
-        self._tokens = self._context(prompt)
+        self._bytes = tokenizer.token_bytes
+        self._utf8 = UTF8()
+        """Has the bytes of an unfinished character."""
+        self._tokens = list(prompt[-CONTEXT_TOKENS:])
         """The context of the next tokens, followed by the tokens of an unfinished character."""
-        self._known = tokenizer.decode(self._tokens)
-        """The text of these tokens, as far as it has been given out or held back."""
-        self._groups = deque([len(self._tokens)])
-        """Lengths of the groups that the tokens consist of; each group ends with a whole character.
-
-        The context drops whole groups only. One that began inside a character could become replacements from end to
-        end: some decoders replace a whole run of bytes if it is no text in UTF-8.
-        """
+        self._known: str | None = None
+        """The text of these tokens, as far as it has been given out or held back; None until it is needed."""
         self._fresh = 0
-        """Number of tokens since the last one that ended a character."""
+        """Number of tokens since the last one that ended a character, where the bytes of tokens are unknown."""
+        if self._bytes.kind is Kind.UNKNOWN and tokenizer.decode(self._tokens).endswith(REPLACEMENT):
+            self._tokens.clear()  # the prompt ends inside a character, which the answer must not be held for
         self._held = ""
         """Text that is held back, since it may be the beginning of a stop string."""
 
@@ -68,35 +71,48 @@ class TextStream:
         """The last piece of an answer that no stop string ended. An unfinished character is left out."""
         return self._held
 
-    def _context(self, prompt: Sequence[int]) -> list[int]:
-        """The last tokens of a prompt, from the beginning of a character on; none if the prompt ends inside one."""
-        tokens, text = [], ""
-        for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + CHARACTER_TOKENS):
-            tokens = list(prompt[-count:])
-            text = self._tokenizer.decode(tokens)
-            if not text.startswith(REPLACEMENT) and not text.endswith(REPLACEMENT):
-                break
-        return [] if text.endswith(REPLACEMENT) else tokens
-
     def _decode(self, token: int) -> str:
         """The text that a token adds; "" inside a character."""
+        own = self._bytes.of(token)
+        if own is None:
+            # Bytes before it that are no character never become one.
+            return self._utf8_end() + self._decode_in_context(token)
+        if own and self._bytes.kind is not Kind.BYTE_LEVEL:
+            self._tokens.append(token)
+            self._known = None
+            self._trim()
+        return self._utf8.decode(own)
+
+    def _utf8_end(self) -> str:
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+    def _decode_in_context(self, token: int) -> str:
+        """The text that a token adds to the text of those before it: as much as decoding makes longer."""
+        if self._known is None:
+            text = self._tokenizer.decode(self._tokens)
+            self._known = text.rstrip(REPLACEMENT) if self._fresh else text
+        known = self._known
         self._tokens.append(token)
-        self._fresh += 1
         text = self._tokenizer.decode(self._tokens)
-        if text.endswith(REPLACEMENT) and self._fresh < CHARACTER_TOKENS:
-            whole = text.rstrip(REPLACEMENT)
-            if not whole.startswith(self._known) or whole == self._known:
+        self._fresh += 1
+        if self._bytes.kind is Kind.UNKNOWN and text.endswith(REPLACEMENT) and self._fresh < CHARACTER_TOKENS:
+            text = text.rstrip(REPLACEMENT)
+            if not text.startswith(known) or text == known:
                 return ""
-            # The token ends one character and begins another.
-            new, self._known, self._fresh = whole[len(self._known) :], whole, 1
-            return new
-        new = text[len(self._known) :]
-        self._groups.append(len(self._tokens) - sum(self._groups))
-        while len(self._tokens) - self._groups[0] >= CONTEXT_TOKENS:
-            del self._tokens[: self._groups.popleft()]
-        self._known = self._tokenizer.decode(self._tokens)
-        self._fresh = 0
-        return new
+            self._fresh = 1  # the token ends one character and begins another
+        else:
+            self._fresh = 0
+        self._known = text
+        self._trim()
+        return text[len(known) :]
+
+    def _trim(self) -> None:
+        """Drops the oldest tokens now and then, since each token is decoded with all of them."""
+        if len(self._tokens) >= 2 * CONTEXT_TOKENS:
+            del self._tokens[:-CONTEXT_TOKENS]
+            self._known = None
 
     def _held_length(self, text: str) -> int:
         """Length of the longest end of a text that is the beginning of a stop string."""

@@ -19,6 +19,7 @@ from lorarep_runtime.text.foreign import (
     foreign_code,
 )
 from lorarep_runtime.text.text_length import characters_of_a_token
+from lorarep_runtime.text.token_bytes import TokenBytes
 from lorarep_runtime.text.vocabulary_files import check_read, check_there, what_is_missing
 
 
@@ -162,6 +163,12 @@ class Tokenizer:
     def special_token(self, text: str) -> int | None:
         """The special token that a text is, if it is one. `decode` leaves them out."""
         return self._special_tokens.get(text)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of tokens, which need no decoding."""
+        with foreign_code("it cannot say how it decodes"):
+            return TokenBytes(self._tokenizer, self._special_tokens.values())
 
     @cached_property
     def _special_tokens(self) -> Mapping[str, int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from lorarep_runtime.request import FinishReason, Request, Stopping
+from lorarep_runtime.errors import DeadlineExceeded
+from lorarep_runtime.request import Event, FinishReason, Output, Request, Stopping
 from lorarep_runtime.text.detokenizer import REPLACEMENT
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.models import save_adapter, save_base, save_tokenizer
@@ -42,6 +44,28 @@ def test_text_that_might_have_become_a_stop_string_is_there_at_the_end(
     assert answer.finished.reason is reason
     assert answer.text == text
     assert_nothing_held(engine)
+
+
+def test_a_deadline_tells_the_text_that_might_have_become_a_stop_string(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_for(base)
+    tokens = engine.generate([(greedy(), engine.adapters.lease([]))])[0].tokens
+    text = engine.base.tokenizer.decode(tokens[:3]).rstrip(REPLACEMENT)
+    stopping = Stopping(max_new_tokens=64, ignore_eos=True, stop=(f"{text}, which does not come",))
+    asked = Request(PROMPT, stopping=stopping, deadline=time.monotonic() + 1000)
+    events: list[Event] = []
+    engine.submit(asked, engine.adapters.lease([]), events.append)
+    while sum(isinstance(event, Output) for event in events) < 3:
+        engine.loop.step()
+    monkeypatch.setattr("time.monotonic", lambda: asked.deadline)
+    engine.loop.step()
+    *outputs, late = events
+    assert isinstance(late, DeadlineExceeded)
+    shown = "".join(output.text for output in outputs if isinstance(output, Output))
+    assert engine.base.tokenizer.decode(tokens[: len(outputs)]).startswith(shown + late.text)
+    assert (shown + late.text).startswith(text)
+    assert late.text
 
 
 @pytest.mark.parametrize("whose", ["the adapter's", "the base's"])

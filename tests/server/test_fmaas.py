@@ -11,6 +11,7 @@ import pytest
 from fmaas import generation_pb2 as pb
 from grpc_health.v1 import health_pb2
 from lorarep.v1 import generation_pb2
+from lorarep_server.api import fmaas_messages
 
 from tests.support.callers import health, request
 from tests.support.servers import SECONDS, Server, wait_for
@@ -185,6 +186,11 @@ def test_a_time_limit_ends_an_answer_with_what_there_is(server: Server, world: W
             assert last.stop_reason == pb.TIME_LIMIT
             assert last.generated_token_count < 490
             assert text.startswith(shown)
+
+
+def test_a_time_limit_gives_the_text_that_was_held_back() -> None:
+    message = fmaas_messages.ResponseBuilder(pb.Parameters(), tokenizer=None).time_is_up("held")
+    assert (message.text, message.stop_reason) == ("held", pb.TIME_LIMIT)
 
 
 @pytest.mark.usefixtures("slow_steps")

@@ -132,9 +132,9 @@ class ResponseBuilder:
             self._end(message, finished)
         return message
 
-    def time_is_up(self) -> pb.GenerationResponse:
-        """The last message of a response that its time limit ended."""
-        return pb.GenerationResponse(generated_token_count=self._count, stop_reason=pb.TIME_LIMIT)
+    def time_is_up(self, held: str) -> pb.GenerationResponse:
+        """The last message of a response that its time limit ended, with the text that was held back until then."""
+        return pb.GenerationResponse(text=held, generated_token_count=self._count, stop_reason=pb.TIME_LIMIT)
 
     def _end(self, message: pb.GenerationResponse, finished: Finished) -> None:
         stopping = self._params.stopping

@@ -77,10 +77,10 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
                 while finished is None:
                     outputs, finished = await events.take()
                     await send(response.part(outputs, finished))
-        except DeadlineExceeded:
+        except DeadlineExceeded as late:
             if response is None or not stopping.time_limit_millis or context.time_remaining() == 0:
                 raise
-            await send(response.time_is_up())
+            await send(response.time_is_up(late.text))
 
     async def Tokenize(self, request: pb.BatchedTokenizeRequest, context: Any) -> pb.BatchedTokenizeResponse:
         with _fmaas_field_names():

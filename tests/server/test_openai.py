@@ -166,7 +166,7 @@ CONVERSATION: dict[str, Any] = dict(model="dora", messages=CHAT, max_tokens=4)
         ("completions", COMPLETION | dict(model="other/lora"), 403, "model"),
         ("completions", COMPLETION | dict(guided_json={}), 400, "guided_json"),
         ("completions", COMPLETION | dict(model=None), 400, "model"),
-        ("completions", COMPLETION | dict(prompt=["a", "b"]), 400, "prompt"),
+        ("completions", COMPLETION | dict(prompt=["a", [1]]), 400, "prompt"),
         ("completions", COMPLETION | dict(prompt=[]), 400, "prompt"),
         ("completions", COMPLETION | dict(prompt=[1, 272]), 400, "prompt"),
         ("completions", COMPLETION | dict(prompt=[-1]), 400, "prompt"),

@@ -10,11 +10,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+from lorarep.v1 import generation_pb2 as pb
 from lorarep_server.api.openai import _send, _stream
 from lorarep_server.api.openai_errors import json_response
-from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest
-from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse
+from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
+from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse, Identity
 from lorarep_server.requests import messages
 from lorarep_server.requests.event_stream import EventStream
 
@@ -78,6 +80,46 @@ def test_a_part_that_is_no_text_is_named(server: Server) -> None:
     assert told["error"]["message"] == "messages.0.content: Input should be a valid string"
 
 
+@pytest.mark.parametrize("prompts", [["a", "bb", "", "a"], [[64], [65, 65]]], ids=["texts", "tokens"])
+def test_prompts_of_a_list_are_answered_in_order(server: Server, prompts: list[Any]) -> None:
+    asked: dict[str, Any] = dict(model="lora", max_tokens=8, seed=3, extra_body=dict(ignore_eos=True))
+    prompts = [prompt for prompt in prompts if prompt]
+    with server.openai() as client:
+        alone = [client.completions.create(prompt=prompt, **asked) for prompt in prompts]
+        whole = client.completions.create(prompt=prompts, **asked)
+        *chunks, last = client.completions.create(
+            prompt=prompts, stream=True, stream_options={"include_usage": True}, **asked
+        )
+    choices = [each.choices[0].model_copy(update={"index": i}) for i, each in enumerate(alone)]
+    assert whole.choices == choices
+    assert last.usage == whole.usage
+    assert whole.usage.prompt_tokens == sum(map(len, prompts))
+    assert whole.usage.completion_tokens == 8 * len(prompts)
+    assert {chunk.id for chunk in chunks} == {last.id}
+    for choice in choices:
+        own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
+        assert "".join(part.text for part in own) == choice.text
+        assert [part.finish_reason for part in own] == [None] * (len(own) - 1) + ["length"]
+    server.wait_idle()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompt_that_is_refused_ends_the_others_of_its_list(server: Server, stream: bool) -> None:
+    body = dict(model="lora", prompt=["x", "x" * 600], max_tokens=400, stream=stream)
+    got, told = post(server, "completions", body)
+    assert (got, told["error"]["code"]) == (400, "context_length_exceeded")
+    server.wait_idle()
+    got, told = post(server, "completions", dict(model="lora", prompt=["x"] * 1025))
+    assert (got, told["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_a_client_that_leaves_a_list_gives_its_pages_back(server: Server) -> None:
+    with server.openai(timeout=0.5) as client, pytest.raises(openai.APITimeoutError):
+        client.completions.create(model="lora", prompt=["x", "y"], max_tokens=500, extra_body=dict(ignore_eos=True))
+    server.wait_idle()
+
+
 def test_what_answers_said_of_themselves_may_come_back(server: Server) -> None:
     """Histories have messages as OpenAI's client wrote them."""
     called = {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "tool_calls": []}
@@ -100,12 +142,17 @@ def test_templates_get_names_and_arguments(tmp_path: Path, trusted: bool) -> Non
     arguments = {"think": False, "most": 3, "deep": {"list": [1.5, None, "x", 2]}}
     named: list[Any] = [{**CHAT[0], "name": "Ann"}, CHAT[1]]
     asked = ChatRequest(model="base", messages=named, chat_template_kwargs=arguments)
-    tokens = messages.prompt_tokens(asked.to_prompt(), tokenizer, max_tokens=512)
+    tokens = messages.prompt_tokens(asked.to_prompts()[0], tokenizer, max_tokens=512)
     assert tokenizer.decode(tokens) == "Ann False False 3 [1.5, None, 'x', 2]"
     for taken in ("messages", "tools", "eos_token", "tokenize"):
         asked = ChatRequest(model="base", messages=CHAT, chat_template_kwargs={taken: "x"})
         with pytest.raises(InvalidArgument, match=taken):
-            messages.prompt_tokens(asked.to_prompt(), tokenizer, max_tokens=512)
+            messages.prompt_tokens(asked.to_prompts()[0], tokenizer, max_tokens=512)
+
+
+def generate(request: GenerationRequest) -> pb.GenerateRequest:
+    (prompt,) = request.to_prompts()
+    return request.to_generate(prompt)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +168,7 @@ def test_templates_get_names_and_arguments(tmp_path: Path, trusted: bool) -> Non
 def test_values_at_the_ends_of_their_ranges_mean_what_clients_mean(
     sent: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    sampling = CompletionRequest(**COMPLETION, **sent).to_generate().sampling
+    sampling = generate(CompletionRequest(**COMPLETION, **sent)).sampling
     assert {field.name: value for field, value in sampling.ListFields()} == {"temperature": 1.0, **expected} | (
         {} if "top_k" in expected else {"top_k": 0}
     )
@@ -138,11 +185,11 @@ def test_values_at_the_ends_of_their_ranges_mean_what_clients_mean(
     ],
 )
 def test_what_says_what_is_done_anyway_is_taken(neutral: dict[str, Any]) -> None:
-    plain = CompletionRequest(**COMPLETION).to_generate()
-    assert CompletionRequest(**COMPLETION, **neutral).to_generate() == plain
+    plain = generate(CompletionRequest(**COMPLETION))
+    assert generate(CompletionRequest(**COMPLETION, **neutral)) == plain
     chat = dict(functions=[], function_call="none", verbosity="medium", documents=[], echo=False)
     chat |= dict(add_generation_prompt=True, continue_final_message=False, add_special_tokens=False)
-    assert ChatRequest(**CONVERSATION, **neutral, **chat).to_prompt() == ChatRequest(**CONVERSATION).to_prompt()
+    assert generate(ChatRequest(**CONVERSATION, **neutral, **chat)) == generate(ChatRequest(**CONVERSATION))
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -152,13 +199,13 @@ def test_json_has_no_nan_and_no_infinity(tmp_path: Path, chat: bool) -> None:
     asked = kind(**(CONVERSATION | dict(logprobs=True, top_logprobs=2) if chat else COMPLETION | dict(logprobs=2)))
     # A vocabulary may have tokens that never come.
     place = TokenLogprob(65, -math.inf, 1, ((66, 0.0), (67, -math.inf)))
-    body = builder(asked, Tokenizer(tmp_path)).whole([Output((65,), "a", (place,))], FINISHED)
-    sent = json_response(body).text
+    response = builder(asked, Tokenizer(tmp_path), Identity())
+    sent = json_response(response.whole([response.choice([Output((65,), "a", (place,))], FINISHED)], [FINISHED])).text
     assert "-9999" in sent
     json.loads(sent, parse_constant=pytest.fail)
     nan = TokenLogprob(65, math.nan, 1)
     with pytest.raises(ValueError, match="JSON"):
-        json_response(builder(asked, Tokenizer(tmp_path)).whole([Output((65,), "a", (nan,))], FINISHED))
+        json_response(response.whole([response.choice([Output((65,), "a", (nan,))], FINISHED)], [FINISHED]))
     with pytest.raises(ValueError, match="JSON"):
         asyncio.run(_send(Sent(), {"logprob": math.nan}))
 
@@ -171,8 +218,7 @@ class Sent:
         self.has_two = asyncio.Event()
 
     async def write(self, data: bytes) -> None:
-        event = data.removeprefix(b"data: ")
-        self.chunks.append(None if event.startswith(b"[DONE]") else json.loads(event)["choices"][0])
+        self.chunks.append(json.loads(data.removeprefix(b"data: "))["choices"][0])
         if len(self.chunks) == 2:
             self.has_two.set()
 
@@ -183,7 +229,7 @@ def test_the_role_comes_with_the_first_token_and_not_before() -> None:
 
 async def role_and_first_token() -> None:
     sent, events = Sent(), EventStream(max_unread=10, patience=60)
-    response = ChatResponse(ChatRequest(model="base", messages=[]), tokenizer=None)
+    response = ChatResponse(ChatRequest(model="base", messages=[]), None, Identity())
     streaming = asyncio.create_task(_stream(sent, response, events))
     for _ in range(10):
         await asyncio.sleep(0.001)
@@ -194,4 +240,4 @@ async def role_and_first_token() -> None:
     assert (role, first) == ({"role": "assistant", "content": ""}, {"content": "a"})
     events.put(FINISHED)
     await streaming
-    assert [chunk and chunk["finish_reason"] for chunk in sent.chunks[2:]] == ["length", None]
+    assert [chunk["finish_reason"] for chunk in sent.chunks[2:]] == ["length"]

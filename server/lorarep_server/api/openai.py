@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from lorarep.v1 import generation_pb2
 from pydantic import ValidationError
 
 from lorarep_runtime.errors import Cancelled, DeadlineExceeded, InvalidArgument, NotFound, TooLong
-from lorarep_runtime.request import Output
+from lorarep_runtime.request import Finished, Output
 from lorarep_server.api.openai_errors import FIELDS, bad_request, error_body, error_response, json_response, to_json
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
-from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse, GenerationResponse
+from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse, GenerationResponse, Identity
 from lorarep_server.api.status_page import FILES, StatusPage
 from lorarep_server.auth import Role, TokenAuth
 from lorarep_server.config import MAX_MESSAGE
@@ -144,6 +146,15 @@ class OpenAI:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, ChatRequest, ChatResponse)
 
+    def _to_generates(
+        self, parsed: GenerationRequest, target: Mapping[str, Any]
+    ) -> list[generation_pb2.GenerateRequest]:
+        """A request in lorarep.v1's terms for each prompt. Raises InvalidArgument if there are too many."""
+        prompts, most = parsed.to_prompts(), self._frontend.engine().config.scheduler.max_queued
+        if len(prompts) > most:
+            raise InvalidArgument(f"{len(prompts)} prompts are over the limit of {most}", field="prompt")
+        return [parsed.to_generate(prompt, **target) for prompt in prompts]
+
     async def _generate(
         self, request: web.Request, kind: type[GenerationRequest], builder: type[GenerationResponse]
     ) -> web.StreamResponse:
@@ -159,23 +170,32 @@ class OpenAI:
             fields["max_new_tokens"] = fields["prompt and max_new_tokens"] = parsed.length()[0]
             fields["prompt"] = parsed.prompt_field
             fields["logprobs"] = parsed.logprobs_field
-            generate = await asyncio.to_thread(parsed.to_generate, **await self._frontend.target(parsed.model))
-            async with self._frontend.generate(generate, request.headers, new_tokens=parsed.unset_tokens) as (
-                admitted,
-                events,
-            ):
-                response = builder(parsed, admitted.tokenizer)
-                if parsed.stream:
-                    await stream.prepare(request)
-                    await _stream(stream, response, events)
-                    return stream
-                outputs: list[Output] = []
-                finished = None
-                while finished is None:
-                    more, finished = await events.take()
-                    outputs += more
-            # In a thread: each log-probability has its token decoded.
-            return json_response(await asyncio.to_thread(response.whole, outputs, finished))
+            target = await self._frontend.target(parsed.model)
+            generates = await asyncio.to_thread(self._to_generates, parsed, target)
+            identity, all_admitted = Identity(), asyncio.Barrier(len(generates))
+
+            async def answer(index: int, generate: generation_pb2.GenerateRequest) -> _Answer:
+                async with self._frontend.generate(generate, request.headers, new_tokens=parsed.unset_tokens) as (
+                    admitted,
+                    events,
+                ):
+                    response = builder(parsed, admitted.tokenizer, identity, index)
+                    if not parsed.stream:
+                        return await _collect(response, events)
+                    # Until all are admitted the response may be an error.
+                    if await all_admitted.wait() == 0:
+                        await stream.prepare(request)
+                    await all_admitted.wait()
+                    return await _stream(stream, response, events)
+
+            answers = await _together([answer(index, generate) for index, generate in enumerate(generates)])
+            response, ends = answers[0].response, [each.end for each in answers]
+            if not parsed.stream:
+                return json_response(response.whole([each.choice for each in answers], ends))
+            for chunk in response.usage(ends):
+                await _send(stream, chunk)
+            await _write(stream, b"data: [DONE]\n\n")
+            return stream
 
         result = await self._admission.guard(f"POST {request.path}", work(), for_answer=True)
         if not isinstance(result, Status) or not stream.prepared:
@@ -227,8 +247,39 @@ def _parsed(kind: type[GenerationRequest], body: bytes) -> GenerationRequest:
         raise InvalidArgument(message, field=".".join(path) or "body") from None
 
 
-async def _stream(stream: web.StreamResponse, response: GenerationResponse, events: EventStream) -> None:
-    """Sends a response's chunks as server-sent events until the request has finished.
+@dataclass(frozen=True)
+class _Answer:
+    """The answer to one prompt."""
+
+    response: GenerationResponse
+    end: Finished
+    choice: dict[str, Any] = field(default_factory=dict)
+    """The whole choice, where the request is not streamed."""
+
+
+async def _together(answers: Sequence[Coroutine[Any, Any, _Answer]]) -> list[_Answer]:
+    """The answers to all prompts of a request, in order. The first error ends the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answer) for answer in answers]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _collect(response: GenerationResponse, events: EventStream) -> _Answer:
+    """The whole answer to a prompt."""
+    outputs: list[Output] = []
+    finished = None
+    while finished is None:
+        more, finished = await events.take()
+        outputs += more
+    # In a thread: each log-probability has its token decoded.
+    return _Answer(response, finished, await asyncio.to_thread(response.choice, outputs, finished))
+
+
+async def _stream(stream: web.StreamResponse, response: GenerationResponse, events: EventStream) -> _Answer:
+    """Sends a choice's chunks as server-sent events until its request has finished.
 
     The first comes with the first token: clients measure the time until then.
     """
@@ -241,9 +292,8 @@ async def _stream(stream: web.StreamResponse, response: GenerationResponse, even
         has_begun = True
         if outputs:
             await _send(stream, response.part(outputs))
-    for chunk in response.end(finished):
-        await _send(stream, chunk)
-    await _write(stream, b"data: [DONE]\n\n")
+    await _send(stream, response.end(finished))
+    return _Answer(response, finished)
 
 
 async def _send(stream: web.StreamResponse, event: Mapping[str, Any]) -> None:

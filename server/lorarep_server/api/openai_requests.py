@@ -109,20 +109,18 @@ class GenerationRequest(Message, ABC):
         """Name and value of the field that limits the answer's tokens."""
         return "max_tokens", self.max_tokens
 
-    def to_generate(self, **target: Any) -> generation_pb2.GenerateRequest:
-        """The same request in lorarep.v1's terms.
+    def to_generate(self, prompt: generation_pb2.Prompt, **target: Any) -> generation_pb2.GenerateRequest:
+        """The request of one of its prompts in lorarep.v1's terms.
 
         Args:
+            prompt: one of `to_prompts`.
             target: the adapters or the stack, as fields of GenerateRequest.
-
-        Raises:
-            InvalidArgument: the prompt cannot be translated.
         """
         sampling = self.model_dump(include=SAMPLING)
         if self.top_p == 0:  # of the likeliest tokens, those that are needed to have any probability
             sampling |= {"top_p": None, "top_k": 1}
         return generation_pb2.GenerateRequest(
-            prompt=self.to_prompt(),
+            prompt=prompt,
             sampling=generation_pb2.Sampling(**sampling),
             stopping=generation_pb2.Stopping(
                 max_new_tokens=self.length()[1],
@@ -136,8 +134,8 @@ class GenerationRequest(Message, ABC):
         )
 
     @abstractmethod
-    def to_prompt(self) -> generation_pb2.Prompt:
-        """The prompt of the request. Raises InvalidArgument if it is malformed."""
+    def to_prompts(self) -> list[generation_pb2.Prompt]:
+        """The prompts of the request, one for each choice. Raises InvalidArgument if one is malformed."""
 
     @abstractmethod
     def to_logprobs(self) -> int | None:
@@ -156,20 +154,21 @@ class CompletionRequest(GenerationRequest):
     suffix: Literal[""] = ""
     add_special_tokens: Literal[True] = True
 
-    def to_prompt(self) -> generation_pb2.Prompt:
-        prompt = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise InvalidArgument(f"{len(prompt)} prompts; one is possible", field="prompt")
-            prompt = prompt[0]
-        if isinstance(prompt, str):
-            return generation_pb2.Prompt(text=prompt)
-        if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in prompt):
-            raise InvalidArgument("not all of it are tokens", field="prompt")
-        return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
+    def to_prompts(self) -> list[generation_pb2.Prompt]:
+        if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
+            return [_prompt(one) for one in self.prompt]  # type: ignore[arg-type]
+        return [_prompt(self.prompt)]  # type: ignore[arg-type]
 
     def to_logprobs(self) -> int | None:
         return self.logprobs
+
+
+def _prompt(prompt: str | list[int]) -> generation_pb2.Prompt:
+    if isinstance(prompt, str):
+        return generation_pb2.Prompt(text=prompt)
+    if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in prompt):
+        raise InvalidArgument("not all of it are tokens", field="prompt")
+    return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=prompt))
 
 
 class TextPart(Message):
@@ -261,7 +260,7 @@ class ChatRequest(GenerationRequest):
             return "max_completion_tokens", self.max_completion_tokens
         return super().length()
 
-    def to_prompt(self) -> generation_pb2.Prompt:
+    def to_prompts(self) -> list[generation_pb2.Prompt]:
         messages = [
             generation_pb2.ChatMessage(
                 role=message.role,
@@ -278,7 +277,7 @@ class ChatRequest(GenerationRequest):
             chat.template_arguments.update(self.chat_template_kwargs)
         except (ValueError, OverflowError, RecursionError) as error:
             raise InvalidArgument(first_line(error), field="chat_template_kwargs") from error
-        return generation_pb2.Prompt(chat=chat)
+        return [generation_pb2.Prompt(chat=chat)]
 
     def to_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None

@@ -6,6 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorarep_runtime.request import Finished, FinishReason, Output, TokenLogprob
@@ -26,8 +27,23 @@ FINISH_REASONS: Mapping[FinishReason, str] = {
 NEVER = -9999.0
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What all choices and chunks of a response have in common."""
+
+    number: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
 class GenerationResponse(ABC):
-    """Builds the response to one request, either whole or as chunks."""
+    """Builds one choice of the response to a request, and the parts that all its choices share.
+
+    Args:
+        request: its request.
+        tokenizer: of the choice.
+        identity: of the response.
+        index: of the choice.
+    """
 
     prefix: ClassVar[str]
     """Prefix of the response's id."""
@@ -36,17 +52,21 @@ class GenerationResponse(ABC):
     chunk_kind: ClassVar[str]
     """The `object` field of a chunk."""
 
-    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
-        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer, identity: Identity, index: int = 0) -> None:
+        self._id = f"{self.prefix}-{identity.number}"
+        self._created = identity.created
+        self._index = index
         self._request = request
         self._tokenizer = tokenizer
         self._has_logprobs = request.to_logprobs() is not None
 
-    def whole(self, outputs: Sequence[Output], finished: Finished) -> dict[str, Any]:
-        """The whole response of a request that is not streamed."""
-        choice = self._choice(outputs, FINISH_REASONS[finished.reason])
-        return self._body(self.kind, [choice], usage=_usage(finished))
+    def choice(self, outputs: Sequence[Output], finished: Finished) -> dict[str, Any]:
+        """The whole choice of a request that is not streamed."""
+        return self._choice(outputs, FINISH_REASONS[finished.reason])
+
+    def whole(self, choices: list[dict[str, Any]], ends: Sequence[Finished]) -> dict[str, Any]:
+        """The whole response of a request that is not streamed, from all its choices and their ends."""
+        return self._body(self.kind, choices, usage=_usage(ends))
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """The chunks that come right before those of the first token."""
@@ -56,11 +76,14 @@ class GenerationResponse(ABC):
         """The chunk of the tokens that one or more steps added."""
         return self._chunk([self._delta(self._choice(outputs, None))])
 
-    def end(self, finished: Finished) -> Iterator[dict[str, Any]]:
-        """The chunks after the last token: the finish reason, and the usage if the request asks for it."""
-        yield self._chunk([self._delta(self._choice([], FINISH_REASONS[finished.reason]))])
+    def end(self, finished: Finished) -> dict[str, Any]:
+        """The chunk after the choice's last token: the finish reason."""
+        return self._chunk([self._delta(self._choice([], FINISH_REASONS[finished.reason]))])
+
+    def usage(self, ends: Sequence[Finished]) -> Iterator[dict[str, Any]]:
+        """The last chunk, after all choices: the usage, if the request asks for it."""
         if self._wants_usage:
-            yield self._body(self.chunk_kind, [], usage=_usage(finished))
+            yield self._body(self.chunk_kind, [], usage=_usage(ends))
 
     @property
     def _wants_usage(self) -> bool:
@@ -93,7 +116,7 @@ class CompletionResponse(GenerationResponse):
     def _choice(self, outputs: Sequence[Output], reason: str | None) -> dict[str, Any]:
         text = "".join(output.text for output in outputs)
         logprobs = self._logprobs(outputs) if outputs and self._has_logprobs else None
-        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, outputs: Sequence[Output]) -> dict[str, Any]:
         text_of = self._tokenizer.token_text
@@ -119,7 +142,7 @@ class ChatResponse(GenerationResponse):
 
     def begin(self) -> Iterator[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
-        yield self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])
+        yield self._chunk([{"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
     def _choice(self, outputs: Sequence[Output], reason: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": "".join(output.text for output in outputs)}
@@ -127,7 +150,7 @@ class ChatResponse(GenerationResponse):
         if outputs and self._has_logprobs:
             places = [place for output in outputs for place in output.logprobs]
             logprobs = {"content": [self._place(place) for place in places]}
-        return {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def _delta(self, choice: dict[str, Any]) -> dict[str, Any]:
         content = choice.pop("message")["content"]
@@ -152,6 +175,6 @@ def _finite(logprob: float) -> float:
     return max(logprob, NEVER)
 
 
-def _usage(finished: Finished) -> dict[str, int]:
-    prompt, completion = finished.prompt_tokens, finished.completion_tokens
+def _usage(ends: Sequence[Finished]) -> dict[str, int]:
+    prompt, completion = sum(end.prompt_tokens for end in ends), sum(end.completion_tokens for end in ends)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -4,6 +4,9 @@ TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 # Python compiles what it imports, if it may keep that; pip would compile all there is.
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# uv resolves in a fraction of pip's time. It reads none of pip's settings but the index given here, so torch is pip's.
+INDEX  := $(if $(PIP_INDEX_URL),--default-index $(PIP_INDEX_URL))
+UV     := $(BIN)/uv pip install --quiet $(INDEX)
 unexport PYTHONDONTWRITEBYTECODE
 # Any builder of Dockerfiles with --mount; and the image, cuda or cpu. The latter also needs --build-arg
 # PIP_EXTRA_INDEX_URL=... in BUILD, PyTorch's index of CPU wheels.
@@ -14,9 +17,13 @@ BASE   ?= python:3.12-slim
 
 # Tests without servers, browsers, images, GPU kernels, or long comparisons with other libraries.
 FAST   := $(addprefix tests/,text model device adapters engine test_architecture.py)
+# Tests of what each library is used for: tokenizers, the Hub, weights of all kinds, every protocol of a server, traces.
+USES   := $(addprefix tests/,text/test_tokenizer.py hub model/test_linear.py parity/test_mixes.py \
+            server/test_tracing.py::test_requests_of_every_api_are_traced)
+LOWEST := .venv/lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage check format proto lock image
+.PHONY: help demo test test-fast test-slow test-lowest coverage check format proto lock image
 
 help: ## Lists the targets.
 	@sed -En 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -29,6 +36,19 @@ test: .venv/installed tests/clients/node_modules ## Runs all tests.
 
 test-fast: .venv/installed ## Runs the tests that need no server, browser or image.
 	$(BIN)/pytest $(FAST)
+
+test-slow: .venv/installed tests/clients/node_modules ## Runs the tests that test-fast leaves out.
+	$(BIN)/pytest $(addprefix --ignore=,$(FAST))
+
+# All but torch, whose builds are too large, and what only tests need: those are found in the other environment.
+test-lowest: .venv/installed ## Runs some tests with the lowest versions that pyproject.toml admits.
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import site; print(*site.getsitepackages())")')" \
+	  > $$(echo $(LOWEST)/lib/python3*/site-packages)/parent.pth
+	echo "torch; sys_platform == 'never'" > $(LOWEST)/overrides.txt
+	VIRTUAL_ENV=$(LOWEST) $(UV) --resolution lowest-direct --override $(LOWEST)/overrides.txt \
+	  --requirement pyproject.toml --extra traces
+	$(LOWEST)/bin/python -m pytest -n 0 $(USES)
 
 coverage: .venv/installed ## Runs the fast tests, and checks how much of the runtime they run.
 	$(BIN)/pytest $(FAST) --cov --cov-report=term
@@ -58,8 +78,8 @@ image: ## Builds the image; TARGET is cuda or cpu.
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PIP) "$(TORCH)"
-	$(PIP) --editable '.[dev]'
+	$(PIP) "$(TORCH)" uv
+	VIRTUAL_ENV=.venv $(UV) --editable '.[dev]'
 	touch $@
 
 tests/clients/node_modules: tests/clients/package-lock.json .venv/installed

@@ -20,6 +20,8 @@ from tests.support.models import FAMILIES, save_adapter, save_base, save_tokeniz
 
 QUANTIZATIONS = ["none", "nf4", "int8"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+SHORT = greedy(new_tokens=16)
+"""It begins a page."""
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +59,12 @@ def test_two_more_stacks_change_the_bases_bytes_by_nothing(
     quantization: str, base: Path, adapters: dict[str, Path]
 ) -> None:
     engine = engine_for(base, quantization)
-    engine.generate([(greedy(), engine.adapters.lease([]))])
+    engine.generate([(SHORT, engine.adapters.lease([]))])
     before, ledger = storages(), engine.ledger()
     weights = [[t.data_ptr() for w in layer.values() for t in (*w.data, *w.constants)] for layer in engine.base.weights]
     for name, folder in adapters.items():
         engine.adapters.load(name, str(folder), trusted=True)
-    engine.generate((greedy(), engine.adapters.lease([(name, 1.0)])) for name in adapters)
+    engine.generate((SHORT, engine.adapters.lease([(name, 1.0)])) for name in adapters)
     after = storages()
     own = set()
     for name in adapters:
@@ -87,7 +89,7 @@ def test_the_ledger_agrees_with_what_torch_holds(
 ) -> None:
     before, adapters = storages(), adapters | {"dora": dora}
     engine = engine_for(base, quantization, adapters=adapters, kv_bytes=1 << 20)
-    engine.generate((greedy(), engine.adapters.lease([(name, 1.0)])) for name in adapters)
+    engine.generate((SHORT, engine.adapters.lease([(name, 1.0)])) for name in adapters)
     held = sum(size for address, size in storages().items() if address not in before)
     ledger = engine.ledger()
     assert ledger.total == pytest.approx(held, rel=0.01)

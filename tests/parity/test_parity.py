@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorarep_runtime.config import PAGE_TOKENS
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.models import FAMILIES, MAPS, reference, reference_logits, save_adapter, save_base, stack_of
 
@@ -60,7 +61,7 @@ def check_against_reference(engine: Any, base: Path, requests: dict[str, tuple[P
     def lease(name: str) -> Any:
         return engine.adapters.lease([(name, 1.0)] if requests[name][0] else [], None if requests[name][0] else name)
 
-    answers = engine.generate((greedy(), lease(name)) for name in requests)
+    answers = engine.generate((greedy(new_tokens=2 * PAGE_TOKENS), lease(name)) for name in requests)
     assert_nothing_held(engine)
     for (name, (folder, stack)), answer in zip(requests.items(), answers, strict=True):
         text = [*PROMPT, *answer.tokens]
@@ -73,10 +74,14 @@ def check_against_reference(engine: Any, base: Path, requests: dict[str, tuple[P
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_every_kind_of_adapter_on_every_map_in_one_batch(family: str, base: Path) -> None:
+def test_every_kind_of_adapter_and_every_map_in_one_batch(family: str, base: Path) -> None:
+    """Llama has each kind on each map. Another family has each map and each kind, and all others together all pairs."""
     requests: dict[str, tuple[Path | None, tuple[int, ...]]] = {}
+    number = list(FAMILIES).index(family)
     for i, (map_name, ranges) in enumerate(MAPS.items()):
         for j, (kind, config) in enumerate(kinds(family).items()):
+            if family != "llama" and j != (i + number) % len(kinds(family)):
+                continue
             folder = base.parent / f"{kind}-{i}"
             save_adapter(base, folder, seed=7 * i + j, layer_replication=ranges, **config)
             requests[f"{kind} on {map_name}"] = folder, stack_of(ranges)

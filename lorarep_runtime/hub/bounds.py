@@ -7,15 +7,16 @@ bounds hold before a file is on the disk: names and sizes come from the Hub's li
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from huggingface_hub import HfApi, RepoFile, get_cached_repo_tree
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from huggingface_hub.utils import build_hf_headers, paginate  # type: ignore[attr-defined]  # public, but in no __all__
 
 from lorarep_runtime.errors import FailedPrecondition, NotFound, PermissionDenied
 from lorarep_runtime.hub.cache import snapshot_folder
@@ -23,6 +24,8 @@ from lorarep_runtime.hub.files import CONFIG, TOKENIZER_FILES, WEIGHTS
 
 MAX_FILES = 10_000
 """Most files of a repository, its subfolders included."""
+MAX_COMMITS = 1000
+"""Most commits, of all branches and tags together, among which a commit is looked for: a request shows 50 of them."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -65,9 +68,13 @@ def resolve(api: HfApi, repository: str, revision: str | None, cache_dir: Path |
     if not is_commit:
         raise NotFound(f"{repository} has no branch or tag {revision!r}", field="revision")
     heads = dict.fromkeys(ref.target_commit for ref in ours)
-    if revision in heads or any(_is_commit_of(api, repository, revision, head) for head in heads):
+    histories = chain(heads, *(_history(api, repository, head) for head in heads))
+    if revision in islice(histories, len(heads) + MAX_COMMITS):
         return revision
-    raise PermissionDenied(f"{revision} is the commit of no branch or tag of {repository}", field="revision")
+    raise PermissionDenied(
+        f"{revision} is none of the latest {MAX_COMMITS} commits of the branches and tags of {repository}",
+        field="revision",
+    )
 
 
 def listed(api: HfApi, repository: str, commit: str, cache_dir: Path | None) -> Sequence[RepoFile]:
@@ -127,5 +134,12 @@ def _commit(api: HfApi, repository: str, revision: str | None) -> str:
     return commit
 
 
-def _is_commit_of(api: HfApi, repository: str, commit: str, head: str) -> bool:
-    return any(info.commit_id == commit for info in api.list_repo_commits(repository, revision=head))
+def _history(api: HfApi, repository: str, head: str) -> Iterator[str]:
+    """The commits that lead to a head, the latest first; each page is asked for when it is needed.
+
+    `HfApi.list_repo_commits` asks for all pages at once.
+    """
+    headers = build_hf_headers(token=api.token, library_name=api.library_name)
+    path = f"{api.endpoint}/api/models/{repository}/commits/{head}"
+    for commit in paginate(path, params={}, headers=headers):
+        yield commit["id"]

@@ -315,6 +315,23 @@ def test_a_pull_request_is_refused_by_name_and_by_commit(hub: FaultyHub, publish
         fetch(revision="refs/pr/1", bounds=bounds())
 
 
+def test_a_commit_is_looked_for_among_the_latest_alone(hub: FaultyHub, publish, fetch) -> None:
+    """However long the history is: each of its pages is a request to the Hub, for a hash that anybody may invent."""
+    at = publish(ADAPTER)
+    stored = hub.repositories[REPOSITORY]
+    older = [f"{i:040x}" for i in range(5000)]
+    for commit in older:
+        stored.commits[commit], stored.parents[at] = stored.commits[at], commit
+        at = commit
+    assert fetch(revision=older[900], bounds=bounds()).commit == older[900]
+    hub.asked.clear()
+    for commit in (older[4000], "f" * 40):
+        with pytest.raises(PermissionDenied, match="latest 1000 commits"):
+            fetch(revision=commit, bounds=bounds())
+    assert sum("/commits/" in asked.path for asked in hub.asked) <= 2 * 21
+    assert fetch(revision=older[4000]).commit == older[4000]  # an operator may
+
+
 @pytest.mark.parametrize(
     ("name", "claim", "error"),
     [("adapter_model.safetensors", 1 << 40, FailedPrecondition), ("adapter_config.json", 5, DataLoss)],

@@ -111,7 +111,7 @@ class FaultyHandler(HubHandler):
         if self.command != "HEAD":
             self.send_body(body)
 
-    def send_json(self, value: Any) -> None:
+    def send_json(self, value: Any, headers: Mapping[str, str] | None = None) -> None:
         if self.hub.garbage is not None:
             self.send(200, {"Content-Type": "application/json"}, self.hub.garbage)
             return
@@ -121,7 +121,7 @@ class FaultyHandler(HubHandler):
                 entry.get("lfs", {})["size"] = claim
             if self.hub.has_xet and "lfs" in entry:
                 entry["xetHash"] = XET_HASH
-        super().send_json(value)
+        super().send_json(value, headers)
 
     @property
     def file(self) -> str:

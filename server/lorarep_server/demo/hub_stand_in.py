@@ -10,17 +10,19 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".model")
 """Suffixes of files in LFS. Their entity tag is their SHA-256; that of other files is their git blob id."""
+PAGE_COMMITS = 50
+"""Commits of a history in one answer."""
 
 _API = re.compile(r"/api/models/([^/]+(?:/[^/]+)??)(?:/(revision|tree|commits)/([^/]+)|/(refs))?")
 _RESOLVE = re.compile(r"/([^/]+(?:/[^/]+)??)/resolve/([^/]+)/(.+)")
@@ -137,7 +139,7 @@ class HubHandler(BaseHTTPRequestHandler):
                 if refs:
                     self.send_json(_refs(stored))
                 elif kind == "commits":
-                    self.send_json(_history(stored, commit))
+                    self._send_history(_history(stored, commit))
                 else:
                     self.send_json(_tree(files) if kind == "tree" else _info(repository, commit, files))
             elif match := _RESOLVE.fullmatch(path):
@@ -160,9 +162,9 @@ class HubHandler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.send_body(body)
 
-    def send_json(self, value: object) -> None:
+    def send_json(self, value: object, headers: Mapping[str, str] | None = None) -> None:
         """Sends a response of JSON."""
-        self.send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+        self.send(200, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
 
     def send_body(self, body: bytes) -> None:
         """Sends the body of a response."""
@@ -179,6 +181,13 @@ class HubHandler(BaseHTTPRequestHandler):
         if commit not in stored.commits:
             raise _MissingError("RevisionNotFound", f"Invalid rev id: {revision}")
         return commit, stored.commits[commit]
+
+    def _send_history(self, history: Sequence[object]) -> None:
+        url = urlsplit(self.path)
+        page = int(parse_qs(url.query).get("p", ["0"])[0])
+        end = (page + 1) * PAGE_COMMITS
+        link = {"Link": f'<{self.server.hub.url}{url.path}?p={page + 1}>; rel="next"'} if end < len(history) else {}
+        self.send_json(history[end - PAGE_COMMITS : end], link)
 
     def _send_file(self, commit: str, files: Mapping[str, File], name: str) -> None:
         if name not in files:
@@ -224,7 +233,7 @@ def _refs(stored: Repository) -> object:
     return {"branches": branches, "tags": [], "converts": []}
 
 
-def _history(stored: Repository, commit: str | None) -> object:
+def _history(stored: Repository, commit: str | None) -> Sequence[object]:
     found = []
     while commit is not None:
         date = "2026-01-01T00:00:00.000Z"

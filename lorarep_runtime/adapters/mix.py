@@ -61,8 +61,8 @@ class Mix(Resident):
         return self.is_published and all(part.is_findable for part, _ in self.parts)
 
     @property
-    def scratch(self) -> int:
-        return sum(part.size for part, _ in self.parts if part.adapter is None)
+    def sources(self) -> Sequence[Resident]:
+        return [part for part, _ in self.parts]
 
     def make(self, progress: Progress | None) -> Adapter:
         return mix_adapters([(self._on_device(part, progress), weight) for part, weight in self.parts], self._modules)

@@ -21,6 +21,8 @@ class Reservation:
     """Bytes of the load."""
     free: int
     """Bytes of the load that are free already; leaving adapters still take the others."""
+    sources: Sequence[Resident]
+    """Residents on the device that the load reads, and that stay until its end."""
 
     def free_up(self, size: int) -> None:
         """Adds the bytes of an adapter that has left for the load."""
@@ -38,8 +40,10 @@ class Occupancy:
     def __init__(self, limits: AdapterLimits, host_size: Callable[[Adapter], int]) -> None:
         self._limits = limits
         self._host_size = host_size
-        self._residents: set[Resident] = set()
-        """All that are in device or host memory."""
+        self._residents: dict[Resident, tuple[int, int]] = {}
+        """All that are in device or host memory, and the bytes that each takes there."""
+        self._device_bytes = self._host_bytes = 0
+        """Sums of these."""
         self._reservations: set[Reservation] = set()
         self._reserved_host_bytes = 0
         """Host memory for copies that are being made."""
@@ -55,22 +59,31 @@ class Occupancy:
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that copies take."""
-        return sum(self._host_size(item.copy) for item in self._residents if item.copy is not None)
+        return self._host_bytes
 
     def update(self, item: Resident) -> None:
         """Takes note of a change of an item: it may have come into memory, or no memory may hold it any more."""
+        device, host = self._residents.pop(item, (0, 0))
+        self._device_bytes -= device
+        self._host_bytes -= host
         if item.adapter is None and item.copy is None:
-            self._residents.discard(item)
-        else:
-            self._residents.add(item)
+            return
+        device = 0 if item.adapter is None else item.size
+        host = 0 if item.copy is None else self._host_size(item.copy)
+        self._residents[item] = device, host
+        self._device_bytes += device
+        self._host_bytes += host
 
     # Device memory.
 
-    def choose_victims(self, item: Resident, for_claim: bool) -> Sequence[Resident] | None:
+    def choose_victims(
+        self, item: Resident, for_claim: bool, sources: Sequence[Resident] = ()
+    ) -> Sequence[Resident] | None:
         """The residents that have to leave the device for an item, in order; None if there is no room for now.
 
         Args:
             for_claim: as for `evictable`.
+            sources: residents on the device that the item is made from, which stay.
 
         Raises:
             Exhausted: the item can never have room.
@@ -78,12 +91,13 @@ class Occupancy:
         size, limit = item.load_bytes, self._limits.device_bytes
         if limit is None:
             return []
-        here = self.on_device()
-        pinned = sum(x.size for x in here if x.pinned and x is not item)
-        if size > limit - pinned:
-            besides = f" beside {pinned} of pinned ones" if pinned else ""
+        free = limit - sum(x.free for x in self._reservations) - self._device_bytes
+        if size <= free:
+            return []
+        staying = {x for x in self._residents if x.pinned and x.adapter is not None and x is not item} | set(sources)
+        if size > limit - (stays := sum(x.size for x in staying)):
+            besides = f" beside {stays} of pinned ones and of its parts" if stays else ""
             raise Exhausted(f"adapter memory: {size} bytes wanted, the limit is {limit}{besides}")
-        free = limit - sum(x.free for x in self._reservations) - sum(x.size for x in here)
         return eviction.choose(self.evictable(for_claim), size - free)
 
     def evictable(self, for_claim: bool) -> list[Evictable[Resident]]:
@@ -99,10 +113,10 @@ class Occupancy:
             if x.may_leave and (for_claim or not x.leases)
         ]
 
-    def reserve(self, item: Resident, victims: Sequence[Resident]) -> Reservation:
-        """Reserves device memory for the load of an item, for which others leave."""
+    def reserve(self, item: Resident, victims: Sequence[Resident], sources: Sequence[Resident] = ()) -> Reservation:
+        """Reserves device memory for the load of an item from its sources, for which others leave."""
         size = item.load_bytes
-        reservation = Reservation(size, max(0, size - sum(victim.size for victim in victims)))
+        reservation = Reservation(size, max(0, size - sum(victim.size for victim in victims)), sources)
         self._reservations.add(reservation)
         return reservation
 
@@ -123,8 +137,8 @@ class Occupancy:
         size = self._host_size(adapter)
         free = self._limits.host_bytes - self._reserved_host_bytes - self.host_bytes
         copies = [
-            Evictable(x, self._host_size(x.copy), x.adapter is None, x.priority, x.used)
-            for x in self._residents
+            Evictable(x, host, x.adapter is None, x.priority, x.used)
+            for x, (_, host) in self._residents.items()
             if x.copy is not None and x.state is not State.LOADING  # a load reads its copy
         ]
         dropped = eviction.choose(copies, size - free)

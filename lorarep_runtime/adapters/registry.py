@@ -6,7 +6,8 @@ holds a lease on a revision: whatever happens to the name, it finishes on the re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.adapters.mix import MAX_WEIGHT, Mix, Mixes
 from lorarep_runtime.adapters.peft_config import check_name
 from lorarep_runtime.adapters.residency import Hold, Residency
+from lorarep_runtime.adapters.resident import Tier
 from lorarep_runtime.adapters.revision import AdapterInfo, Revision
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import AlreadyExists, InvalidArgument, NotFound
@@ -49,6 +51,8 @@ class AdapterRegistry:
         self._files = AdapterFiles(base, stacks, limits, cache_dir, self._uses)
         self._changed = self.residency.changed
         self._named: dict[str, Revision] = {}
+        self._parameters, self._stacks = 0, Counter[Stack]()
+        """Of all that have a name: the numbers in their files, and how many have each stack."""
         self._mixes = Mixes(self.residency, tuple(base.modules), base.device)
         self._loading: dict[str, str] = {}
         """Names that are being loaded, and the sources they are loaded from."""
@@ -62,13 +66,14 @@ class AdapterRegistry:
         an adapter may leave that before a waiting request starts.
         """
         with self._changed:
-            uses: dict[str, int | None] = {}
-            mixed = self._mixes.held_parts()
-            for item in self._named.values():
-                used = None if item.pinned or item.leases or item in mixed else item.used
-                if uses.get(item.repository, 0) is not None:
-                    uses[item.repository] = used if used is None else max(used, uses.get(item.repository) or 0)
-            return uses | dict.fromkeys(self._loading.values())
+            named, mixed = list(self._named.values()), self._mixes.held_parts()
+            loading = list(self._loading.values())
+        uses: dict[str, int | None] = {}
+        for item in named:
+            used = None if item.pinned or item.leases or item in mixed else item.used
+            if uses.get(item.repository, 0) is not None:
+                uses[item.repository] = used if used is None else max(used, uses.get(item.repository) or 0)
+        return uses | dict.fromkeys(loading)
 
     # Loads.
 
@@ -165,8 +170,7 @@ class AdapterRegistry:
     ) -> None:
         """Lets new requests find a revision by its name, and the one that had the name no more."""
         with self._changed:
-            before = self._named.get(item.name)
-            self._named[item.name] = item
+            before = self._rename(item.name, item)
             self.residency.set_policy(item, pinned=pinned, priority=priority)
             self.residency.publish(item, instead_of=before)
             self._mixes.prune()
@@ -176,13 +180,27 @@ class AdapterRegistry:
             elif not on_demand:
                 self._on_demand.discard(item.name)
 
+    def _rename(self, name: str, item: Revision | None) -> Revision | None:
+        """Gives a name to a revision, or to none. Returns the revision that had it."""
+        before = self._named.pop(name, None)
+        if before is not None:
+            self._parameters -= before.parameters
+            self._stacks -= Counter([before.stack])
+        if item is not None:
+            self._named[name] = item
+            self._parameters += item.parameters
+            self._stacks[item.stack] += 1
+        return before
+
     def _drop_idle_names(self, latest: Revision) -> None:
         """Unloads the least recently used of too many names that requests have made; those in use stay."""
         if len(self._on_demand) <= MAX_ON_DEMAND:
             return
         named = (self._named[name] for name in self._on_demand)
         idle = [item for item in named if item is not latest and not item.leases and not item.pinned]
-        for item in sorted(idle, key=lambda item: (item.priority, item.used))[: len(self._on_demand) - MAX_ON_DEMAND]:
+        # Some more than have to go, so that not every new name looks at all.
+        most = MAX_ON_DEMAND - MAX_ON_DEMAND // 32
+        for item in sorted(idle, key=lambda item: (item.priority, item.used))[: len(self._on_demand) - most]:
             self.unload(item.name)
 
     def set_policy(self, name: str, *, pinned: bool | None = None, priority: int | None = None) -> AdapterInfo:
@@ -200,7 +218,7 @@ class AdapterRegistry:
             NotFound: no adapter has the name.
         """
         with self._changed:
-            item = self._named.pop(name, None)
+            item = self._rename(name, None)
             if item is None:
                 raise NotFound(f"{name!r} is not loaded", field="adapter")
             self._on_demand.discard(name)
@@ -223,8 +241,21 @@ class AdapterRegistry:
 
     def list(self) -> list[AdapterInfo]:
         """All adapters that have a name, in the order of their names."""
+        return [item.info() for item in sorted(self._all_named(), key=lambda item: item.name)]
+
+    def tiers(self) -> Mapping[Tier, int]:
+        """How many adapters with a name are in each memory."""
+        return Counter(item.tier for item in self._all_named())
+
+    def totals(self) -> tuple[int, Collection[Stack]]:
+        """The numbers in the files of all adapters that have a name, and their different stacks."""
         with self._changed:
-            return [self._named[name].info() for name in sorted(self._named)]
+            return self._parameters, list(self._stacks)
+
+    def _all_named(self) -> Sequence[Revision]:
+        """Those that have a name now. Who looks at all of them does so without the lock, for which steps wait."""
+        with self._changed:
+            return tuple(self._named.values())
 
     def held_bytes(self) -> dict[str, int]:
         """Device bytes of each adapter. All mixes are under "(mixes)", since callers choose their weights.
@@ -232,10 +263,9 @@ class AdapterRegistry:
         All that requests hold without a name is under "(leaving)".
         """
         held: dict[str, int] = {}
-        with self._changed:
-            for item in self.residency.on_device():
-                name = "(leaving)" if not item.is_findable else "(mixes)" if isinstance(item, Mix) else item.label
-                held[name] = held.get(name, 0) + item.size
+        for item in self.residency.on_device():
+            name = "(leaving)" if not item.is_findable else "(mixes)" if isinstance(item, Mix) else item.label
+            held[name] = held.get(name, 0) + item.size
         return held
 
     def can_lease_at_once(self, name: str) -> bool:

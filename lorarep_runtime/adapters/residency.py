@@ -7,7 +7,6 @@ keeps a copy in host memory if there is room, and comes back in the time of a co
 
 from __future__ import annotations
 
-import enum
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 
 from lorarep_runtime.adapters import eviction
+from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.occupancy import Occupancy, Reservation
 from lorarep_runtime.adapters.resident import Resident, State
 from lorarep_runtime.adapters.transfers import Transfers, engine_failure, free_frames, is_out_of_memory
@@ -31,17 +31,6 @@ from lorarep_runtime.progress import Progress
 log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Resident)
-
-
-class Claim(enum.Enum):
-    """The answer to a request that wants to start."""
-
-    READY = enum.auto()
-    """The adapter is on the device, and stays there for the request."""
-    LOADING = enum.auto()
-    """A thread loads it, or still moves it out of the device; the request claims it again when that has ended."""
-    NO_MEMORY = enum.auto()
-    """Running requests, and adapters that are loaded for others, use all device memory."""
 
 
 class Hold(Generic[R]):
@@ -70,8 +59,11 @@ class Hold(Generic[R]):
         assert self._is_computing
         return self.item.adapter
 
-    def claim(self) -> Claim:
+    def claim(self, *, may_load: bool = True) -> Claim:
         """Has the resident brought to the device, and keeps it there once it has come. Never blocks.
+
+        Args:
+            may_load: whether it may be brought. If not, the answer is READY where it is on the device, else NO_MEMORY.
 
         Raises:
             LorarepError: it cannot be brought.
@@ -79,6 +71,8 @@ class Hold(Generic[R]):
         with self._residency.changed:
             if self._is_computing:
                 return Claim.READY
+            if not may_load and self.item.state is not State.ON_DEVICE:
+                return Claim.NO_MEMORY
             load, self._load = self._load, None
             error = load.exception() if load is not None and load.done() else None
             # A cancelled load was another caller's: the resident is loaded again.
@@ -92,7 +86,7 @@ class Hold(Generic[R]):
                         raise error
                     self._load, self.has_claim = load, False
                     return Claim.NO_MEMORY
-                # 3. Memory was short, but a request has ended since: try again.
+                # 3. A request has ended since: try again.
             claim = self._residency.claim(self.item)
             self._load, self._ended_uses = self.item.load, self._residency.ended_uses
             self._is_computing = claim is Claim.READY
@@ -152,7 +146,7 @@ class Residency:
         self._listeners: list[Callable[[], None]] = []
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Has `listener` called, in any thread, when an adapter came to the device, left it, or could not come."""
+        """Has `listener` called, in any thread, when an adapter came to the device, could not come, or may leave."""
         self._listeners.append(listener)
 
     def _notify(self) -> None:
@@ -181,6 +175,8 @@ class Residency:
             if not item.leases and item.state is State.ON_DISK:
                 item.free_extras()
             self.version += 1
+        if was_computing:
+            self._notify()
 
     def claim(self, item: Resident) -> Claim:
         """Takes an item into use if it is on the device; else has it loaded, for which idle ones leave.
@@ -242,11 +238,10 @@ class Residency:
                 self.retire(instead_of)
 
     def retire(self, item: Resident) -> None:
-        """Lets no new request find an item. It is freed with the last request that holds it, and so are its mixes."""
+        """Lets no new request find an item. It is freed with the last request that holds it."""
         with self.changed:
             item.is_published = False
-            for resident in (item, *self._occupancy.in_memory()):
-                self._forget_unwanted(resident)
+            self._forget_unwanted(item)
 
     # What there is.
 
@@ -259,13 +254,13 @@ class Residency:
     def on_device(self) -> list[Resident]:
         """All that take device memory."""
         with self.changed:
-            return self._occupancy.on_device()
+            residents = self._occupancy.in_memory()
+        return [item for item in residents if item.adapter is not None]
 
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that copies take."""
-        with self.changed:
-            return self._occupancy.host_bytes
+        return self._occupancy.host_bytes
 
     # Room; always under the lock.
 
@@ -286,30 +281,40 @@ class Residency:
 
     def _start_load(self, item: Resident, *, for_claim: bool, progress: Progress | None = None) -> bool:
         """Has a thread load an item, for which others leave; returns False if there is no room for now."""
-        victims = self._occupancy.choose_victims(item, for_claim)
+        # What it is made from stays on the device, as if it were in use.
+        sources = [] if item.copy is not None else [x for x in item.sources if x.state is State.ON_DEVICE]
+        for source in sources:
+            source.keep()
+        victims = None
+        try:
+            victims = self._occupancy.choose_victims(item, for_claim, sources)
+        finally:
+            if victims is None:
+                self._give_back(sources)
         if victims is None:
             return False
         for victim in victims:
             victim.begin_leaving()
-        reservation = self._occupancy.reserve(item, victims)
-        load = item.begin_load()
+        reservation = self._occupancy.reserve(item, victims, sources)
         bring = partial(self._bring, item, reservation, victims, for_claim, progress)
-        self._transfers.submit(item, partial(self._load_in_thread, item, load, reservation, bring))
+        self._transfers.submit(item, partial(self._load_in_thread, item, item.begin_load(), reservation, bring))
         return True
+
+    def _give_back(self, sources: Sequence[Resident]) -> None:
+        for source in sources:
+            source.give_back()
+            self._forget_unwanted(source)
 
     # Loads and moves; in threads, with the lock held for moments only.
 
     def _load_in_thread(
-        self,
-        item: Resident,
-        load: Future[None],
-        reservation: Reservation,
-        bring: Callable[[], Adapter | BaseException],
+        self, item: Resident, load: Future[None], reservation: Reservation, bring: Callable[[], Adapter | BaseException]
     ) -> None:
         result = bring()
         # The state and the load's result change under one lock: no thread sees one without the other.
         with self.changed:
             self._occupancy.release(reservation)
+            self._give_back(reservation.sources)
             if isinstance(result, Adapter) and item.is_wanted:
                 item.arrive(result)
                 self._touch(item)
@@ -372,18 +377,20 @@ class Residency:
         """Moves a leaving item to host memory, if that has room, and gives its device memory to a reservation."""
         adapter, copy, reserved = item.adapter, None, 0
         assert adapter is not None
-        if item.copy is None:
+        try:
+            if item.copy is None:
+                with self.changed:
+                    reserved = self._occupancy.reserve_host(adapter)
+                copy = self._transfers.to_host(adapter) if reserved else None
+        finally:
             with self.changed:
-                reserved = self._occupancy.reserve_host(adapter)
-            copy = self._transfers.to_host(adapter) if reserved else None
-        with self.changed:
-            self._occupancy.release_host(reserved)
-            item.leave(copy)
-            self._occupancy.update(item)
-            if reservation is not None:
-                reservation.free_up(item.size)
-            self._forget_unwanted(item)
-            self.evictions += 1
-            self.version += 1
-            self.changed.notify_all()
+                self._occupancy.release_host(reserved)
+                item.leave(copy)
+                self._occupancy.update(item)
+                if reservation is not None:
+                    reservation.free_up(item.size)
+                self._forget_unwanted(item)
+                self.evictions += 1
+                self.version += 1
+                self.changed.notify_all()
         self._notify()

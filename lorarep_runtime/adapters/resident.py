@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
@@ -98,9 +98,14 @@ class Resident(ABC):
         """
 
     @property
+    def sources(self) -> Sequence[Resident]:
+        """The residents that `make` reads: those that are on the device, as far as they are."""
+        return ()
+
+    @property
     def scratch(self) -> int:
-        """Device bytes that `make` takes in addition to its result."""
-        return 0
+        """Device bytes that `make` takes in addition to its result, for sources that are not on the device."""
+        return sum(source.size for source in self.sources if source.state is not State.ON_DEVICE)
 
     def free_extras(self) -> None:  # noqa: B027 (most have none)
         """Frees host memory that goes with the weights, since no memory holds these any more."""
@@ -134,6 +139,16 @@ class Resident(ABC):
     def load_bytes(self) -> int:
         """Device bytes that its next load takes at most."""
         return self.size + (0 if self.copy is not None else self.scratch)
+
+    def keep(self) -> None:
+        """Keeps it on the device for a load that reads it, as for a request that computes with it."""
+        self.leases += 1
+        self.users += 1
+
+    def give_back(self) -> None:
+        """Ends what `keep` began."""
+        self.leases -= 1
+        self.users -= 1
 
     def begin_load(self) -> Future[None]:
         """A load begins. Returns the future that its end completes."""

@@ -111,6 +111,7 @@ class Revision(Resident):
 
     def info(self) -> AdapterInfo:
         """The revision as callers see it now. Blocks until its digest is computed."""
+        tier = self.tier
         return AdapterInfo(
             name=self.name,
             repository=self.repository,
@@ -120,8 +121,8 @@ class Revision(Resident):
             kind=self.kind,
             rank=self.rank,
             parameters=self.parameters,
-            tier=self.tier,
-            bytes=self.size if self.tier == "device" else 0,
+            tier=tier,
+            bytes=self.size if tier == "device" else 0,
             references=self.leases,
             pinned=self.pinned,
             priority=self.priority,

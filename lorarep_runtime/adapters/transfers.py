@@ -55,7 +55,7 @@ class Transfers:
         try:
             with self._own_stream():
                 return copied_to(adapter, torch.device("cpu"))
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             log.exception("no copy of an adapter in host memory")
             return None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lorarep_runtime.adapters.registry import AdapterRegistry
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.kv_cache import PagePool
+from lorarep_runtime.model.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,18 @@ def take_stock(base: Base, pool: PagePool, adapters: AdapterRegistry, steps: Ite
 
 
 def _peft_bytes(base: Base, adapters: AdapterRegistry, base_bytes: int) -> int:
-    infos = adapters.list()
-    total = sum(4 * info.parameters for info in infos)
-    for stack in {info.stack for info in infos} or {tuple(range(base.layers))}:
-        copied = 0
-        replicas = list(stack)
-        for layer in set(stack):
-            replicas.remove(layer)
-        for layer in replicas:
-            for weight in base.weights[layer].values():
-                copied += sum(t.nbytes for t in weight.constants)
-                copied += sum(t.nbytes for t in weight.data) if base.quantization == "int8" else 0
-        total += base_bytes + copied
+    parameters, stacks = adapters.totals()
+    copied = [sum(map(_replica_bytes, weights.values())) for weights in base.weights]
+    total = 4 * parameters
+    for stack in stacks or [tuple(range(base.layers))]:
+        total += base_bytes + sum(copied[layer] for layer in stack) - sum(copied[layer] for layer in set(stack))
     return total
+
+
+def _replica_bytes(weight: Weight) -> int:
+    """Bytes that each replica of a weight has for itself."""
+    constants = sum(t.nbytes for t in weight.constants)
+    return constants + sum(t.nbytes for t in weight.data) if weight.quantization == "int8" else constants
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:

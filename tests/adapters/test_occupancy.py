@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.occupancy import Occupancy
-from lorarep_runtime.adapters.residency import Claim, Residency
+from lorarep_runtime.adapters.residency import Residency
 from lorarep_runtime.adapters.resident import Resident, State
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import Exhausted

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lorarep_server.telemetry.metrics import EngineCollector
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +25,7 @@ from lorarep_runtime.request import Event, Finished
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import VOCAB, save_adapter, save_base
+from tests.support.operations import operations
 
 MAP = [[0, 4], [2, 5]]
 MIX = [("one", 1.0), ("two", 0.5)]
@@ -100,6 +105,39 @@ def test_steps_go_on_while_a_file_is_hashed_and_somebody_asks_what_there_is(
         lease = leasing.result()
     assert len(engine.adapters.get("org/two").digest) == 64
     lease.release()
+
+
+def test_the_lock_is_held_no_longer_for_more_names(
+    base: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps wait for it: requests start and end under it."""
+    monkeypatch.setattr(registry, "MAX_ON_DEMAND", 200)
+
+    def costs(count: int) -> list[int]:
+        engine = engine_for(base, adapters=adapters, limits=AdapterLimits(device_bytes=1 << 30), kv_bytes=1 << 20)
+        names = engine.adapters
+        lock: Any = names.residency.changed
+        one = names._named["one"]
+        named = [copy(one) for _ in range(count)]
+        for i, clone in enumerate(named):
+            clone.name = f"{i:03}"
+            names._give_name(clone, on_demand=True)
+            names.residency._occupancy.update(clone)  # in memory, as if it had been loaded
+        collector = EngineCollector(lambda: engine, dict)
+        works: list[Callable[[], object]] = [
+            names.list,
+            names.held_bytes,
+            names._uses,
+            engine.ledger,
+            lambda: list(collector.collect()),
+            lambda: names.lease([("two", 1.0)]).release(),
+            lambda: names.unload("000"),
+            lambda: names._give_name(named[0], on_demand=True),
+        ]
+        return [operations(work, lambda: lock._is_owned()) for work in works]
+
+    few, many = costs(5), costs(200)
+    assert all(cost[1] <= 1.1 * cost[0] + 20 for cost in zip(few, many, strict=True)), (few, many)
 
 
 def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from lorarep_runtime.adapters import files
+from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.adapters.files import AdapterFiles
 from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS
-from lorarep_runtime.adapters.residency import Claim
 from lorarep_runtime.adapters.resident import State
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine

@@ -7,7 +7,6 @@ Gateway API Inference Extension (its proposal 003), so that its scheduler can ch
 from __future__ import annotations
 
 import time
-from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
@@ -154,8 +153,8 @@ class EngineCollector(Collector):
         yield _gauge("kv_usage_ratio", "Part of the pages in use, 0 to 1.", stats.pages_used / stats.pages_total)
         yield _by("memory_bytes", "Device memory.", "category", ledger.categories)
         yield _by("adapter_memory_bytes", "Device memory of adapters and of mixes.", "adapter", ledger.adapters)
-        tiers = Counts(info.tier for info in engine.adapters.list())
-        by_tier = {tier: tiers[tier] for tier in ("device", "host", "disk")}
+        tiers = engine.adapters.tiers()
+        by_tier = {tier: tiers.get(tier, 0) for tier in ("device", "host", "disk")}
         yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)
         yield _by("adapters_desired", "Entries of the adapters file.", "state", self._entry_states())
         evictions = engine.adapters.residency.evictions

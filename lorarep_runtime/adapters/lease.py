@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from lorarep_runtime.adapters.residency import Claim, Hold
+from collections.abc import Hashable
+
+from lorarep_runtime.adapters.claim import Claim
+from lorarep_runtime.adapters.residency import Hold
 from lorarep_runtime.adapters.resident import Resident
 from lorarep_runtime.adapters.revision import AdapterInfo
 from lorarep_runtime.errors import Exhausted
@@ -48,13 +51,21 @@ class Lease:
         """Whether the last claim was READY or LOADING; never for the stack without adapters."""
         return self._hold is not None and self._hold.has_claim
 
-    def claim(self) -> Claim:
+    @property
+    def target(self) -> Hashable:
+        """What a claim brings to the device: equal for leases whose claims have the same answer."""
+        return None if self._hold is None else self._hold.item
+
+    def claim(self, *, may_load: bool = True) -> Claim:
         """Has the adapter brought to the device, and keeps it there once it has come. Never blocks.
+
+        Args:
+            may_load: as for `Hold.claim`.
 
         Raises:
             LorarepError: it cannot be brought.
         """
-        return Claim.READY if self._hold is None else self._hold.claim()
+        return Claim.READY if self._hold is None else self._hold.claim(may_load=may_load)
 
     def wait(self) -> None:
         """Blocks until the adapter is on the device.

@@ -5,18 +5,21 @@ those of the adapters with the fewest running sequences, then in order of arriva
 sequence gives its own back and is computed again later (Kwon et al., 2023).
 
 A sequence claims its adapter when its turn has come. Others pass those whose adapter is still loading. But when there
-is no memory for one, nobody claims another adapter until there is, or that one might wait for ever.
+is no memory for one, nobody has another adapter loaded until there is, or that one might wait for ever. Only who finds
+an adapter on the device may pass, and only if that adapter is free again before any can go that is in use already.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from lorarep_runtime.adapters.residency import Claim, Residency
+from lorarep_runtime.adapters.claim import Claim
+from lorarep_runtime.adapters.residency import Residency
 from lorarep_runtime.config import SchedulerConfig
 from lorarep_runtime.engine.sequence import Sequence
+from lorarep_runtime.engine.waiting_queue import Group, WaitingQueue
 from lorarep_runtime.errors import LorarepError
 from lorarep_runtime.model.kv_cache import PagePool
 
@@ -34,7 +37,7 @@ class Schedule:
     admitted: list[Sequence] = field(default_factory=list)
     """Sequences that waited, or were preempted just now, and run from this step on."""
     failed: list[tuple[Sequence, LorarepError]] = field(default_factory=list)
-    """Sequences whose adapter cannot be brought to the device. They still wait; the caller removes them."""
+    """Sequences whose adapter cannot be brought to the device. They wait no longer; the caller removes them."""
 
 
 class Scheduler:
@@ -46,26 +49,43 @@ class Scheduler:
         self._residency = residency
         default = CPU_STEP_TOKENS if pool.key_pages.device.type == "cpu" else STEP_TOKENS
         self._max_step_tokens = config.max_step_tokens or default
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         """In order of arrival."""
+        self._by_id: dict[int, Sequence] = {}
+        """All that wait or run."""
         self._prefilling: Collection[Sequence] = ()
         """Sequences of the pending prefill pass: they keep their pages, and no prompt begins before it is over."""
-        # Of the last round of claims: sequences that had to wait, whether there was memory, and when that was.
-        self._passed: set[Sequence] = set()
+        # Of the last round of claims: groups that had to wait, whether there was memory, and when that was.
+        self._passed: set[Group] = set()
         self._has_room = True
         self._version = 0
+        # While there is no memory for a claim: sequences that have passed it, and those that decide who may.
+        self._passing: set[Sequence] = set()
+        self._next_to_end: Collection[Sequence] = ()
 
     def enqueue(self, sequences: Iterable[Sequence]) -> None:
         """Appends new sequences to the queue."""
-        self.waiting.extend(sequences)
+        for sequence in sequences:
+            self._by_id[sequence.id] = sequence
+            self.waiting.append(sequence)
+
+    def get(self, sequence_id: int) -> Sequence | None:
+        """The sequence of an id, if it waits or runs."""
+        return self._by_id.get(sequence_id)
+
+    @property
+    def count(self) -> int:
+        """Number of sequences that wait or run."""
+        return len(self._by_id)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its pages. Those of a pending prefill pass are the pass's to free."""
+        del self._by_id[sequence.id]
         if sequence in self.running:
             self.running.remove(sequence)
         else:
-            self.waiting.remove(sequence)
+            self.waiting.discard(sequence)
         if sequence not in self._prefilling:
             sequence.table.release()
 
@@ -105,20 +125,25 @@ class Scheduler:
     def _admit(self, schedule: Schedule, budget: int) -> None:
         """Starts waiting sequences while there are places, tokens and pages for them."""
         self._passed, self._has_room, self._version = set(), True, self._residency.version
+        self._passing.intersection_update(self.running)
         while len(self.running) < self.config.max_sequences and (candidates := self._candidates()):
-            sequence = self._next(candidates)
-            if not self._claim_adapter(sequence, schedule):
+            group = self._next(candidates)
+            sequence = self._claim_first(group, schedule)
+            if sequence is None:
+                self._passed.add(group)
                 continue
             count = self._share(sequence, budget, alone=not schedule.chosen)
             # Room for the whole prompt, or it would be preempted half-way.
             if not count or not sequence.table.grow(len(sequence.tokens)):
                 break
-            self.waiting.remove(sequence)
+            self.waiting.discard(sequence)
             self.running.append(sequence)
             sequence.start()
             schedule.admitted.append(sequence)
             schedule.chosen[sequence] = count
             budget -= count
+        if self._has_room:
+            self._passing.clear()
 
     def would_choose_only(self, sequences: Collection[Sequence]) -> bool:
         """Whether a step now would be of these decoding sequences and no others, if their pages are there."""
@@ -135,41 +160,81 @@ class Scheduler:
             return False
         return bool(self._candidates()) or bool(self.waiting and self._version != self._residency.version)
 
-    def _candidates(self) -> list[Sequence]:
-        """The waiting sequences that neither a limit of their adapter nor its absence from the device holds back."""
+    def _candidates(self) -> list[Group]:
+        """The groups that neither a limit of their adapter nor its absence from the device holds back."""
         most = self.config.max_running_per_adapter
         running = self._running_by_adapter()
         return [
-            sequence
-            for sequence in self.waiting
-            if sequence not in self._passed
-            and (self._has_room or not sequence.lease.names)
-            and (most is None or running[sequence.lease.names] < most)
+            group
+            for group in self.waiting.groups
+            if group not in self._passed and (most is None or running[group.names] < most)
         ]
 
     def _running_by_adapter(self) -> Counter[tuple[str, ...]]:
         return Counter(sequence.lease.names for sequence in self.running)
 
-    def _next(self, candidates: list[Sequence]) -> Sequence:
-        """The waiting sequence that starts next.
+    def _next(self, candidates: list[Group]) -> Group:
+        """The group whose first sequence starts next.
 
-        The first one that was preempted or whose adapter has been brought for it goes ahead. Otherwise it is the oldest
-        one of the adapter with the fewest running, so that a flood for one adapter does not starve the others.
+        One that was preempted goes ahead, and then one whose adapter has been brought for it. Otherwise it is that of
+        the adapter with the fewest running, so that a flood for one adapter does not starve the others, and of these
+        the oldest.
         """
         running = self._running_by_adapter()
-        return min(candidates, key=lambda s: -1 if s.started_at or s.lease.has_claim else running[s.lease.names])
 
-    def _claim_adapter(self, sequence: Sequence, schedule: Schedule) -> bool:
-        """Claims a sequence's adapter; True if it is on the device, where it stays for the sequence from then on."""
+        def turn(group: Group) -> tuple[int, int]:
+            first = group.first
+            return -2 if first.started_at else -1 if first.lease.has_claim else running[group.names], first.id
+
+        return min(candidates, key=turn)
+
+    def _claim_first(self, group: Group, schedule: Schedule) -> Sequence | None:
+        """Claims the adapter for the first of a group. Those of the group fail for which it cannot be brought.
+
+        Returns:
+            The first sequence if the adapter is on the device, where it stays for the sequence from then on.
+        """
+        may_load = self._has_room or not group.names
+        while group and (may_load or self._may_pass(group.first)):
+            sequence = group.first
+            claim = self._claim(sequence, schedule, may_load=may_load)
+            if claim is Claim.READY:
+                if not may_load:
+                    self._passing.add(sequence)
+                return sequence
+            if claim is Claim.LOADING:
+                # They hear of the load's end, too. Who has claimed once need not again while the first one waits.
+                for other in group.without_claim():
+                    self._claim(other, schedule, may_load=may_load)
+            if claim is not None:
+                self._has_room &= claim is not Claim.NO_MEMORY
+                return None
+        return None
+
+    def _claim(self, sequence: Sequence, schedule: Schedule, *, may_load: bool) -> Claim | None:
+        """The answer to a sequence's claim; None if it fails, after which it waits no longer."""
         try:
-            claim = sequence.lease.claim()
+            return sequence.lease.claim(may_load=may_load)
         except LorarepError as error:
+            self.waiting.discard(sequence)
             schedule.failed.append((sequence, error))
-            claim = Claim.LOADING
-        if claim is not Claim.READY:
-            self._passed.add(sequence)
-        self._has_room &= claim is not Claim.NO_MEMORY
-        return claim is Claim.READY
+            return None
+
+    def _may_pass(self, sequence: Sequence) -> bool:
+        """Whether a sequence may compute although an earlier claim has no memory.
+
+        The claim waits for adapters in use. It waits no longer if the sequence ends, at its longest, before the first
+        of these adapters is free. Once that is free, nobody passes any more before those have ended that did: so the
+        claim is tried again and again with none of them in its way.
+        """
+        if not self._passing:
+            users: dict[tuple[str, ...], list[Sequence]] = defaultdict(list)
+            for other in self.running:
+                if other.lease.names:
+                    users[other.lease.names].append(other)
+            self._next_to_end = min(users.values(), key=_most_left, default=())
+        steps = len(sequence.tokens) // self._max_step_tokens + 1 + sequence.most_left
+        return steps <= _most_left([other for other in self._next_to_end if other in self.running])
 
     def _share(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
         """Number of a sequence's tokens that go into the rest of the step."""
@@ -194,6 +259,11 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, schedule: Schedule) -> None:
         self.running.remove(sequence)
         sequence.give_pages_back(self.pool)
-        self.waiting.appendleft(sequence)
+        self.waiting.prepend(sequence)
         schedule.chosen.pop(sequence, None)
         schedule.preempted.append(sequence)
+
+
+def _most_left(sequences: Iterable[Sequence]) -> int:
+    """Most tokens that any of the sequences still answers."""
+    return max((sequence.most_left for sequence in sequences), default=0)

@@ -50,6 +50,11 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def most_left(self) -> int:
+        """Most tokens that the answer may still get."""
+        return self.request.stopping.max_new_tokens - self.new_tokens
+
+    @property
     def most_computed(self) -> int:
         """Largest value that `computed` can reach: nothing follows the last token of the longest answer."""
         return len(self.request.prompt) + self.request.stopping.max_new_tokens - 1

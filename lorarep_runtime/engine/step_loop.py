@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 
 import torch
 
 from lorarep_runtime.device import gil
+from lorarep_runtime.engine.deadlines import Deadlines
 from lorarep_runtime.engine.deferred_releases import DeferredReleases
 from lorarep_runtime.engine.inbox import Inbox
 from lorarep_runtime.engine.launched_step import LaunchedStep
@@ -50,6 +52,7 @@ class StepLoop:
         self._outputs = outputs
         self._stats = stats
         self._releases = DeferredReleases(scheduler.pool.key_pages.device)
+        self._deadlines = Deadlines()
         self._began_at = 0.0
         """`time.perf_counter()` seconds when the device began the last decode step, or shortly after."""
         self._failures = 0
@@ -109,14 +112,18 @@ class StepLoop:
         self._releases.release_passed()
         submitted, cancelled = self.inbox.take()
         self.scheduler.enqueue(submitted)
-        now = time.monotonic()
-        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-            deadline = sequence.request.deadline
-            if sequence.id in cancelled:
-                self._end(sequence, Cancelled("the caller cancelled"))
-            elif deadline is not None and now >= deadline:
-                held = sequence.text.finish()
-                self._end(sequence, DeadlineExceeded("the request's deadline has passed", text=held))
+        for sequence in submitted:
+            self._deadlines.add(sequence)
+        for sequence in self._living(sorted(cancelled)):
+            self._end(sequence, Cancelled("the caller cancelled"))
+        for sequence in self._living(self._deadlines.pop_passed(time.monotonic())):
+            held = sequence.text.finish()
+            self._end(sequence, DeadlineExceeded("the request's deadline has passed", text=held))
+        self._deadlines.forget_ended(self.scheduler.count, lambda number: self.scheduler.get(number) is not None)
+
+    def _living(self, numbers: Iterable[int]) -> Iterator[Sequence]:
+        """The sequences of ids, as far as they have not ended when their turn comes."""
+        return (sequence for number in numbers if (sequence := self.scheduler.get(number)) is not None)
 
     def _schedule(self) -> list[tuple[Sequence, int]]:
         """The sequences of this step, and the number of their next tokens to compute. Reports all that has changed."""

@@ -102,7 +102,7 @@ class Engine:
         if not can_decode(self.base):
             return None
         decoder = Decoder(self.base, self.pool, self.config.scheduler.max_sequences, self.max_tokens)
-        warm_up(decoder, dict.fromkeys(self.stacks.values()), progress)
+        warm_up(decoder, dict.fromkeys(self.stacks.values()), self.config.adapters.max_rank, progress)
         return decoder
 
     def make_loop(self, decoder: StepDecoder | None) -> StepLoop:

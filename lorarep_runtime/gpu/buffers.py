@@ -7,8 +7,9 @@ graphs serve all steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ PROGRAMS = 256
 """Programs of a kernel that keep the device busy."""
 LEAST_RANKS = 8
 """Ranks that `shrunk` has room for in the smallest class; each next class has eight times as many."""
+WIDE_RANKS = 512
+"""Ranks from which on each next class has twice as many: mixes alone have more, and their memory is large."""
 LEAST_DEPTH = 16
 """Positions that page tables have room for in the smallest class; each next class has twice as many."""
 MOST_PARTS = 16
@@ -42,16 +45,37 @@ MORE_SPLITS = 2
 
 
 def ranks_for(rank: int) -> int:
-    """Ranks that `shrunk` has room for where `rank` is the largest of a step: 8, 64, 512 and so on."""
+    """Ranks that `shrunk` has room for where `rank` is the largest of a step: 8, 64, 512, 1,024 and so on."""
+    return next(ranks for ranks in _rank_classes() if ranks >= rank)
+
+
+def rank_classes(max_rank: int) -> list[int]:
+    """All that `ranks_for` returns for ranks of up to `max_rank`."""
+    return [*takewhile(lambda ranks: ranks < max_rank, _rank_classes()), ranks_for(max_rank)]
+
+
+def _rank_classes() -> Iterator[int]:
     ranks = LEAST_RANKS
-    while ranks < rank:
-        ranks *= 8
-    return ranks
+    while True:
+        yield ranks
+        ranks *= 8 if ranks < WIDE_RANKS else 2
 
 
 def depth_for(depth: int) -> int:
     """Positions that page tables have room for where the deepest stack of a step has `depth`."""
     return max(LEAST_DEPTH, next_power_of_two(depth))
+
+
+def most_pages(depth: int, max_tokens: int, total_pages: int) -> int:
+    """Pages at each position that page tables of a class of depths have room for: no sequence can have more.
+
+    Args:
+        depth: as `depth_for` returns it.
+        max_tokens: most tokens of a sequence.
+        total_pages: of the pool. Without this bound, tables of deep stacks and long sequences would be half a gigabyte.
+    """
+    least = 1 if depth == LEAST_DEPTH else depth // 2 + 1
+    return min(pages_of(max_tokens), total_pages // least)
 
 
 def parts_for(rows: int, width: int) -> int:
@@ -121,16 +145,17 @@ class StepBuffers:
 class StepMemory:
     """The memory of all steps. The engine's thread alone asks it for views; any thread may count its tensors."""
 
-    def __init__(self, base: Base, attention: Attention, max_rows: int, max_tokens: int) -> None:
+    def __init__(self, base: Base, attention: Attention, max_rows: int, max_tokens: int, total_pages: int) -> None:
         """
         Args:
             attention: of any layer; all have the same heads.
             max_rows: most rows of a step.
             max_tokens: most tokens of a sequence.
+            total_pages: of the pool.
         """
         self._base, self._kv_heads = base, attention.kv_heads
         self._max_rows = rows = next_power_of_two(max_rows)
-        self._max_pages = pages_of(max_tokens)
+        self._max_pages, self._total_pages = pages_of(max_tokens), total_pages
         self._views: dict[tuple[StepShape, int], StepBuffers] = {}
         """By shape and depth of the page tables."""
         self._shrunk: dict[int, Sequence[Tensor]] = {}
@@ -158,7 +183,7 @@ class StepMemory:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of a sequence that page tables have room for."""
+        """Most tokens of a sequence, rounded up to whole pages."""
         return self._max_pages * PAGE_TOKENS
 
     @property
@@ -240,7 +265,8 @@ class StepMemory:
 
     def _tables_of(self, depth: int) -> Tensor:
         if depth not in self._tables:
-            self._tables[depth] = self._zeros(self._max_rows, depth, self._max_pages, dtype=torch.int32)
+            pages = most_pages(depth, self.max_tokens, self._total_pages)
+            self._tables[depth] = self._zeros(self._max_rows, depth, pages, dtype=torch.int32)
         return self._tables[depth]
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -58,7 +58,7 @@ class Decoder:
         """
         self.base, self.pool = base, pool
         self.layers = fuse_layers(base)
-        self.memory = StepMemory(base, self.layers[0].attention, max_rows, max_tokens)
+        self.memory = StepMemory(base, self.layers[0].attention, max_rows, max_tokens, pool.total)
         self.graphs = StepGraphs(base, pool, self.layers)
         self._spans: list[Span] = []
         """One for each row, as `set_rows` was given them."""

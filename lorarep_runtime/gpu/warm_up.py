@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorarep_runtime.gpu.adapted_linear import PackedLinear
-from lorarep_runtime.gpu.buffers import LEAST_RANKS
+from lorarep_runtime.gpu.buffers import LEAST_RANKS, rank_classes
 from lorarep_runtime.gpu.graphs import MOST_GRAPHS
 from lorarep_runtime.kernels.entry_table import ENTRY_FIELDS
 from lorarep_runtime.kernels.hopper import prefill_gemm
@@ -46,20 +46,28 @@ def prepare_device(device: torch.device, load_kernels: Callable[[], None]) -> No
     torch.cuda.empty_cache()
 
 
-def warm_up(decoder: Decoder, stacks: Collection[Stack], progress: Progress | None = None) -> None:
+def warm_up(decoder: Decoder, stacks: Collection[Stack], max_rank: int, progress: Progress | None = None) -> None:
     """Compiles a decoder's kernels and captures its steps over each stack for every number of rows.
+
+    Kernels are compiled for all ranks that an adapter may have. Only a mix whose ranks are more in all compiles others,
+    with its first step.
 
     Args:
         stacks: where they would be more than MOST_GRAPHS graphs, the first ones are captured.
+        max_rank: largest rank of an adapter.
         progress: told of graphs, as stage "capture".
     """
     if decoder.base.device.type == "cuda":
         _load_kernels(decoder)
     memory, graphs = decoder.memory, decoder.graphs
+    depth = min(map(len, stacks))
+    for ranks in rank_classes(max_rank):
+        for rows in memory.buckets:
+            for tokens in (1, memory.max_tokens):  # long sequences are split into more parts
+                graphs.compile(memory.views(rows, ranks, tokens, depth))
     todo = [(stack, rows) for stack in stacks for rows in memory.buckets][:MOST_GRAPHS]
     for done, (stack, rows) in enumerate(todo, 1):
-        # Long sequences need kernels of more splits; their graphs are captured when there are such sequences.
-        graphs.compile(memory.views(rows, LEAST_RANKS, memory.max_tokens, len(stack)))
+        # Graphs of larger ranks and of long sequences are captured when there are such sequences.
         graphs.graph(merge((stack,)), memory.views(rows, LEAST_RANKS, 1, len(stack)))
         if progress is not None:
             progress("capture", done, len(todo))

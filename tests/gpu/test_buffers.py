@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorarep_runtime.gpu.buffers import LONG_SEQUENCE, StepMemory, depth_for, ranks_for
+from lorarep_runtime.gpu.buffers import LONG_SEQUENCE, StepMemory, depth_for, most_pages, rank_classes, ranks_for
+from lorarep_runtime.gpu.warm_up import warm_up
 from lorarep_runtime.kernels.attention_config import Attention
 from lorarep_runtime.model.packed import PACKED_MODULES
 
@@ -16,7 +17,7 @@ OUTPUTS = ([64, 32, 32], [64], [128, 128], [64])
 INPUTS = (64, 64, 64, 128)
 
 
-def memory() -> StepMemory:
+def memory(total_pages: int = 1 << 20) -> StepMemory:
     """Of a layer of four heads of 16, and two of keys and values; for up to six rows."""
     base: Any = SimpleNamespace(
         config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=64)),
@@ -29,7 +30,7 @@ def memory() -> StepMemory:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    return StepMemory(base, Attention(heads=4, kv_heads=2, head_dim=16, scale=0.25), 6, 2 * LONG_SEQUENCE)
+    return StepMemory(base, Attention(heads=4, kv_heads=2, head_dim=16, scale=0.25), 6, 2 * LONG_SEQUENCE, total_pages)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 9, 64])
@@ -52,7 +53,8 @@ def test_every_step_has_room(rank: int, tokens: int) -> None:
 
 
 def test_sizes_come_in_few_classes() -> None:
-    assert [ranks_for(rank) for rank in (1, 8, 9, 64, 65)] == [8, 8, 64, 64, 512]
+    assert [ranks_for(rank) for rank in (1, 8, 9, 64, 65, 513, 4608)] == [8, 8, 64, 64, 512, 1024, 8192]
+    assert [rank_classes(rank) for rank in (8, 40, 64, 512)] == [[8], [8, 64], [8, 64], [8, 64, 512]]
     assert [depth_for(depth) for depth in (1, 16, 17, 64)] == [16, 16, 32, 64]
     assert all(ranks_for(ranks_for(rank)) == ranks_for(rank) for rank in range(1, 200))
 
@@ -70,3 +72,34 @@ def test_a_shape_has_the_same_memory_again_and_all_shapes_share_it() -> None:
     layers = wider.layers
     for view in (wider.logits, wider.tables, layers.gated, *layers.shrunk, *layers.partials):
         assert view.untyped_storage().data_ptr() in counted
+
+
+def test_page_tables_have_room_for_what_the_pool_has_and_for_no_more() -> None:
+    """131,072 tokens at 512 positions would be half a gigabyte, of which a pool has pages for a part alone."""
+    for total in (100, 5000, 1 << 20):
+        for positions in range(1, 513):
+            depth = depth_for(positions)
+            pages = most_pages(depth, 131_072, total)
+            assert pages >= min(131_072 // 16, total // positions)
+            assert depth == 16 or depth * pages <= 2 * total
+    held = memory(total_pages=5000)
+    assert held.views(4, 8, 1, 300).tables.shape == (8, 512, 5000 // 257)
+
+
+def test_kernels_of_every_rank_are_compiled_before_the_server_is_ready() -> None:
+    """And for every number of rows and of parts: streams would wait for seconds for the first adapter of a rank."""
+    held, compiled, captured = memory(), set(), []
+    graphs = SimpleNamespace(
+        compile=lambda buffers: compiled.add(buffers.shape),
+        graph=lambda plan, buffers: captured.append((plan.stacks, buffers.shape)),
+    )
+    decoder: Any = SimpleNamespace(base=held._base, memory=held, graphs=graphs)
+    warm_up(decoder, [(0, 1), (0, 1, 1)], 512)
+    assert compiled == {
+        held.views(rows, rank, tokens, 2).shape
+        for rows in range(1, 7)
+        for rank in range(1, 513)
+        for tokens in (1, LONG_SEQUENCE, LONG_SEQUENCE + 1)
+    }
+    assert len(captured) == 2 * len(held.buckets)
+    assert {shape for _, shape in captured} <= compiled

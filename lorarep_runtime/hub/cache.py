@@ -60,9 +60,9 @@ def check_contents(folder: Path, tree: Sequence[RepoFile], known: Collection[str
     wrong = [file.path for file in tree if (folder / file.path).exists() and not _is_whole(folder, file, known)]
     for name in wrong:
         path = folder / name
-        if path.is_symlink():
-            (path.parent / path.readlink()).unlink(missing_ok=True)
-        path.unlink()
+        with suppress(FileNotFoundError):  # another load of the repository has removed it
+            (path.parent / path.readlink() if path.is_symlink() else path).unlink()
+        path.unlink(missing_ok=True)
     if wrong:
         # The list goes as well: it may be the wrong one of the two.
         (folder.parents[1] / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
@@ -71,9 +71,12 @@ def check_contents(folder: Path, tree: Sequence[RepoFile], known: Collection[str
 
 def _is_whole(folder: Path, file: RepoFile, known: Collection[str]) -> bool:
     path = folder / file.path
-    if path.is_symlink() and path.readlink().name in known:
-        return True
-    return git_hash(path.read_bytes()) == file.blob_id if file.lfs is None else file_digest(path) == file.lfs.sha256
+    try:
+        if path.is_symlink() and path.readlink().name in known:
+            return True
+        return git_hash(path.read_bytes()) == file.blob_id if file.lfs is None else file_digest(path) == file.lfs.sha256
+    except FileNotFoundError:  # another load of the repository has found it wrong
+        return False
 
 
 def snapshot_folder(repository: str, commit: str, cache_dir: Path | None) -> Path:

@@ -7,13 +7,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, _tree_cache, constants, file_download, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    RepoFile,
+    _tree_cache,
+    constants,
+    file_download,
+    get_cached_repo_tree,
+    hf_hub_download,
+)
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import _http
 
@@ -624,6 +632,32 @@ def test_parts_that_killed_processes_left_go_in_time(publish, fetch) -> None:
         os.utime(blobs / name, (time.time() - age,) * 2)
     fetch()
     assert [path.name for path in blobs.glob("*.incomplete")] == ["new.incomplete"]
+
+
+@pytest.mark.parametrize("read_before", [True, False])
+def test_a_wrong_file_that_another_load_has_removed_is_data_loss(
+    hub: FaultyHub, publish, fetch, monkeypatch, read_before: bool
+) -> None:
+    """Loads of one repository under two names find the same file wrong."""
+    publish(ADAPTER)
+    folder = fetch().folder
+    tree = get_cached_repo_tree(REPOSITORY, revision=folder.name, cache_dir=folder.parents[2])
+    weights = folder / "adapter_model.safetensors"
+    weights.resolve().write_bytes(b"cut")
+
+    real = cache._is_whole
+
+    def removed(folder: Path, file: RepoFile, known: Collection[str]) -> bool:
+        is_whole = read_before and real(folder, file, known)
+        if file.path == weights.name:
+            weights.resolve().unlink()
+            weights.unlink()
+        return is_whole if read_before else real(folder, file, known)
+
+    monkeypatch.setattr(cache, "_is_whole", removed)
+    with pytest.raises(DataLoss, match="adapter_model"):
+        cache.check_contents(folder, tree, ())
+    assert not weights.exists()
 
 
 @pytest.mark.parametrize("names", [["adapter_model.safetensors"], ["adapter_config.json", "adapter_model.safetensors"]])

@@ -17,6 +17,7 @@ from lorarep_server.cli.serve import serve
 from lorarep_server.config import ServerConfig
 from lorarep_server.loading.adapters_file import read_adapters
 
+from lorarep_runtime.config import SchedulerConfig
 from tests.support import crds
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +195,7 @@ def test_where_callers_choose_adapters_each_tier_has_a_budget_that_fits(objects:
     (container,) = pod["containers"]
     (claim,) = objects["StatefulSet", "lorarep"]["spec"]["volumeClaimTemplates"]
     assert gibibytes(budgets["bytes"]) > 0
+    assert settings["max_queued_per_adapter"] <= SchedulerConfig.max_queued / 2, "a flood for one leaves others room"
     assert gibibytes(budgets["host_bytes"]) <= gibibytes(container["resources"]["limits"]["memory"]) / 2
     assert gibibytes(budgets["disk_bytes"]) + 30 <= gibibytes(claim["spec"]["resources"]["requests"]["storage"])
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-KEPT_VARIABLES = ("HOME", "PATH", "LD_LIBRARY_PATH", "LORAREP_FAILPOINTS")
+KEPT_VARIABLES = ("HOME", "PATH", "LD_LIBRARY_PATH", "TZ", "LORAREP_FAILPOINTS")
 
 Process = subprocess.Popen[bytes]
 

@@ -95,7 +95,7 @@ def check_files(names: Collection[str], kind: Kind, source: str) -> None:
         source: repository or folder, for messages.
 
     Raises:
-        FailedPrecondition: the weights are pickled.
+        FailedPrecondition: the weights are pickled; or a base has an adapter beside them.
         NotFound: weights or configuration are missing.
     """
     if not any(name in names for name in WEIGHTS[kind]):
@@ -105,6 +105,12 @@ def check_files(names: Collection[str], kind: Kind, source: str) -> None:
         raise NotFound(f"{source}: has no {WEIGHTS[kind][0]}")
     if CONFIG[kind] not in names:
         raise NotFound(f"{source}: has no {CONFIG[kind]}")
+    if kind == "base" and CONFIG["adapter"] in names:
+        # transformers would load it with the base, where PEFT is installed.
+        raise FailedPrecondition(
+            f"{source}: is beside the weights of a base, which are served without an adapter in them alone",
+            field=CONFIG["adapter"],
+        )
 
 
 def check_pointers(folder: Path, kind: Kind) -> None:

@@ -71,7 +71,7 @@ def fetch(
         NotFound: no such folder; or the Hub knows no such repository, revision or file.
         PermissionDenied: the Hub refuses access, or the revision is of a pull request.
         FailedPrecondition: the weights are pickled, or a file is over its bound; neither is downloaded nor opened. Or a
-            file is a pointer of Git LFS.
+            file is a pointer of Git LFS, or an adapter lies beside a base.
         DataLoss: shards of a base are missing, or what came is not what the Hub lists; the cache does not keep that.
         Exhausted: the disk is full.
         Unavailable: the Hub did not answer properly, and the cache does not hold all files, or may not. With

@@ -85,10 +85,17 @@ def quantization_of(model: PretrainedConfig, config: BaseConfig) -> tuple[Quanti
 
 def _own_quantization(own: dict[str, object], config: BaseConfig) -> Quantization:
     """The quantization of a checkpoint that is quantized already, whose config of it is `own`."""
-    four = own.get("load_in_4bit") or own.get("_load_in_4bit")
+    four, eight = (own.get(f"load_in_{bits}bit") or own.get(f"_load_in_{bits}bit") for bits in (4, 8))
     kind: Quantization = "nf4" if four else "int8"
-    if own.get("quant_method") != "bitsandbytes" or (four and own.get("bnb_4bit_quant_type") != "nf4"):
-        raise FailedPrecondition(f"quantized with {own.get('quant_method')}, which lorarep does not read", field="base")
+    # As in transformers, older checkpoints of bitsandbytes name no method.
+    method = own.get("quant_method") or ("bitsandbytes" if four or eight else None)
+    if method != "bitsandbytes" or not (four or eight) or (four and own.get("bnb_4bit_quant_type") != "nf4"):
+        said = {key: own[key] for key in ("quant_method", "bnb_4bit_quant_type") if key in own}
+        raise FailedPrecondition(f"quantized as {shown(said)}, which lorarep does not read", field="base")
+    if config.double_quantization and not own.get("bnb_4bit_use_double_quant"):
+        raise InvalidArgument(
+            "the checkpoint is quantized already, and its scales are not", field="double_quantization"
+        )
     if config.quantization not in ("none", kind):
         raise InvalidArgument(f"{config.quantization!r}, but the checkpoint is {kind!r} already", field="quantization")
     return kind

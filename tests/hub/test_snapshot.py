@@ -167,6 +167,14 @@ def test_missing_repository_or_revision_is_not_found(publish, fetch) -> None:
 # What is downloaded.
 
 
+def test_a_base_with_an_adapter_beside_its_weights_is_refused(publish, fetch, tmp_path: Path) -> None:
+    """`transformers` loads both, where PEFT is installed, and lorarep has the adapters apart."""
+    publish({**BASE, **ADAPTER})
+    for source in (REPOSITORY, str(write(tmp_path / "folder", {**BASE, **ADAPTER}))):
+        with pytest.raises(FailedPrecondition, match=r"^adapter_config\.json: .*beside"):
+            fetch(source, kind="base")
+
+
 def test_shards_are_those_of_the_index_whatever_their_names(hub: FaultyHub, publish, fetch) -> None:
     """As `transformers` takes them; other weights of the repository stay there."""
     names = [f"model.safetensors-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -582,11 +590,12 @@ def test_folder_is_local_and_has_no_revision(hub: FaultyHub, fetch, tmp_path: Pa
 def test_existing_folder_goes_before_a_repository_for_a_base_alone(
     publish, fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = publish({**ADAPTER, **BASE})
-    folder = write(tmp_path / REPOSITORY, {**ADAPTER, **BASE})
+    commit = publish(ADAPTER)
+    folder = write(tmp_path / REPOSITORY, BASE)
     monkeypatch.chdir(tmp_path)
     assert fetch(kind="base") == Snapshot(folder, str(folder), LOCAL)
     assert fetch(kind="adapter").commit == commit
+    write(folder, ADAPTER)
     assert fetch(f"./{REPOSITORY}") == Snapshot(folder, str(folder), LOCAL)
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, Phi3Config
 
+from lorarep_runtime.config import BaseConfig
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
-from lorarep_runtime.model.model_config import trained_tokens
+from lorarep_runtime.model.model_config import quantization_of, trained_tokens
 from lorarep_runtime.request import Request, Stopping
 from tests.support.engines import PROMPT, engine_for
 from tests.support.models import SHAPE, load_base, reference_logits, save_base
@@ -76,6 +77,30 @@ def resave(base: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     file = base / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     return base
+
+
+FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def test_a_quantized_checkpoint_is_told_as_transformers_tells_it() -> None:
+    """Older bitsandbytes checkpoints name no method."""
+
+    def told(own: dict[str, Any], **asked: Any) -> str:
+        return quantization_of(LlamaConfig(quantization_config=own), BaseConfig("base", **asked))[0]
+
+    for method in ({}, {"quant_method": "bitsandbytes"}):
+        assert told({**FOUR, **method}) == "nf4"
+        assert told({"load_in_8bit": True, **method}) == "int8"
+    assert told({**FOUR, "bnb_4bit_use_double_quant": True}, quantization="nf4", double_quantization=True) == "nf4"
+    with pytest.raises(InvalidArgument, match=r"^double_quantization: "):
+        told(FOUR, quantization="nf4", double_quantization=True)
+    for own in (
+        {"quant_method": "bitsandbytes"},
+        {"quant_method": "gptq", "bits": 4},
+        {**FOUR, "bnb_4bit_quant_type": "fp4"},
+    ):
+        with pytest.raises(FailedPrecondition, match=r"^base: quantized "):
+            told(own)
 
 
 LACKING = {

@@ -63,6 +63,18 @@ def test_an_operators_folder_goes_before_a_repository_of_its_name(
     assert AdapterSourceType(here=False).convert("a=org/here", None, None).source == "org/here"
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave `--flag=~/...` as it is, and nothing else expands what is in a file or the environment."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "stack.yaml").write_text("{slices: [], merge_method: passthrough}")
+    (tmp_path / "server.yaml").write_text("{cache_dir: ~/cache, token_file: ~/tokens, stack: {deep: ~/stack.yaml}}")
+    flags = ["--config=~/server.yaml", "--base=x", "--tls-key=~/key"]
+    given = serve.make_context("serve", flags, auto_envvar_prefix="LORAREP_SERVE").params
+    paths = [given["cache_dir"], given["token_file"], given["tls_key"]]
+    assert paths == [tmp_path / "cache", tmp_path / "tokens", tmp_path / "key"]
+    assert given["stack"][0].source == {"slices": [], "merge_method": "passthrough"}
+
+
 @pytest.mark.parametrize("command", ["serve", "plan", "verify"])
 def test_a_wrong_folder_is_told_before_torch_is_imported(tmp_path: Path, command: str) -> None:
     adapter = ["--adapter=x"] if command == "verify" else []

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorarep_server.cli.options import Address, option
+from lorarep_server.cli.options import Address, HomePath, option
 
 if TYPE_CHECKING:
     import grpc
 
-FILE = click.Path(dir_okay=False, exists=True, path_type=Path)
+FILE = HomePath(dir_okay=False, exists=True)
 TOKEN_VARIABLE = "LORAREP_TOKEN"
 
 

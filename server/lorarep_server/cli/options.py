@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,20 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]
         if match is None or match[2] not in _UNITS:
             self.fail(f"{value!r} is not a number of bytes such as 512MiB or 40GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
+
+
+class HomePath(click.Path):  # type: ignore[type-arg]
+    """A path that may begin with "~", the home folder: shells leave `--flag=~/...` as it is, and YAML files everything.
+
+    Args:
+        options: as for `click.Path`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class Address(click.ParamType):  # type: ignore[type-arg]
@@ -129,7 +144,7 @@ class StackType(click.ParamType):  # type: ignore[type-arg]
         if not (name and equals and source):
             self.fail(f"{value!r} is not NAME=RANGES or NAME=FILE.yaml", param, ctx)
         if source.endswith((".yaml", ".yml")):
-            return NamedStack(name, read_yaml(Path(source), param, ctx))
+            return NamedStack(name, read_yaml(Path(source).expanduser(), param, ctx))
         try:
             return NamedStack(name, parse_ranges(source))
         except LorarepError as error:

@@ -10,7 +10,7 @@ import click
 
 from lorarep_runtime.config import PAGE_TOKENS, AdapterLimits, BaseConfig, DType, Quantization
 from lorarep_server.cli.folders import check_folders
-from lorarep_server.cli.options import BaseSourceType, ByteSize, NamedStack, StackType, option
+from lorarep_server.cli.options import BaseSourceType, ByteSize, HomePath, NamedStack, StackType, option
 from lorarep_server.sources import AdapterSource, is_folder, split_here
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class OptionalNameType(click.ParamType):  # type: ignore[type-arg]
 @option("--dtype", type=click.Choice(get_args(DType)), default=BaseConfig.dtype, help="Type of activations.")
 @option("--memory", type=ByteSize(), default="80GiB", help="Device memory that sequences have to fit in.")
 @option("--tokens", type=click.IntRange(min=1), default=4096, help="Tokens of each such sequence.")
-@option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Hub cache.")
+@option("--cache-dir", type=HomePath(file_okay=False), help="Hub cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
     adapter: tuple[AdapterSource, ...],

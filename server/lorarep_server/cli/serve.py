@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -18,6 +17,7 @@ from lorarep_server.cli.options import (
     Address,
     BaseSourceType,
     ByteSize,
+    HomePath,
     NamedStack,
     StackType,
     option,
@@ -31,13 +31,13 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 POSITIVE = click.IntRange(min=1)
 SECONDS = click.FloatRange(min=0)
-FILE = click.Path(dir_okay=False, path_type=Path)
+FILE = HomePath(dir_okay=False)
 
 
 @click.command()
 @click.option(
     "--config",
-    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    type=HomePath(dir_okay=False, exists=True),
     is_eager=True,
     expose_value=False,
     callback=read_config,
@@ -63,7 +63,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
     help="Type of activations, adapters and unquantized weights.",
 )
 @option("--device", default=BaseConfig.device, help="Torch device.")
-@option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Hub cache.")
+@option("--cache-dir", type=HomePath(file_okay=False), help="Hub cache.")
 @option("--stack", type=StackType(), multiple=True, help="Named stack, such as deep=0-24,8-32, or a mergekit recipe.")
 @option(
     "--adapter", type=AdapterSourceType(here=True), multiple=True, help="Adapter to load before the server is ready."

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from lorarep_runtime.config import AdapterLimits, BaseConfig, DType, EngineConfig, Quantization, SchedulerConfig
 from lorarep_server.cli.folders import check_folders
-from lorarep_server.cli.options import BaseSourceType, option
+from lorarep_server.cli.options import BaseSourceType, HomePath, option
 from lorarep_server.sources import split_here
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Comparison:
 @option("--double-quantization", is_flag=True, help="Quantize the scales of nf4 once more.")
 @option("--dtype", type=click.Choice(get_args(DType)), default=BaseConfig.dtype, help="Type of activations.")
 @option("--device", default=BaseConfig.device, help="Torch device.")
-@option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Hub cache.")
+@option("--cache-dir", type=HomePath(file_okay=False), help="Hub cache.")
 @option("--prompt", multiple=True, help="Prompt to compare on, in place of the built-in ones.")
 @option("--max-new-tokens", type=click.IntRange(1, 4096), default=32, help="Tokens of each greedy answer.")
 def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: Any) -> None:

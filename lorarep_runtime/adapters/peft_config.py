@@ -126,7 +126,7 @@ class AdapterConfig:
             layers_to_transform=tuple(
                 _integer("layers_to_transform", layer, 0, limits.max_positions) for layer in _items(layers)
             ),
-            layers_pattern=_strings("layers_pattern", _items(raw.get("layers_pattern"))),
+            layers_pattern=_strings("layers_pattern", _items(raw.get("layers_pattern") or None)),
             rank_pattern={
                 key: _integer(f"rank_pattern[{shown(key)}]", rank, 1, limits.max_rank)
                 for key, rank in _mapping("rank_pattern", raw.get("rank_pattern")).items()

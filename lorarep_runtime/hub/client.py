@@ -41,7 +41,7 @@ from lorarep_runtime.errors import (
 )
 from lorarep_runtime.hub.bounds import Bounds, check_small, check_weights, listed, resolve
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remember_ref, snapshot_folder
-from lorarep_runtime.hub.files import CONFIG, FILES, IGNORED, Kind, missing_shards
+from lorarep_runtime.hub.files import CONFIG, FILES, IGNORED, Kind, check_pointers, missing_shards
 from lorarep_runtime.progress import Progress
 
 AGENT = "lorarep"
@@ -110,9 +110,11 @@ def download(
 
     def whole() -> Path:
         folder = snapshot(tqdm_class=_reporting_bar(progress))
-        # Shards may have any names: those are in the index alone.
-        if kind == "base" and (shards := missing_shards(folder)):
-            snapshot(folder.name, shards, tqdm_class=_reporting_bar(progress))
+        if kind == "base":
+            check_pointers(folder, kind)
+            # Shards may have any names: those are in the index alone.
+            if shards := missing_shards(folder):
+                snapshot(folder.name, shards, tqdm_class=_reporting_bar(progress))
         return folder
 
     try:

@@ -38,6 +38,7 @@ ASKED = {
         target_modules=["model.layers.0.self_attn.q_proj", "v_proj"], layers_to_transform=[1, 4]
     ),
     "one layer": dict(target_modules=["q_proj"], layers_to_transform=2),
+    "some layers, and an empty pattern": dict(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=""),
     "layers of a pattern": dict(target_modules=["q_proj"], layers_to_transform=[0, 3], layers_pattern="layers"),
     "patterns": dict(
         target_modules=["q_proj", "v_proj", "down_proj"],

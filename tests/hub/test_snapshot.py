@@ -232,8 +232,11 @@ def test_pickle_beside_safetensors_is_left_alone(hub: FaultyHub, publish, fetch)
         ("adapter", "adapter_config.json"),
         ("adapter", "adapter_model.safetensors"),
         ("adapter", "tokenizer.json"),
+        ("base", "config.json"),
         ("base", "model-2.safetensors"),
+        ("base", "model.safetensors.index.json"),
         ("base", "tokenizer.model"),
+        ("config", "config.json"),
     ],
 )
 def test_a_pointer_of_git_lfs_is_named_with_what_to_run(publish, fetch, tmp_path: Path, kind: Any, name: str) -> None:

@@ -16,7 +16,6 @@ import pytest
 from huggingface_hub import (
     HfApi,
     RepoFile,
-    _tree_cache,
     constants,
     file_download,
     get_cached_repo_tree,
@@ -493,8 +492,9 @@ def test_offline_a_complete_cache_starts_whoever_has_filled_it(
     files = ADAPTER if kind == "adapter" else BASE
     publish(files)
     if client == "an older one":
-        shutil.rmtree(fetch(kind=kind).folder.parents[1] / "trees")
-        monkeypatch.setattr(_tree_cache, "_IN_MEMORY_TREE_CACHE", {})
+        snapshot.fetch(REPOSITORY, None, kind=kind, cache_dir=tmp_path / "newer")
+        without_list = shutil.ignore_patterns("trees")
+        shutil.copytree(tmp_path / "newer", tmp_path / "cache", symlinks=True, ignore=without_list)
     else:
         for name in files:
             hf_hub_download(REPOSITORY, name, cache_dir=tmp_path / "cache", endpoint=hub.url)

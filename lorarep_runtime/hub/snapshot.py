@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import RepoFile, constants, get_cached_repo_tree
@@ -115,10 +116,13 @@ def _listed(repository: str, commit: str, cache_dir: Path | None) -> Sequence[Re
                 f"{repository}: the hub cannot be reached, and the cache may hold only part of it; "
                 "with HF_HUB_OFFLINE=1 that is taken for all"
             ) from error
-        log.warning(
-            "%s: what the cache holds is taken for all, since no list there says which files it has", repository
-        )
+        _warn_once(repository, commit)
         return None
+
+
+@lru_cache(1024)
+def _warn_once(repository: str, commit: str) -> None:
+    log.warning("%s at %s: what the cache holds is taken for all; no list there says which it has", repository, commit)
 
 
 def check_allowed(repository: str, patterns: Sequence[str]) -> None:

@@ -40,11 +40,11 @@ MOST_SHOWN = 110
 """Characters of a reason in the table."""
 FIELDS = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 64},
-    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "n_shared_experts": 2},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128},
-    "nemotron": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
 }
 """Fields that published configs have, and without which `transformers` computes nothing."""
 

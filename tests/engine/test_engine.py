@@ -324,6 +324,7 @@ def test_a_callback_that_fails_disturbs_nobody(base: Path) -> None:
         (greedy(new_tokens=0), "max_new_tokens"),
         (greedy(new_tokens=500), "max_new_tokens"),
         (Request(PROMPT, sampling=Sampling(temperature=float("nan"))), "temperature"),
+        (Request(PROMPT, sampling=Sampling(temperature=-0.1)), "temperature"),
         (Request(PROMPT, sampling=Sampling(top_p=0.0)), "top_p"),
         (Request(PROMPT, stopping=Stopping(max_new_tokens=4, min_new_tokens=5)), "min_new_tokens"),
         (Request(PROMPT, logprobs=1000), "logprobs"),

@@ -19,8 +19,8 @@ from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.model.packed import PackedPart
 from lorarep_runtime.model.weights import Weight
 
-MOST_KERNEL_ROWS = 64
-"""Most rows of a step that the decode kernel multiplies: it reads the weight once for every 32 of them."""
+MOST_KERNEL_ROWS = {4: 32, 8: 64, 16: 64}
+"""Most rows of a step for the decode GEMM, by the weight's bits: it reads the weight once for every 32 of them."""
 
 
 class AdaptedLinear(Protocol):
@@ -61,7 +61,7 @@ class LibraryLinear:
     def decode(
         self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
-        _multiply_then_adapt(self.matmul, x, y, shrunk, self._sizes, rows, first, bias=bias, add=add)
+        _multiply_then_adapt(self.matmul, x, y, shrunk, self._sizes, rows, first, bias=bias, add=add, pdl=False)
 
     def matmul(self, x: Tensor, y: Tensor) -> None:
         for weight, to in zip(self._weights, y.split(self._sizes, 1), strict=True):
@@ -78,10 +78,11 @@ class PackedLinear:
     def decode(
         self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
-        if len(x) <= MOST_KERNEL_ROWS:
-            self.packed.decode(x, y, shrunk, rows, first, bias=bias, add=add)
+        packed = self.packed
+        if len(x) <= MOST_KERNEL_ROWS[packed.bits]:
+            packed.decode(x, y, shrunk, rows, first, bias=bias, add=add)
         else:
-            _multiply_then_adapt(self.matmul, x, y, shrunk, self.packed.sizes, rows, first, bias=bias, add=add)
+            _multiply_then_adapt(self.matmul, x, y, shrunk, packed.sizes, rows, first, bias=bias, add=add, pdl=True)
 
 
 def _multiply_then_adapt(
@@ -95,7 +96,8 @@ def _multiply_then_adapt(
     *,
     bias: Tensor | None,
     add: bool,
+    pdl: bool,
 ) -> None:
     plain = torch.empty_like(y) if add else y
     matmul(x, plain)
-    expand(plain, shrunk, sizes, rows, first, bias=bias, residual=y if add else None)
+    expand(plain, shrunk, sizes, rows, first, bias=bias, residual=y if add else None, pdl=pdl)

@@ -1,21 +1,20 @@
-// The prefill GEMM: y = x Wᵀ for many rows of x, with W in NF4 and y in bf16 or fp32 (OUT bits). A cluster computes 128
+// The prefill GEMM: y = x Wᵀ for many rows of x, with W in NF4 and y in bf16 or fp32 (OUT bits). A cluster computes 16 WARPS
 // outputs of ROWS rows. Its CTAs split the columns of W.
 //
-// Each of eight warps has a tile, 16 outputs (nf4.py). It makes wgmma's A operand in registers: it looks up, scales and rounds
-// one chunk of 64 columns while the tensor cores multiply the previous chunk. The B operand is x. TMA copies it to shared
-// memory, AHEAD chunks before it is multiplied.
+// Each of WARPS warps has a tile, 16 outputs (nf4.py). It makes wgmma's A operand in registers: it looks up, scales and rounds
+// half a chunk of 64 columns while the tensor cores multiply the half before. More warps hide more of each other's look-ups.
+// The B operand is x. TMA copies it to shared memory, AHEAD chunks before it is multiplied.
 #include "nf4.cuh"
 #include "wgmma.cuh"
 
 #define CHUNK 64         // columns
-#define WARPS 8
 #define STAGE_BYTES (ROWS * CHUNK * 2)
 #define RESERVED 1024    // bytes at the beginning of shared memory that the device reserves
 #define TABLE_AT 32768   // address of the table of pairs, a multiple of 32768: lookup() ors an index into it
 #define STAGES_AT 65536  // address of the stages: chunks of x, ROWS rows each
 #define STAGES ((228 * 1024 - STAGES_AT) / STAGE_BYTES)
 #define AHEAD (STAGES - 2)
-#define DEPTH 4          // chunks of its tile that a warp loads ahead, into registers
+#define DEPTH (ROWS == 128 && WARPS == 16 ? 3 : 4)  // chunks of its tile that a warp loads ahead, into registers
 
 constexpr int EIGHTS = ROWS / 8, HALVES = ROWS > 128 ? 2 : 1;  // ROWS / 8; wgmma instructions for ROWS rows
 
@@ -83,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
     // Thread 0 refills a stage when all warps have multiplied its chunk: at the second chunk behind it.
     auto fetch = [&](int chunk) {
         const int stage = chunk % STAGES;
-        if (chunk >= STAGES) await(empty + stage * 8, chunk / STAGES - 1 & 1);
+        if (chunk >= STAGES) await_own(empty + stage * 8, chunk / STAGES - 1 & 1);
         fetch_tensor<STAGE_BYTES>(x + stage * STAGE_BYTES, map, (begin + chunk) * CHUNK, first_row, full + stage * 8);
     };
     await_previous_kernel();
@@ -92,60 +91,65 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
 
     u32 place = table + lane * 4;
     hide(place);  // lookups must not precede the table
-    u32 a[2][16];
-    auto dequantize = [&](u32 (&to)[16], int d) {
-        const Scale g0(scale[d].x), g8(scale[d].y);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const u32 low = half ? bytes[d].y : bytes[d].x, high = half ? bytes[d].w : bytes[d].z;
-            u32* own = to + half * 8;
-            own[0] = g0.times(lookup<0>(place, low)), own[1] = g8.times(lookup<0>(place, high));
-            own[2] = g0.times(lookup<1>(place, low)), own[3] = g8.times(lookup<1>(place, high));
-            own[4] = g0.times(lookup<2>(place, low)), own[5] = g8.times(lookup<2>(place, high));
-            own[6] = g0.times(lookup<3>(place, low)), own[7] = g8.times(lookup<3>(place, high));
-        }
-    };
     float sums[HALVES][EIGHTS / HALVES][4] = {};
     int stage = 0, before = -1, next = AHEAD;
     u32 parity = 0;
-    auto multiply = [&](int d) {
-        await(full + stage * 8, parity);
-        const u32 from = 1u << 16 | (x + stage * STAGE_BYTES & 0x3ffff) >> 4;
+    // Makes A for half of chunk d of DEPTH.
+    auto look_up = [&](u32 (&own)[8], int d, int half, const Scale& g0, const Scale& g8) {
+        const u32 low = half ? bytes[d].y : bytes[d].x, high = half ? bytes[d].w : bytes[d].z;
+        own[0] = g0.times(lookup<0>(place, low)), own[1] = g8.times(lookup<0>(place, high));
+        own[2] = g0.times(lookup<1>(place, low)), own[3] = g8.times(lookup<1>(place, high));
+        own[4] = g0.times(lookup<2>(place, low)), own[5] = g8.times(lookup<2>(place, high));
+        own[6] = g0.times(lookup<3>(place, low)), own[7] = g8.times(lookup<3>(place, high));
+    };
+    // Begins the products of a half with the rows of x.
+    auto begin_half = [&](u32 (&own)[8], int half, u32 from) {
         begin_wgmma();
 #pragma unroll
-        for (int k = 0; k < 4; k++)
+        for (int k = 0; k < 2; k++)
 #pragma unroll
-            for (int half_rows = 0; half_rows < HALVES; half_rows++) wgmma(sums[half_rows], a[d % 2] + k * 4, from + half_rows * 1024 + k * 2, true);
+            for (int half_rows = 0; half_rows < HALVES; half_rows++)
+                wgmma(sums[half_rows], own + k * 4, from + half_rows * 1024 + (half * 2 + k) * 2, true);
         commit_wgmma();
-        await_wgmma<1>();
+    };
+    // Gives back the stage of the chunk before, and fetches a chunk into a stage that has been given back.
+    auto pass_on = [&] {
         if (lane == 0 && before >= 0) arrive(empty + before * 8);
         if (threadIdx.x == 0 && next < chunks) fetch(next);
         next++;
+    };
+    u32 a[2][8];
+    auto multiply = [&](int d, bool more) {
+        const Scale g0(scale[d].x), g8(scale[d].y);
+        const u32 from = 1u << 16 | (x + stage * STAGE_BYTES & 0x3ffff) >> 4;
+        look_up(a[0], d, 0, g0, g8);
+        await_own(full + stage * 8, parity);
+        begin_half(a[0], 0, from);
+        await_wgmma<1>();  // all products of the chunk before are complete
+        pass_on();
+        look_up(a[1], d, 1, g0, g8);
+        begin_half(a[1], 1, from);
+        await_wgmma<1>();
+        load(d, DEPTH, more);
         before = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
     };
     for (; left >= DEPTH; left -= DEPTH) {
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            dequantize(a[d % 2], d);
-            load(d, DEPTH, d + DEPTH < left);
-            multiply(d);
-        }
+        for (int d = 0; d < DEPTH; d++) multiply(d, d + DEPTH < left);
         w += DEPTH * 32, s += DEPTH * 8;
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; d++)
-        if (d < left) {
-            dequantize(a[d % 2], d);
-            multiply(d);
-        }
+        if (d < left) multiply(d, false);
     await_wgmma<0>();
 #pragma unroll
     for (int half_rows = 0; half_rows < HALVES; half_rows++) pin(sums[half_rows]);
 
+    int eights = EIGHTS;  // of rows that the CTA finishes
     if (size > 1) {
         // Each CTA adds up the sums of its share of the rows. They replace x in shared memory once all CTAs have multiplied.
-        const int share = EIGHTS / size;
+        const int share = (EIGHTS + 2 * size - 1) / (2 * size) * 2;  // even: eights are stored by twos
         const u32 own = x + warp * share * 512 + lane * 16;
         cluster_sync();
 #pragma unroll
@@ -155,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
         cluster_sync();
 #pragma unroll
         for (int e = 0; e < EIGHTS / 2; e++)
-            if (e < share) {
+            if (e < share && rank * share + e < EIGHTS) {
                 float4 sum = load_shared(own + e * 512);
                 for (int other = 1; other < size; other++) {
                     const float4 v = load_shared(own + (other * WARPS * share + e) * 512);
@@ -164,9 +168,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
                 auto& to = sums[e * HALVES / EIGHTS][e % (EIGHTS / HALVES)];
                 to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
             }
-        first_row += rank * share * 8;
+        first_row += rank * share * 8, eights = max(0, min(share, int(EIGHTS - rank * share)));
     }
-    const int eights = EIGHTS / size, rows = min(eights * 8, args.rows - first_row);
+    const int rows = min(eights * 8, args.rows - first_row);
 #if OUT == 32
     if (first_tile + warp < args.tiles) {
         float* y = reinterpret_cast<float*>(args.y) + i64(first_row) * args.stride + (first_tile + warp) * 16 + g;
@@ -191,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
             store_transposed(to + e * 1024, pack_bf16(low[0], low[1]), pack_bf16(low[2], low[3]),
                              pack_bf16(high[0], high[1]), pack_bf16(high[2], high[3]));
         }
-    if (warp < 4) sync<2, 128>(); else sync<3, 128>();
+    sync<128>(2 + warp / 4);
     const int first = first_tile + warp / 4 * 4, at = threadIdx.x % 128, column = at % 8;
     u16* y = reinterpret_cast<u16*>(args.y) + i64(first_row) * args.stride + first * 16 + column * 8;
     if (first + column / 2 < args.tiles)

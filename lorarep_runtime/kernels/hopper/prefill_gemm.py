@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from lorarep_runtime.integers import ceil_div
+from lorarep_runtime.integers import ceil_div, round_up
 from lorarep_runtime.kernels.hopper.launch_config import clusters_at_once
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK
 
@@ -19,19 +19,18 @@ if TYPE_CHECKING:
     from lorarep_runtime.kernels.hopper.nvrtc import Kernel
 
 SOURCE = Path(__file__).with_suffix(".cu")
-ROW_BLOCKS = (64, 128, 256)
-"""Rows of x that a cluster may have."""
-CLUSTERS = (1, 2, 4)
+CHUNK_COST = {(64, 16): 606, (128, 8): 490, (128, 16): 790, (256, 8): 650}
+"""Nanoseconds that a CTA takes for a chunk, by the rows of x of a cluster and the warps of its CTAs.
+
+They were measured on an H200. Registers limit the product of both. With few rows, looking up takes longest: 16 warps
+hide more of each other's look-ups than 8.
+"""
+CLUSTERS = range(1, 9)
 """CTAs that a cluster may have, each with its own columns."""
-TILES = 8
-"""Tiles of a weight that a cluster has: one for each warp."""
-THREADS = 32 * TILES
-TILE_COST = 192
-"""Cost of dequantizing a chunk of each tile, in rows of x."""
-START_COST = 3000
-"""Cost of beginning and finishing, in rows of x times chunks."""
-SUM_COST = 900
-"""Cost of a cluster's summing, in rows of x times chunks."""
+START_COST = 4000
+"""Nanoseconds of beginning and finishing a CTA."""
+SUM_COST, SUM_TILE_COST = 1000, 2
+"""Nanoseconds of a cluster's summing, and of that for each row of each tile."""
 MAPS = 4096
 """Tensor maps that are kept. Few different ones recur."""
 
@@ -49,11 +48,53 @@ class _TensorMap(ctypes.Structure):
     _fields_: ClassVar[Any] = [("opaque", ctypes.c_char * 128)]
 
 
+class PrefillConfig(NamedTuple):
+    """The shape of one launch of the prefill GEMM. Each multiprocessor runs one CTA."""
+
+    rows: int
+    """Rows of x of a cluster."""
+    warps: int
+    """Warps of a CTA, each with a tile."""
+    cluster: int
+    """CTAs of a cluster, which split the columns of the weight."""
+
+    @property
+    def shared(self) -> int:
+        """Shared memory of a CTA in bytes, as in the source: all but what the device reserves."""
+        return (64 << 10) + self._stages * self.rows * CHUNK * 2 - (1 << 10)
+
+    @property
+    def _stages(self) -> int:
+        return ((228 - 64) << 10) // (self.rows * CHUNK * 2)
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a CTA's shared memory, in the place of x, holds the sums that the cluster's CTAs send it."""
+        eights = round_up(ceil_div(self.rows // 8, self.cluster), 2)
+        return self.cluster == 1 or self.cluster * self.warps * eights * 512 <= self._stages * self.rows * CHUNK * 2
+
+    def clusters(self, rows: int, tiles: int) -> int:
+        """Clusters of a launch for so many rows of x and tiles of the weight."""
+        return ceil_div(rows, self.rows) * ceil_div(tiles, self.warps)
+
+    def cost(self, rows: int, tiles: int, chunks: int) -> int:
+        """Estimated nanoseconds of a launch."""
+        waves = ceil_div(self.clusters(rows, tiles), clusters_at_once(self.cluster))
+        chunk = CHUNK_COST[self.rows, self.warps] * ceil_div(chunks, self.cluster)
+        return waves * (chunk + START_COST + (self.cluster > 1) * (SUM_COST + SUM_TILE_COST * self.rows * self.warps))
+
+
+CONFIGS = [
+    config
+    for (rows, warps), cluster in product(CHUNK_COST, CLUSTERS)
+    if (config := PrefillConfig(rows, warps, cluster)).is_possible
+]
+
+
 def sources() -> Iterator[tuple[Path, Mapping[str, int]]]:
     """All that is compiled: files and their macros."""
-    for block in ROW_BLOCKS:
-        for bits in (16, 32):
-            yield SOURCE, _defines(block, bits)
+    for (rows, warps), bits in product(CHUNK_COST, (16, 32)):
+        yield SOURCE, _defines(rows, warps, bits)
 
 
 def matmul(tiles: Tensor, scales: Tensor, x: Tensor, y: Tensor) -> None:
@@ -66,7 +107,7 @@ def matmul(tiles: Tensor, scales: Tensor, x: Tensor, y: Tensor) -> None:
     """
     rows, columns = x.shape
     count = len(tiles)
-    block, cluster = _launch_config(rows, count, columns // CHUNK)
+    launch = _launch_config(rows, count, columns // CHUNK)
     arguments = _GemmArguments(
         weights=tiles.data_ptr(),
         scales=scales.data_ptr(),
@@ -76,55 +117,38 @@ def matmul(tiles: Tensor, scales: Tensor, x: Tensor, y: Tensor) -> None:
         chunks=columns // CHUNK,
         stride=y.stride(0),
     )
-    _kernel(block, 8 * y.itemsize)(
-        _clusters(rows, count, block) * cluster,
-        THREADS,
-        _tensor_map(x.data_ptr(), rows, columns, x.stride(0), block),
+    _kernel(launch.rows, launch.warps, 8 * y.itemsize)(
+        launch.clusters(rows, count) * launch.cluster,
+        32 * launch.warps,
+        _tensor_map(x.data_ptr(), rows, columns, x.stride(0), launch.rows),
         arguments,
-        shared=_shared(block),
-        cluster=cluster,
+        shared=launch.shared,
+        cluster=launch.cluster,
         dependent=True,
     )
 
 
 def load() -> None:
     """Has the device load all kernels, which stops it for a while."""
-    for block in ROW_BLOCKS:
-        for bits in (16, 32):
-            _kernel(block, bits)
+    for (rows, warps), bits in product(CHUNK_COST, (16, 32)):
+        _kernel(rows, warps, bits)
 
 
-def _defines(block: int, bits: int) -> Mapping[str, int]:
-    return {"ROWS": block, "OUT": bits}
+def _defines(rows: int, warps: int, bits: int) -> Mapping[str, int]:
+    return {"ROWS": rows, "WARPS": warps, "OUT": bits}
 
 
 @cache
-def _kernel(block: int, bits: int) -> Kernel:
+def _kernel(rows: int, warps: int, bits: int) -> Kernel:
     from lorarep_runtime.kernels.hopper.nvrtc import Kernel
 
-    return Kernel(SOURCE, "prefill_gemm", _defines(block, bits))
-
-
-def _shared(block: int) -> int:
-    """Shared memory of a CTA in bytes, as in the source: all but what the device reserves."""
-    stages, stage = 64 << 10, block * CHUNK * 2
-    return stages + ((228 << 10) - stages) // stage * stage - (1 << 10)
-
-
-def _clusters(rows: int, tiles: int, block: int) -> int:
-    return ceil_div(rows, block) * ceil_div(tiles, TILES)
+    return Kernel(SOURCE, "prefill_gemm", _defines(rows, warps, bits))
 
 
 @cache
-def _launch_config(rows: int, tiles: int, chunks: int) -> tuple[int, int]:
-    """The rows and the CTAs of a cluster with the least estimated time."""
-
-    def cost(launch: tuple[int, int]) -> int:
-        block, cluster = launch
-        waves = ceil_div(_clusters(rows, tiles, block), clusters_at_once(cluster))
-        return waves * (ceil_div(chunks, cluster) * (block + TILE_COST) + START_COST + (cluster > 1) * SUM_COST)
-
-    return min(product(ROW_BLOCKS, CLUSTERS), key=cost)
+def _launch_config(rows: int, tiles: int, chunks: int) -> PrefillConfig:
+    """The launch config with the least estimated time."""
+    return min(CONFIGS, key=lambda config: config.cost(rows, tiles, chunks))
 
 
 @lru_cache(MAPS)

@@ -126,10 +126,25 @@ __device__ __forceinline__ void await(u32 barrier, u32 parity) {
     while (!done);
 }
 
+// Waits until an mbarrier's phase of this parity is complete, where all that arrive are of the CTA itself, TMA among them.
+__device__ __forceinline__ void await_own(u32 barrier, u32 parity) {
+    u32 done;
+    do
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+                     "  selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    while (!done);
+}
+
 // Waits at the named barrier WHICH for COUNT threads of the CTA.
 template <int WHICH, int COUNT>
 __device__ __forceinline__ void sync() {
     asm volatile("bar.sync %0, %1;" :: "n"(WHICH), "n"(COUNT) : "memory");
+}
+
+// Waits at the named barrier `which` for COUNT threads of the CTA.
+template <int COUNT>
+__device__ __forceinline__ void sync(int which) {
+    asm volatile("bar.sync %0, %1;" :: "r"(which), "n"(COUNT) : "memory");
 }
 
 // Stores a word at an address of shared memory.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorarep_runtime.kernels.eager.attention import Scores, paged_attention, prompt_attention
-from lorarep_runtime.model.batch import Prompt, View
+from lorarep_runtime.kernels.eager.attention import Scores, flash_attention, has_flash, paged_attention
+from lorarep_runtime.model.batch import View
 from lorarep_runtime.model.kv_cache import pages_of
 
 
@@ -28,30 +28,20 @@ def attend_pages(
         (rows, heads, value_dim).
     """
 
+    pages = key_pages, value_pages
+    if view.prompts and has_flash(q, value_pages, scores):
+        return flash_attention(q, *pages, view.keys.slots(tables), view.row_bounds, view.keys.bounds, scores)
+
     def attend(rows: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
-        return paged_attention(rows.unsqueeze(1), key_pages, value_pages, tables, lengths, scores).squeeze(1)
+        return paged_attention(rows, *pages, tables, lengths, scores)
 
     if not view.prompts:
-        return attend(q, tables, view.lengths)
-
-    def attend_prompt(prompt: Prompt) -> Tensor:
-        return prompt_attention(
-            q[prompt.start : prompt.stop],
-            key_pages,
-            value_pages,
-            tables[prompt.span, : pages_of(prompt.length)],
-            prompt.length,
-            prompt.bounds,
-            scores,
-        )
-
-    if len(view.prompts) == 1 and not len(view.decodes):
-        return attend_prompt(view.prompts[0])
+        return attend(q.unsqueeze(1), tables, view.lengths).squeeze(1)
     out = q.new_empty(*q.shape[:-1], value_pages.shape[-1])
     if len(view.decodes):
-        out[view.decode_rows] = attend(
-            q[view.decode_rows], tables[view.decodes, : view.decode_pages], view.lengths[view.decodes]
-        )
+        one = q[view.decode_rows].unsqueeze(1), tables[view.decodes, : view.decode_pages], view.lengths[view.decodes]
+        out[view.decode_rows] = attend(*one).squeeze(1)
     for prompt in view.prompts:
-        out[prompt.start : prompt.stop] = attend_prompt(prompt)
+        rows, span = slice(prompt.start, prompt.stop), slice(prompt.span, prompt.span + 1)
+        out[rows] = attend(q[rows].unsqueeze(0), tables[span, : pages_of(prompt.length)], view.lengths[span])[0]
     return out

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.device.staging import moved
 from lorarep_runtime.kernels.eager.adapt import Slice
+from lorarep_runtime.kernels.eager.attention import Bounds
 from lorarep_runtime.model.compiled_adapter import Adapter
 from lorarep_runtime.model.kv_cache import PageTable, pages_of
 from lorarep_runtime.model.plan import Plan, Visit, merge
@@ -108,8 +109,23 @@ class Prompt:
     """Rows of the view, [start, stop)."""
     length: int
     """Tokens of the sequence, those of this pass included."""
-    bounds: Tensor
-    """(2, 2) int32: 0 and its rows, 0 and its length."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The tokens of all sequences of a view, one sequence after the other, those of this pass included."""
+
+    bounds: Bounds
+    _spans: Tensor
+    """(tokens) int64, index of each token's span."""
+    _pages: Tensor
+    """(tokens) int64, index of each token's page among those of its span."""
+    _places: Tensor
+    """(tokens) int64, each token's place in its page."""
+
+    def slots(self, tables: Tensor) -> Tensor:
+        """(tokens) int64, page · page_tokens + place of each token at a visit. tables: (spans, n) int64, its pages."""
+        return torch.add(self._places, tables[self._spans, self._pages], alpha=PAGE_TOKENS)
 
 
 class Segment(NamedTuple):
@@ -127,11 +143,8 @@ class View:
     """The spans of a batch that take part in a visit, packed into rows of their own."""
 
     def __init__(self, batch: Batch, chosen: Sequence[int], stacks: Sequence[int]) -> None:
-        device = batch.device
-
-        def on_device(values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-            return moved(torch.as_tensor(values, dtype=dtype), device)
-
+        self._device = batch.device
+        on_device = self._on_device
         counts = [len(batch.spans[i].tokens) for i in chosen]
         starts = np.cumsum([0, *counts])
         self.rows: Tensor | None = None
@@ -141,15 +154,16 @@ class View:
         if len(chosen) < len(batch.spans):
             self.rows = on_device(np.concatenate([np.arange(batch.starts[i], batch.starts[i + 1]) for i in chosen]))
             self.spans = on_device(chosen)
-        self.lengths = on_device([batch.spans[i].length for i in chosen])
+        self._lengths = [batch.spans[i].length for i in chosen]
+        self.lengths = on_device(self._lengths)
         """(spans of the view) int64, tokens of each sequence, those of this pass included."""
         self.prompts: list[Prompt] = []
         """The spans of several tokens."""
-        for k, i in enumerate(chosen):
+        for k, length in enumerate(self._lengths):
             if counts[k] > 1:
-                length = batch.spans[i].length
-                bounds = on_device([[0, counts[k]], [0, length]], torch.int32)
-                self.prompts.append(Prompt(k, int(starts[k]), int(starts[k + 1]), length, bounds))
+                self.prompts.append(Prompt(k, int(starts[k]), int(starts[k + 1]), length))
+        self.row_bounds = Bounds(on_device(starts, torch.int32), max(counts, default=0))
+        """Where each span's rows begin."""
         decodes = [k for k, count in enumerate(counts) if count == 1]
         self.decode_pages = max((pages_of(batch.spans[chosen[k]].length) for k in decodes), default=0)
         """Most pages of a span of one token."""
@@ -159,6 +173,20 @@ class View:
         """(spans of one token) int64, their rows in the view."""
         self.segments = _segments([batch.spans[i].adapter for i in chosen], starts.tolist(), stacks)
         """The rows that have adapters."""
+
+    def _on_device(self, values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+        return moved(torch.as_tensor(values, dtype=dtype), self._device)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The tokens that rows of the view may attend to."""
+        places = np.concatenate([np.arange(length) for length in self._lengths])
+        return Keys(
+            Bounds(self._on_device(np.cumsum([0, *self._lengths]), torch.int32), max(self._lengths)),
+            self._on_device(np.repeat(np.arange(len(self._lengths)), self._lengths)),
+            self._on_device(places // PAGE_TOKENS),
+            self._on_device(places % PAGE_TOKENS),
+        )
 
     def slices(self, visit: Visit, module: str) -> list[Slice]:
         """The adapters' entries for a linear module at a visit, with the rows that each applies to."""

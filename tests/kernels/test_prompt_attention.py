@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from lorarep_runtime.kernels.eager import attention
-from lorarep_runtime.kernels.eager.attention import Scores, paged_attention, prompt_attention
+from lorarep_runtime.kernels.eager.attention import Scores
+from lorarep_runtime.model.attention import attend_pages
+from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.kv_cache import KVShape, PagePool, PageTable
 
-LENGTH, ROWS, PAGE = 13, 6, 4
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, scale: float, window_size: tuple[int, int]) -> Tensor:
-    """FlashAttention as it is documented: the last query is at the last key, and sees so many keys to each side."""
-    (left, right), at = window_size, torch.arange(len(k) - len(q), len(k)).unsqueeze(1)
-    key = torch.arange(len(k))
-    seen = (key <= at + right) & ((left < 0) | (key >= at - left))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+ROWS_AND_CONTEXTS = ((6, 30), (1, 40), (17, 0), (3, 16))
+MOST_ROWS, MOST_TOKENS = 17, 41
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, LENGTH - 1, LENGTH + 5])
+def flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_starts: Tensor,
+    k_starts: Tensor,
+    most_q: int,
+    most_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """FlashAttention as it is documented: of each sequence, the last query is at the last key, and a query sees so many
+    keys to each side."""
+    assert (most_q, most_k) == (MOST_ROWS, MOST_TOKENS)
+    assert q_starts.dtype == k_starts.dtype == torch.int32
+    left, right = window_size
+    out = torch.full_like(q, torch.nan)
+    spans = zip(pairwise(q_starts.tolist()), pairwise(k_starts.tolist()), strict=True)
+    for (q_start, q_stop), (k_start, k_stop) in spans:
+        rows, length = q_stop - q_start, k_stop - k_start
+        at, key = torch.arange(length - rows, length).unsqueeze(1), torch.arange(length)
+        seen = (key <= at + right) & ((left < 0) | (key >= at - left))
+        keys, values = (x[k_start:k_stop].repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[q_start:q_stop], keys) * scale
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out[q_start:q_stop] = torch.einsum("hqk,khd->qhd", weights, values)
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 16, 31, 60])
 def test_flash_attention_sees_the_tokens_that_pages_show(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(ROWS, 4, 8, generator=generator)
-    keys, values = (torch.randn(6, PAGE, 2, 8, generator=generator) for _ in range(2))
-    table, bounds = torch.tensor([3, 0, 5, 1]), torch.tensor([[0, ROWS], [0, LENGTH]], dtype=torch.int32)
-    one = queries.unsqueeze(0), keys, values, table.unsqueeze(0), torch.tensor([LENGTH])
-    expected = paged_attention(*one, Scores(0.3, window))[0]
-    monkeypatch.setattr(attention, "_has_flash", lambda queries: True)
+    """Of several sequences at once, some with a part of their tokens in the cache already."""
+    torch.manual_seed(0)
+    pool = PagePool(40, KVShape(2, 8, 8), dtype=torch.float32, device=torch.device("cpu"))
+    for pages in pool.tensors:
+        pages.normal_()
+    spans = []
+    for rows, context in ROWS_AND_CONTEXTS:
+        spans.append(Span([0] * rows, context, (0,), None, PageTable(pool, 1)))
+        assert spans[-1].table.grow(rows + context)
+    batch = Batch(spans, torch.device("cpu"))
+    given = batch.view((True,)), torch.randn(int(batch.starts[-1]), 4, 8), *pool.tensors, batch.tables[0]
+    expected = attend_pages(*given, Scores(0.3, window))
+    monkeypatch.setattr("lorarep_runtime.model.attention.has_flash", lambda *_: True)
     monkeypatch.setattr(attention, "varlen_attention", lambda: flash)
-    got = prompt_attention(queries, keys, values, table, LENGTH, bounds, Scores(0.3, window))
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(attend_pages(*given, Scores(0.3, window)), expected)

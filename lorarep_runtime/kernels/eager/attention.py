@@ -46,48 +46,66 @@ def write_pages(keys: Tensor, values: Tensor, key_pages: Tensor, value_pages: Te
     value_pages.flatten(0, 1).index_copy_(0, slots, values)
 
 
-def prompt_attention(
+class Bounds(NamedTuple):
+    """Where the queries or the keys of each of some sequences begin, one after the other."""
+
+    starts: Tensor
+    """(sequences + 1) int32, 0 first and the number of all last."""
+    most: int
+    """Most of a sequence."""
+
+
+def flash_attention(
     queries: Tensor,
     key_pages: Tensor,
     value_pages: Tensor,
-    table: Tensor,
-    length: int,
-    bounds: Tensor,
+    slots: Tensor,
+    rows: Bounds,
+    tokens: Bounds,
     scores: Scores,
 ) -> Tensor:
-    """Causal attention of the last tokens of one sequence to the whole sequence.
+    """Causal attention of the last tokens of each sequence to the whole sequence, for any numbers of both at once.
 
-    torch's FlashAttention-2 (Dao, 2023) computes it where the device and the dtype allow.
+    torch's FlashAttention-2 (Dao, 2023) computes it, where `has_flash`.
 
     Args:
-        queries: (rows, heads, key_dim), the last tokens of the sequence.
-        key_pages, value_pages: (pages, page_tokens, kv_heads, key_dim) and (…, value_dim).
-        table: (n) int64, the pages of the sequence in order.
-        length: tokens of the sequence, queries included.
-        bounds: (2, 2) int32, [[0, rows], [0, length]]: the bounds of queries and of keys.
+        queries: (rows, heads, head_dim), the last tokens of each sequence, one sequence after the other.
+        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim).
+        slots: (tokens) int64, page · page_tokens + place in the page of each token of each sequence.
+        rows, tokens: bounds of the queries and of the slots.
 
     Returns:
-        (rows, heads, value_dim).
+        (rows, heads, head_dim).
     """
-    scale, window, softcap, sinks = scores
-    narrow = value_pages.shape[-1] != key_pages.shape[-1]
-    if softcap is not None or sinks is not None or narrow or not _has_flash(queries):
-        one = queries.unsqueeze(0), key_pages, value_pages, table.unsqueeze(0), bounds[1, 1:].long()
-        return paged_attention(*one, scores)[0]
-    keys, values = (pages[table].flatten(0, 1)[:length] for pages in (key_pages, value_pages))
-    window_size = (-1 if window is None else window - 1, 0)
+    keys, values = (
+        pages.flatten(2).flatten(0, 1).index_select(0, slots).view(-1, *pages.shape[2:])
+        for pages in (key_pages, value_pages)
+    )
     out: Tensor = varlen_attention()(
         queries,
         keys,
         values,
-        bounds[0],
-        bounds[1],
-        len(queries),
-        length,
-        scale=scale,
-        window_size=window_size,
+        rows.starts,
+        tokens.starts,
+        rows.most,
+        tokens.most,
+        scale=scores.scale,
+        window_size=(-1 if scores.window is None else scores.window - 1, 0),
     )
     return out
+
+
+def has_flash(queries: Tensor, value_pages: Tensor, scores: Scores) -> bool:
+    """Whether torch has FlashAttention for queries (..., head_dim), values (..., value_dim) and their scores."""
+    return (
+        queries.is_cuda
+        and queries.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(queries.device) >= (8, 0)
+        and queries.shape[-1] == value_pages.shape[-1] <= 256
+        and queries.shape[-1] % 8 == 0
+        and scores.softcap is None
+        and scores.sinks is None
+    )
 
 
 @cache
@@ -97,17 +115,6 @@ def varlen_attention() -> Callable[..., Any]:
 
     # Before torch 2.12 the function has no enable_gqa and always accepts grouped heads.
     return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
-
-
-def _has_flash(queries: Tensor) -> bool:
-    """Whether torch has FlashAttention for the device, the dtype and the head_dim of queries (..., head_dim)."""
-    return (
-        queries.is_cuda
-        and queries.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(queries.device) >= (8, 0)
-        and queries.shape[-1] <= 256
-        and queries.shape[-1] % 8 == 0
-    )
 
 
 def paged_attention(

@@ -56,8 +56,11 @@ class AdapterLimits:
 class SchedulerConfig:
     """Limits of a step, of the queue and of the KV cache."""
 
-    max_sequences: int = 32
-    """Most sequences in one step."""
+    max_sequences: int | None = None
+    """Most sequences in one step.
+
+    None is 32 on a CPU; on an accelerator as many, of up to 256, as the KV pages have room for at 1,024 tokens each.
+    """
     max_step_tokens: int | None = None
     """Most tokens in one step: decoding rows first, prompts fill the rest.
 

@@ -36,7 +36,7 @@ from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.engine.validation import validate, validate_length
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.model.base import Base
-from lorarep_runtime.model.kv_cache import PagePool, PageTable
+from lorarep_runtime.model.kv_cache import PagePool, PageTable, pages_of
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.request import Event, Request
@@ -48,6 +48,10 @@ CPU_KV_BYTES = 1 << 30
 """Bytes of KV pages on a CPU where the configuration says nothing."""
 ACCELERATOR_KV_SHARE = 0.8
 """Part of the free device memory that KV pages take where the configuration says nothing."""
+CPU_SEQUENCES, LEAST_SEQUENCES, MOST_SEQUENCES = 32, 8, 256
+"""Sequences in one step where the configuration says nothing: on a CPU, and at least and at most on an accelerator."""
+USUAL_TOKENS = 1024
+"""Tokens of a sequence for which an accelerator has to have room, for one sequence more in a step."""
 CUBLAS_WORKSPACE = ":1024:1"
 """1 MiB: torch keeps 8 MiB, on Hopper 32 MiB, for every thread and stream that has multiplied something
 (https://docs.nvidia.com/cuda/cublas, CUBLAS_WORKSPACE_CONFIG)."""
@@ -74,7 +78,10 @@ class Engine:
                 field="max_sequence_tokens",
             )
         self._prepare_device()
-        self.pool = _page_pool(self.base, config.scheduler.kv_bytes, max(map(len, self.stacks.values())))
+        deepest = max(map(len, self.stacks.values()))
+        self.pool = _page_pool(self.base, config.scheduler.kv_bytes, deepest)
+        self.max_sequences = config.scheduler.max_sequences or _most_sequences(self.pool, deepest)
+        """Most sequences in one step."""
         self._ids = itertools.count(1)
         self._inbox = Inbox(config.scheduler)
         self._stats = StatsRecorder(self.pool.total)
@@ -101,7 +108,7 @@ class Engine:
 
         if not can_decode(self.base):
             return None
-        decoder = Decoder(self.base, self.pool, self.config.scheduler.max_sequences, self.max_tokens)
+        decoder = Decoder(self.base, self.pool, self.max_sequences, self.max_tokens)
         warm_up(decoder, dict.fromkeys(self.stacks.values()), self.config.adapters.max_rank, progress)
         return decoder
 
@@ -112,7 +119,7 @@ class Engine:
             decoder: computes decode steps and prefill passes; None leaves both to the base's own layers.
         """
         base, pool = self.base, self.pool
-        scheduler = Scheduler(self.config.scheduler, pool, self.adapters.residency)
+        scheduler = Scheduler(self.config.scheduler, pool, self.adapters.residency, self.max_sequences)
         forward = (lambda batch: WholeForward(base, pool, batch)) if decoder is None else decoder.prefill
         return StepLoop(
             self._inbox,
@@ -232,6 +239,13 @@ def _named_stacks(configured: Mapping[str, Stack], layers: int) -> dict[str, Sta
             raise InvalidArgument(f"{name!r} leaves the base's {layers} layers", field="stacks")
         stacks[name] = stack
     return stacks
+
+
+def _most_sequences(pool: PagePool, deepest: int) -> int:
+    """Most sequences in one step where the configuration says nothing."""
+    if pool.key_pages.device.type == "cpu":
+        return CPU_SEQUENCES
+    return max(LEAST_SEQUENCES, min(MOST_SEQUENCES, pool.total // (deepest * pages_of(USUAL_TOKENS))))
 
 
 def _page_pool(base: Base, wanted: int | None, deepest: int) -> PagePool:

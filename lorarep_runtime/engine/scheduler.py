@@ -26,6 +26,16 @@ from lorarep_runtime.model.kv_cache import PagePool
 STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
 
 
+def were_first(streams: Iterable[Sequence], prompts: Iterable[Sequence]) -> bool:
+    """Whether a stream had its first token before all of the prompts arrived.
+
+    Such a stream is slowed down no more than to twice its time for a token. Others have passed these prompts, which
+    then go first: of requests that arrive together none waits for its first token while others have many.
+    """
+    arrived = min((prompt.submitted_at for prompt in prompts), default=float("inf"))
+    return any(stream.first_token_at is not None and stream.first_token_at < arrived for stream in streams)
+
+
 @dataclass
 class Schedule:
     """One step's sequences, and all that changed when they were chosen."""
@@ -43,15 +53,20 @@ class Schedule:
 class Scheduler:
     """The sequences that wait and those that hold pages. The step loop's thread alone touches it."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, residency: Residency) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, residency: Residency, max_sequences: int) -> None:
+        """
+        Args:
+            max_sequences: most sequences in one step, whatever the config says.
+        """
         self.config = config
         self.pool = pool
         self._residency = residency
         default = CPU_STEP_TOKENS if pool.key_pages.device.type == "cpu" else STEP_TOKENS
         self._max_step_tokens = config.max_step_tokens or default
+        self._max_sequences = max_sequences
         self.waiting = WaitingQueue()
-        self.running: list[Sequence] = []
-        """In order of arrival."""
+        self.running: dict[Sequence, None] = {}
+        """In order of arrival; a dict, in which a sequence is found at once among many."""
         self._by_id: dict[int, Sequence] = {}
         """All that wait or run."""
         self._prefilling: Collection[Sequence] = ()
@@ -83,7 +98,7 @@ class Scheduler:
         """Takes a sequence out and frees its pages. Those of a pending prefill pass are the pass's to free."""
         del self._by_id[sequence.id]
         if sequence in self.running:
-            self.running.remove(sequence)
+            del self.running[sequence]
         else:
             self.waiting.discard(sequence)
         if sequence not in self._prefilling:
@@ -126,7 +141,7 @@ class Scheduler:
         """Starts waiting sequences while there are places, tokens and pages for them."""
         self._passed, self._has_room, self._version = set(), True, self._residency.version
         self._passing.intersection_update(self.running)
-        while len(self.running) < self.config.max_sequences and (candidates := self._candidates()):
+        while len(self.running) < self._max_sequences and (candidates := self._candidates()):
             group = self._next(candidates)
             sequence = self._claim_first(group, schedule)
             if sequence is None:
@@ -137,7 +152,7 @@ class Scheduler:
             if not count or not sequence.table.grow(len(sequence.tokens)):
                 break
             self.waiting.discard(sequence)
-            self.running.append(sequence)
+            self.running[sequence] = None
             sequence.start()
             schedule.admitted.append(sequence)
             schedule.chosen[sequence] = count
@@ -156,7 +171,7 @@ class Scheduler:
     @property
     def _can_admit(self) -> bool:
         """Whether a waiting sequence might start, if its pages are there."""
-        if self._prefilling or len(self.running) == self.config.max_sequences:
+        if self._prefilling or len(self.running) == self._max_sequences:
             return False
         return bool(self._candidates()) or bool(self.waiting and self._version != self._residency.version)
 
@@ -257,7 +272,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence, schedule: Schedule) -> None:
-        self.running.remove(sequence)
+        del self.running[sequence]
         sequence.give_pages_back(self.pool)
         self.waiting.prepend(sequence)
         schedule.chosen.pop(sequence, None)

@@ -77,7 +77,8 @@ class Loop:
         self.pool = PagePool(pages, KVShape(1, 1, 1), dtype=torch.float32, device=torch.device("cpu"))
         self.inbox, self._recorder = Inbox(config), StatsRecorder(pages)
         self.residency = SimpleNamespace(version=0)
-        scheduler = Scheduler(config, self.pool, self.residency)  # type: ignore[arg-type]
+        most = config.max_sequences or 32
+        scheduler = Scheduler(config, self.pool, self.residency, most)  # type: ignore[arg-type]
         self.loop = StepLoop(
             self.inbox,
             scheduler,

@@ -45,7 +45,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             ),
             limits=model_pb2.Limits(
                 max_sequence_tokens=engine.max_tokens,
-                max_sequences=scheduler.max_sequences,
+                max_sequences=engine.max_sequences,
                 max_queued=scheduler.max_queued,
                 max_positions=adapters.max_positions,
                 max_rank=adapters.max_rank,

@@ -94,7 +94,7 @@ FILE = HomePath(dir_okay=False)
     show_default="no limit",
     help="Most disk space of adapters in the Hub cache; others, of other programs too, are deleted for new ones.",
 )
-@option("--max-sequences", type=POSITIVE, default=SchedulerConfig.max_sequences, help="Most requests in a step.")
+@option("--max-sequences", type=POSITIVE, help="Most requests in a step  [default: 32 on a CPU, up to 256 on a GPU]")
 @option("--max-step-tokens", type=POSITIVE, help="Most tokens in a step  [default: 2048 on a GPU, 512 on a CPU]")
 @option(
     "--chunked-prefill/--no-chunked-prefill",

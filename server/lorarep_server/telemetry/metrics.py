@@ -145,7 +145,7 @@ class EngineCollector(Collector):
         yield _counter("preemptions", "Requests that gave their pages back for older ones.", stats.preemptions)
         yield _counter("prompt_tokens", "Tokens of prompts that were computed.", stats.tokens_in)
         yield _counter("completion_tokens", "Tokens that were generated.", stats.tokens_out)
-        most = engine.config.scheduler.max_sequences
+        most = engine.max_sequences
         yield _counts("step_rows", "Requests in a step.", stats.step_rows, most)
         yield _counts("step_adapters", "Distinct adapters in a step.", stats.step_adapters, most)
         yield _gauge("kv_pages", "Pages of KV memory.", stats.pages_total)

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from lorarep_runtime.device.staging import moved
 from lorarep_runtime.device.timer import DeviceTimer
 from lorarep_runtime.engine.sampler import Sampled, checked, choose, sample
 from lorarep_runtime.engine.sequence import Sequence
@@ -19,33 +20,41 @@ class LaunchedStep:
 
     def __init__(
         self,
-        sequences: Seq[Sequence],
+        chosen: Seq[tuple[Sequence, int]],
         launch: Callable[[], tuple[Tensor, Tensor]],
         device: torch.device,
         *,
         unread: int,
     ) -> None:
-        """Launches the step and counts one more token of each sequence as computed.
+        """Launches the step and counts its tokens as computed.
 
         Args:
-            sequences: in the order of the decoder's rows.
+            chosen: sequences and the number of their next tokens, in the order of the decoder's rows.
             launch: `StepDecoder.step`.
             unread: number of steps of these sequences that were launched before and have not been read.
         """
-        self.sequences = sequences
+        self.sequences = [sequence for sequence, _ in chosen]
+        self.is_steady = all(count == 1 for _, count in chosen)
+        """Whether each sequence has one row, so that the next step may have the same rows."""
         self._ended: list[Sequence] = []
-        self.is_plain = all(s.sampler.is_plain and s.request.logprobs is None for s in sequences)
+        ready = [i for i, (sequence, count) in enumerate(chosen) if sequence.remaining <= count]
+        self._ready = [self.sequences[i] for i in ready]
+        """The sequences whose next token the step computes; not those of which it computes a part of the prompt."""
+        self.is_plain = all(s.sampler.is_plain and s.request.logprobs is None for s in self._ready)
         """Whether its tokens are chosen without a look at earlier ones, and no log-probabilities are asked for."""
         self._timer = DeviceTimer(device)
         tokens, self._logits = launch()
+        if len(ready) < len(chosen):
+            at = moved(torch.tensor(ready, dtype=torch.int64), device)
+            tokens, self._logits = tokens[at], self._logits[at]
         if self.is_plain:
-            choose(tokens, self._logits, [s.sampler for s in sequences], unread=unread)
+            choose(tokens, self._logits, [s.sampler for s in self._ready], unread=unread)
             self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
             # A copy: the next step reads `tokens`, and has no row of its embedding for NO_TOKEN.
             self._tokens.copy_(checked(tokens, self._logits), non_blocking=True)
         self._timer.stop()
-        for sequence in sequences:
-            sequence.mark_computed(1)
+        for sequence, count in chosen:
+            sequence.mark_computed(count)
 
     @property
     def milliseconds(self) -> float | None:
@@ -53,15 +62,15 @@ class LaunchedStep:
         return self._timer.milliseconds
 
     def sampled(self) -> list[tuple[Sequence, Sampled]]:
-        """Waits for the device and returns each sequence's next token.
+        """Waits for the device and returns the next token of each sequence that has one.
 
         A step that is not plain has to be read before the next one is launched.
         """
         failpoint("forward")
         if not self.is_plain:
-            return list(zip(self.sequences, sample(self._logits, [s.sampler for s in self.sequences]), strict=True))
+            return list(zip(self._ready, sample(self._logits, [s.sampler for s in self._ready]), strict=True))
         self._timer.wait()
-        return [(s, Sampled(t, None)) for s, t in zip(self.sequences, self._tokens.tolist(), strict=True)]
+        return [(s, Sampled(t, None)) for s, t in zip(self._ready, self._tokens.tolist(), strict=True)]
 
     def keep_adapter(self, sequence: Sequence) -> None:
         """Keeps the adapter of a sequence that has ended until `release_adapters`: the device may still read it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -11,30 +10,47 @@ from torch import Tensor
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.engine.launched_step import LaunchedStep
 from lorarep_runtime.engine.prefill_pass import Forward
-from lorarep_runtime.engine.scheduler import Scheduler
+from lorarep_runtime.engine.scheduler import Scheduler, were_first
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.model.batch import Batch, Span
 
+Chosen = tuple[Sequence, int]
+"""A sequence and the number of its next tokens to compute."""
+PASS_TOKENS = 512
+"""Tokens of prompts up to which a few steps are faster than a prefill pass, whose launches take long, on an H200."""
 AHEAD = PAGE_TOKENS // 2
 """Number of tokens for which pages are taken early where there is time."""
 
 
 class StepDecoder(Protocol):
-    """Decode steps of one new token for each row, and prefill passes; `gpu.decoder.Decoder` is one."""
+    """Steps of one token for each row, and prefill passes; `gpu.decoder.Decoder` is one."""
+
+    def rows_with_prompts(self, decoding: int, /) -> int:
+        """Most rows of a step in which so many decode, if it may take about twice as long for the prompts' sake."""
 
     def set_rows(self, spans: Seq[Span], /) -> None:
-        """Sets the rows of the steps to come. Each span is one token."""
+        """Sets the rows of the steps to come, one for each token of each span.
+
+        If a span has several tokens, rows have to be set before each following step.
+        """
+
+    def keep_rows(self, kept: Seq[int], /) -> None:
+        """Leaves all other rows of the last step out of the next ones, where each span was one token.
+
+        Args:
+            kept: rows of the last step, in order. Each has its next token there.
+        """
 
     def set_pages(self) -> None:
-        """Takes in the pages that the rows' page tables have got since."""
+        """Takes in the pages that the spans' page tables have got since."""
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """Launches a step of the rows, each one token longer than in the step before.
+        """Launches a step of the rows. If each span is one token, each is one token longer than in the step before.
 
         Returns:
-            The likeliest next tokens (rows) int64, and fp32 logits (rows, vocab). The next step reads its tokens from
-            the first one, and overwrites both.
+            The likeliest next token of each span, (spans) int64, and its fp32 logits (spans, vocab). The next step
+            reads its tokens from the first one, and overwrites both.
         """
 
     def prefill(self, batch: Batch, /) -> Forward:
@@ -53,29 +69,39 @@ class StepOverlap:
         self._scheduler = scheduler
         self._device = scheduler.pool.key_pages.device
         self.pending: LaunchedStep | None = None
-        """A step that has not been read. Its sequences are all that were scheduled to decode."""
+        """A step that has not been read. Its sequences are all that were scheduled for it."""
 
-    def divide(self, chosen: Iterable[tuple[Sequence, int]]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+    def divide(self, chosen: Seq[Chosen]) -> tuple[list[Chosen], list[Chosen]]:
         """Divides scheduled sequences among the decoder and the prefill pass.
 
-        Returns:
-            The sequences that the decoder takes, and the others with the number of their tokens to compute.
-        """
-        decoding: list[Sequence] = []
-        rest: list[tuple[Sequence, int]] = []
-        for sequence, count in chosen:
-            if self.decoder is not None and sequence.computed and sequence.remaining == 1:
-                decoding.append(sequence)
-            else:
-                rest.append((sequence, count))
-        return decoding, rest
+        The decoder takes prompts, too, where all of their tokens to compute are few enough to be rows of a few steps.
 
-    def launch(self, sequences: Seq[Sequence]) -> None:
-        """Launches a step of sequences that decode, which is pending then."""
+        Returns:
+            The sequences that the decoder takes, and the others, with the number of their tokens to compute.
+        """
+        if self.decoder is None:
+            return [], list(chosen)
+        decoding: list[Chosen] = []
+        rest: list[Chosen] = []
+        for sequence, count in chosen:
+            (decoding if sequence.computed and sequence.remaining == 1 else rest).append((sequence, count))
+        first = were_first([sequence for sequence, _ in decoding], [sequence for sequence, _ in rest])
+        room = self.decoder.rows_with_prompts(len(decoding) if first else 0) - len(decoding)
+        most = max(room, PASS_TOKENS) if self._scheduler.config.chunked_prefill and room > 0 else room
+        if sum(count for _, count in rest) > most:
+            return decoding, rest
+        for sequence, count in rest:
+            if taken := min(count, room):
+                decoding.append((sequence, taken))
+                room -= taken
+        return decoding, []
+
+    def launch(self, chosen: Seq[Chosen]) -> None:
+        """Launches a step of sequences and so many next tokens of each, which is pending then."""
         failpoint("forward")
         assert self.decoder is not None
-        self.decoder.set_rows([sequence.span(1) for sequence in sequences])
-        self.pending = LaunchedStep(sequences, self.decoder.step, self._device, unread=0)
+        self.decoder.set_rows([sequence.span(count) for sequence, count in chosen])
+        self.pending = LaunchedStep(chosen, self.decoder.step, self._device, unread=0)
 
     def take_pending(self) -> LaunchedStep:
         """The pending step, for its reader. None is pending afterwards."""
@@ -84,7 +110,7 @@ class StepOverlap:
         return step
 
     def go_on(self, step: LaunchedStep, *, has_time: bool) -> bool:
-        """Launches the next step of the same sequences, if it can be, before the tokens of `step` are read.
+        """Launches the next step of those sequences that go on, if it can be, before the tokens of `step` are read.
 
         Args:
             step: a plain one.
@@ -95,17 +121,19 @@ class StepOverlap:
         """
         failpoint("forward")
         assert self.decoder is not None
-        if not self._can_go_on(step.sequences) or not self._take_pages(step.sequences, early=has_time):
+        running = [(row, s) for row, s in enumerate(step.sequences) if s in self._scheduler.running]
+        if not step.is_steady or not self._scheduler.would_choose_only([s for _, s in running]):
             return False
+        # The others end with the token to come.
+        kept = [(row, s) for row, s in running if s.new_tokens + 2 <= s.request.stopping.max_new_tokens]
+        going = [s for _, s in kept]
+        if not going or not self._take_pages(going, early=has_time):
+            return False
+        if len(going) < len(step.sequences):
+            self.decoder.keep_rows([row for row, _ in kept])
         self.decoder.set_pages()
-        self.pending = LaunchedStep(step.sequences, self.decoder.step, self._device, unread=1)
+        self.pending = LaunchedStep([(s, 1) for s in going], self.decoder.step, self._device, unread=1)
         return True
-
-    def _can_go_on(self, sequences: Seq[Sequence]) -> bool:
-        """Whether the sequences are all that would be scheduled, and none of them ends with the token to come."""
-        return self._scheduler.would_choose_only(sequences) and all(
-            s.new_tokens + 2 <= s.request.stopping.max_new_tokens for s in sequences
-        )
 
     def _take_pages(self, sequences: Seq[Sequence], *, early: bool) -> bool:
         """Takes the pages of the next tokens: if `early`, and if there are as many, of the next AHEAD of each."""

@@ -1,4 +1,4 @@
-"""Prefill passes: the forward pass of prompts, a slice at a time where other sequences decode meanwhile."""
+"""Prefill passes: the forward pass of prompts, a slice at a time where streams that were first decode meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.device.timer import DeviceTimer
 from lorarep_runtime.engine.sampler import Sampled, sample
-from lorarep_runtime.engine.scheduler import Scheduler
+from lorarep_runtime.engine.scheduler import Scheduler, were_first
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.model.base import Base
@@ -167,7 +167,7 @@ class SlicedPrefill:
         self.pending: PrefillPass | None = None
 
     def begin_or_go_on(self, chosen: Seq[tuple[Sequence, int]]) -> None:
-        """Begins a pass over prompts or goes on with the pending one: a slice where others decode, else all of it.
+        """Begins a pass over prompts or goes on with the pending one: a slice beside streams that were first, else all.
 
         Args:
             chosen: sequences of a new pass, and the number of their next tokens; empty while one is pending.
@@ -177,8 +177,9 @@ class SlicedPrefill:
             self.pending = PrefillPass(chosen, self._scheduler.pool, self._forward)
             self._scheduler.begin_prefill(self.pending.sequences)
         if not self.pending.is_deserted:
-            others_decode = any(s not in self.pending.sequences for s in self._scheduler.running)
-            self.pending.launch_visits(self.pacer.visits() if others_decode else None, self.pacer)
+            others = [s for s in self._scheduler.running if s not in self.pending.sequences]
+            sliced = were_first(others, self.pending.sequences)
+            self.pending.launch_visits(self.pacer.visits() if sliced else None, self.pacer)
 
     def take_finished(self) -> PrefillPass | None:
         """The pass, once it is over; none is pending afterwards."""

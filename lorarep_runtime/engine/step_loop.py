@@ -15,7 +15,7 @@ from lorarep_runtime.engine.deferred_releases import DeferredReleases
 from lorarep_runtime.engine.inbox import Inbox
 from lorarep_runtime.engine.launched_step import LaunchedStep
 from lorarep_runtime.engine.outputs import Outputs
-from lorarep_runtime.engine.overlap import StepOverlap
+from lorarep_runtime.engine.overlap import Chosen, StepOverlap
 from lorarep_runtime.engine.prefill_pass import SlicedPrefill
 from lorarep_runtime.engine.sampler import Sampled
 from lorarep_runtime.engine.scheduler import Scheduler
@@ -136,18 +136,18 @@ class StepLoop:
             self._end(sequence, error)
         return list(schedule.chosen.items())
 
-    def _decode(self, sequences: Seq[Sequence]) -> None:
-        """Launches a decode step while none is pending. If the next step needs its tokens, reads them."""
+    def _decode(self, chosen: Seq[Chosen]) -> None:
+        """Launches a step while none is pending. If the next step needs its tokens, reads them."""
         try:
-            self._launch(sequences)
+            self._launch(chosen)
         except Exception as error:
-            self._end_failed(sequences, error)
+            self._end_failed([sequence for sequence, _ in chosen], error)
         if self.overlap.pending is not None and not self.overlap.pending.is_plain:
             self._read(self.overlap.take_pending())
 
-    def _launch(self, sequences: Seq[Sequence]) -> None:
-        """Launches a decode step, which is pending then; raises what the launch raises."""
-        self.overlap.launch(sequences)
+    def _launch(self, chosen: Seq[Chosen]) -> None:
+        """Launches a step, which is pending then; raises what the launch raises."""
+        self.overlap.launch(chosen)
         self._began_at = time.perf_counter()
         self._failures = 0
 
@@ -185,7 +185,8 @@ class StepLoop:
         gil.claim()
         self._began_at = time.perf_counter()
         self._emit(sampled)
-        self.prefill.pacer.record_decode(step.milliseconds)
+        if step.is_steady:
+            self.prefill.pacer.record_decode(step.milliseconds)
         if not self.scheduler.running:
             gil.release()
 

@@ -7,16 +7,17 @@ graphs serve all steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorarep_runtime.config import PAGE_TOKENS
-from lorarep_runtime.integers import ceil_div, next_power_of_two
+from lorarep_runtime.integers import ceil_div, next_power_of_two, round_up
 from lorarep_runtime.kernels.attention_config import Attention
 from lorarep_runtime.kernels.decode.combine import Partials
 from lorarep_runtime.model.kv_cache import pages_of
@@ -39,6 +40,10 @@ MOST_ATTENDED_RANKS = 8
 """Most ranks for which the attention kernel computes A x itself; with more each of its programs would take long."""
 MOST_SPLITS = 16
 """Most parts that a sequence of up to LONG_SEQUENCE tokens is split into for attention."""
+PROMPT_ROWS = (16, 128)
+"""Least and most rows of the steps that compute prompts; those of many sequences have as many as these."""
+ALIGNMENT = 256
+"""Bytes of whose multiples tensors begin at one: more than any load and TMA ask for."""
 LONG_SEQUENCE = 2048
 """Tokens beyond which a sequence is split into MORE_SPLITS times as many parts: the reading pays for the merging."""
 MORE_SPLITS = 2
@@ -98,6 +103,8 @@ class StepShape(NamedTuple):
     """Ranks that `shrunk` has room for."""
     splits: int
     """Parts that each sequence is split into."""
+    shares_sequences: bool = False
+    """Whether several rows may be tokens of one sequence, as those of prompts are."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,8 @@ class LayerBuffers:
     """Attention to each part of the sequences, where they are split."""
     attention_shrinks: bool
     """Whether the attention kernel computes A x of the o projection too, one part for each head of keys and values."""
+    shares_sequences: bool
+    """Whether several rows may be tokens of one sequence."""
 
 
 @dataclass(frozen=True)
@@ -130,31 +139,37 @@ class StepBuffers:
 
     shape: StepShape
     tokens: Tensor
-    """(rows) int64: the last token of each sequence before a step, the likeliest next one after it."""
+    """(rows) int64: the token of each row before a step, the likeliest next one after it."""
     lengths: Tensor
-    """(rows) int32, tokens in each row's cache; a step adds one."""
+    """(rows) int32, tokens of each row's sequence before the row's own; a step adds one."""
+    sequences: Tensor
+    """(rows) int32, the number of each row's sequence in the tables."""
     adapters: Tensor
     """(rows) int64, addresses of the entry tables of the rows' adapters; 0 is no adapter."""
+    ends: Tensor
+    """(sequences) int64, the row of each sequence's last token, where several rows may be of one."""
     logits: Tensor
-    """(rows, vocab) fp32."""
+    """(sequences, vocab) fp32, of each sequence's last token; sequences are rows where each has one."""
     tables: Tensor
-    """(most rows, positions, pages) int32, the pages of each row's sequence at each position of its stack."""
+    """(most sequences, positions, pages) int32, the pages of each sequence at each position of its stack."""
     layers: LayerBuffers
 
 
 class StepMemory:
     """The memory of all steps. The engine's thread alone asks it for views; any thread may count its tensors."""
 
-    def __init__(self, base: Base, attention: Attention, max_rows: int, max_tokens: int, total_pages: int) -> None:
+    def __init__(self, base: Base, attention: Attention, max_sequences: int, max_tokens: int, total_pages: int) -> None:
         """
         Args:
             attention: of any layer; all have the same heads.
-            max_rows: most rows of a step.
+            max_sequences: most sequences of a step.
             max_tokens: most tokens of a sequence.
             total_pages: of the pool.
         """
         self._base, self._kv_heads = base, attention.kv_heads
-        self._max_rows = rows = next_power_of_two(max_rows)
+        self._max_sequences = next_power_of_two(max_sequences)
+        self.max_rows = rows = max(self._max_sequences, PROMPT_ROWS[1])
+        """Most rows of a step."""
         self._max_pages, self._total_pages = pages_of(max_tokens), total_pages
         self._views: dict[tuple[StepShape, int], StepBuffers] = {}
         """By shape and depth of the page tables."""
@@ -165,21 +180,38 @@ class StepMemory:
         hidden, widths = base.config.get_text_config().hidden_size, base.modules
         outputs = [sum(widths[name][0] for name in names) for names in PACKED_MODULES]
         splits = max(shape.rows * shape.splits for shape in self._shapes(LEAST_RANKS))
-        self._h, self._x = self._zeros(rows, hidden), self._zeros(rows, hidden)
-        self._qkv = self._zeros(rows, outputs[0])
-        self._out = self._zeros(rows, attention.heads * attention.head_dim)
-        self._gate_up = self._zeros(rows, outputs[2])
-        self._gated = self._zeros(rows, widths[PACKED_MODULES[3][0]][1])
-        self._partials = Partials.empty(1, attention.heads, splits, attention.head_dim, base.device)
+        heads, dim, dtype = attention.heads, attention.head_dim, base.dtype
+        # Attention is over when gate and up are computed, and begins anew when they have been read.
+        attended = [
+            _Wanted((rows, outputs[0]), dtype),
+            _Wanted((rows, heads * dim), dtype),
+            *(_Wanted((1, heads, splits, *more), torch.float32) for more in ((), (), (dim,))),
+        ]
+        gate_up = [_Wanted((rows, outputs[2]), dtype)]
+        others = [_Wanted((rows, n), dtype) for n in (hidden, hidden, widths[PACKED_MODULES[3][0]][1])]
+        shared = max(_bytes(attended), _bytes(gate_up))
+        self._layers = torch.zeros(shared + _bytes(others), dtype=torch.uint8, device=base.device)
+        """The memory of what layers write, in one piece: an allocator rounds up each."""
+        self._qkv, self._out, *partials = _carved(self._layers, attended)
+        self._partials = Partials(*partials)
+        (self._gate_up,) = _carved(self._layers, gate_up)
+        self._h, self._x, self._gated = _carved(self._layers[shared:], others)
         self._tokens = self._zeros(rows, dtype=torch.int64)
         self._lengths = self._zeros(rows, dtype=torch.int32)
+        self._sequences = self._zeros(rows, dtype=torch.int32)
         self._adapters = self._zeros(rows, dtype=torch.int64)
-        self._logits = self._zeros(rows, base.vocab_size, dtype=torch.float32)
+        self._ends = self._zeros(self._max_sequences, dtype=torch.int64)
+        self._logits = self._zeros(self._max_sequences, base.vocab_size, dtype=torch.float32)
 
     @property
     def buckets(self) -> list[int]:
-        """Numbers of rows that steps are captured for: the powers of two up to the most rows."""
-        return [1 << power for power in range(self._max_rows.bit_length())]
+        """Numbers of rows that steps of a row for each sequence are captured for: powers of two."""
+        return [1 << power for power in range(self._max_sequences.bit_length())]
+
+    @property
+    def prompt_buckets(self) -> list[int]:
+        """Numbers of rows that steps with prompts are captured for: powers of two."""
+        return [1 << power for power in range(self.max_rows.bit_length()) if 1 << power >= PROMPT_ROWS[0]]
 
     @property
     def max_tokens(self) -> int:
@@ -189,16 +221,15 @@ class StepMemory:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that are held, also while another thread adds to them."""
-        layers = [self._h, self._x, self._qkv, self._out, self._gate_up, self._gated, *self._partials]
         shrunk = [tensor for tensors in list(self._shrunk.values()) for tensor in tensors]
-        rows = [self._tokens, self._lengths, self._adapters, self._logits]
-        return [*layers, *shrunk, *list(self._tables.values()), *rows]
+        rows = [self._tokens, self._lengths, self._sequences, self._adapters, self._ends, self._logits]
+        return [self._layers, *shrunk, *list(self._tables.values()), *rows]
 
     def splits(self, rows: int, tokens: int) -> int:
         """Parts that each sequence of a step is split into, of which the longest has `tokens` tokens."""
         return splits_for(rows, self._kv_heads, tokens)
 
-    def views(self, rows: int, rank: int, tokens: int, depth: int) -> StepBuffers:
+    def views(self, rows: int, rank: int, tokens: int, depth: int, *, shares_sequences: bool = False) -> StepBuffers:
         """The memory of a step, of the smallest shape that has room for it.
 
         Args:
@@ -206,15 +237,19 @@ class StepMemory:
             rank: largest of its adapters; its class does as well.
             tokens: of its longest sequence.
             depth: positions of its deepest stack.
+            shares_sequences: whether several rows may be tokens of one sequence.
         """
-        rows = next_power_of_two(rows)
-        shape, depth = StepShape(rows, ranks_for(rank), self.splits(rows, tokens)), depth_for(depth)
+        rows = next_power_of_two(max(rows, self.prompt_buckets[0]) if shares_sequences else rows)
+        depth = depth_for(depth)
+        shape = StepShape(rows, ranks_for(rank), self.splits(rows, tokens), shares_sequences)
         if (shape, depth) not in self._views:
             self._views[shape, depth] = StepBuffers(
                 shape=shape,
                 tokens=self._tokens[:rows],
                 lengths=self._lengths[:rows],
+                sequences=self._sequences[:rows],
                 adapters=self._adapters[:rows],
+                ends=self._ends[:rows],
                 logits=self._logits[:rows],
                 tables=self._tables_of(depth),
                 layers=self._layer_views(shape),
@@ -236,6 +271,7 @@ class StepMemory:
             ],
             partials=Partials(*(_reshaped(p, n, p.shape[1], shape.splits, *p.shape[3:]) for p in self._partials)),
             attention_shrinks=self._attention_shrinks(shape),
+            shares_sequences=shape.shares_sequences,
         )
 
     def _attention_shrinks(self, shape: StepShape) -> bool:
@@ -251,7 +287,8 @@ class StepMemory:
 
     def _shapes(self, ranks: int) -> list[StepShape]:
         """All shapes that there are of some ranks: sequences are split as the shortest or as the longest is."""
-        return [StepShape(n, ranks, self.splits(n, t)) for n in self.buckets for t in (1, self.max_tokens)]
+        rows = {*self.buckets, *self.prompt_buckets}
+        return [StepShape(n, ranks, self.splits(n, t)) for n in sorted(rows) for t in (1, self.max_tokens)]
 
     def _shrunk_of(self, ranks: int) -> Sequence[Tensor]:
         """Memory for A x in steps of every number of rows."""
@@ -266,11 +303,36 @@ class StepMemory:
     def _tables_of(self, depth: int) -> Tensor:
         if depth not in self._tables:
             pages = most_pages(depth, self.max_tokens, self._total_pages)
-            self._tables[depth] = self._zeros(self._max_rows, depth, pages, dtype=torch.int32)
+            self._tables[depth] = self._zeros(self._max_sequences, depth, pages, dtype=torch.int32)
         return self._tables[depth]
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self._base.dtype, device=self._base.device)
+
+
+class _Wanted(NamedTuple):
+    """A tensor that is to lie in a given memory."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes up to where the next tensor may begin."""
+        return round_up(math.prod(self.shape) * self.dtype.itemsize, ALIGNMENT)
+
+
+def _bytes(wanted: Sequence[_Wanted]) -> int:
+    return sum(one.nbytes for one in wanted)
+
+
+def _carved(memory: Tensor, wanted: Sequence[_Wanted]) -> list[Tensor]:
+    """Tensors that lie one after the other in a memory of bytes, from its beginning on."""
+    ends = accumulate((one.nbytes for one in wanted), initial=0)
+    return [
+        memory[at : at + math.prod(one.shape) * one.dtype.itemsize].view(one.dtype).view(*one.shape)
+        for one, at in zip(wanted, ends, strict=False)
+    ]
 
 
 def _reshaped(whole: Tensor, *shape: int) -> Tensor:

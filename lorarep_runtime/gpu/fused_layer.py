@@ -22,6 +22,7 @@ from lorarep_runtime.kernels.decode.activation import gate_rows, gate_shrink
 from lorarep_runtime.kernels.decode.attention import Cache, attend, attend_whole
 from lorarep_runtime.kernels.decode.combine import combine_shrink
 from lorarep_runtime.kernels.decode.norm import norm_shrink
+from lorarep_runtime.kernels.decode.store import store
 from lorarep_runtime.kernels.entry_table import DecodeRows
 from lorarep_runtime.kernels.prefill.adapt_segments import SegmentTiles, adapt_segments
 from lorarep_runtime.kernels.prefill.rotate_store import rotate_store
@@ -81,7 +82,7 @@ class FusedLayer:
     """One for each of PACKED_MODULES: queries, keys and values; o; gate and up; down."""
 
     def forward(self, b: LayerBuffers, cos: Tensor, sin: Tensor, cache: Cache, rows: DecodeRows) -> None:
-        """h += f(h) for the rows of one new token that have a position, where f is the layer.
+        """h += f(h) for the rows that have a position, where f is the layer. Each row is one new token.
 
         Args:
             cos, sin: (rows, head_dim), of each row's new token.
@@ -93,10 +94,13 @@ class FusedLayer:
 
         norm_shrink(b.h, self.norms[0], self.eps, b.x, qkv_shrunk, rows, qkv.first, pdl=pdl)
         qkv.decode(b.x, b.qkv, qkv_shrunk, rows)
+        given = self.attention, b.qkv, cos, sin, cache
+        if b.shares_sequences:
+            store(*given, rows, pdl=pdl)
         if b.attention_shrinks:
-            attend_whole(self.attention, b.qkv, cos, sin, cache, b.out, o_shrunk, rows, o.first, pdl=pdl)
+            attend_whole(*given, b.out, o_shrunk, rows, o.first, stored=b.shares_sequences, pdl=pdl)
         else:
-            attend(self.attention, b.qkv, cos, sin, cache, b.partials, rows, pdl=pdl)
+            attend(*given, b.partials, rows, stored=b.shares_sequences, pdl=pdl)
             combine_shrink(b.partials, b.out, o_shrunk, rows, o.first, pdl=pdl)
         o.decode(b.out, b.h, o_shrunk, rows, add=True)
         norm_shrink(b.h, self.norms[1], self.eps, b.x, gate_up_shrunk, rows, gate_up.first, pdl=pdl)

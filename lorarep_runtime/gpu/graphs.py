@@ -94,7 +94,7 @@ class StepGraphs:
         decoder: Any = model.get_decoder()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tokens, lengths, h = buffers.tokens, buffers.lengths, buffers.layers.h
-        cache = Cache(*self._pool.tensors, buffers.tables[: buffers.shape.rows], lengths)
+        cache = Cache(*self._pool.tensors, buffers.tables, buffers.sequences, lengths)
 
         @torch.inference_mode()
         def forward() -> None:
@@ -104,8 +104,9 @@ class StepGraphs:
             for visit, row_positions in zip(plan.visits, positions, strict=True):
                 rows = DecodeRows(row_positions, buffers.adapters, modules)
                 self._layers[visit.layer].forward(buffers.layers, cos[0], sin[0], cache, rows)
-            buffers.logits.copy_(head(decoder.norm(h)))
-            torch.argmax(buffers.logits, 1, out=tokens)
+            last = h[buffers.ends] if buffers.shape.shares_sequences else h
+            buffers.logits.copy_(head(decoder.norm(last)))
+            torch.argmax(buffers.logits, 1, out=tokens[: len(last)])
 
         return forward
 

@@ -60,15 +60,16 @@ def warm_up(decoder: Decoder, stacks: Collection[Stack], max_rank: int, progress
     if decoder.base.device.type == "cuda":
         _load_kernels(decoder)
     memory, graphs = decoder.memory, decoder.graphs
+    kinds = [*((rows, False) for rows in memory.buckets), *((rows, True) for rows in memory.prompt_buckets)]
     depth = min(map(len, stacks))
     for ranks in rank_classes(max_rank):
-        for rows in memory.buckets:
+        for rows, shares in kinds:
             for tokens in (1, memory.max_tokens):  # long sequences are split into more parts
-                graphs.compile(memory.views(rows, ranks, tokens, depth))
-    todo = [(stack, rows) for stack in stacks for rows in memory.buckets][:MOST_GRAPHS]
-    for done, (stack, rows) in enumerate(todo, 1):
+                graphs.compile(memory.views(rows, ranks, tokens, depth, shares_sequences=shares))
+    todo = [(stack, *kind) for stack in stacks for kind in kinds][:MOST_GRAPHS]
+    for done, (stack, rows, shares) in enumerate(todo, 1):
         # Graphs of larger ranks and of long sequences are captured when there are such sequences.
-        graphs.graph(merge((stack,)), memory.views(rows, LEAST_RANKS, 1, len(stack)))
+        graphs.graph(merge((stack,)), memory.views(rows, LEAST_RANKS, 1, len(stack), shares_sequences=shares))
         if progress is not None:
             progress("capture", done, len(todo))
 

@@ -41,9 +41,14 @@ def ends_at(token: int) -> Request:
     [dict(), dict(max_sequences=3), dict(max_step_tokens=16, max_sequences=5), dict(kv_bytes=50 * PAGE)],
     ids=str,
 )
-def test_tokens_are_those_of_steps_one_after_the_other(base: Path, adapter: Path, scheduler: dict[str, Any]) -> None:
+@pytest.mark.parametrize("rows", [0, 24, 128], ids=["passes", "rows of a few steps", "rows of a step"])
+def test_tokens_are_those_of_steps_one_after_the_other(
+    base: Path, adapter: Path, scheduler: dict[str, Any], rows: int
+) -> None:
+    """Prompts in passes, and those that are short as rows of steps."""
     one_by_one, ahead = (engine_for(base, adapters={"deep": adapter}, **scheduler) for _ in range(2))
     decoder = with_decoder(ahead)
+    decoder.most_rows = rows
     twelfth = one_by_one.generate([(greedy(new_tokens=12), one_by_one.adapters.lease([]))])[0].tokens[-1]
     asked = [
         (greedy(new_tokens=70), "deep"),
@@ -61,6 +66,7 @@ def test_tokens_are_those_of_steps_one_after_the_other(base: Path, adapter: Path
     assert [a.finished.reason for a in answers[1]] == [a.finished.reason for a in answers[0]]
     assert [p.token for p in answers[1][4].logprobs] == list(answers[0][4].tokens)
     assert decoder.steps > decoder.told + 10
+    assert (decoder.prompts > 0) == (rows > 0)
     assert (ahead.stats().preemptions > 0) == ("kv_bytes" in scheduler)
     assert_nothing_held(ahead)
 
@@ -79,6 +85,29 @@ def test_a_step_is_launched_before_the_last_is_read_and_none_past_the_end(base: 
     # The first token is the prompt's; the last event is the end.
     assert launched == [0, 2, 3, 4, 5, 5, 5]
     assert decoder.told == 1
+
+
+def test_steps_go_on_without_the_sequences_that_end(base: Path, adapter: Path) -> None:
+    """Those that end by their length are left out of the next step before their last token is read; one that ends by
+    its token has been computed once more. The rows of the others are never set anew."""
+    one_by_one, ahead = (engine_for(base, adapters={"deep": adapter}) for _ in range(2))
+    decoder = with_decoder(ahead)
+    seventh = one_by_one.generate([(greedy(new_tokens=7), one_by_one.adapters.lease([]))])[0].tokens[-1]
+    hot = replace(greedy(PROMPT[:6], new_tokens=33), sampling=Sampling(temperature=1.5, seed=3))
+    asked = [
+        (greedy(PROMPT[:5], new_tokens=4), None),
+        (greedy(PROMPT[:7], new_tokens=20), "deep"),
+        (ends_at(seventh), None),
+        (greedy(PROMPT[:9], new_tokens=20), None),
+        (hot, "deep"),
+    ]
+    answers = [
+        engine.generate((r, engine.adapters.lease([(name, 1.0)] if name else [])) for r, name in asked)
+        for engine in (one_by_one, ahead)
+    ]
+    assert [a.tokens for a in answers[1]] == [a.tokens for a in answers[0]]
+    assert decoder.told == 1
+    assert_nothing_held(ahead)
 
 
 def test_rows_that_sample_are_overlapped_too(base: Path) -> None:

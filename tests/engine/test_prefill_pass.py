@@ -279,6 +279,7 @@ if torch.cuda.is_available():
         engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=64 << 20, max_step_tokens=32)))
         engine.adapters.load("a", str(adapter), trusted=True)
         prompt = replace(greedy(new_tokens=4), prompt=PROMPT * 5)
+        monkeypatch.setattr(engine.loop.overlap.decoder, "rows_with_prompts", lambda decoding: 0)
         engine.generate([(prompt, engine.adapters.lease([("a", 1.0)]))])  # kernels load once, and wait for the device
         caller = Caller(engine, prompt, "a")
         launch = PrefillPass.launch_visits

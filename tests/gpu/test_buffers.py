@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_every_step_has_room(rank: int, tokens: int) -> None:
     assert held.buckets == [1, 2, 4, 8]
     for rows in range(1, 7):
         found = held.views(rows, rank, tokens, 20)
-        n, ranks, splits = found.shape
+        n, ranks, splits, _ = found.shape
         assert n in held.buckets
         assert n >= rows
         assert ranks >= rank
@@ -50,6 +51,27 @@ def test_every_step_has_room(rank: int, tokens: int) -> None:
         for names, shrunk in zip(PACKED_MODULES, found.layers.shrunk, strict=True):
             assert (shrunk.shape[0], *shrunk.shape[2:]) == (n, len(names), ranks)
             assert shrunk.is_contiguous()
+
+
+def test_prompts_have_more_rows_than_there_are_sequences() -> None:
+    held = memory()
+    assert held.prompt_buckets == [16, 32, 64, 128]
+    for rows in (2, 17, 128):
+        found = held.views(rows, 8, 1, 20, shares_sequences=True)
+        assert found.shape.shares_sequences
+        assert len(found.sequences) == found.shape.rows in held.prompt_buckets
+        assert found.tables is held.views(1, 8, 1, 20).tables
+        assert len(found.logits) == len(found.ends) == min(found.shape.rows, 8)
+        assert found is not held.views(found.shape.rows, 8, 1, 20)
+
+
+def test_what_a_layer_writes_and_reads_at_once_does_not_overlap() -> None:
+    b = memory().views(128, 8, 1, 2, shares_sequences=True).layers
+    attended = [b.qkv, b.out, *b.partials]
+    for together in ([b.h, b.x, b.gated, *attended], [b.h, b.x, b.gated, b.gate_up]):
+        ranges = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in together)
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
+        assert all(begin % 16 == 0 for begin, _ in ranges)
 
 
 def test_sizes_come_in_few_classes() -> None:

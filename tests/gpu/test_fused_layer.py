@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
     for name, folder in folders.items():
         engine.adapters.load(name, str(folder), trusted=True)
     assert can_decode(engine.base)
-    decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
+    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64)
     names = ("overlap False", "reordering True", None)
     leases = [engine.adapters.lease([(name, 1.0)] if name else []) for name in names]
     texts = [[*PROMPT[: 3 + 6 * i], 5 * i, 5 * i + 1] for i in range(len(leases))]
@@ -102,7 +102,7 @@ def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkey
     save_adapter(base, tmp_path / "lora", seed=1, **lora)
     engine = Engine(EngineConfig(config, stacks={"short": (0,)}, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
     engine.adapters.load("lora", str(tmp_path / "lora"), trusted=True)
-    decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
+    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64)
     leases = [*(engine.adapters.lease([], "short") for _ in range(2)), engine.adapters.lease([("lora", 1.0)])]
     texts, spans = [list(PROMPT[:length]) for length in (16, 7, 16)], []
     for lease, text in zip(leases, texts, strict=True):
@@ -121,6 +121,10 @@ def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkey
             torch.testing.assert_close(row, engine.logits(text, lease)[-1], atol=1e-5, rtol=0)
             text.append(token)
     assert splits == [1, 2, 2]
+    decoder.keep_rows([0, 2])
+    _, logits = decoder.step()
+    expected = torch.stack([engine.logits(texts[i], leases[i])[-1] for i in (0, 2)])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,7 +135,7 @@ def test_prompts_have_the_logits_of_the_layers(family: str, tmp_path: Path) -> N
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
     for name, folder in folders.items():
         engine.adapters.load(name, str(folder), trusted=True)
-    decoder = Decoder(engine.base, engine.pool, max_rows=4, max_tokens=64)
+    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64)
     spans, expected = [], []
     adapters: dict[str | None, Adapter | None] = {}
     for i, name in enumerate(["overlap True", "reordering False", None, "overlap True", "base order True"]):
@@ -151,6 +155,39 @@ def test_prompts_have_the_logits_of_the_layers(family: str, tmp_path: Path) -> N
     assert not prefill.left
     logits = prefill.logits(torch.arange(int(batch.starts[-1]), device=engine.base.device))
     torch.testing.assert_close(logits, torch.cat([expected[i] for i in batch.order]), atol=1e-5, rtol=0)
+
+
+def test_prompts_are_rows_of_a_step_beside_rows_that_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the rest of a prompt that is in the cache already. The next step is one of a row for each sequence."""
+    monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_PARTS", 2)
+    monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_SPLITS", 1)
+    monkeypatch.setattr("lorarep_runtime.gpu.buffers.PROMPT_ROWS", (2, 16))
+    monkeypatch.setattr("lorarep_runtime.kernels.decode.shrink.MOST_RANK_PROGRAMS", 1)
+    base, folders = save_all("qwen3", tmp_path)
+    config = BaseConfig(str(base), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
+    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64)
+    leases, texts, spans = [], [], []
+    for name, length, cached in (("overlap False", 8, 0), ("reordering True", 6, 5), (None, 20, 16)):
+        if name:
+            engine.adapters.load(name, str(folders[name]), trusted=True)
+        leases.append(lease := engine.adapters.lease([(name, 1.0)] if name else []))
+        texts.append(text := [*PROMPT, *PROMPT][: length + 1])
+        table = PageTable(engine.pool, len(lease.stack))
+        assert table.grow(len(text))
+        if cached:
+            fill(engine, lease, text[:cached], table)
+        spans.append(Span(text[cached:length], cached, lease.stack, with_table(lease, engine), table))
+    decoder.set_rows(spans)
+    _, logits = decoder.step()
+    expected = [engine.logits(text[:-1], lease)[-1:] for lease, text in zip(leases, texts, strict=True)]
+    torch.testing.assert_close(logits, torch.cat(expected), atol=1e-5, rtol=0)
+    decoder.set_rows(
+        [replace(span, tokens=text[-1:], context=span.length) for span, text in zip(spans, texts, strict=True)]
+    )
+    _, logits = decoder.step()
+    expected = [engine.logits(text, lease)[-1:] for lease, text in zip(leases, texts, strict=True)]
+    torch.testing.assert_close(logits, torch.cat(expected), atol=1e-5, rtol=0)
 
 
 def fill(engine: Engine, lease: Lease, text: list[int], table: PageTable) -> None:

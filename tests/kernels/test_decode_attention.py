@@ -11,6 +11,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from lorarep_runtime.kernels.attention_config import Attention
 from lorarep_runtime.kernels.decode.attention import Cache, attend, attend_reference, attend_whole
 from lorarep_runtime.kernels.decode.combine import Partials, combine_shrink, combine_shrink_reference
+from lorarep_runtime.kernels.decode.store import store, store_reference
 from tests.support.decode_rows import (
     CAPACITY,
     DEPTH,
@@ -40,8 +41,13 @@ class Sequences:
         order = torch.randperm(rows * DEPTH * n + 7)[: rows * DEPTH * n]
         tables = order.view(rows, DEPTH, n).int().to(DEVICE)
         shape = (rows * DEPTH * n + 7, PAGE, layer.kv_heads, layer.head_dim)
+        sequences = torch.arange(rows).int().to(DEVICE)
         self.cache = Cache(
-            nan(*shape, dtype=dtype), nan(*shape, dtype=dtype), tables, torch.tensor(lengths).int().to(DEVICE)
+            nan(*shape, dtype=dtype),
+            nan(*shape, dtype=dtype),
+            tables,
+            sequences,
+            torch.tensor(lengths).int().to(DEVICE),
         )
         for row, (length, position) in enumerate(zip(lengths, POSITIONS, strict=True)):
             for token in range(length - 1):
@@ -75,7 +81,9 @@ def _qwen_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return norm(x)
 
 
-def check(layer: Attention, dtype: torch.dtype, *, splits: int = 1, parts: int = 2, whole: bool = False) -> None:
+def check(
+    layer: Attention, dtype: torch.dtype, *, splits: int = 1, parts: int = 2, whole: bool = False, stored: bool = False
+) -> None:
     """Runs kernels and references over the same rows, and compares what they wrote: all of it."""
     sequences = Sequences(layer, dtype)
     width = layer.heads * layer.head_dim
@@ -88,10 +96,16 @@ def check(layer: Attention, dtype: torch.dtype, *, splits: int = 1, parts: int =
     theirs = [sequences.theirs(row, POSITIONS[row]) for row in WALKING]
 
     given = layer, sequences.qkv, sequences.cos, sequences.sin
+    if stored:
+        store(*given, sequences.cache, batch.rows, pdl=PDL)
+        before = Cache(pages.key_pages.clone(), pages.value_pages.clone(), *pages[2:])
+        store_reference(*given, before, batch.plain)
+        for one, other in zip(sequences.cache[:2], before[:2], strict=True):
+            assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
     if whole:
-        attend_whole(*given, sequences.cache, out, shrunk, batch.rows, 1, pdl=PDL)
+        attend_whole(*given, sequences.cache, out, shrunk, batch.rows, 1, stored=stored, pdl=PDL)
     else:
-        attend(*given, sequences.cache, ours, batch.rows, pdl=PDL)
+        attend(*given, sequences.cache, ours, batch.rows, stored=stored, pdl=PDL)
         combine_shrink(ours, out, shrunk, batch.rows, 1, pdl=PDL)
     attend_reference(*given, pages, reference, batch.plain)
     combine_shrink_reference(reference, out_reference, low_reference, batch.plain, 1)
@@ -114,6 +128,15 @@ def check(layer: Attention, dtype: torch.dtype, *, splits: int = 1, parts: int =
 
 def layer(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **options: object) -> Attention:
     return Attention(heads, kv_heads, head_dim, scale=1.5 * head_dim**-0.5, **options)
+
+
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("whole", [False, True])
+def test_keys_and_values_are_stored_before_any_row_attends(dtype: torch.dtype, whole: bool) -> None:
+    torch.manual_seed(0)
+    check(
+        layer(6, 2, 16, k_norm=randn(16, dtype=dtype), q_norm=randn(16, dtype=dtype)), dtype, whole=whole, stored=True
+    )
 
 
 @pytest.mark.parametrize("dtype", MULTIPLIED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PageTable
+
+MOST_ROWS = 160
 
 
 class LayerDecoder:
@@ -23,20 +26,31 @@ class LayerDecoder:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._tokens = torch.zeros(16, dtype=torch.int64)
+        self._tokens = torch.zeros(MOST_ROWS, dtype=torch.int64)
         self._logits = torch.zeros(16, engine.base.vocab_size)
         self._spans: list[Span] = []
         self._said: list[Span] = []
         self._tables: list[PageTable] = []
-        self.steps = self.told = 0
+        self.steps = self.told = self.prompts = 0
+        self.most_rows = 0
+        """Most rows of steps with prompts."""
+
+    def rows_with_prompts(self, decoding: int, /) -> int:
+        return self.most_rows
 
     def set_rows(self, spans: Sequence[Span], /) -> None:
         self.told += 1
         if [(span.table, span.context) for span in spans] != [(span.table, span.length) for span in self._said]:
             self._tables = [PageTable(self._engine.pool, len(span.stack)) for span in spans]
         self._spans = self._said = list(spans)
-        self._tokens[: len(spans)] = torch.tensor([token for span in spans for token in span.tokens])
+        tokens = [token for span in spans for token in span.tokens]
+        self.prompts += sum(len(span.tokens) > 1 for span in spans)
+        self._tokens[: len(tokens)] = torch.tensor(tokens)
         self.set_pages()
+
+    def keep_rows(self, kept: Sequence[int], /) -> None:
+        self._spans, self._tables = [self._spans[row] for row in kept], [self._tables[row] for row in kept]
+        self._tokens[: len(kept)] = self._tokens[list(kept)]
 
     def set_pages(self) -> None:
         for table, span in zip(self._tables, self._spans, strict=True):
@@ -45,13 +59,16 @@ class LayerDecoder:
 
     def step(self) -> tuple[Tensor, Tensor]:
         self.steps += 1
-        rows, base = len(self._spans), self._engine.base
-        told = zip(self._spans, self._tokens.tolist(), self._tables, strict=False)
-        batch = Batch([replace(span, tokens=[token], table=table) for span, token, table in told], base.device)
-        self._logits[batch.order] = base.forward(batch, self._engine.pool, torch.arange(rows))
-        self._tokens[:rows] = self._logits[:rows].argmax(-1)
-        self._spans = [replace(span, context=span.context + 1) for span in self._spans]
-        return self._tokens[:rows], self._logits[:rows]
+        base = self._engine.base
+        ends = list(accumulate((len(span.tokens) for span in self._spans), initial=0))
+        tokens, count = self._tokens.tolist(), len(self._spans)
+        told = zip(self._spans, pairwise(ends), self._tables, strict=True)
+        spans = [replace(span, tokens=tokens[start:end], table=table) for span, (start, end), table in told]
+        batch = Batch(spans, base.device)
+        self._logits[batch.order] = base.forward(batch, self._engine.pool, torch.from_numpy(batch.starts[1:] - 1))
+        self._tokens[:count] = self._logits[:count].argmax(-1)
+        self._spans = [replace(span, context=span.length, tokens=[0]) for span in self._spans]
+        return self._tokens[:count], self._logits[:count]
 
     def prefill(self, batch: Batch, /) -> LateForward:
         return LateForward(self._engine, batch)

@@ -22,6 +22,8 @@ from lorarep_runtime.kernels.rotary import rotated_reference
 
 SIZES = ("WIDTH", "PART", "BLOCK", "MODULES", "FIRST", "COUNT", "RANKS", "RANK_BLOCK")
 """Sizes of shrunk, from `shrink_options`."""
+MANY_ROWS = 64
+"""Rows from which smaller programs, of which more are resident at once, are faster: a fifth on an H200."""
 LEAST_HEADS = 16
 """Rows of the smallest matrix product that tensor cores take."""
 
@@ -34,9 +36,11 @@ class Cache(NamedTuple):
     value_pages: Tensor
     """(pages, page_tokens, kv_heads, head_dim)"""
     tables: Tensor
-    """(rows, positions, n) int32, the pages of each row's sequence at each position of its stack, in order."""
+    """(sequences, positions, n) int32, the pages of each sequence at each position of its stack, in order."""
+    sequences: Tensor
+    """(rows) int32, the number of each row's sequence in the tables."""
     lengths: Tensor
-    """(rows) int32, tokens of each row's sequence, the new one included."""
+    """(rows) int32, tokens of each row's sequence up to the row's own, which is included."""
 
 
 def attend(
@@ -48,6 +52,7 @@ def attend(
     partials: Partials,
     rows: DecodeRows,
     *,
+    stored: bool = False,
     pdl: bool = False,
 ) -> None:
     """Rotates the new token's query and key (Su et al., 2021), stores its key and value, and attends.
@@ -59,9 +64,10 @@ def attend(
         qkv: (rows, (heads + 2 · kv_heads) · head_dim): queries, keys, values.
         cos, sin: (rows, head_dim), of each row's new token.
         partials: written.
+        stored: `store` has stored all keys and values before. Then several rows may be tokens of one sequence.
         pdl: begin while the previous kernel ends (programmatic dependent launch).
     """
-    _launch(layer, qkv, cos, sin, cache, partials, rows, partials.maxima.shape[2], pdl)
+    _launch(layer, qkv, cos, sin, cache, partials, rows, partials.maxima.shape[2], stored, pdl)
 
 
 def attend_whole(
@@ -75,19 +81,20 @@ def attend_whole(
     rows: DecodeRows,
     first: int,
     *,
+    stored: bool = False,
     pdl: bool = False,
 ) -> None:
     """`attend` and `combine_shrink` in one kernel, where no sequence is split.
 
     Args:
-        qkv, cos, sin, pdl: as for `attend`.
+        qkv, cos, sin, stored, pdl: as for `attend`.
         out: (rows, heads · head_dim), in the dtype of the activations, written.
         shrunk: fp32 (rows, kv_heads, 1, ranks), written; a part is the heads that share a head of keys and values.
         first: number of the module that reads `out`.
     """
     options, part = shrink_options(shrunk, out.shape[1], rows, first), out.shape[1] // layer.kv_heads
     sizes = {name: options[name] for name in SIZES} | dict(PART=part, BLOCK=triton.next_power_of_2(part))
-    _launch(layer, qkv, cos, sin, cache, None, rows, 1, pdl, (out, shrunk, rows.adapters), sizes)
+    _launch(layer, qkv, cos, sin, cache, None, rows, 1, stored, pdl, (out, shrunk, rows.adapters), sizes)
 
 
 def _launch(
@@ -99,11 +106,13 @@ def _launch(
     partials: Partials | None,
     rows: DecodeRows,
     splits: int,
+    stored: bool,
     pdl: bool,
     whole: Sequence[Tensor | None] = (None, None, None),
     sizes: Mapping[str, int | None] = dict.fromkeys(SIZES),
 ) -> None:
     block_dim = triton.next_power_of_2(layer.head_dim)
+    many = len(qkv) >= MANY_ROWS
     attend_kernel[(len(qkv), layer.kv_heads, splits)](
         qkv,
         layer.q_norm,
@@ -121,6 +130,7 @@ def _launch(
         splits,
         **sizes,
         WHOLE=partials is None,
+        STORED=stored,
         WINDOW=layer.window,
         HEADS=layer.heads,
         KV_HEADS=layer.kv_heads,
@@ -128,8 +138,9 @@ def _launch(
         DIM=layer.head_dim,
         BLOCK_DIM=block_dim,
         PAGE=cache.key_pages.shape[1],
+        BLOCK_TOKENS=32 if many else 64,
         PDL=pdl,
-        num_warps=8 if block_dim > 128 else 4,
+        num_warps=(2 if many else 4) * (2 if block_dim > 128 else 1),
         num_stages=1,  # the kernel loads ahead itself
         launch_pdl=pdl,
     )
@@ -150,7 +161,7 @@ def attend_reference(
         length = int(cache.lengths[row])
         page_tokens = cache.key_pages.shape[1]
         tokens = torch.arange(length, device=qkv.device)
-        pages = cache.tables[row, position].long()[tokens // page_tokens]
+        pages = cache.tables[int(cache.sequences[row]), position].long()[tokens // page_tokens]
         cache.key_pages[pages[-1], tokens[-1] % page_tokens] = k
         cache.value_pages[pages[-1], tokens[-1] % page_tokens] = v
         seen = slice(0 if layer.window is None else max(0, length - layer.window), None)

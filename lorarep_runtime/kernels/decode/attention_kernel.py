@@ -14,13 +14,20 @@ from lorarep_runtime.kernels.decode.shrink import (
 )
 from lorarep_runtime.kernels.rotary import rotated
 
-BLOCK_TOKENS: tl.constexpr = tl.constexpr(64)
-"""Tokens that a program loads at once."""
-
 
 @triton.jit
 def _load_block(
-    key_pages, value_pages, table, head, start, stop, KV_HEADS: tl.constexpr, DIM: tl.constexpr, d, PAGE: tl.constexpr
+    key_pages,
+    value_pages,
+    table,
+    head,
+    start,
+    stop,
+    d,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
 ):
     """Keys and values (BLOCK_TOKENS, BLOCK_DIM) of tokens from `start` on; 0 at and beyond `stop`."""
     t = start + tl.arange(0, BLOCK_TOKENS)
@@ -41,6 +48,7 @@ def attend_kernel(
     key_pages,
     value_pages,
     tables,
+    sequences,
     lengths,
     maxima,
     sums,
@@ -63,6 +71,7 @@ def attend_kernel(
     RANKS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
+    STORED: tl.constexpr,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -70,13 +79,14 @@ def attend_kernel(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PAGE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KV_HEADS
     position = tl.load(positions + row)
     length = tl.load(lengths + row)
-    table = tables + (row * depth + position) * pages
+    table = tables + (tl.load(sequences + row).to(tl.int64) * depth + position) * pages
     # This split's tokens: whole pages from the first that the query sees, shared out evenly.
     visible = 0 if WINDOW is None else tl.maximum(length - WINDOW, 0)
     first_page = visible // PAGE
@@ -88,14 +98,17 @@ def attend_kernel(
     cached = tl.minimum(stop, new)
     has_new = (start <= new) & (new < stop)
     d = tl.arange(0, BLOCK_DIM)
-    # Earlier tokens were stored in earlier steps: no need to wait for the kernel before to load them.
-    k, v = _load_block(key_pages, value_pages, table, kv_head, start, cached, KV_HEADS, DIM, d, PAGE)
+    if STORED:
+        await_previous(PDL)  # it has stored the tokens of other rows of this sequence
+    # Else tokens were stored in earlier steps: no need to wait for the kernel before to load them.
+    k, v = _load_block(key_pages, value_pages, table, kv_head, start, cached, d, KV_HEADS, DIM, PAGE, BLOCK_TOKENS)
     if WHOLE:
         columns, inside = part_columns(kv_head, WIDTH, PART, BLOCK)
         addresses, ranks = entries_of_row(adapters, row, position, MODULES, FIRST, COUNT)
         dtype = out.dtype.element_ty
         a, there = load_ranks(addresses, ranks, 0, columns, inside, dtype, WIDTH, COUNT, RANKS, RANK_BLOCK)
-    await_previous(PDL)
+    if not STORED:
+        await_previous(PDL)
     if position < 0:
         return
     head = tl.arange(0, BLOCK_HEADS)
@@ -114,11 +127,12 @@ def attend_kernel(
     new_k = rotated(qkv + (HEADS + kv_head + one) * DIM, k_norm, cos, sin, eps, one == 0, DIM, BLOCK_DIM)
     new_v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * DIM + d, mask=d < DIM, other=0)[None, :]
 
-    page = tl.load(table + new // PAGE).to(tl.int64)
-    stored = (((page * PAGE + new % PAGE) * KV_HEADS + kv_head) * DIM + d)[None, :]
-    written = (d < tl.where(has_new, DIM, 0))[None, :]
-    tl.store(key_pages + stored, new_k, mask=written)
-    tl.store(value_pages + stored, new_v, mask=written)
+    if not STORED:
+        page = tl.load(table + new // PAGE).to(tl.int64)
+        stored = (((page * PAGE + new % PAGE) * KV_HEADS + kv_head) * DIM + d)[None, :]
+        written = (d < tl.where(has_new, DIM, 0))[None, :]
+        tl.store(key_pages + stored, new_k, mask=written)
+        tl.store(value_pages + stored, new_v, mask=written)
 
     # Online softmax (Milakov and Gimelshein, 2018), which begins with the new token in the split that has it.
     score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
@@ -127,7 +141,8 @@ def attend_kernel(
     value = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32) + tl.where(has_new, new_v.to(tl.float32), 0.0)
     for block in range(start, cached, BLOCK_TOKENS):
         keys, vals = k, v
-        k, v = _load_block(key_pages, value_pages, table, kv_head, block + BLOCK_TOKENS, cached, KV_HEADS, DIM, d, PAGE)
+        ahead = block + BLOCK_TOKENS
+        k, v = _load_block(key_pages, value_pages, table, kv_head, ahead, cached, d, KV_HEADS, DIM, PAGE, BLOCK_TOKENS)
         t = block + tl.arange(0, BLOCK_TOKENS)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(((t >= visible) & (t < cached))[None, :], scores, float("-inf"))

@@ -109,7 +109,7 @@ class Memory:
 
 
 @contextmanager
-def running(tree: Path, world: World, flags: Sequence[str]) -> Iterator[Target]:
+def running(tree: Path, world: World, attacks: Sequence[Attack]) -> Iterator[Target]:
     """A server of a tree, which has been told to end when the context ends."""
     script = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["scripts"]["lorarep"]
     module, _, function = script.partition(":")
@@ -117,12 +117,14 @@ def running(tree: Path, world: World, flags: Sequence[str]) -> Iterator[Target]:
     cache = world.cache / tree.name
     shared = [*world.flags(), f"--cache-dir={cache}", "--kv-bytes=16MiB", "--allow-repository=org/*"]
     shared += ["--adapter=dora=org/dora", "--openai-listen=127.0.0.1:0", "--grace-seconds=1"]
-    env = {**world.env, **world.failpoints.env, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    env = {**world.failpoints.env, **world.env, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    if not any(attack.failpoints for attack in attacks):
+        del env["LORAREP_FAILPOINTS"]
     command = (sys.executable, "-c", f"from {module} import {function}; {function}()")
     _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
     try:
-        with serving([*shared, *flags], env, command=command) as server:
+        with serving([*shared, *attacks[0].flags], env, command=command) as server:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             yield Target(world, server.wait_ready(), cache, SECONDS)
     finally:
@@ -162,7 +164,7 @@ def milliseconds(seconds: float, lasts: bool) -> str | int:
 
 def run(tree: Path, world: World, attacks: Sequence[Attack]) -> Iterator[Figures]:
     """The figures of attacks that share a server."""
-    with running(tree, world, attacks[0].flags) as target, Innocents(target.server.address) as innocents:
+    with running(tree, world, attacks) as target, Innocents(target.server.address) as innocents:
         for i, attack in enumerate(attacks):
             attack.prepare(target)
             figures = measure(attack, target, innocents)

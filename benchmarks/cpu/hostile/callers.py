@@ -187,6 +187,7 @@ ATTACKS = [
         publish_waiting,
         flags=("--adapter-bytes=40KB",),
         prepare=prepare_waiting,
+        failpoints=True,
     ),
     Attack(
         "A11",

@@ -101,6 +101,7 @@ ATTACKS = [
         "a request for an adapter that an administrator is loading pinned",
         strike_pin,
         lambda world, folder: publish_adapter(world, folder, "org/pinned"),
+        failpoints=True,
         alone=False,
     ),
     Attack("B7", "six bodies that OpenAI's and other clients send", strike_clients, alone=False),

@@ -60,7 +60,10 @@ GROWTH = 1.05
 MEANT = {
     "call": {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL: the forward pass failed"},
     "load": {"UNAVAILABLE", "DATA_LOSS", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION: nothing is downloaded"},
-    "attack": {"CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"},
+    "attack": {
+        *("INVALID_ARGUMENT", "FAILED_PRECONDITION"),
+        *("CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL"),
+    },
 }
 """Statuses other than OK with which calls and loads may end, and attacks instead of what is promised alone.
 
@@ -99,6 +102,11 @@ class Soak:
         tokens = tokens_of(self.server.generation.Generate(request("coming", "coming", new_tokens=8)))
         unload(self.server, "coming")
         return tokens
+
+    def fail(self, what: str) -> None:
+        """Remembers and tells what is wrong or unmeant."""
+        self.bad.append(what)
+        tqdm.write(what)
 
     def call(self, dice: random.Random) -> None:
         """Sends one request, and reads it, cancels it, lets it time out, or vanishes."""
@@ -148,7 +156,7 @@ class Soak:
 
     def compare(self, tokens: list[int], alone: list[int], wanted: object) -> None:
         if tokens != alone:
-            self.bad.append(f"{tokens} in place of {alone}: {wanted}")
+            self.fail(f"{tokens} in place of {alone}: {wanted}")
 
     def come_and_go(self, dice: random.Random, name: str) -> None:
         """Loads one adapter from the Hub or its cache, uses it and unloads it."""
@@ -206,17 +214,17 @@ class Soak:
         attack = dice.choice(HOSTILE)
         outcome = attack.strike(self.target)
         self.counts[f"attack {attack.fault}: {attack.title}"] += 1
-        statuses = set(re.findall("[A-Z_]{6,}", outcome.said))
-        # The faults of others hurt attackers, too.
-        if not outcome.kept and not (statuses and statuses - MEANT["attack"] == set()):
-            self.bad.append(f"{attack.fault}: {outcome.said}")
+        statuses = set(re.findall("[A-Z_]{2,}", outcome.said))
+        # The other faults hurt attackers, too.
+        if not outcome.kept and not (statuses and statuses <= MEANT["attack"]):
+            self.fail(f"{attack.fault}: {outcome.said}")
         self.over.wait(dice.uniform(0, ATTACK_PAUSE_SECONDS))
 
     def watch_health(self, dice: random.Random) -> None:
         for service in ("", "liveness", "readiness"):
             began = time.monotonic()
             if health(self.server, service) != SERVING:
-                self.bad.append(f"health of {service!r} is not SERVING")
+                self.fail(f"health of {service!r} is not SERVING")
             self.slowest_health = max(self.slowest_health, time.monotonic() - began)
         self.over.wait(HEALTH_SECONDS)
 
@@ -226,12 +234,14 @@ class Soak:
         try:
             yield
         except grpc.RpcError as error:
-            code = error.code().name
-            ends = [end for end in MEANT[what] if f"{code}: {error.details()}".endswith(end) or end == code]
+            code, told = error.code().name, error.details() or ""
+            ends = [
+                end for end in MEANT[what] if code == end.partition(": ")[0] and told.endswith(end.partition(": ")[2])
+            ]
             if ends:
                 self.counts[f"{what}s ended {ends[0]}"] += 1
             else:
-                self.bad.append(f"{what}: {code} {error.details()}")
+                self.fail(f"{what}: {code} {told}")
         else:
             self.counts[done] += 1
 
@@ -241,7 +251,7 @@ class Soak:
             try:
                 work(dice)
             except Exception as error:
-                self.bad.append(repr(error))
+                self.fail(repr(error))
 
     def run(self, seconds: float) -> list[int]:
         """Runs all work concurrently.
@@ -260,7 +270,9 @@ class Soak:
             while (passed := time.monotonic() - began) < seconds and len(self.bad) < 20:
                 time.sleep(SAMPLE_SECONDS)
                 memory.append(process.memory_info().rss)
-                bar.set_postfix(answers=self.counts["answers"], loads=self.counts["loads"], bad=len(self.bad))
+                bar.set_postfix(
+                    answers=self.counts["answers"], loads=self.counts["loads"], bad=len(self.bad), MiB=memory[-1] >> 20
+                )
                 bar.update(round(passed) - bar.n)
         self.over.set()
         for thread in threads:
@@ -341,11 +353,11 @@ def report(soak: Soak, seconds: float) -> None:
     try:
         wait_for(clean, "everything to be back", 60)
     except AssertionError:
-        soak.bad.append(f"held before: {before}, after: {after}")
+        soak.fail(f"held before: {before}, after: {after}")
     quarter = max(1, len(memory) // 4)
     first, last = (statistics.median(part) for part in (memory[:quarter], memory[-quarter:]))
     if last > GROWTH * first:
-        soak.bad.append("resident memory has grown")
+        soak.fail("resident memory has grown")
     rows = [*sorted(soak.counts.items()), ("wrong or unmeant", len(soak.bad))]
     rows += [("health, slowest answer, ms", round(1000 * soak.slowest_health))]
     rows += [
@@ -353,8 +365,6 @@ def report(soak: Soak, seconds: float) -> None:
     ]
     for title, count in rows:
         print(f"{title:100}{count:10,}")
-    for line in soak.bad:
-        print(line)
     if soak.bad:
         raise SystemExit(1)
 

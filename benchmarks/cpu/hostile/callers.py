@@ -185,7 +185,7 @@ ATTACKS = [
         f"{WAITING_CALLS} requests wait for one adapter that is on its way",
         strike_waiting,
         publish_waiting,
-        flags=("--adapter-bytes=40KB",),
+        flags=("--adapter-bytes=56KB",),
         prepare=prepare_waiting,
         failpoints=True,
     ),

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from benchmarks.cpu.hostile import ATTACKS
 from benchmarks.cpu.hostile.attack import Attack, Outcome, Target
-from benchmarks.cpu.innocents import Innocents
+from benchmarks.cpu.innocents import OTHER_TOKENS, Innocents
 from tests.support.servers import Server, serving
 from tests.support.world import World, published
 
@@ -152,7 +152,8 @@ def measure(attack: Attack, target: Target, innocents: Innocents) -> Figures:
     if (status := target.server.process.poll()) is not None:
         outcome = Outcome(f"the server ended with status {status}", False)
     said = [*filter(None, [outcome.said]), *sorted(set(seen.wrong))]
-    is_kept = outcome.kept and seen.recovered and not seen.wrong
+    is_wrong = any(attack.exact or what != OTHER_TOKENS for what in seen.wrong)
+    is_kept = outcome.kept and seen.recovered and not is_wrong
     gap, wait = milliseconds(seen.gap, seen.gap_lasts), milliseconds(seen.wait, seen.wait_lasts)
     return Figures("; ".join(said), is_kept, gap, wait, memory.peak)
 
@@ -219,8 +220,8 @@ def main() -> None:
                         bar.update()
                         if when == "after" and not figures.kept:
                             lost.append(attack.fault)
-    if options.write is not None:
-        write(options.write, list(rows.values()))
+                if options.write is not None:
+                    write(options.write, [rows[attack.title] for attack in group])
     if lost:
         raise SystemExit(f"not kept: {', '.join(lost)}")
 

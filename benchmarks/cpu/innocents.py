@@ -25,6 +25,7 @@ STREAMED, SHORT = 300, 4
 """Tokens of the answers."""
 PAUSE_SECONDS = 0.2
 """Seconds between two answers of the newcomer."""
+OTHER_TOKENS = "an innocent caller had other tokens"
 OWN_SUBCHANNELS = [("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -115,7 +116,7 @@ class Callers:
         else:
             watch.answers += 1
             if tokens != alone:
-                watch.wrong.append("other tokens")
+                watch.wrong.append(OTHER_TOKENS)
         watch.rest()
 
     def end(self, seconds: float) -> dict[str, Any]:

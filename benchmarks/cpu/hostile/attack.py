@@ -60,6 +60,8 @@ class Attack:
     """Further flags of the server."""
     prepare: Callable[[Target], None] = lambda target: None
     """Brings the server into the state that is attacked. That is not part of what is measured."""
+    exact: bool = True
+    """Whether no other caller may change the tokens of an answer."""
     failpoints: bool = False
     """Whether the attack sets failpoints. Servers read them in each step, which costs a file, so others have none."""
     alone: bool = True

@@ -20,7 +20,7 @@ NAMED = 20
 
 
 def strike_rounding(target: Target) -> Outcome:
-    wanted = [request(f"{i} is a number", new_tokens=32) for i in range(ANSWERS)]
+    wanted = [request(f"{i} is a number", new_tokens=128) for i in range(ANSWERS)]
     ask = partial(target.server.generation.Generate, timeout=target.seconds)
     alone = [list(ask(each).token_ids) for each in wanted]
     with ThreadPoolExecutor(ANSWERS) as threads:
@@ -90,9 +90,10 @@ def strike_clients(target: Target) -> Outcome:
 ATTACKS = [
     Attack(
         "B2",
-        f"{ANSWERS} answers in bf16, alone and in one batch",
+        f"{ANSWERS} answers in bf16, one after the other and in one batch; rounding is no fault any more",
         strike_rounding,
         flags=("--dtype=bfloat16",),
+        exact=False,
     ),
     Attack("B3", "a weight of 1e39 in a mix", strike_weight, alone=False),
     Attack("B4", f"a request with {NAMED} names, of which 16 are permitted", strike_refused, publish_many, alone=False),

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -86,17 +86,18 @@ class Memory:
         return self
 
     def _now(self) -> int:
-        total = 0
-        for process in (self._process, *self._process.children(recursive=True)):
-            try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
+        own = self._process.cmdline()
+        total = self._process.memory_info().rss
+        for child in self._process.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                # A child that has yet to execute its own program shows the memory of its parent.
+                total += child.memory_info().rss if child.cmdline() not in ([], own) else 0
         return total
 
     def _sample(self) -> None:
-        while not self._over.wait(0.1) and self._process.is_running():
-            self._most = max(self._most, self._now())
+        with suppress(psutil.NoSuchProcess):  # the attack has ended it
+            while not self._over.wait(0.1):
+                self._most = max(self._most, self._now())
 
     def __exit__(self, *error: object) -> None:
         self._over.set()

@@ -44,7 +44,7 @@ def strike_decoder(target: Target) -> Outcome:
 
 def strike_template(target: Target) -> Outcome:
     calls = [partial(chat, target, "org/endless", target.seconds / 2)] * TEMPLATE_CALLERS
-    return refused("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")(codes(calls, TEMPLATE_CALLERS))
+    return refused("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")(codes(calls, TEMPLATE_CALLERS))
 
 
 def prepare_template(target: Target) -> None:

@@ -166,6 +166,9 @@ def _reporting_bar(progress: Progress | None) -> type[tqdm]:
     lock = threading.Lock()
 
     class Bar(tqdm):
+        # Of each class of bars a thread without end would watch those that are silent for long.
+        monitor_interval = 0
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.reports = kwargs.get("name") == "huggingface_hub.snapshot_download"
             super().__init__(*args, **{**kwargs, "disable": True})

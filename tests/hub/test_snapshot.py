@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -23,6 +24,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import _http
+from tqdm import tqdm
 
 from lorarep_runtime.errors import (
     DataLoss,
@@ -198,6 +200,15 @@ def test_base_is_fetched_with_all_shards_and_nothing_else(hub: FaultyHub, publis
     publish({**BASE, **dict.fromkeys(surplus, b"surplus")})
     fetched = fetch(kind="base")
     assert set(contents(fetched)) == set(BASE) == set(hub.downloads())
+
+
+def test_a_fetch_leaves_no_thread(publish, fetch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tqdm, "monitor", None)  # as in a process that has shown no bar yet
+    before = set(threading.enumerate())
+    for i in range(3):
+        publish({**ADAPTER, "adapter_model.safetensors": f"weights {i}"})
+        fetch(progress=lambda stage, done, total: None)
+    assert [thread.name for thread in set(threading.enumerate()) - before if "tqdm" in thread.name] == []
 
 
 def test_progress_reaches_all_bytes_of_all_files(publish, fetch) -> None:

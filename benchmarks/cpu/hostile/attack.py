@@ -96,7 +96,11 @@ def refused(*accepted: str) -> Callable[[Counter[str]], Outcome]:
 
 
 def post(target: Target, path: str, body: bytes | Mapping[str, Any]) -> tuple[int, str]:
-    """The status and the body of an answer of OpenAI's API; 0 and the reason where there is none in time."""
+    """The status and the body of an answer of OpenAI's API.
+
+    The status is -1 where the server has closed the connection, as it does when one address has too many, and 0 where
+    there is no answer in time.
+    """
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     url = f"http://127.0.0.1:{target.server.openai_port}{path}"
     asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -106,7 +110,8 @@ def post(target: Target, path: str, body: bytes | Mapping[str, Any]) -> tuple[in
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
     except OSError as error:
-        return 0, repr(error)
+        reason = getattr(error, "reason", error)
+        return -1 if isinstance(reason, ConnectionError) else 0, repr(error)
 
 
 def publish_adapter(

@@ -54,7 +54,8 @@ def strike_bodies(target: Target) -> Outcome:
         + b'{"role":"user","content":""}]}',
     }
     statuses = [post(target, path, body)[0] for path, body in bodies.items()]
-    return Outcome(", ".join(map(str, statuses)), all(400 <= status < 500 for status in statuses))
+    said = ", ".join({-1: "closed", 0: "no answer"}.get(status, str(status)) for status in statuses)
+    return Outcome(said, all(status == -1 or 400 <= status < 500 for status in statuses))
 
 
 def strike_leaving(target: Target) -> Outcome:

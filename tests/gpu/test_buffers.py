@@ -118,10 +118,11 @@ def test_kernels_of_every_rank_are_compiled_before_the_server_is_ready() -> None
     decoder: Any = SimpleNamespace(base=held._base, memory=held, graphs=graphs)
     warm_up(decoder, [(0, 1), (0, 1, 1)], 512)
     assert compiled == {
-        held.views(rows, rank, tokens, 2).shape
-        for rows in range(1, 7)
+        held.views(rows, rank, tokens, 2, shares_sequences=shares).shape
+        for shares, most in ((False, 6), (True, 128))
+        for rows in range(1, most + 1)
         for rank in range(1, 513)
         for tokens in (1, LONG_SEQUENCE, LONG_SEQUENCE + 1)
     }
-    assert len(captured) == 2 * len(held.buckets)
+    assert len(captured) == 2 * (len(held.buckets) + len(held.prompt_buckets))
     assert {shape for _, shape in captured} <= compiled

@@ -31,8 +31,8 @@ help: ## Lists the targets.
 demo: .venv/installed ## Serves a small base and adapters, and shows them stream.
 	$(BIN)/lorarep demo
 
-test: .venv/installed tests/clients/node_modules ## Runs all tests.
-	$(BIN)/pytest
+# Each test runs once. The fast ones are traced, for their coverage; tracing would slow those with deadlines.
+test: coverage test-slow ## Runs all tests.
 
 test-fast: .venv/installed ## Runs the tests that need no server, browser or image.
 	$(BIN)/pytest $(FAST)

@@ -164,10 +164,23 @@ def prompts(*texts: str, **fields: Any) -> bytes:
         (GENERATE, prompts("a", "x" * PROMPT_BYTES), "requests: "),
         (GENERATE, prompts("a", adapter_id="x" * (256 << 10)), "request: "),
         (GENERATE, b"\x08\x00" * (8 << 20), "request: "),
+        (GENERATE, b"\x4b\x4c" + prompts(*["x"] * 9), "request: has a group"),
+        (TOKENIZE, b"\x4c", "request: has a group"),
         ("/fmaas.GenerationService/GenerateStream", b"x" * (PROMPT_BYTES + 1), "request: "),
         ("/lorarep.v1.GenerationService/Generate", b"x" * (PROMPT_BYTES + 1), "request: "),
     ],
-    ids=["prompts", "empty prompts", "empty texts", "a prompt", "a field", "fields", "fmaas stream", "lorarep.v1"],
+    ids=[
+        "prompts",
+        "empty prompts",
+        "empty texts",
+        "a prompt",
+        "a field",
+        "fields",
+        "group",
+        "its end",
+        "stream",
+        "v1",
+    ],
 )
 def test_a_request_that_no_prompt_needs_is_refused_before_it_is_parsed(method: str, data: bytes, named: str) -> None:
     with pytest.raises(InvalidArgument) as error:
@@ -179,7 +192,10 @@ def test_a_request_that_no_prompt_needs_is_refused_before_it_is_parsed(method: s
 def test_what_may_be_answered_and_what_is_no_message_are_left_to_the_parser(texts: list[str], noise: bytes) -> None:
     params = fmaas_pb2.Parameters(stopping=dict(stop_sequences=["x" * 1024] * 16))
     BOUNDS.check(GENERATE, prompts(*texts, adapter_id="any", params=params))
-    BOUNDS.check(TOKENIZE, noise)
+    try:
+        BOUNDS.check(TOKENIZE, noise)
+    except InvalidArgument as error:
+        assert "group" in str(error)  # noqa: PT017
 
 
 @pytest.fixture

@@ -79,6 +79,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, int]]:
     """The number and the bytes of each field of a serialized message (protobuf.dev/programming-guides/encoding).
 
     It ends where the bytes are none: that is for the parser to say.
+
+    Raises:
+        InvalidArgument: one is a group.
     """
     at = 0
     while at < len(data):
@@ -92,6 +95,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int]]:
             case 2:
                 length, at = _varint(data, at)
                 at += length
+            case 3 | 4:  # a parser would skip it, and go on
+                raise InvalidArgument("has a group, which no field is", field="request")
             case 5:
                 at += 4
             case _:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 from lorarep_server.loading.load_queue import REPORT_SECONDS, LoadQueue, LoadState
 from lorarep_server.telemetry.metrics import Metrics
@@ -40,6 +42,30 @@ def test_a_load_waits_for_no_reader() -> None:
 
     asyncio.run(run())
     assert ended.is_set()
+
+
+def test_a_tokenizer_is_looked_up_once_whatever_the_weights_and_its_names_settle_after_it() -> None:
+    may_end, looked_up = threading.Event(), []
+
+    def tokenizer(adapters: Sequence[tuple[str, float]], progress: Progress) -> str:
+        looked_up.append(adapters)
+        may_end.wait(600)
+        return "it"
+
+    async def run() -> None:
+        queue, registry = loads(), SimpleNamespace(tokenizer=tokenizer)
+        calls = [asyncio.create_task(queue.tokenizer(registry, [("org/x", 1 + i / 100)])) for i in range(100)]
+        await asyncio.sleep(0)
+        settled = asyncio.create_task(queue.settled("org/x"))
+        await asyncio.wait((settled, *calls), timeout=0.05)
+        assert not settled.done()
+        may_end.set()
+        found = await asyncio.gather(*calls)
+        assert found == found[:1] * 100
+        await settled
+
+    asyncio.run(run())
+    assert len(looked_up) == 1
 
 
 def test_only_the_latest_state_is_told_now_and_then() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -96,7 +96,7 @@ class LoadQueue:
         registry.check_allowed(request.name, request.repository, request.trusted)  # before it waits for other loads
         source = "folder" if is_folder(request.repository) else "hub"
         key = replace(request, trusted=False, pinned=None, priority=None)
-        info = await self.run(key, partial(request.run, registry), report, source)
+        info = await self.run(key, partial(request.run, registry), report, source, (request.name,))
         # The load may be another caller's, who wanted no pin or another priority.
         wanted, told = (request.pinned, request.priority), (info.pinned, info.priority)
         if all(own is None or own == has for own, has in zip(wanted, told, strict=True)):
@@ -111,10 +111,18 @@ class LoadQueue:
 
     async def tokenizer(self, registry: AdapterRegistry, adapters: Sequence[tuple[str, float]]) -> Tokenizer:
         """The tokenizer of requests with these adapters, found or downloaded as `run` does, without their weights."""
-        return await self.run(("tokenizer", *adapters), lambda progress: registry.tokenizer(adapters, progress))
+        names = tuple(name for name, _ in adapters)
+        return await self.run(
+            ("tokenizer", *names), lambda progress: registry.tokenizer(adapters, progress), names=names
+        )
 
     async def run(
-        self, key: Hashable, load: Callable[[Progress], T], report: Report | None = None, source: str = "hub"
+        self,
+        key: Hashable,
+        load: Callable[[Progress], T],
+        report: Report | None = None,
+        source: str = "hub",
+        names: Collection[str] = (),
     ) -> T:
         """Runs `load` in a thread, or joins the running load of the same key. Returns and raises as `load`.
 
@@ -123,13 +131,14 @@ class LoadQueue:
         Args:
             report: told of the state of the load when it has changed, at most every `REPORT_SECONDS`.
             source: "hub" or "folder", for the metrics.
+            names: the names of adapters that it may change, for `settled`.
 
         Raises:
             Exhausted: too many loads are waiting already.
         """
         shared: _Load[T] | None = self._shared.get(key)
         if shared is None:
-            shared = self._begin(key, load, source)
+            shared = self._begin(key, load, source, names)
         shared.callers += 1
         try:
             if report is not None:
@@ -144,15 +153,15 @@ class LoadQueue:
 
     async def settled(self, name: str) -> None:
         """Waits until no load of that name is running, abandoned loads included."""
-        while results := [shared.result for shared in self._unfinished if shared.name == name]:
+        while results := [shared.result for shared in self._unfinished if name in shared.names]:
             await asyncio.wait(results)
 
-    def _begin(self, key: Hashable, load: Callable[[Progress], T], source: str) -> _Load[T]:
+    def _begin(self, key: Hashable, load: Callable[[Progress], T], source: str, names: Collection[str]) -> _Load[T]:
         if len(self._unfinished) >= self._max_loads:
             raise Exhausted(
                 f"{self._max_loads} adapters are being loaded already, or wait for that", field="loads", retry_after=1.0
             )
-        shared: _Load[T] = _Load(key.name if isinstance(key, LoadRequest) else "")
+        shared: _Load[T] = _Load(names)
         timed = self._metrics.timed_load(source, partial(load, shared.progress))
         shared.begin(self._threads.submit(timed))
         self._shared[key] = shared
@@ -175,8 +184,8 @@ class LoadQueue:
 class _Load(Generic[T]):
     """One load, and the number of its callers."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
         self.callers = 0
         self.state = LoadState()
         self.result: asyncio.Future[T]

@@ -6,8 +6,10 @@ import asyncio
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 
 import grpc
 import openai
@@ -15,9 +17,10 @@ import pytest
 from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import generation_pb2_grpc
 from lorarep.v1.generation_pb2 import GenerateStreamRequest, TokenizeRequest
+from lorarep_server.api.openai import _collect
 from lorarep_server.requests.event_stream import EventStream
 
-from lorarep_runtime.request import Output
+from lorarep_runtime.request import Finished, FinishReason, Output, Timings
 from tests.support.callers import refused, request, stream
 from tests.support.servers import SECONDS, Server, serving, wait_for
 from tests.support.world import World
@@ -149,6 +152,17 @@ def test_a_reader_that_takes_events_and_does_not_come_back_is_ended() -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(read())
     assert "slow reader" in str(made[0].too_slow)
+
+
+def test_a_whole_answer_may_take_longer_to_write_than_a_reader_may() -> None:
+    async def answer() -> None:
+        events = EventStream(max_unread=100, patience=0.02)
+        events.put(Finished(FinishReason.LENGTH, 1, 0, Timings(0, 0, 0)))
+        response = SimpleNamespace(choice=lambda outputs, finished: time.sleep(0.2))
+        await _collect(response, events)
+        assert events.too_slow is None
+
+    asyncio.run(answer())
 
 
 def test_a_reader_that_does_not_read_ends_alone(small: Server) -> None:

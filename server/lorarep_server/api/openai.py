@@ -274,6 +274,7 @@ async def _collect(response: GenerationResponse, events: EventStream) -> _Answer
     while finished is None:
         more, finished = await events.take()
         outputs += more
+    events.close()  # all is read: the time that the choice takes is not the caller's
     # In a thread: each log-probability has its token decoded.
     return _Answer(response, finished, await asyncio.to_thread(response.choice, outputs, finished))
 

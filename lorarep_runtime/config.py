@@ -79,6 +79,11 @@ class SchedulerConfig:
     kv_bytes: int | None = None
     """Bytes for KV pages; None takes what is left on an accelerator, 1 GiB on a CPU."""
 
+    @property
+    def max_prompts(self) -> int:
+        """Most prompts of a request with several: all are for the same adapters, and all may have to wait."""
+        return min(self.max_queued, self.max_queued_per_adapter or self.max_queued)
+
 
 @dataclass(frozen=True)
 class EngineConfig:

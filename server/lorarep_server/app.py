@@ -111,7 +111,7 @@ class App:
 
     def _message_bounds(self) -> MessageBounds:
         engine = self.engine()
-        return MessageBounds(engine.max_tokens, engine.config.scheduler.max_queued)
+        return MessageBounds(engine.max_tokens, engine.config.scheduler.max_prompts)
 
     def stop(self) -> None:
         """Tells the server to end. For signal handlers, in the event loop's thread."""

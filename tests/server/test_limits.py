@@ -17,9 +17,14 @@ import pytest
 from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import generation_pb2_grpc
 from lorarep.v1.generation_pb2 import GenerateStreamRequest, TokenizeRequest
-from lorarep_server.api.openai import _collect
+from lorarep_server.api.grpc_fmaas import FmaasService
+from lorarep_server.api.openai import OpenAI, _collect
+from lorarep_server.api.openai_requests import CompletionRequest
+from lorarep_server.app import App
 from lorarep_server.requests.event_stream import EventStream
 
+from lorarep_runtime.config import SchedulerConfig
+from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Finished, FinishReason, Output, Timings
 from tests.support.callers import refused, request, stream
 from tests.support.servers import SECONDS, Server, serving, wait_for
@@ -152,6 +157,21 @@ def test_a_reader_that_takes_events_and_does_not_come_back_is_ended() -> None:
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(read())
     assert "slow reader" in str(made[0].too_slow)
+
+
+def test_a_request_has_no_more_prompts_than_may_wait_for_one_adapter() -> None:
+    limits = SchedulerConfig(max_queued=8, max_queued_per_adapter=3)
+    engine = SimpleNamespace(max_tokens=512, config=SimpleNamespace(scheduler=limits))
+    served = SimpleNamespace(engine=lambda: engine)
+    assert App._message_bounds(served).max_prompts == 3
+    http = SimpleNamespace(_frontend=served)
+    assert len(OpenAI._to_generates(http, CompletionRequest(model="x", prompt=["x"] * 3), {})) == 3
+    with pytest.raises(InvalidArgument, match=r"^prompt: 4 .* limit of 3$"):
+        OpenAI._to_generates(http, CompletionRequest(model="x", prompt=["x"] * 4), {})
+    batch = fmaas_pb2.BatchedGenerationRequest(requests=[fmaas_pb2.GenerationRequest(text="x")] * 4)
+    with pytest.raises(InvalidArgument, match=r"^requests: 4 .* limit of 3$"):
+        asyncio.run(FmaasService(served).Generate(batch, None))
+    assert SchedulerConfig(max_queued=8).max_prompts == 8
 
 
 def test_a_whole_answer_may_take_longer_to_write_than_a_reader_may() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from fmaas import generation_pb2 as pb
 from fmaas import generation_pb2_grpc
 
-from lorarep_runtime.errors import DeadlineExceeded, LorarepError
+from lorarep_runtime.errors import DeadlineExceeded, InvalidArgument, LorarepError
 from lorarep_server.api import fmaas_messages
 from lorarep_server.requests.frontend import Frontend, call_context
 
@@ -31,6 +31,9 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.BatchedGenerationRequest, context: Any) -> pb.BatchedGenerationResponse:
         with _fmaas_field_names():
+            count, most = len(request.requests), self._frontend.engine().config.scheduler.max_prompts
+            if count > most:
+                raise InvalidArgument(f"{count} are over the limit of {most}", field="requests")
             responses: list[list[pb.GenerationResponse]] = [[] for _ in request.requests]
 
             async def generate(text: str, parts: list[pb.GenerationResponse]) -> None:

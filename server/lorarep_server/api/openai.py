@@ -150,7 +150,7 @@ class OpenAI:
         self, parsed: GenerationRequest, target: Mapping[str, Any]
     ) -> list[generation_pb2.GenerateRequest]:
         """A request in lorarep.v1's terms for each prompt. Raises InvalidArgument if there are too many."""
-        prompts, most = parsed.to_prompts(), self._frontend.engine().config.scheduler.max_queued
+        prompts, most = parsed.to_prompts(), self._frontend.engine().config.scheduler.max_prompts
         if len(prompts) > most:
             raise InvalidArgument(f"{len(prompts)} prompts are over the limit of {most}", field="prompt")
         return [parsed.to_generate(prompt, **target) for prompt in prompts]

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from grpc import StatusCode
 
+from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.addresses import is_loopback, is_loopback_host
 from lorarep_server.errors import Status
 
@@ -22,9 +23,12 @@ class HostCheck:
     def __init__(self, allowed: Iterable[str]) -> None:
         """
         Args:
-            allowed: further names of this machine, such as a proxy's, without a port.
+            allowed: further names of this machine, such as a proxy's, without a port. IPv6 has brackets.
+
+        Raises:
+            InvalidArgument: one is no name alone.
         """
-        self._allowed = {name.lower() for name in allowed}
+        self._allowed = {_allowed_name(name) for name in allowed}
 
     def refusal(self, request: web.BaseRequest) -> Status | None:
         """The status that refuses a request; None if it may pass."""
@@ -51,6 +55,13 @@ def host_check(address: str, allowed: Iterable[str], *, has_credentials: bool) -
 
 def _refusal(given: str, field: str) -> Status:
     return Status(StatusCode.PERMISSION_DENIED, f"{given!r} is not this server; --allow-host adds a name", field)
+
+
+def _allowed_name(given: str) -> str:
+    name = _name(given)
+    if name is None or given.lower().removesuffix(".") not in (name, f"[{name}]"):
+        raise InvalidArgument(f"{given!r} is no host name alone, without scheme and port", field="allow_host")
+    return name
 
 
 def _name(host: str) -> str | None:

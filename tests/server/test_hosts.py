@@ -11,6 +11,7 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from lorarep_server.hosts import HostCheck, host_check
 
+from lorarep_runtime.errors import InvalidArgument
 from tests.support.servers import SECONDS, Server
 
 
@@ -69,6 +70,18 @@ def test_pages_from_elsewhere_are_refused(server: Server, headers: dict[str, str
 def test_names_are_allowed_by_the_operator(headers: dict[str, str], passes: bool) -> None:
     check = HostCheck(["chat.example"])
     assert (check.refusal(make_mocked_request("GET", "/", headers=headers)) is None) == passes
+
+
+@pytest.mark.parametrize("given", ["Chat.Example.", "[::2]"])
+def test_a_name_may_be_spelt_as_a_browser_spells_it(given: str) -> None:
+    asked = make_mocked_request("GET", "/", headers={"Host": f"{given.lower()}:8443"})
+    assert HostCheck([given]).refusal(asked) is None
+
+
+@pytest.mark.parametrize("given", ["chat.example:8443", "https://chat.example", "chat.example/", "::2", "a@b", ""])
+def test_what_is_no_name_alone_is_refused_at_the_start(given: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"^allow_host: .* without scheme and port"):
+        HostCheck([given])
 
 
 def test_ports_that_ask_for_credentials_or_are_open_have_any_name() -> None:

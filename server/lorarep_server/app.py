@@ -206,7 +206,8 @@ class App:
     async def _failure(self) -> None:
         """Returns when the engine has failed. Health says meanwhile whether requests go on."""
         engine, most = self.engine(), self._config.stall_seconds
-        watch = StallWatch(engine, self._frontend.pass_admission, min(MOST_POLL, most / 4))
+        frontend = self._frontend
+        watch = StallWatch(engine, frontend.pass_admission, frontend.admission_turns, min(MOST_POLL, most / 4))
         is_ready = is_alive = True
         try:
             while engine.failure is None:

@@ -78,7 +78,7 @@ def test_health_lists_the_services_by_their_names(server: Server) -> None:
 
 def test_work_that_takes_long_and_no_work_are_no_standstill() -> None:
     stats = SimpleNamespace(running=0, waiting=0)
-    engine = SimpleNamespace(turns=0, stats=lambda: stats)
+    engine = SimpleNamespace(turns=0, admitted=0, stats=lambda: stats)
     admitted = asyncio.Event()
 
     async def admit() -> None:
@@ -86,11 +86,12 @@ def test_work_that_takes_long_and_no_work_are_no_standstill() -> None:
 
     async def look() -> None:
         admitted.set()
-        watch = StallWatch(engine, admit, 0.001)
+        watch = StallWatch(engine, admit, lambda: engine.admitted, 0.001)
 
-        async def looks(turns: int = 0) -> float:
+        async def looks(turns: int = 0, admitted: int = 0) -> float:
             for _ in range(10):
                 engine.turns += turns
+                engine.admitted += admitted
                 seconds = await watch.wait_and_look()
             return seconds
 
@@ -104,6 +105,8 @@ def test_work_that_takes_long_and_no_work_are_no_standstill() -> None:
         stats.waiting = 0
         assert await looks() == 0
         admitted.clear()
+        assert await looks() >= 0.008
+        assert await looks(admitted=1) == 0  # others pass: it waits behind them
         assert await looks() >= 0.008
         admitted.set()
         assert await looks() == 0

@@ -31,9 +31,11 @@ def test_work_that_has_not_begun_goes_with_its_caller_and_work_that_has_keeps_it
         await asyncio.sleep(0.05)
         assert not any(task.done() for task in tasks[:2])
         may_end.set()
+        assert threads.turns == 2
         assert await threads.run(work, 10) == 10  # the thread of one that left
         await asyncio.wait(tasks)
         assert all(task.cancelled() for task in tasks)
+        assert threads.turns == 6
 
     asyncio.run(calls())
     assert begun == [0, 1, 10]

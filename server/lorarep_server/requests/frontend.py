@@ -139,6 +139,10 @@ class Frontend:
                 self._metrics.finished(events.end)
                 self._traces.end(traced, events.end)
 
+    def admission_turns(self) -> int:
+        """Counts the work of admission's threads that has begun or ended."""
+        return self._threads.turns
+
     async def pass_admission(self) -> None:
         """Goes the way of a request through the threads of admission, and does nothing there."""
         await self._threads.run(int)

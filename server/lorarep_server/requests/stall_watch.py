@@ -13,17 +13,25 @@ if TYPE_CHECKING:
 class StallWatch:
     """Looks at the engine and at admission. Work that takes long is no stall as long as anything of it goes on."""
 
-    def __init__(self, engine: Engine, pass_admission: Callable[[], Awaitable[None]], seconds: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        pass_admission: Callable[[], Awaitable[None]],
+        admission_turns: Callable[[], int],
+        seconds: float,
+    ) -> None:
         """
         Args:
             engine: counts the turns of its step loop.
             pass_admission: goes the way of a request through the threads of admission, and does nothing there.
+            admission_turns: counts what begins and ends in those threads, other requests' work included.
             seconds: between two looks.
         """
         self._engine = engine
         self._pass_admission = pass_admission
+        self._admission_turns = admission_turns
         self._seconds = seconds
-        self._turns = -1
+        self._turns = self._passed = -1
         self._steps = self._admission = 0.0
         """Seconds for which each has stood still."""
         self._passing: asyncio.Future[None] | None = None
@@ -38,10 +46,12 @@ class StallWatch:
         is_standing = turns == self._turns and bool(stats.running or stats.waiting)
         self._steps = self._steps + self._seconds if is_standing else 0.0
         self._turns = turns
+        passed = self._admission_turns()
+        is_standing = passed == self._passed and self._passing is not None and not self._passing.done()
+        self._admission = self._admission + self._seconds if is_standing else 0.0
+        self._passed = passed
         if self._passing is None or self._passing.done():
-            self._admission, self._passing = 0.0, asyncio.ensure_future(self._pass_admission())
-        else:
-            self._admission += self._seconds
+            self._passing = asyncio.ensure_future(self._pass_admission())
         return max(self._steps, self._admission)
 
     def close(self) -> None:

@@ -26,13 +26,20 @@ class AdmissionThreads:
         """
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="lorarep-admit")
         self._free = asyncio.Semaphore(threads)
+        self.turns = 0
+        """Counts work that has begun or ended: while it stands still, all threads hang or none has work."""
 
     async def begin(self, work: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         """Waits for a free thread, and starts the work in it. `ended` gives its result."""
         await self._free.acquire()
         begun = asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
-        begun.add_done_callback(lambda _: self._free.release())
+        self.turns += 1
+        begun.add_done_callback(self._has_ended)
         return begun
+
+    def _has_ended(self, _: asyncio.Future[T]) -> None:
+        self.turns += 1
+        self._free.release()
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Runs the work as `begin` and `ended` do, and returns or raises as it does."""

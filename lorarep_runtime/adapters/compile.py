@@ -97,14 +97,29 @@ def _read(file: int, places: Sequence[_Place], form: Form) -> list[Tensor]:
             neighbours[-1].append(kind)
         else:
             neighbours.append([kind])
-    calls = [(kinds, sum(sizes[kind] for kind in kinds)) for kinds in neighbours]
     for entry, place in giving_way(enumerate(places)):
-        for kinds, size in calls:
-            if os.preadv(file, [arrays[kind][entry] for kind in kinds], place.starts[kinds[0]]) != size:
-                raise EOFError("ends before its tensors do")
+        for kinds in neighbours:
+            _fill([arrays[kind][entry].data for kind in kinds], file, place.starts[kinds[0]])
     return [
         tensor.view(dtype).view(-1, *shape) for tensor, dtype, shape in zip(read, first.dtypes, shapes, strict=True)
     ]
+
+
+def _fill(buffers: list[memoryview], file: int, start: int) -> None:
+    """Reads a file into buffers, one after the other, from a byte on. Some file systems give less than is asked for.
+
+    Raises:
+        OSError, EOFError: the file cannot be read, or ends before the buffers do.
+    """
+    while buffers:
+        count = os.preadv(file, buffers, start)
+        if not count:
+            raise EOFError("ends before its tensors do")
+        start += count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers.pop(0))
+        if count:
+            buffers[0] = buffers[0][count:]
 
 
 def _starts(file: int, header: Header) -> Mapping[str, int]:

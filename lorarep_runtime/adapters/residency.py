@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -339,8 +340,9 @@ class Residency:
     ) -> Adapter | BaseException:
         """An item's adapter in device memory, once its victims have left; or why it cannot be there."""
         try:
-            for victim in victims:
-                self._move_out(victim, reservation)
+            with ExitStack() as leaving:  # all leave, also where one fails to
+                for victim in reversed(victims):
+                    leaving.callback(self._move_out, victim, reservation)
             while True:
                 try:
                     failpoint("adapter")

@@ -80,6 +80,7 @@ class Engine:
         self._prepare_device()
         deepest = max(map(len, self.stacks.values()))
         self.pool = _page_pool(self.base, config.scheduler.kv_bytes, deepest)
+        self._shallowest = min(map(len, self.stacks.values()))
         self.max_sequences = config.scheduler.max_sequences or _most_sequences(self.pool, deepest)
         """Most sequences in one step."""
         self._ids = itertools.count(1)
@@ -108,7 +109,8 @@ class Engine:
 
         if not can_decode(self.base):
             return None
-        decoder = Decoder(self.base, self.pool, self.max_sequences, self.max_tokens)
+        max_pages = pages_of(self.longest(1))
+        decoder = Decoder(self.base, self.pool, self.max_sequences, self.max_tokens, max_pages)
         warm_up(decoder, dict.fromkeys(self.stacks.values()), self.config.adapters.max_rank, progress)
         return decoder
 
@@ -147,7 +149,7 @@ class Engine:
             Unavailable: the engine stops or has failed. In all three cases the lease stays the caller's.
         """
         depth = len(lease.stack)
-        validate_length(request, depth, max_tokens=self.max_tokens, total_pages=self.pool.total)
+        validate_length(request, self._counted(depth), max_tokens=self.max_tokens, total_pages=self.pool.total)
         validate(request, self.base.vocab_size)
         ends = self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids  # configs may name any number
         sequence = Sequence(
@@ -169,7 +171,14 @@ class Engine:
 
     def longest(self, depth: int) -> int:
         """Most tokens that prompt and answer can have together on a stack of `depth` positions."""
-        return min(self.max_tokens, self.pool.total // depth * PAGE_TOKENS)
+        return min(self.max_tokens, self.pool.total // self._counted(depth) * PAGE_TOKENS)
+
+    def _counted(self, depth: int) -> int:
+        """Positions that a stack's longest sequence is bounded by: no stack has longer ones than the shallowest named.
+
+        Tables of pages on the device have to have room for the longest sequence of any stack.
+        """
+        return max(depth, self._shallowest)
 
     def start(self) -> None:
         """Starts the step loop's thread."""

@@ -34,12 +34,12 @@ class LaunchedStep:
             unread: number of steps of these sequences that were launched before and have not been read.
         """
         self.sequences = [sequence for sequence, _ in chosen]
-        self.is_steady = all(count == 1 for _, count in chosen)
-        """Whether each sequence has one row, so that the next step may have the same rows."""
         self._ended: list[Sequence] = []
         ready = [i for i, (sequence, count) in enumerate(chosen) if sequence.remaining <= count]
         self._ready = [self.sequences[i] for i in ready]
         """The sequences whose next token the step computes; not those of which it computes a part of the prompt."""
+        self.is_steady = len(ready) == len(chosen) and all(count == 1 for _, count in chosen)
+        """Whether each sequence has one row, which gives its next token: then the next step may have the same rows."""
         self.is_plain = all(s.sampler.is_plain and s.request.logprobs is None for s in self._ready)
         """Whether its tokens are chosen without a look at earlier ones, and no log-probabilities are asked for."""
         self._timer = DeviceTimer(device)

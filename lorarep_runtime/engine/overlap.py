@@ -19,6 +19,8 @@ Chosen = tuple[Sequence, int]
 """A sequence and the number of its next tokens to compute."""
 PASS_TOKENS = 512
 """Tokens of prompts up to which a few steps are faster than a prefill pass, whose launches take long, on an H200."""
+FEW_STEPS = 8
+"""Most steps that prompts are rows of."""
 AHEAD = PAGE_TOKENS // 2
 """Number of tokens for which pages are taken early where there is time."""
 
@@ -87,7 +89,7 @@ class StepOverlap:
             (decoding if sequence.computed and sequence.remaining == 1 else rest).append((sequence, count))
         first = were_first([sequence for sequence, _ in decoding], [sequence for sequence, _ in rest])
         room = self.decoder.rows_with_prompts(len(decoding) if first else 0) - len(decoding)
-        most = max(room, PASS_TOKENS) if self._scheduler.config.chunked_prefill and room > 0 else room
+        most = max(room, min(PASS_TOKENS, FEW_STEPS * room)) if self._scheduler.config.chunked_prefill else room
         if sum(count for _, count in rest) > most:
             return decoding, rest
         for sequence, count in rest:

@@ -71,18 +71,6 @@ def depth_for(depth: int) -> int:
     return max(LEAST_DEPTH, next_power_of_two(depth))
 
 
-def most_pages(depth: int, max_tokens: int, total_pages: int) -> int:
-    """Pages at each position that page tables of a class of depths have room for: no sequence can have more.
-
-    Args:
-        depth: as `depth_for` returns it.
-        max_tokens: most tokens of a sequence.
-        total_pages: of the pool. Without this bound, tables of deep stacks and long sequences would be half a gigabyte.
-    """
-    least = 1 if depth == LEAST_DEPTH else depth // 2 + 1
-    return min(pages_of(max_tokens), total_pages // least)
-
-
 def parts_for(rows: int, width: int) -> int:
     """Partial sums of A x that a step of `rows` rows computes of an x of `width` numbers."""
     return min(MOST_PARTS, ceil_div(width, 256 if rows <= 8 else 1024))
@@ -158,19 +146,19 @@ class StepBuffers:
 class StepMemory:
     """The memory of all steps. The engine's thread alone asks it for views; any thread may count its tensors."""
 
-    def __init__(self, base: Base, attention: Attention, max_sequences: int, max_tokens: int, total_pages: int) -> None:
+    def __init__(self, base: Base, attention: Attention, max_sequences: int, max_tokens: int, max_pages: int) -> None:
         """
         Args:
             attention: of any layer; all have the same heads.
             max_sequences: most sequences of a step.
             max_tokens: most tokens of a sequence.
-            total_pages: of the pool.
+            max_pages: most pages of a sequence at each of its positions, whatever its stack.
         """
         self._base, self._kv_heads = base, attention.kv_heads
         self._max_sequences = next_power_of_two(max_sequences)
         self.max_rows = rows = max(self._max_sequences, PROMPT_ROWS[1])
         """Most rows of a step."""
-        self._max_pages, self._total_pages = pages_of(max_tokens), total_pages
+        self._longest, self._max_pages = pages_of(max_tokens), max_pages
         self._views: dict[tuple[StepShape, int], StepBuffers] = {}
         """By shape and depth of the page tables."""
         self._shrunk: dict[int, Sequence[Tensor]] = {}
@@ -216,7 +204,7 @@ class StepMemory:
     @property
     def max_tokens(self) -> int:
         """Most tokens of a sequence, rounded up to whole pages."""
-        return self._max_pages * PAGE_TOKENS
+        return self._longest * PAGE_TOKENS
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -302,8 +290,7 @@ class StepMemory:
 
     def _tables_of(self, depth: int) -> Tensor:
         if depth not in self._tables:
-            pages = most_pages(depth, self.max_tokens, self._total_pages)
-            self._tables[depth] = self._zeros(self._max_sequences, depth, pages, dtype=torch.int32)
+            self._tables[depth] = self._zeros(self._max_sequences, depth, self._max_pages, dtype=torch.int32)
         return self._tables[depth]
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -62,16 +62,17 @@ class _Known:
 class Decoder:
     """The rows of the pending decode step. The engine's thread alone touches it, except for `tensors`."""
 
-    def __init__(self, base: Base, pool: PagePool, max_sequences: int, max_tokens: int) -> None:
+    def __init__(self, base: Base, pool: PagePool, max_sequences: int, max_tokens: int, max_pages: int) -> None:
         """
         Args:
             base: one that `can_decode`.
             max_sequences: most sequences of a step.
             max_tokens: most tokens of a sequence.
+            max_pages: most pages of a sequence at each of its positions, whatever its stack.
         """
         self.base, self.pool = base, pool
         self.layers = fuse_layers(base)
-        self.memory = StepMemory(base, self.layers[0].attention, max_sequences, max_tokens, pool.total)
+        self.memory = StepMemory(base, self.layers[0].attention, max_sequences, max_tokens, max_pages)
         self.graphs = StepGraphs(base, pool, self.layers)
         self._spans: list[Span] = []
         """As `set_rows` was given them."""
@@ -135,7 +136,9 @@ class Decoder:
         Args:
             kept: rows of the last step, in order. Each has its next token there.
         """
-        self._spans, self._rows = [self._spans[row] for row in kept], len(kept)
+        spans = [self._spans[row] for row in kept]
+        self._longest -= max(span.length for span in self._spans) - max(span.length for span in spans)
+        self._spans, self._rows = spans, len(kept)
         old, depth = self._graph, self._plan.depth
         buffers = self.memory.views(len(kept), old.buffers.shape.ranks, self._longest, depth)
         self._graph = self.graphs.graph(self._plan, buffers)

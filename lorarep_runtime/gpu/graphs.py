@@ -79,10 +79,12 @@ class StepGraphs:
             return
         plan = merge((tuple(range(self._base.layers)),))
         # Sequences may be between two steps. No row has a position, so kernels write nothing of theirs.
-        tokens, lengths = buffers.tokens.clone(), buffers.lengths.clone()
+        kept = buffers.tokens, buffers.lengths, buffers.ends
+        values = [tensor.clone() for tensor in kept]
+        buffers.ends.zero_()  # the last step may have had more rows
         self._forward(plan, self._no_positions(plan, buffers.shape), buffers)()
-        buffers.tokens.copy_(tokens)
-        buffers.lengths.copy_(lengths)
+        for tensor, value in zip(kept, values, strict=True):
+            tensor.copy_(value)
         self._compiled.add(buffers.shape)
 
     def _no_positions(self, plan: Plan, shape: StepShape) -> Tensor:

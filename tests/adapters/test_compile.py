@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -238,6 +239,16 @@ def test_a_file_that_has_changed_since_it_was_checked_is_data_loss(engine: Engin
     monkeypatch.setattr(files, "compile_adapter", cut)
     with pytest.raises(DataLoss, match="not what it was"):
         engine.adapters.load("cut", str(folder), trusted=True)
+
+
+def test_a_file_system_may_give_less_than_it_is_asked_for(
+    engine: Engine, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+    engine.adapters.load("whole", str(saved), trusted=True)
+    monkeypatch.setattr(os, "preadv", lambda file, to, at: preadv(file, [to[0][: len(to[0]) // 2 + 1]], at))
+    engine.adapters.load("slowly", str(saved), trusted=True)
+    assert torch.equal(compiled(engine, "slowly").storage, compiled(engine, "whole").storage)
 
 
 def test_a_damaged_copy_leaves_the_good_one(engine: Engine, saved: Path, changed) -> None:

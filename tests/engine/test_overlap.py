@@ -110,6 +110,17 @@ def test_steps_go_on_without_the_sequences_that_end(base: Path, adapter: Path) -
     assert_nothing_held(ahead)
 
 
+def test_a_prompt_that_is_computed_a_token_at_a_time_goes_on_with_its_own_tokens(base: Path) -> None:
+    """Where there is room for one row beside those that decode, all sequences have one row, as if all decoded."""
+    one_by_one, ahead = (engine_for(base, max_sequences=2) for _ in range(2))
+    decoder = with_decoder(ahead)
+    decoder.most_rows = 2
+    # The third begins when the second ends, and is then one of all that may run.
+    asked = [greedy(new_tokens=40), greedy(new_tokens=4), greedy(PROMPT[:7], new_tokens=9)]
+    answers = [engine.generate((r, engine.adapters.lease([])) for r in asked) for engine in (one_by_one, ahead)]
+    assert [a.tokens for a in answers[1]] == [a.tokens for a in answers[0]]
+
+
 def test_rows_that_sample_are_overlapped_too(base: Path) -> None:
     hot = Sampling(temperature=1.5, top_k=50, top_p=0.97, min_p=0.01)
     asked = [replace(greedy(PROMPT[: 5 + seed]), sampling=replace(hot, seed=seed)) for seed in range(3)] + [greedy()]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorarep_runtime.gpu.buffers import LONG_SEQUENCE, StepMemory, depth_for, most_pages, rank_classes, ranks_for
+from lorarep_runtime.gpu.buffers import LONG_SEQUENCE, StepMemory, depth_for, rank_classes, ranks_for
 from lorarep_runtime.gpu.warm_up import warm_up
 from lorarep_runtime.kernels.attention_config import Attention
 from lorarep_runtime.model.packed import PACKED_MODULES
@@ -18,7 +18,7 @@ OUTPUTS = ([64, 32, 32], [64], [128, 128], [64])
 INPUTS = (64, 64, 64, 128)
 
 
-def memory(total_pages: int = 1 << 20) -> StepMemory:
+def memory(max_pages: int = 2 * LONG_SEQUENCE // 16) -> StepMemory:
     """Of a layer of four heads of 16, and two of keys and values; for up to six rows."""
     base: Any = SimpleNamespace(
         config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=64)),
@@ -31,7 +31,7 @@ def memory(total_pages: int = 1 << 20) -> StepMemory:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    return StepMemory(base, Attention(heads=4, kv_heads=2, head_dim=16, scale=0.25), 6, 2 * LONG_SEQUENCE, total_pages)
+    return StepMemory(base, Attention(heads=4, kv_heads=2, head_dim=16, scale=0.25), 6, 2 * LONG_SEQUENCE, max_pages)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 9, 64])
@@ -96,16 +96,8 @@ def test_a_shape_has_the_same_memory_again_and_all_shapes_share_it() -> None:
         assert view.untyped_storage().data_ptr() in counted
 
 
-def test_page_tables_have_room_for_what_the_pool_has_and_for_no_more() -> None:
-    """131,072 tokens at 512 positions would be half a gigabyte, of which a pool has pages for a part alone."""
-    for total in (100, 5000, 1 << 20):
-        for positions in range(1, 513):
-            depth = depth_for(positions)
-            pages = most_pages(depth, 131_072, total)
-            assert pages >= min(131_072 // 16, total // positions)
-            assert depth == 16 or depth * pages <= 2 * total
-    held = memory(total_pages=5000)
-    assert held.views(4, 8, 1, 300).tables.shape == (8, 512, 5000 // 257)
+def test_page_tables_have_room_for_the_longest_sequence_and_for_no_more() -> None:
+    assert memory(max_pages=70).views(4, 8, 1, 300).tables.shape == (8, 512, 70)
 
 
 def test_kernels_of_every_rank_are_compiled_before_the_server_is_ready() -> None:

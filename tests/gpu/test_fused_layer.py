@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
     for name, folder in folders.items():
         engine.adapters.load(name, str(folder), trusted=True)
     assert can_decode(engine.base)
-    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64)
+    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64, max_pages=4)
     names = ("overlap False", "reordering True", None)
     leases = [engine.adapters.lease([(name, 1.0)] if name else []) for name in names]
     texts = [[*PROMPT[: 3 + 6 * i], 5 * i, 5 * i + 1] for i in range(len(leases))]
@@ -102,7 +102,7 @@ def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkey
     save_adapter(base, tmp_path / "lora", seed=1, **lora)
     engine = Engine(EngineConfig(config, stacks={"short": (0,)}, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
     engine.adapters.load("lora", str(tmp_path / "lora"), trusted=True)
-    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64)
+    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64, max_pages=4)
     leases = [*(engine.adapters.lease([], "short") for _ in range(2)), engine.adapters.lease([("lora", 1.0)])]
     texts, spans = [list(PROMPT[:length]) for length in (16, 7, 16)], []
     for lease, text in zip(leases, texts, strict=True):
@@ -121,10 +121,16 @@ def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkey
             torch.testing.assert_close(row, engine.logits(text, lease)[-1], atol=1e-5, rtol=0)
             text.append(token)
     assert splits == [1, 2, 2]
-    decoder.keep_rows([0, 2])
-    _, logits = decoder.step()
-    expected = torch.stack([engine.logits(texts[i], leases[i])[-1] for i in (0, 2)])
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    for rows, kept, splits_of_longest in (([0, 1], (0, 1), 2), ([1], (1,), 1)):
+        decoder.keep_rows(rows)
+        assert engine.pool.grow([(spans[i].table, len(texts[i])) for i in kept])
+        decoder.set_pages()
+        tokens, logits = decoder.step()
+        assert decoder._graph.buffers.shape.splits == splits_of_longest
+        expected = torch.stack([engine.logits(texts[i], leases[i])[-1] for i in kept])
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+        for i, token in zip(kept, tokens.tolist(), strict=True):
+            texts[i].append(token)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,7 +141,7 @@ def test_prompts_have_the_logits_of_the_layers(family: str, tmp_path: Path) -> N
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
     for name, folder in folders.items():
         engine.adapters.load(name, str(folder), trusted=True)
-    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64)
+    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64, max_pages=4)
     spans, expected = [], []
     adapters: dict[str | None, Adapter | None] = {}
     for i, name in enumerate(["overlap True", "reordering False", None, "overlap True", "base order True"]):
@@ -166,7 +172,7 @@ def test_prompts_are_rows_of_a_step_beside_rows_that_decode(tmp_path: Path, monk
     base, folders = save_all("qwen3", tmp_path)
     config = BaseConfig(str(base), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
-    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64)
+    decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64, max_pages=4)
     leases, texts, spans = [], [], []
     for name, length, cached in (("overlap False", 8, 0), ("reordering True", 6, 5), (None, 20, 16)):
         if name:

@@ -159,6 +159,17 @@ COMPLETION: dict[str, Any] = dict(model="lora", prompt="x", max_tokens=4)
 CONVERSATION: dict[str, Any] = dict(model="dora", messages=CHAT, max_tokens=4)
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """An object in an object, and so on."""
+    return {"x": nested(depth - 1)} if depth > 1 else {}
+
+
+def test_arguments_of_templates_may_be_nested(client: openai.OpenAI) -> None:
+    client.chat.completions.create(
+        model="dora", messages=CHAT, max_tokens=1, extra_body=dict(chat_template_kwargs=nested(16))
+    )
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
@@ -209,6 +220,8 @@ CONVERSATION: dict[str, Any] = dict(model="dora", messages=CHAT, max_tokens=4)
         ("chat/completions", CONVERSATION | dict(chat_template_kwargs={"messages": []}), 400, "chat_template_kwargs"),
         ("chat/completions", CONVERSATION | dict(chat_template_kwargs={"x": 10**400}), 400, "chat_template_kwargs"),
         ("chat/completions", CONVERSATION | dict(chat_template_kwargs={"x": "x" * 17000}), 400, "chat_template_kwargs"),
+        ("chat/completions", CONVERSATION | dict(chat_template_kwargs=nested(17)), 400, "chat_template_kwargs"),
+        ("chat/completions", CONVERSATION | dict(chat_template_kwargs=nested(60)), 400, "chat_template_kwargs"),
         ("chat/completions", CONVERSATION | dict(tools=[{"type": "function"}]), 400, "tools"),
         ("chat/completions", CONVERSATION | dict(response_format={"type": "json_object"}), 400, "response_format.type"),
         ("chat/completions", CONVERSATION | dict(top_logprobs=2), 400, "top_logprobs"),

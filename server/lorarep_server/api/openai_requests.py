@@ -16,6 +16,8 @@ Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Name = Annotated[str, Field(max_length=256)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 """An empty list."""
+MOST_DEPTH = 16
+"""Most objects and lists in each other: protobuf, whose messages are three for each, takes 100 messages."""
 T = TypeVar("T")
 Listed = Annotated[list[T], Field(fail_fast=True, max_length=1 << 20)]
 """A list that is checked up to its first wrong item: reports of a million items would block the server for seconds."""
@@ -246,6 +248,17 @@ class ChatRequest(GenerationRequest):
     add_special_tokens: Literal[False] = False
     documents: Nothing = []
     echo: Literal[False] = False
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _not_too_deep(cls, given: dict[str, Any]) -> dict[str, Any]:
+        level: list[Any] = [given]
+        for _ in range(MOST_DEPTH):
+            insides = (each.values() if isinstance(each, dict) else each for each in level)
+            level = [value for inside in insides for value in inside if isinstance(value, dict | list)]
+        if level:
+            raise InvalidArgument(f"is nested more than {MOST_DEPTH} deep", field="chat_template_kwargs")
+        return given
 
     @model_validator(mode="after")
     def _without_contradiction(self) -> ChatRequest:

@@ -48,9 +48,9 @@ class Occupancy:
         self._reserved_host_bytes = 0
         """Host memory for copies that are being made."""
 
-    def in_memory(self) -> list[Resident]:
-        """All residents that take device or host memory."""
-        return list(self._residents)
+    def taken(self) -> list[tuple[Resident, tuple[int, int]]]:
+        """All residents that take device or host memory, and the bytes of both."""
+        return list(self._residents.items())
 
     def on_device(self) -> list[Resident]:
         """All residents that take device memory."""

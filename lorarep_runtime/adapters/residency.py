@@ -255,8 +255,9 @@ class Residency:
     def on_device(self) -> list[Resident]:
         """All that take device memory."""
         with self.changed:
-            residents = self._occupancy.in_memory()
-        return [item for item in residents if item.adapter is not None]
+            taken = self._occupancy.taken()
+        # By what was taken then: one may leave, and another come in its place, meanwhile.
+        return [item for item, (device, _) in taken if device]
 
     @property
     def host_bytes(self) -> int:

@@ -110,7 +110,7 @@ def download(
 
     def whole() -> Path:
         folder = snapshot(tqdm_class=_reporting_bar(progress))
-        if kind == "base":
+        if kind == "base" and folder.is_dir():  # none is made for a repository without any file that is wanted
             check_pointers(folder, kind)
             # Shards may have any names: those are in the index alone.
             if shards := missing_shards(folder):

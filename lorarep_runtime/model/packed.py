@@ -72,6 +72,8 @@ def pack_layers(
         return
     found = [(layer, names) for layer in layers for names in PACKED_MODULES if layer.keys() >= set(names)]
     found = [(layer, names) for layer, names in found if all(_has_kernel(layer[name]) for name in names)]
+    # A checkpoint may leave some modules unquantized.
+    found = [(layer, names) for layer, names in found if len({layer[name].quantization for name in names}) == 1]
     if not found:
         return
     weights = [layer[name] for layer, names in found for name in names]
@@ -158,7 +160,7 @@ def norm_products(weights: Sequence[Weight], a: Tensor, dtype: torch.dtype) -> T
     count, ranks, _ = a.shape
     out = weights[0].shape[0]
     own = [weight.own for weight in weights if isinstance(weight, PackedPart) and weight.own.bits == 4]
-    if own:
+    if len(own) == count:
         # As few launches as can be: they take most of the time.
         both, products = dora.halves(a), a.new_empty(count, 2 * ranks, out)
         for packed, x, y in zip(own, both, products, strict=True):

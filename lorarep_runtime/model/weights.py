@@ -72,8 +72,13 @@ class NF4Weight:
     quantization: Quantization = "nf4"
 
     def __init__(self, packed: Tensor, state: QuantState) -> None:
+        """
+        Args:
+            packed: out · in / 2 bytes, of any dtype: a checkpoint's `bnb_4bit_quant_storage` says which.
+            state: bitsandbytes' constants.
+        """
         self.shape = (state.shape[0], state.shape[1])
-        self.data: tuple[Tensor, ...] = (packed,)
+        self.data: tuple[Tensor, ...] = (packed.view(torch.uint8).view(-1, 1),)
         self.constants: tuple[Tensor, ...] = (state.absmax, state.code)
         if state.nested:
             self.constants += (state.offset, state.state2.absmax, state.state2.code)

@@ -98,6 +98,18 @@ def test_groups_are_the_weights_side_by_side(kind: str, monkeypatch: pytest.Monk
         assert len(whole) == (1 if found else 0)
 
 
+@pytest.mark.parametrize("storage", [torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32])
+def test_a_4_bit_weight_is_packed_from_bytes_of_any_type(storage: torch.dtype) -> None:
+    dense = torch.randn(32, 128).bfloat16()
+    plain, held = (
+        NF4Weight(*bnb.functional.quantize_4bit(dense, quant_type="nf4", quant_storage=dtype))
+        for dtype in (torch.uint8, storage)
+    )
+    assert held.data[0].nbytes == plain.data[0].nbytes
+    assert torch.equal(packed.pack([held, held]).weights, packed.pack([plain, plain]).weights)
+    assert torch.equal(held.dequantize(torch.bfloat16), plain.dequantize(torch.bfloat16))
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu:1", "nonsense"])
 def test_a_device_that_cannot_serve_is_refused_before_anything_is_fetched(device: str) -> None:
     with pytest.raises(InvalidArgument, match=f"device: '{device}'"):

@@ -10,6 +10,7 @@ import errno
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,11 @@ def download(
     except (PermissionDenied, FailedPrecondition, InvalidArgument, Exhausted, DataLoss):
         raise  # what is beyond its bounds is not served from the cache either
     except Exception as error:  # of any class: the client fails in many ways over an answer that makes no sense
-        try:
-            return snapshot(local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise _translated(error, repository, revision) from error
+        with suppress(LocalEntryNotFoundError):
+            folder = snapshot(local_files_only=True)
+            if kind != "base" or not missing_shards(folder):
+                return folder
+        raise _translated(error, repository, revision) from error
 
 
 def _is_wanted(name: str, kind: Kind) -> bool:

@@ -189,6 +189,26 @@ def test_shards_are_those_of_the_index_whatever_their_names(hub: FaultyHub, publ
     assert contents(fetch(kind="base")) == base
 
 
+def test_a_shard_of_any_name_that_does_not_come_is_unavailable_until_it_does(
+    hub: FaultyHub, publish, fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = json.dumps({"weight_map": {"a": "odd-1.safetensors", "b": "odd-2.safetensors"}}).encode()
+    base = {"config.json": b"{}", "model.safetensors.index.json": index, "odd-1.safetensors": b"1"}
+    publish(base := {**base, "odd-2.safetensors": b"2"})
+    hub.faulty, hub.status = "odd-2", 503
+    with pytest.raises(Unavailable, match="org/name: .*cannot answer for now"):
+        fetch(kind="base")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(Unavailable, match="org/name: .*does not hold all of it"):
+            fetch(kind="base")
+    hub.faulty = ""
+    with pytest.raises(Unavailable, match="org/name: .*cannot answer for now"):
+        fetch(kind="base")
+    hub.status = None
+    assert contents(fetch(kind="base")) == base
+
+
 def test_base_is_fetched_with_all_shards_and_nothing_else(hub: FaultyHub, publish, fetch) -> None:
     surplus = [
         "consolidated.safetensors",

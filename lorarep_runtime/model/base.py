@@ -15,7 +15,7 @@ from lorarep_runtime.errors import FailedPrecondition, first_line
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub.snapshot import fetch
 from lorarep_runtime.model.batch import Batch, Span
-from lorarep_runtime.model.family_check import COMPARED, check_family
+from lorarep_runtime.model.family_check import check_family, is_compared
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.loader import find_device, load_model
 from lorarep_runtime.model.model_config import quantization_of, read_model_config, trained_tokens
@@ -53,7 +53,7 @@ class Base(WalkedModel):
         with kernels_compiled(kind, dtype or model_config.dtype, device):
             model = load_model(self.folder, model_config, dtype, self.quantization_config, device, progress)
         super().__init__(model, device)
-        if model_config.model_type not in COMPARED:
+        if not is_compared(model_config):
             self._try(model_config.model_type)
         self.tokenizer = Tokenizer(self.folder)
         self.squares: dict[tuple[int, str], Tensor] = {}

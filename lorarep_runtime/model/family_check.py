@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import signal
 import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub import constants
 from transformers import PretrainedConfig
@@ -22,7 +24,22 @@ from lorarep_runtime.model import family_process
 log = logging.getLogger(__name__)
 
 COMPARED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
-"""Model types that lorarep's tests compare with PEFT, so that no base of theirs has to be."""
+"""Model types that lorarep's tests compare with PEFT."""
+COMPARED_FIELDS = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "tie_word_embeddings", "rms_norm_eps"),
+        *("max_position_embeddings", "original_max_position_embeddings", "rope_parameters"),
+        *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_sliding_window_pattern"),
+        *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        # Without effect on logits.
+        *("architectures", "dtype", "quantization_config", "transformers_version", "_name_or_path", "use_cache"),
+        *("auto_map", "cache_implementation", "torch_dtype"),
+        *("initializer_range", "attention_dropout", "embd_pdrop", "resid_pdrop"),
+    }
+)
+"""Fields of their configs that those bases differ in."""
 CHECK_SECONDS = 30.0
 """Most processor time of a comparison; most take a second."""
 CHECK_BYTES = 3 << 30
@@ -34,7 +51,7 @@ PROCESS_SECONDS = 300.0
 def check_family(folder: Path, config: PretrainedConfig, cache_dir: Path | None) -> None:
     """Checks that lorarep computes what `transformers` computes for bases of a config.
 
-    A good verdict is kept in the cache, for this config, this code and this version of `transformers`.
+    A good verdict is kept in the cache, for this config, this code and these versions of torch and `transformers`.
 
     Args:
         folder: has the config's file.
@@ -44,10 +61,10 @@ def check_family(folder: Path, config: PretrainedConfig, cache_dir: Path | None)
     Raises:
         FailedPrecondition: the logits differ, or one of the two cannot compute them, or no small model can be made.
     """
-    if config.model_type in COMPARED:
+    if is_compared(config):
         return
     verdict = _verdict_file(config, cache_dir)
-    if verdict.exists():
+    if os.path.exists(verdict):  # Path.exists raises where the folder cannot be read
         return
     start = time.perf_counter()
     if refusal := _judged(folder):
@@ -60,9 +77,21 @@ def check_family(folder: Path, config: PretrainedConfig, cache_dir: Path | None)
         verdict.touch()
 
 
+def is_compared(config: PretrainedConfig) -> bool:
+    """Whether lorarep's tests compare bases like one of a config, so that it does not have to be.
+
+    Any other field may change what the layers compute: `is_causal`, which every family of `transformers` has, does.
+    """
+    if config.model_type not in COMPARED:
+        return False
+    usual, own = type(config)().to_dict(), config.to_dict()
+    return all(name in COMPARED_FIELDS or (name in usual and usual[name] == value) for name, value in own.items())
+
+
 def _verdict_file(config: PretrainedConfig, cache_dir: Path | None) -> Path:
     """The file that exists once a config has been found good."""
-    key = "\n".join((config.to_json_string(use_diff=False), transformers.__version__, _code()))
+    versions = (transformers.__version__, str(torch.__version__), _code())
+    key = "\n".join((config.to_json_string(use_diff=False), *versions))
     # The Hub's clients take every other folder there for a repository.
     folder = Path(cache_dir or constants.HF_HUB_CACHE, ".locks", "lorarep-families")
     return folder / hashlib.sha256(key.encode()).hexdigest()
@@ -70,10 +99,9 @@ def _verdict_file(config: PretrainedConfig, cache_dir: Path | None) -> Path:
 
 @cache
 def _code() -> str:
-    """SHA-256 of the code that a verdict depends on: the walk, and the torch operators that it uses."""
-    here = Path(__file__).parent
-    files = sorted(file for folder in (here, here.parent / "kernels" / "eager") for file in folder.glob("*.py"))
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    """SHA-256 of the runtime's code: nearly all of it takes part in a verdict."""
+    folder = Path(__file__).parents[1]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))).hexdigest()
 
 
 def _judged(folder: Path) -> str:

@@ -18,9 +18,10 @@ from transformers import PretrainedConfig
 from lorarep_runtime.errors import FailedPrecondition, LorarepError, first_line
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
+from lorarep_runtime.model.layer_walk import find_layers
 from lorarep_runtime.model.model_config import model_class, trained_tokens
 from lorarep_runtime.model.physical_stack import stacked
-from lorarep_runtime.model.shrunk_config import shrunk_configs
+from lorarep_runtime.model.shrunk_config import LAYERS, shrunk_configs
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.model.transformers_attention import ATTENTION
 from lorarep_runtime.model.walked_model import WalkedModel
@@ -46,7 +47,9 @@ def refusal(config: PretrainedConfig) -> str:
             return _refusal(config)
     # Whatever a family's code raises in small, it would raise for each request.
     except Exception as error:
-        return error.message if isinstance(error, LorarepError) else f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, LorarepError):
+            return error.message
+        return f"computing a small model of it fails with {type(error).__name__}: {first_line(error)}"
 
 
 def _refusal(config: PretrainedConfig) -> str:
@@ -71,7 +74,7 @@ def _refusal(config: PretrainedConfig) -> str:
 def _plain_model(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     """A small model of a config that `transformers` itself can compute, with random weights, and its config."""
     reason: Exception | None = None
-    for small in shrunk_configs(config):
+    for small in shrunk_configs(config, _first_layers(config)):
         try:
             with torch.device("meta"):
                 parameters = sum(p.numel() for p in _from_config(small, "eager").parameters())
@@ -87,6 +90,17 @@ def _plain_model(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
             reason = reason or error
     assert reason is not None
     raise reason
+
+
+def _first_layers(config: PretrainedConfig) -> int:
+    """How many of the first layers have one of each kind: configs say by many names which layers have experts."""
+    try:
+        with torch.device("meta"):
+            layers, _ = find_layers(_from_config(config, "eager"))
+    except Exception:  # the small model will say why
+        return LAYERS
+    kinds = [repr(layer) for layer in layers]
+    return max(LAYERS, *(kinds.index(kind) + 1 for kind in set(kinds)))
 
 
 def _walked(

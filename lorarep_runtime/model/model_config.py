@@ -29,7 +29,8 @@ def read_model_config(folder: Path) -> PretrainedConfig:
         folder: with its config.json.
 
     Raises:
-        FailedPrecondition: `transformers` cannot read it, or some layers have no keys and values to page.
+        FailedPrecondition: `transformers` cannot read it, or some layers have no keys and values to page, or have
+            fields of their own.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -40,6 +41,10 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     if (name := getattr(config, "transformers_weights", None)) is not None:
         raise FailedPrecondition(
             f"{shown(name)} in place of model.safetensors or its index is not supported", field="transformers_weights"
+        )
+    if getattr(text, "is_heterogeneous", False):
+        raise FailedPrecondition(
+            "per_layer_config, which gives layers fields of their own, is not supported", field="base"
         )
     foreign = set(getattr(text, "layer_types", None) or ()) - UNIFORM_ATTENTION
     if foreign:

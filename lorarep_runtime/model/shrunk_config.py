@@ -34,17 +34,21 @@ DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "depth", "layers"
 """Names of the number of layers of encoders of images and sounds."""
 
 
-def shrunk_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+def shrunk_configs(config: PretrainedConfig, layers: int = LAYERS) -> Iterator[PretrainedConfig]:
     """Configs with ever fewer fields shrunk: in some families other fields depend on those.
 
     Heads keep their dimension, so all that rotary embeddings say about it still fits.
+
+    Args:
+        config: of the whole base; it is not changed.
+        layers: how many of the first layers stay.
     """
     for shrinks in ((_shrink_heads, _shrink_widths), (_shrink_heads,), (_shrink_widths,), ()):
         whole = copy.deepcopy(config)
         text: Any = whole.get_text_config()
         if hasattr(whole, "quantization_config"):
             del whole.quantization_config
-        _shrink_layers(text)
+        _shrink_layers(text, layers)
         _shrink_vocabulary(text)
         if getattr(text, "sliding_window", None):
             text.sliding_window = min(text.sliding_window, WINDOW)
@@ -60,13 +64,13 @@ def shrunk_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
         yield whole
 
 
-def _shrink_layers(text: Any) -> None:
-    """Keeps the first layer of each kind, and the first ones of all."""
+def _shrink_layers(text: Any, count: int) -> None:
+    """Keeps the first layers, and the first one of each kind that lists in the config tell apart."""
     kinds: dict[str, int] = {}
     names = per_layer_fields(text)
     for layer in range(text.num_hidden_layers):
         kinds.setdefault(repr([getattr(text, name)[layer] for name in names]), layer)
-    first = [*range(min(LAYERS, text.num_hidden_layers))]
+    first = range(min(count, text.num_hidden_layers))
     choose_layers(text, sorted({*first, *list(kinds.values())[:LAYERS]}))
 
 

@@ -196,14 +196,14 @@ def test_a_shard_of_any_name_that_does_not_come_is_unavailable_until_it_does(
     base = {"config.json": b"{}", "model.safetensors.index.json": index, "odd-1.safetensors": b"1"}
     publish(base := {**base, "odd-2.safetensors": b"2"})
     hub.faulty, hub.status = "odd-2", 503
-    with pytest.raises(Unavailable, match="org/name: .*cannot answer for now"):
+    with pytest.raises(Unavailable, match=r"org/name: .*cannot answer for now"):
         fetch(kind="base")
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(Unavailable, match="org/name: .*does not hold all of it"):
+        with pytest.raises(Unavailable, match=r"org/name: .*does not hold all of it"):
             fetch(kind="base")
     hub.faulty = ""
-    with pytest.raises(Unavailable, match="org/name: .*cannot answer for now"):
+    with pytest.raises(Unavailable, match=r"org/name: .*cannot answer for now"):
         fetch(kind="base")
     hub.status = None
     assert contents(fetch(kind="base")) == base

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model import family_check
@@ -16,7 +19,7 @@ from lorarep_runtime.model.layer_walk import Walk
 from lorarep_runtime.model.model_config import model_class, read_model_config
 from lorarep_runtime.model.transformers_attention import register_attention
 from tests.support.engines import PROMPT, engine_for, greedy
-from tests.support.models import SHAPE, randomize, reference, reference_logits, save_adapter, save_tokenizer
+from tests.support.models import FAMILIES, SHAPE, randomize, reference, reference_logits, save_adapter, save_tokenizer
 
 MAP = [[0, 3], [1, 2], [1, 6], [0, 1]]
 STACK = (0, 1, 2, 1, 1, 2, 3, 4, 5, 0)
@@ -47,6 +50,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "falcon": (dict(), "'lorarep'"),
     "bloom": (dict(), "IndexError"),
     "rwkv": (dict(), "AttributeError"),
+    "llama": (dict(is_causal=False), "its logits differ from transformers'"),
+    "gemma3_text": (dict(use_bidirectional_attention=True), "wants a mask of its own"),
+    "mistral": (dict(per_layer_config={1: {"head_dim": 32}}), "per_layer_config"),
     "lfm2": (dict(full_attn_idxs=[1, 3]), "layer_types ['conv'] have no keys and values to page"),
     "t5": (dict(), "transformers has no causal model for the type 't5'"),
 }
@@ -116,6 +122,17 @@ def test_a_family_that_would_answer_otherwise_is_refused_by_name(family: str, tm
     assert why in found
 
 
+def test_layers_of_every_kind_are_compared_however_late_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_attention()
+    config = config_of("deepseek_v3", **LATENT, **EXPERTS, first_k_dense_replace=5, num_key_value_heads=4)
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the experts are computed")
+
+    monkeypatch.setattr(modeling_deepseek_v3.DeepseekV3MoE, "forward", forward)
+    assert refusal(config) == "computing a small model of it fails with RuntimeError: the experts are computed"
+
+
 def test_a_comparison_that_takes_too_long_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family_check, "PROCESS_SECONDS", 0.5)
     monkeypatch.setenv("LORAREP_FAILPOINTS", str(tmp_path))
@@ -140,13 +157,37 @@ def test_a_good_verdict_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     family_check.check_family(tmp_path, config, tmp_path)
 
 
-def test_a_family_that_other_tests_compare_is_not_compared_and_its_wrappers_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+OTHERWISE = [config_of("llava"), config_of("llama", is_causal=False), config_of("qwen2", hidden_act="relu")]
+OTHERWISE += [
+    config_of("gemma3_text", use_bidirectional_attention=True),
+    config_of("phi3", a_field="of another version"),
+]
+
+
+@pytest.mark.parametrize("config", OTHERWISE, ids=lambda config: config.model_type)
+def test_a_base_like_those_that_other_tests_compare_is_not_compared_and_all_others_are(
+    config: PretrainedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(family_check, "_judged", lambda folder: "compared")
-    family_check.check_family(tmp_path, config_of("mistral"), tmp_path)
+    for usual in FAMILIES.values():
+        family_check.check_family(tmp_path, usual(), tmp_path)
     with pytest.raises(FailedPrecondition, match="compared"):
-        family_check.check_family(tmp_path, config_of("llava"), tmp_path)
+        family_check.check_family(tmp_path, config, tmp_path)
+
+
+def test_a_verdict_is_of_one_version_of_torch_and_needs_no_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(family_check, "_judged", lambda folder: asked.append(folder) or "")
+    for version in ("2.0", "2.0", "2.1"):
+        monkeypatch.setattr(torch, "__version__", version)
+        family_check.check_family(tmp_path, config_of("granite"), tmp_path)
+    assert len(asked) == 2
+    monkeypatch.setattr(os, "stat", refuse := Mock(side_effect=PermissionError("a cache of another user")))
+    family_check.check_family(tmp_path, config_of("granite"), tmp_path / "anothers")
+    assert len(asked) == 3
+    assert refuse.called
 
 
 def test_a_base_that_cannot_compute_as_it_is_loaded_is_not_served(

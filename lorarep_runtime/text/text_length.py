@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 KEPT_BY_NORMALIZERS: Mapping[str, int] = {
@@ -48,7 +49,7 @@ def characters_of_a_token(backend: Any) -> int | None:
     longest = max(map(len, vocabulary))
     if normalizer is not None:
         longest = max([longest, *(len(normalizer.normalize_str(token.content)) for token in added)])
-    return int(longest * merged)
+    return ceil(longest * merged)
 
 
 def _state(part: Any) -> dict[str, Any]:

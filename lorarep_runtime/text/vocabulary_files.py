@@ -9,7 +9,7 @@ from typing import Any
 from lorarep_runtime.errors import FailedPrecondition, first_line
 
 TOKENIZER_FILE = "tokenizer.json"
-VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "*.tiktoken", "tekken.json", "vocab.*", "merges.txt")
+VOCABULARY_FILES = (TOKENIZER_FILE, "*.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt")
 """Shell patterns of the files that hold a vocabulary."""
 _PACKAGE = re.compile(r"requires? the ([\w-]+) library|install ([\w-]+) to use|`([\w-]+)` is required")
 """How `transformers` says that a package is not installed."""

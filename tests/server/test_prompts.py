@@ -52,6 +52,12 @@ def with_shorter_text() -> Fast:
     return fast
 
 
+def with_a_text_shorter_by_a_third() -> Fast:
+    fast = of_characters(unk_token="?")
+    fast.normalizer = normalizers.Replace("xyz", "ab")
+    return fast
+
+
 def composed() -> Fast:
     fast = of_characters(unk_token="?")
     fast.normalizer = normalizers.NFC()
@@ -90,6 +96,7 @@ def of_pieces() -> Fast:
         (with_strip, " " * 3000 + "x" + " " * 3000),
         (with_collapsed_spaces, "a" + " " * 3000 + "b"),
         (with_shorter_text, "x" * 100),
+        (with_a_text_shorter_by_a_third, "xyz" * 2),
         (composed, unicodedata.normalize("NFD", "\u1f82") * 4),
         (without_spaces, "a" + " " * 3000 + "b"),
         (without_what_it_splits_at, "a" + " " * 3000 + "b"),

@@ -14,8 +14,10 @@ from transformers import AutoTokenizer
 
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, LorarepError
+from lorarep_runtime.hub.files import TOKENIZER_FILES
 from lorarep_runtime.text import foreign
 from lorarep_runtime.text.tokenizer import Tokenizer
+from lorarep_runtime.text.vocabulary_files import VOCABULARY_FILES
 from tests.support.engines import engine_for
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import VOCAB, save_adapter, save_base, save_tokenizer
@@ -150,6 +152,14 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(base: Tokenizer, own: Path)
     for trusted in (False, True):
         with pytest.raises(FailedPrecondition, match="has no vocabulary"):
             adapters_own(base, own, trusted)
+
+
+def test_a_vocabulary_is_in_files_that_are_downloaded(base: Tokenizer, own: Path) -> None:
+    """A folder is served or refused as the repository that holds the same files."""
+    assert set(VOCABULARY_FILES) < set(TOKENIZER_FILES)
+    (own / "tokenizer.json").rename(own / "tekken.json")
+    with pytest.raises(FailedPrecondition, match=r"has no vocabulary, which is one of tokenizer\.json"):
+        adapters_own(base, own, trusted=True)
 
 
 def test_a_vocabulary_in_other_files_is_the_bases(base: Tokenizer, own: Path) -> None:

@@ -42,6 +42,8 @@ class AdapterLimits:
     """Largest rank of any module."""
     max_positions: int = 512
     """Most positions of an adapter's stack."""
+    max_untrusted_positions: int | None = None
+    """Most positions of the stack of an adapter that no operator named; None is four times the base's layers."""
     allow_repositories: tuple[str, ...] = ()
     """Shell patterns of the repositories that LoadAdapter and requests may name; empty allows none."""
     device_bytes: int | None = None

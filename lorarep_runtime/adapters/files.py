@@ -35,6 +35,8 @@ MAX_CONFIG_BYTES = 1 << 20
 TOKENIZER_BYTES, TOKEN_BYTES = 4 << 20, 512
 """Most bytes of a tokenizer's files, and those for each token of the base's vocabulary. Tokenizers of 262,144 tokens
 take 40 MiB."""
+UNTRUSTED_DEPTH = 4
+"""Most positions of a stack that no operator named, as a multiple of the base's layers: others wait for its visits."""
 ABSENT_SECONDS, MAX_ABSENT = 10.0, 1024
 """Time for which it is remembered that the Hub does not have a source, and most of these."""
 
@@ -80,6 +82,7 @@ class AdapterFiles:
         self.stacks = stacks
         self.disk = None if limits.disk_bytes is None else DiskBudget(cache_dir, limits.disk_bytes, uses)
         self._limits = limits
+        self._max_untrusted = limits.max_untrusted_positions or UNTRUSTED_DEPTH * base.layers
         self._cache_dir = cache_dir
         self._absent = _Absent()
         self._hashing = ThreadPoolExecutor(thread_name_prefix="lorarep-digest")
@@ -105,7 +108,7 @@ class AdapterFiles:
             progress("check", 0, 0)
         weights = WeightsFile.at(snapshot.folder / WEIGHTS_FILE)
         config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
-        walked = self._walked(config, stack)
+        walked = self._walked(config, stack, trusted=trusted)
         layout = layout_of(config, walked, self.base.layer_modules, self.base.prefix)
         header = checked_header(weights.path, layout, self.base.prefix)
         return CheckedFiles(snapshot, weights, config, header, layout, walked, self._hashing.submit(_digest, weights))
@@ -150,7 +153,8 @@ class AdapterFiles:
 
         def weights(folder: Path) -> int:
             config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits)
-            layout = layout_of(config, self._walked(config, stack), self.base.layer_modules, self.base.prefix)
+            walked = self._walked(config, stack, trusted=False)
+            layout = layout_of(config, walked, self.base.layer_modules, self.base.prefix)
             return most_file_bytes(layout, self.base.prefix)
 
         def make_room(size: int) -> None:
@@ -207,10 +211,16 @@ class AdapterFiles:
             raise NotFound(f"{name!r} is none of {sorted(self.stacks)}", field="stack")
         return self.stacks[name]
 
-    def _walked(self, config: AdapterConfig, name: str | None) -> Stack:
+    def _walked(self, config: AdapterConfig, name: str | None, *, trusted: bool) -> Stack:
         """The stack that an adapter is for: its own, or the named one, which may not contradict its config."""
         own = config.stack(self.base.layers)
         if name is None:
+            if not trusted and len(own) > self._max_untrusted:
+                raise InvalidArgument(
+                    f"{len(own)} positions are over the limit of {self._max_untrusted} for an adapter that the "
+                    "operator does not name (--adapter, --adapters-file)",
+                    field="layer_replication",
+                )
             return own
         named = self.named_stack(name)
         if config.layer_replication is not None and own != named:

@@ -121,7 +121,7 @@ class Engine:
             decoder: computes decode steps and prefill passes; None leaves both to the base's own layers.
         """
         base, pool = self.base, self.pool
-        scheduler = Scheduler(self.config.scheduler, pool, self.adapters.residency, self.max_sequences)
+        scheduler = Scheduler(self.config.scheduler, pool, self.adapters.residency, self.max_sequences, base.layers)
         forward = (lambda batch: WholeForward(base, pool, batch)) if decoder is None else decoder.prefill
         return StepLoop(
             self._inbox,

@@ -2,7 +2,8 @@
 
 Sequences that decode come first, with one token each. Prompts fill the rest of the step (Agrawal et al., 2024): first
 those of the adapters with the fewest running sequences, then in order of arrival. When pages run short the youngest
-sequence gives its own back and is computed again later (Kwon et al., 2023).
+sequence gives its own back and is computed again later (Kwon et al., 2023). Where all stacks together would make a step
+long, they take turns.
 
 A sequence claims its adapter when its turn has come. Others pass those whose adapter is still loading. But when there
 is no memory for one, nobody has another adapter loaded until there is, or that one might wait for ever. Only who finds
@@ -19,6 +20,7 @@ from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.residency import Residency
 from lorarep_runtime.config import SchedulerConfig
 from lorarep_runtime.engine.sequence import Sequence
+from lorarep_runtime.engine.stack_turns import StackTurns
 from lorarep_runtime.engine.waiting_queue import Group, WaitingQueue
 from lorarep_runtime.errors import LorarepError
 from lorarep_runtime.model.kv_cache import PagePool
@@ -53,10 +55,13 @@ class Schedule:
 class Scheduler:
     """The sequences that wait and those that hold pages. The step loop's thread alone touches it."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, residency: Residency, max_sequences: int) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pool: PagePool, residency: Residency, max_sequences: int, layers: int
+    ) -> None:
         """
         Args:
             max_sequences: most sequences in one step, whatever the config says.
+            layers: of the base.
         """
         self.config = config
         self.pool = pool
@@ -64,6 +69,7 @@ class Scheduler:
         default = CPU_STEP_TOKENS if pool.key_pages.device.type == "cpu" else STEP_TOKENS
         self._max_step_tokens = config.max_step_tokens or default
         self._max_sequences = max_sequences
+        self._turns = StackTurns(layers)
         self.waiting = WaitingQueue()
         self.running: dict[Sequence, None] = {}
         """In order of arrival; a dict, in which a sequence is found at once among many."""
@@ -127,8 +133,10 @@ class Scheduler:
             Number of tokens that the step has left of its budget.
         """
         chosen = schedule.chosen
-        for sequence in sorted(self.running, key=lambda s: s.remaining > 1):
-            if self._prefilling and (sequence in self._prefilling or sequence.remaining > 1):
+        free = [s for s in self.running if not self._prefilling or (s not in self._prefilling and s.remaining == 1)]
+        late = self._turns.begin_step(sequence.lease.stack for sequence in free)
+        for sequence in sorted(free, key=lambda s: s.remaining > 1):
+            if late and sequence.lease.stack in late:
                 continue
             if sequence in self.running and (count := self._share(sequence, budget, alone=not chosen)):
                 if not self._make_room(sequence, count, schedule):
@@ -155,8 +163,9 @@ class Scheduler:
             self.running[sequence] = None
             sequence.start()
             schedule.admitted.append(sequence)
-            schedule.chosen[sequence] = count
-            budget -= count
+            if self._turns.joins(sequence.lease.stack):  # else its turn comes in the next step
+                schedule.chosen[sequence] = count
+                budget -= count
         if self._has_room:
             self._passing.clear()
 

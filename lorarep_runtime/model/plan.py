@@ -48,6 +48,17 @@ def merge(stacks: tuple[Stack, ...]) -> Plan:
 
 
 @lru_cache(maxsize=4096)
+def length_up_to(stacks: tuple[Stack, ...], most: int) -> int:
+    """Number of visits of `merge(stacks)` at most; if that is over `most`, of as many of the first as make it so."""
+    length = 0
+    for count in range(1, len(stacks) + 1):
+        length = len(_supersequence(stacks[:count]))
+        if length > most:
+            break
+    return length
+
+
+@lru_cache(maxsize=4096)
 def _supersequence(stacks: tuple[Stack, ...]) -> Stack:
     return _shortest(_supersequence(stacks[:-1]), stacks[-1]) if stacks else ()
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lorarep_runtime.hub.files import file_digest
 from lorarep_runtime.request import Event, Finished
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.hub_faults import FaultyHub
-from tests.support.models import VOCAB, save_adapter, save_base
+from tests.support.models import LAYERS, VOCAB, save_adapter, save_base
 from tests.support.operations import operations
 
 MAP = [[0, 4], [2, 5]]
@@ -210,6 +211,27 @@ def test_a_request_reaches_no_pull_request_of_a_repository_that_it_may_name(
             engine.adapters.load("one", "org/one", revision)
     assert hub.downloads() == []
     assert engine.adapters.load("operator's", "org/one", "refs/pr/1", trusted=True).commit == foreign
+
+
+def test_a_stack_that_no_operator_named_is_a_few_times_as_deep_as_the_base_at_most(
+    base: Path, hub: FaultyHub, tmp_path: Path
+) -> None:
+    ranges = [*[[0, LAYERS]] * 4, [0, 1]]
+    hub.publish(
+        "org/deep", save_adapter(base, tmp_path / "deep", r=1, target_modules=["q_proj"], layer_replication=ranges)
+    )
+    limits = AdapterLimits(allow_repositories=("org/*",))
+    engine = engine_for(base, limits=limits, cache_dir=tmp_path / "cache", kv_bytes=1 << 20)
+    for ask in (lambda: engine.adapters.lease([("org/deep", 1.0)]), lambda: engine.adapters.load("x", "org/deep")):
+        with pytest.raises(
+            InvalidArgument, match=r"^layer_replication: 25 positions are over the limit of 24 .*--adapter"
+        ):
+            ask()
+    assert "adapter_model.safetensors" not in hub.downloads()
+    assert len(engine.adapters.load("x", "org/deep", trusted=True).stack) == 25
+    permits = replace(limits, max_untrusted_positions=25)
+    engine = engine_for(base, limits=permits, cache_dir=tmp_path / "cache", kv_bytes=1 << 20)
+    engine.adapters.lease([("org/deep", 1.0)]).release()
 
 
 def test_a_weight_that_overflows_is_refused_by_name(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.errors import DataLoss, DeadlineExceeded
+from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.request import Finished
-from tests.support.loops import FreeLease, Loop
+from tests.support.loops import DEPTH, Counting, FreeLease, Loop
 from tests.support.operations import operations
 
 SIZES = {"a": 1, "b": 1, "large": 2}
@@ -148,6 +149,31 @@ def test_a_steps_cost_does_not_grow_with_the_requests_that_wait_for_an_adapter()
     cost = [operations(loop.loop.step) for loop in (few, many)]
     assert cost[1] < 1.2 * cost[0], cost
     assert LoadingLease.claims == 2, "one of those that wait asks for all"
+
+
+def test_stacks_that_would_make_a_step_long_take_turns_and_the_bases_own_is_in_every_step() -> None:
+    """Nobody chooses whose stacks a step has to walk for his token."""
+    visits: list[int] = []
+
+    def forward(batch: Batch) -> Counting:
+        visits.append(len(batch.plan.visits))
+        return Counting(batch)
+
+    loop = Loop(256, forward, max_sequences=10)
+    other = tuple(range(3, 3 + 3 * DEPTH))  # of the operator, and longer than the base
+    deep = [tuple(range(10 * i, 10 * i + 4 * DEPTH)) for i in range(1, 9)]
+    loop.submit(new_tokens=12)
+    for i, stack in enumerate([other, *deep]):
+        loop.submit(f"{i}", lease=FreeLease(f"{i}", stack=stack), new_tokens=4)
+    for step in range(1, 13):
+        loop.loop.step()
+        assert len(loop.tokens(0)) == step
+    while loop.loop.is_busy:
+        loop.loop.step()
+    assert max(visits) <= 8 * DEPTH
+    assert len(visits) <= 40  # each token of the nine has a step to itself at the worst, with the base's beside it
+    assert [loop.tokens(number) for number in range(1, 10)] == [[3, 4, 5, 6]] * 9
+    loop.assert_nothing_held()
 
 
 def test_who_waits_for_a_load_hears_of_its_failure_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

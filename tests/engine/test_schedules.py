@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorarep_runtime.device import gil
+from lorarep_runtime.engine import stack_turns
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.engine.prefill_pass import SlicePacer
 from lorarep_runtime.engine.step_loop import StepLoop
@@ -23,7 +24,7 @@ from tests.support.models import save_adapter, save_base
 
 PAGE = 2 * 16 * 2 * 16 * 4
 LONGEST = 64
-DEPTHS = {None: 6, "deep": 7}
+DEPTHS = {None: 6, "deep": 7, "other": 6}
 SEEDS = 12
 
 
@@ -34,8 +35,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path) -> dict[str, Path]:
-    asked = dict(r=4, target_modules=["q_proj"], layer_replication=[[0, 4], [2, 5]])
-    return {"deep": save_adapter(base, base.parent / "adapter", **asked)}
+    ranges = {"deep": [[0, 4], [2, 5]], "other": [[3, 6], [0, 3]]}
+    return {
+        name: save_adapter(base, base.parent / name, r=4, target_modules=["q_proj"], layer_replication=replicated)
+        for name, replicated in ranges.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def any_sampling(dice: random.Random) -> Sampling:
 
 
 def any_caller(dice: random.Random, pages: int) -> Caller:
-    adapter, length = dice.choice([None, "deep"]), dice.randint(1, 40)
+    adapter, length = dice.choice([*DEPTHS]), dice.randint(1, 40)
     room = min(LONGEST, pages // DEPTHS[adapter] * 16) - length
     most = dice.randint(1, room)
     stopping = Stopping(most, dice.choice([0, 0, min(5, most)]), ignore_eos=dice.random() < 0.7)
@@ -99,6 +103,7 @@ def test_answers_are_those_of_requests_alone(
 ) -> None:
     dice = random.Random(seed)
     monkeypatch.setattr(SlicePacer, "visits", lambda self: dice.randint(1, 3))
+    monkeypatch.setattr(stack_turns, "LONGEST_PLAN", dice.choice([1, 8]))
     monkeypatch.setattr(cache, "WIPED", dice.choice([1, 3, 4096]))
     pages = dice.choice([30, 37, 50, 200])
     engine = engine_for(

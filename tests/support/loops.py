@@ -22,6 +22,7 @@ from lorarep_runtime.engine.stats import Stats, StatsRecorder
 from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.kv_cache import KVShape, PagePool, PageTable
+from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.request import Event, Output, Request, Stopping
 
 VOCAB = 32
@@ -45,9 +46,9 @@ class Counting:
 class FreeLease:
     """A lease of an adapter that is on the device, and that no kernel reads."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, stack: Stack = tuple(range(DEPTH))) -> None:
         self.names = self.target = names
-        self.stack = tuple(range(DEPTH))
+        self.stack = stack
         self.adapter = None
         self.has_claim = True
         self.is_released = False
@@ -78,7 +79,7 @@ class Loop:
         self.inbox, self._recorder = Inbox(config), StatsRecorder(pages)
         self.residency = SimpleNamespace(version=0)
         most = config.max_sequences or 32
-        scheduler = Scheduler(config, self.pool, self.residency, most)  # type: ignore[arg-type]
+        scheduler = Scheduler(config, self.pool, self.residency, most, DEPTH)  # type: ignore[arg-type]
         self.loop = StepLoop(
             self.inbox,
             scheduler,
@@ -110,7 +111,7 @@ class Loop:
                 sampler=SamplerState(request, frozenset()),
                 text=Digits(),  # type: ignore[arg-type]
                 on_event=events.append,
-                table=PageTable(self.pool, DEPTH),
+                table=PageTable(self.pool, len(lease.stack)),
                 tokens=list(prompt),
             )
         )

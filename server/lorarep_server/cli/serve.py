@@ -81,6 +81,12 @@ FILE = HomePath(dir_okay=False)
 )
 @option("--max-rank", type=POSITIVE, default=AdapterLimits.max_rank, help="Largest rank of an adapter.")
 @option("--max-positions", type=POSITIVE, default=AdapterLimits.max_positions, help="Most positions of a stack.")
+@option(
+    "--max-untrusted-positions",
+    type=POSITIVE,
+    show_default="4 times the base's layers",
+    help="Most positions of the stack of an adapter that no flag or file names.",
+)
 @option("--adapter-bytes", type=ByteSize(), show_default="no limit", help="Most device memory of all adapters.")
 @option(
     "--adapter-host-bytes",
@@ -192,6 +198,7 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
         adapters=AdapterLimits(
             max_rank=given["max_rank"],
             max_positions=given["max_positions"],
+            max_untrusted_positions=given["max_untrusted_positions"],
             allow_repositories=given["allow_repository"],
             device_bytes=given["adapter_bytes"],
             host_bytes=given["adapter_host_bytes"],

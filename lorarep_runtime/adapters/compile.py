@@ -38,6 +38,7 @@ from lorarep_runtime.model.compiled_adapter import (
     entries_of,
     file_parameters,
     is_finite,
+    whole_matrices,
 )
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
@@ -159,28 +160,33 @@ def load_kernels(
             blocks = [Block(module, range(entries), form, 0)]
             read = [torch.zeros(entries, *shape, dtype=torch.bfloat16) for _, shape in form.tensors]
             storage = allocate(blocks, dtype, device)
-            _compile_run(read, 1.0, blocks[0].entries(storage), partial(norm_terms, [layer] * entries, module))
+            _compile_run(form, read, 1.0, blocks[0].entries(storage), partial(norm_terms, [layer] * entries, module))
             is_finite(storage)
 
 
 def _most_entries(form: Form) -> int:
     """Most entries of a run, for entries of a form."""
-    return max(1, MAX_RUN_ELEMENTS // max(math.prod(shape) for _, shape in form.tensors))
+    return max(1, MAX_RUN_ELEMENTS // max(map(math.prod, form.pieces)))
 
 
 def _compile_run(
-    read: Sequence[Tensor], scale: float, to: Entry, norm_terms: Callable[[Tensor], tuple[Tensor, Tensor]]
+    form: Form,
+    read: Sequence[Tensor],
+    scale: float,
+    to: Entry,
+    norm_terms: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> None:
     """Computes the entries of a run in fp32, and writes them in the activations' dtype.
 
     Args:
+        form: of each entry.
         read: the entries' tensors as `_read` returns them.
         scale: factor of B A x.
         to: where to write, on the device; the entries lie along a first dimension.
         norm_terms: `Base.norm_terms` of the layers that the entries are at, as a function of their A.
     """
     give_way()
-    a, b, *rest = (_on_device(tensor, to.A.device) for tensor in read)
+    a, b, *rest = whole_matrices(form, [_on_device(tensor, to.A.device) for tensor in read])
     if to.c is not None:
         give_way()
         squares, products = norm_terms(a)
@@ -254,7 +260,7 @@ def compile_adapter(
                 to = Entry._make(None if views is None else views[part] for views in whole)
                 give_way()
                 read = _read(file, found[part], block.form)
-                _compile_run(read, found[run.start].scale, to, partial(norm_terms, layers, block.module))
+                _compile_run(block.form, read, found[run.start].scale, to, partial(norm_terms, layers, block.module))
                 done += len(run)
                 if progress is not None:
                     progress("compile", done, len(layout))

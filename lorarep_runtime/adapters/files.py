@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterConfig
 from lorarep_runtime.adapters.weights_file import WeightsFile
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.device.gil import give_way
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound, shown
 from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.files import TEMPLATE_FILES, TOKENIZER_FILES, file_digest
 from lorarep_runtime.hub.snapshot import Snapshot, fetch
@@ -27,6 +28,8 @@ from lorarep_runtime.model.compiled_adapter import Adapter, Layout
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -107,11 +110,22 @@ class AdapterFiles:
         if progress is not None:
             progress("check", 0, 0)
         weights = WeightsFile.at(snapshot.folder / WEIGHTS_FILE)
-        config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), self._limits)
-        walked = self._walked(config, stack, trusted=trusted)
-        layout = layout_of(config, walked, self.base.layer_modules, self.base.prefix)
-        header = checked_header(weights.path, layout, self.base.prefix)
+        config, walked, layout = self._expected(snapshot.folder, stack, trusted=trusted)
+        header = checked_header(weights.path, config, layout, self.base.prefix)
+        self._tell(snapshot, config)
         return CheckedFiles(snapshot, weights, config, header, layout, walked, self._hashing.submit(_digest, weights))
+
+    def _tell(self, snapshot: Snapshot, config: AdapterConfig) -> None:
+        """Logs what an adapter's config says about its training that is not as the server has it."""
+        trained_on, base = config.base_model_name_or_path, self.base.repository
+        if trained_on is not None and Path(trained_on).name.lower() != Path(base).name.lower():
+            log.info("%s was trained on %s, and is served on %s", snapshot.repository, shown(trained_on), base)
+        if config.init_lora_weights == "lora_ga":
+            log.warning(
+                "%s: LoRA-GA changed the base before training. It is served as PEFT loads it, over the base as it is; "
+                "unless it was saved with path_initial_model_for_weight_conversion, it misses that change",
+                snapshot.repository,
+            )
 
     def fetch(
         self,
@@ -152,10 +166,8 @@ class AdapterFiles:
         """Most bytes of each file of an adapter that no operator has named."""
 
         def weights(folder: Path) -> int:
-            config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits)
-            walked = self._walked(config, stack, trusted=False)
-            layout = layout_of(config, walked, self.base.layer_modules, self.base.prefix)
-            return most_file_bytes(layout, self.base.prefix)
+            config, _, layout = self._expected(folder, stack, trusted=False)
+            return most_file_bytes(config, layout, self.base.prefix)
 
         def make_room(size: int) -> None:
             if self.disk is not None:
@@ -210,6 +222,13 @@ class AdapterFiles:
         if name not in self.stacks:
             raise NotFound(f"{name!r} is none of {sorted(self.stacks)}", field="stack")
         return self.stacks[name]
+
+    def _expected(self, folder: Path, stack: str | None, *, trusted: bool) -> tuple[AdapterConfig, Stack, Layout]:
+        """What the config in a folder says: itself, the stack that it is for, and the entries of its weights."""
+        family = self.base.config.model_type
+        config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits, family)
+        walked = self._walked(config, stack, trusted=trusted)
+        return config, walked, layout_of(config, walked, self.base.layer_modules, self.base.prefix)
 
     def _walked(self, config: AdapterConfig, name: str | None, *, trusted: bool) -> Stack:
         """The stack that an adapter is for: its own, or the named one, which may not contradict its config."""

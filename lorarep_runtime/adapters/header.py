@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +32,12 @@ KNOWN, KNOWN_BYTES = 16, 1 << 20
 """Number of headers that are remembered, and most bytes of each. Adapters of one recipe have equal headers."""
 ENTRY_BYTES, METADATA_BYTES = 160, 1 << 16
 """Most bytes of a header for each tensor, its name aside, and for all else."""
+_TRAINING = re.compile(r"lora_velora_embed|lora_monteclora_sampler\.\w+")
+"""Kinds of tensors that VeLoRA and MonteCLoRA read while they train alone."""
+TRAINING_TENSORS, TRAINING_NUMBERS = 4, 1 << 12
+"""Most such tensors of a module, and numbers in them beside those that grow with its rank and its input."""
+OLD_MAGNITUDE, MAGNITUDE = ".lora_magnitude_vector.weight", ".lora_magnitude_vector"
+"""DoRA's vectors as some versions of PEFT have named them, and as all read them."""
 
 
 class TensorInfo(NamedTuple):
@@ -44,21 +51,24 @@ Header = Mapping[str, TensorInfo]
 """All tensors of a file by name, in the order in which they lie there without gaps."""
 
 
-def checked_header(file: Path, layout: Layout, prefix: str) -> Header:
-    """The tensors of an adapter's weights file, which are exactly those of its layout.
+def checked_header(file: Path, config: AdapterConfig, layout: Layout, prefix: str) -> Header:
+    """The tensors of an adapter's weights file: those of its layout, and none else that matters at inference.
 
     Args:
         file: in the safetensors format.
-        layout, prefix: as `layout_of` returns and takes them.
+        config, layout, prefix: as `layout_of` takes and returns them.
 
     Raises:
         DataLoss: as `read_header`.
         FailedPrecondition: as `read_header`, or naming a tensor that is missing, surplus, of another shape or of a
             dtype that is no float.
     """
-    header = read_header(file, most_header_bytes(layout, prefix))
+    header = read_header(file, most_header_bytes(config, layout, prefix))
+    if config.use_dora and any(name.endswith(OLD_MAGNITUDE) for name in giving_way(header)):
+        header = {_renamed(name): info for name, info in giving_way(header.items())}
     expected = dict(giving_way(_tensors(layout, prefix)))
-    if surplus := header.keys() - expected.keys():
+    unknown = header.keys() - expected.keys()
+    if surplus := {name for name in giving_way(unknown) if not _is_unused(name, header[name], config, prefix)}:
         raise FailedPrecondition("is in the file, and nothing in the config speaks of it", field=min(surplus))
     for name, shape in giving_way(expected.items()):
         if name not in header:
@@ -95,16 +105,36 @@ def read_header(file: Path, most_bytes: int) -> Header:
         raise DataLoss(str(error), field=file.name) from error
 
 
-def most_header_bytes(layout: Layout, prefix: str) -> int:
+def _renamed(name: str) -> str:
+    return f"{name.removesuffix(OLD_MAGNITUDE)}{MAGNITUDE}" if name.endswith(OLD_MAGNITUDE) else name
+
+
+def _is_unused(name: str, info: TensorInfo, config: AdapterConfig, prefix: str) -> bool:
+    """Whether a tensor is of an adapted module, and has no part in what the module computes."""
+    path, dot, kind = name.partition(".lora_")
+    path = path.removeprefix(FILE_PREFIX)
+    if not dot or not path.startswith(f"{prefix}.") or not config.targets(path):
+        return False
+    if info.dtype in DTYPES and config.has_training_tensors and _TRAINING.fullmatch(f"lora_{kind}"):
+        return True
+    # AdaLoRA may have left no rank of a module.
+    return info.dtype in DTYPES and config.rank(path) == 0 and 0 in info.shape
+
+
+def most_header_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int:
     """Most bytes of the header of a weights file with a layout, whichever program wrote it."""
-    return METADATA_BYTES + sum(len(name) + ENTRY_BYTES for name, _ in giving_way(_tensors(layout, prefix)))
+    tensors = ((len(name) + ENTRY_BYTES) for name, _ in giving_way(_tensors(layout, prefix)))
+    # Names of tensors that only training reads have up to as many bytes more.
+    return METADATA_BYTES + sum(tensors) * (1 + TRAINING_TENSORS * config.has_training_tensors)
 
 
-def most_file_bytes(layout: Layout, prefix: str) -> int:
+def most_file_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int:
     """Most bytes of a weights file with a layout: in the widest dtype."""
     widest = max(dtype.itemsize for dtype in DTYPES.values())
     numbers = sum(math.prod(shape) for _, shape in giving_way(_tensors(layout, prefix)))
-    return 8 + most_header_bytes(layout, prefix) + numbers * widest
+    if config.has_training_tensors:
+        numbers += sum(f.rank * (f.rank + 1) + f.shape[1] + TRAINING_NUMBERS for f in giving_way(layout.values()))
+    return 8 + most_header_bytes(config, layout, prefix) + numbers * widest
 
 
 @dataclass(frozen=True)
@@ -161,8 +191,8 @@ def layout_of(
     linears = ((i, linear) for i, layer in enumerate(stack) for linear in layer_modules[layer].items())
     for position, (module, matrix) in giving_way(linears):
         path = f"{prefix}.{position}.{module}"
-        if config.targets(path):
-            layout[position, module] = Form(config.rank(path), matrix, config.use_dora, config.lora_bias)
+        if config.targets(path) and (form := config.form(path, matrix)).rank:
+            layout[position, module] = form
     if not layout:
         raise FailedPrecondition("match no linear layer of the decoder", field="target_modules")
     return layout

@@ -1,7 +1,4 @@
-"""`adapter_config.json`, checked: every field is consumed, known to have no effect at inference, or refused by name.
-
-The fields and their meaning are those of PEFT's LoraConfig: https://huggingface.co/docs/peft/package_reference/lora.
-"""
+"""`adapter_config.json`, checked: what each module of the base gets of an adapter. `peft_fields` has every field."""
 
 from __future__ import annotations
 
@@ -14,53 +11,14 @@ from typing import Any
 
 import regex
 
+from lorarep_runtime.adapters.peft_fields import ADALORA, check_fields, default_targets
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, shown
+from lorarep_runtime.errors import InvalidArgument, shown
+from lorarep_runtime.model.compiled_adapter import Form
 from lorarep_runtime.model.stack import Stack, stack_from_ranges
 
 MAX_NAME = 256
 
-NO_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",  # of modules_to_save, which are refused
-    "eva_config",
-    "fan_in_fan_out",  # of Conv1D; PEFT resets it over linear layers
-    "inference_mode",
-    "lora_dropout",
-    "lora_ga_config",
-    "loftq_config",
-    "megatron_core",
-    "monteclora_config",  # PEFT itself ignores it unless it trains
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-}
-"""Fields that matter for training alone, or that detail a feature which another field turns on."""
-EXPECTED: Mapping[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base's own weights
-}
-"""Fields whose value has to be one of these."""
-CONSUMED = {
-    "alpha_pattern",
-    "exclude_modules",
-    "layer_replication",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_bias",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "use_dora",
-    "use_rslora",
-}
-"""Fields that `AdapterConfig` keeps."""
 ALL_LINEAR = "all-linear"
 """The value of `target_modules` that stands for every linear module."""
 _PLAIN = re.compile(r"[\w.]*")
@@ -73,15 +31,58 @@ MAX_PATTERNS = 8192
 MAX_REPEATED = 100_000
 """Most characters that the repeats of one field's patterns add when they are written out. `regex` writes them out to
 compile a pattern, so that a few nested repeats could take all memory."""
+ADALORA_EPSILON = 1e-5
+"""PEFT adds it to the rank that it divides by."""
 MATCHING_SECONDS = 10.0
 """Time limit for all matches of one adapter's patterns."""
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """BD-LoRA: modules whose A or B is block-diagonal, with the blocks alone in the file."""
+
+    nblocks: int
+    target_modules_bd_a: tuple[str, ...]
+    """Parts of the paths of modules with a block-diagonal A."""
+    target_modules_bd_b: tuple[str, ...]
+    match_strict: bool
+    """Whether each module has to be among them."""
+
+    @classmethod
+    def parse(cls, raw: Any) -> BlockDiagonal | None:
+        """Checks the value of `use_bdlora`. Raises InvalidArgument, also for keys that nobody knows."""
+        fields = dict(_mapping("use_bdlora", raw or None))
+        if raw is None or raw is False:
+            return None
+        block = cls(
+            nblocks=_integer("use_bdlora", fields.pop("nblocks", 1), 1, 1 << 16),
+            target_modules_bd_a=_strings("use_bdlora", fields.pop("target_modules_bd_a", None)),
+            target_modules_bd_b=_strings("use_bdlora", fields.pop("target_modules_bd_b", None)),
+            match_strict=_boolean("use_bdlora", fields.pop("match_strict", True)),
+        )
+        if fields:
+            raise InvalidArgument(f"has {shown(min(fields))}, which nobody knows", field="use_bdlora")
+        return block
+
+    def blocks(self, path: str) -> tuple[int, int]:
+        """Number of blocks of A and of B of the module at a path.
+
+        Raises:
+            InvalidArgument: both are block-diagonal, or none although `match_strict` asks for one.
+        """
+        a, b = (any(part in path for part in parts) for parts in (self.target_modules_bd_a, self.target_modules_bd_b))
+        if (a and b) or (self.match_strict and not a and not b):
+            raise InvalidArgument(f"names {path} for {'both' if a else 'neither'} of A and B", field="use_bdlora")
+        return self.nblocks if a else 1, self.nblocks if b else 1
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """The fields of an adapter's config that matter at inference, named as in PEFT's LoraConfig."""
 
+    peft_type: str
     r: int
+    """Rank of modules that no pattern names; AdaLoRA's `init_r`."""
     lora_alpha: float
     target_modules: str | tuple[str, ...]
     """A regular expression that matches whole paths of modules, or the names that such paths end in."""
@@ -91,35 +92,51 @@ class AdapterConfig:
     """Positions that are adapted; empty means all."""
     layers_pattern: tuple[str, ...]
     rank_pattern: Mapping[str, int]
+    """Ranks by expressions that paths end in, or AdaLoRA's by whole paths: none is left of some modules."""
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
+    use_bdlora: BlockDiagonal | None
+    init_lora_weights: object
+    """How training began."""
+    base_model_name_or_path: str | None
+    """The base that it was trained on, by a repository id or by a path of another machine."""
+    has_training_tensors: bool
+    """Whether its file may have tensors that only training reads."""
     layer_replication: tuple[tuple[int, int], ...] | None
     max_positions: int
     deadline: float
     """`time.monotonic()` seconds until which patterns may be matched."""
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any], limits: AdapterLimits) -> AdapterConfig:
+    def parse(cls, raw: Mapping[str, Any], limits: AdapterLimits, family: str | None = None) -> AdapterConfig:
         """Checks a config.
 
         Args:
             raw: the JSON object of `adapter_config.json`.
             limits: what an adapter may ask for.
+            family: `model_type` of the base, whose modules are adapted where the config names none.
 
         Raises:
             InvalidArgument: a value is malformed or over a limit.
             FailedPrecondition: a field asks for something that cannot be served exactly.
         """
-        _check_supported(raw)
+        check_fields(raw)
         targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
+        if targets is None:
+            targets = list(default_targets(raw["peft_type"], family))
+        adaptive = raw["peft_type"] == ADALORA
         layers = raw.get("layers_to_transform")
         for field in ("layers_to_transform", "layers_pattern"):
             if isinstance(targets, str) and raw.get(field) is not None:
                 raise InvalidArgument("goes with a list of target_modules, not with an expression", field=field)
+        trained_on = raw.get("base_model_name_or_path")
+        rank_field, usual_rank = ("init_r", 12) if adaptive else ("r", 8)
+        ranks = _mapping("rank_pattern", raw.get("rank_pattern"))
         config = cls(
-            r=_integer("r", raw.get("r", 8), 1, limits.max_rank),
+            peft_type=raw["peft_type"],
+            r=_integer(rank_field, raw.get(rank_field, usual_rank), 1, limits.max_rank),
             lora_alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
             target_modules=targets if isinstance(targets, str) else _strings("target_modules", targets),
             exclude_modules=excluded if isinstance(excluded, str) else _strings("exclude_modules", excluded),
@@ -127,9 +144,10 @@ class AdapterConfig:
                 _integer("layers_to_transform", layer, 0, limits.max_positions) for layer in _items(layers)
             ),
             layers_pattern=_strings("layers_pattern", _items(raw.get("layers_pattern") or None)),
-            rank_pattern={
-                key: _integer(f"rank_pattern[{shown(key)}]", rank, 1, limits.max_rank)
-                for key, rank in _mapping("rank_pattern", raw.get("rank_pattern")).items()
+            rank_pattern=_kept_ranks(ranks, limits.max_rank)
+            if adaptive
+            else {
+                key: _integer(f"rank_pattern[{shown(key)}]", rank, 1, limits.max_rank) for key, rank in ranks.items()
             },
             alpha_pattern={
                 key: _number(f"alpha_pattern[{shown(key)}]", alpha)
@@ -137,22 +155,24 @@ class AdapterConfig:
             },
             use_rslora=_boolean("use_rslora", raw.get("use_rslora", False)),
             use_dora=_boolean("use_dora", raw.get("use_dora", False)),
-            lora_bias=_boolean("lora_bias", raw.get("lora_bias", False)),
+            lora_bias=_boolean("lora_bias", raw.get("lora_bias", False)) and not adaptive,
+            use_bdlora=None if adaptive else BlockDiagonal.parse(raw.get("use_bdlora")),
+            init_lora_weights=raw.get("init_lora_weights", True),
+            base_model_name_or_path=trained_on if isinstance(trained_on, str) and trained_on else None,
+            has_training_tensors=any(raw.get(field) is not None for field in ("velora_config", "monteclora_config")),
             layer_replication=_ranges(raw.get("layer_replication"), limits.max_positions),
             max_positions=limits.max_positions,
             deadline=time.monotonic() + MATCHING_SECONDS,
         )
         for field, value in (("target_modules", targets), ("exclude_modules", excluded)):
             _check_expressions(field, [value] if isinstance(value, str) else [], "{}")
-        for field in ("layers_pattern", "rank_pattern", "alpha_pattern"):
+        for field in ("layers_pattern", *([] if adaptive else ["rank_pattern"]), "alpha_pattern"):
             # PEFT puts them into another expression, where a flag for the whole one, such as (?i), is an error.
             _check_expressions(field, getattr(config, field), "({})")
         if not config.target_modules:
             raise InvalidArgument("names no module", field="target_modules")
         if config.layers_pattern and layers is None:
             raise InvalidArgument("needs layers_to_transform", field="layers_pattern")
-        if config.use_dora and config.lora_bias:
-            raise InvalidArgument("does not go with use_dora", field="lora_bias")
         return config
 
     def stack(self, layers: int) -> Stack:
@@ -192,13 +212,41 @@ class AdapterConfig:
                 return int(found["position"]) in self.layers_to_transform
         return False
 
+    def form(self, path: str, shape: tuple[int, int]) -> Form:
+        """The entry of the linear module at a path.
+
+        Args:
+            shape: (out, in) of its weight.
+
+        Raises:
+            InvalidArgument: its blocks do not divide the shape, or a pattern cannot be matched.
+        """
+        a_blocks, b_blocks = (1, 1) if self.use_bdlora is None else self.use_bdlora.blocks(path)
+        rank = self.rank(path)
+        for blocks, sizes in ((a_blocks, (rank, shape[1])), (b_blocks, (rank, shape[0]))):
+            if any(size % blocks for size in sizes):
+                raise InvalidArgument(f"{blocks} blocks do not divide {sizes} of {path}", field="use_bdlora")
+        return Form(
+            rank,
+            shape,
+            self.use_dora,
+            self.lora_bias,
+            a_blocks=a_blocks,
+            b_blocks=b_blocks,
+            has_e=self.peft_type == ADALORA,
+        )
+
     def rank(self, path: str) -> int:
-        """The rank r of the module at a path."""
+        """The rank r of the module at a path; 0 where AdaLoRA has left none."""
+        if self.peft_type == ADALORA:
+            return self.rank_pattern.get(path, self.r)
         key = self._first("rank_pattern", self.rank_pattern, path)
         return self.r if key is None else self.rank_pattern[key]
 
     def scaling(self, path: str) -> float:
-        """The factor of B A x at a path: alpha/r (Hu et al., 2021), or alpha/√r (Kalajdzievski, 2023)."""
+        """The factor of B A x at a path: alpha/r (Hu et al., 2021), alpha/√r (Kalajdzievski, 2023), or AdaLoRA's."""
+        if self.peft_type == ADALORA:  # by the rank at first, also where less is left of it
+            return (self.lora_alpha if self.lora_alpha > 0 else self.r) / (self.r + ADALORA_EPSILON)
         key = self._first("alpha_pattern", self.alpha_pattern, path)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(path)
@@ -223,19 +271,6 @@ class AdapterConfig:
             raise InvalidArgument(f"its patterns take over {MATCHING_SECONDS} s to match", field=field) from error
         except (regex.error, RecursionError, OverflowError, ValueError) as error:
             raise InvalidArgument(f"{shown(pattern)} is not a regular expression: {error}", field=field) from error
-
-
-def _check_supported(raw: Mapping[str, Any]) -> None:
-    """Refuses a config whose fields, or their values, ask for something unknown."""
-    for field, value in raw.items():
-        if field in EXPECTED:
-            # The types have to be equal as well: True == 1.
-            if not any(value == known and type(value) is type(known) for known in EXPECTED[field]):
-                raise FailedPrecondition(f"{shown(value)} is not supported; {EXPECTED[field]} are", field=field)
-        elif field not in CONSUMED | NO_EFFECT and value not in (None, False, [], {}):
-            raise FailedPrecondition(f"is not supported, and is {shown(value)}", field=field)
-    if "peft_type" not in raw:
-        raise InvalidArgument("is missing", field="peft_type")
 
 
 def _ranges(value: Any, max_positions: int) -> tuple[tuple[int, int], ...] | None:
@@ -266,6 +301,17 @@ def _mapping(field: str, value: Any) -> Mapping[str, Any]:
         raise InvalidArgument(f"{shown(value)} is not an object", field=field)
     _check_count(field, value or {})
     return value or {}
+
+
+def _kept_ranks(pattern: Mapping[str, Any], most: int) -> dict[str, int]:
+    """The ranks that AdaLoRA has kept, by whole paths: its `rank_pattern` says of each rank whether it is kept."""
+    ranks: dict[str, int] = {}
+    for name, kept in pattern.items():
+        field = f"rank_pattern[{shown(name)}]"
+        if not isinstance(kept, list) or not all(isinstance(one, bool) for one in kept) or len(kept) > most:
+            raise InvalidArgument(f"{shown(kept)} is not a list of up to {most} times true or false", field=field)
+        ranks[name.rpartition(".lora_")[0]] = sum(kept)
+    return ranks
 
 
 def _check_count(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, repeat
@@ -31,6 +31,11 @@ class Form(NamedTuple):
     has_c: bool
     """Whether it scales the output, as DoRA does."""
     has_bias: bool
+    a_blocks: int = 1
+    """Blocks of which a file has A, which is block-diagonal then."""
+    b_blocks: int = 1
+    has_e: bool = False
+    """Whether a file has the factors of the ranks (AdaLoRA's singular values) beside A."""
 
     @property
     def pieces(self) -> Sequence[tuple[int, ...]]:
@@ -42,12 +47,43 @@ class Form(NamedTuple):
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Kinds and shapes of an entry's tensors in a file."""
         out, into = self.shape
-        yield "lora_A.weight", (self.rank, into)
-        yield "lora_B.weight", (out, self.rank)
+        suffix = "" if self.has_e else ".weight"
+        yield f"lora_A{suffix}", (self.rank, into // self.a_blocks)
+        yield f"lora_B{suffix}", (out, self.rank // self.b_blocks)
+        if self.has_e:
+            yield "lora_E", (self.rank, 1)
         if self.has_bias:
             yield "lora_B.bias", (out,)
         if self.has_c:
             yield "lora_magnitude_vector", (out,)
+
+
+def whole_matrices(form: Form, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What a file holds of entries, as it computes: whole A (..., rank, in) and B (..., out, rank), bias and c.
+
+    Args:
+        tensors: in the order of `Form.tensors`; A may be written to.
+    """
+    a, b, *rest = tensors
+    if form.has_e:
+        a *= rest.pop()
+    return [_block_diagonal(a, form.a_blocks), _block_diagonal(b, form.b_blocks), *rest]
+
+
+def _block_diagonal(blocks: Tensor, count: int) -> Tensor:
+    """Matrices (..., out, in) whose blocks on the diagonal are given.
+
+    Args:
+        blocks: (..., out, in/count): the blocks of each matrix, one below the other.
+        count: of blocks; 1 leaves them as they are.
+    """
+    if count == 1:
+        return blocks
+    stacked = blocks.unflatten(-2, (count, -1))
+    *before, _, out, into = stacked.shape
+    whole = stacked.new_zeros(*before, count, out, count, into)
+    whole.diagonal(dim1=-4, dim2=-2).copy_(stacked.movedim(-3, -1))
+    return whole.flatten(-2).flatten(-3, -2)
 
 
 Layout = Mapping[Key, Form]
@@ -118,17 +154,13 @@ def aligned(shape: Sequence[int]) -> int:
 
 def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
     """Bytes of the storage of a compiled adapter."""
-    return dtype.itemsize * _total(layout, aligned)
+    return dtype.itemsize * sum(n * sum(map(aligned, form.pieces)) for form, n in Counter(layout.values()).items())
 
 
 def file_parameters(layout: Layout) -> int:
     """Numbers in the weights file of an adapter."""
-    return _total(layout, math.prod)
-
-
-def _total(layout: Layout, size: Callable[[tuple[int, ...]], int]) -> int:
-    """Sum over the tensors of all entries; computed by form, of which few differ."""
-    return sum(n * sum(map(size, form.pieces)) for form, n in Counter(layout.values()).items())
+    # By form, of which few differ.
+    return sum(n * sum(math.prod(shape) for _, shape in form.tensors) for form, n in Counter(layout.values()).items())
 
 
 def blocks_of(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:

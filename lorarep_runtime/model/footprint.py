@@ -45,6 +45,8 @@ class Footprint:
     """Path of the list of layers, such as "model.layers"."""
     dtype: torch.dtype
     """The dtype of activations and of all weights that are not quantized."""
+    family: str
+    """`model_type` of the base's config."""
     page_bytes: int
     """Bytes of the keys and values of 16 tokens at one position."""
 
@@ -113,6 +115,7 @@ def footprint(
         layer_modules=[linear_shapes(layer) for layer in layers],
         prefix=prefix,
         dtype=dtype,
+        family=config.model_type,
         page_bytes=kv_shape(config).page_bytes(dtype),
     )
 

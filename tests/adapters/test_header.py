@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from lorarep_runtime.adapters import header
 from lorarep_runtime.adapters.header import Header, most_header_bytes, read_header, tensor_name
+from lorarep_runtime.adapters.peft_config import AdapterConfig
+from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
 from lorarep_runtime.model.compiled_adapter import Form
 from tests.support.engines import engine_for
@@ -156,4 +158,5 @@ def test_any_writers_header_of_what_a_config_needs_is_within_the_limit() -> None
         for kind, shape in form.tensors
     }
     text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, indent=1)
-    assert len(text) < most_header_bytes(layout, "model.layers")
+    config = AdapterConfig.parse({"peft_type": "LORA", "target_modules": ["down_proj"]}, AdapterLimits())
+    assert len(text) < most_header_bytes(config, layout, "model.layers")

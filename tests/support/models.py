@@ -164,13 +164,15 @@ def load_base(folder: Path, quantization: str = "none", **options: Any) -> PreTr
     return model
 
 
-def save_adapter(base: Path, folder: Path, *, seed: int = 1, **config: Any) -> Path:
-    """An adapter as PEFT saves it, with random weights. `config` are fields of LoraConfig."""
-    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **config))
+def save_adapter(
+    base: Path, folder: Path, *, seed: int = 1, method: type[LoraConfig] = LoraConfig, **config: Any
+) -> Path:
+    """An adapter as PEFT saves it, with random weights. `config` are fields of the method's config."""
+    model = get_peft_model(load_base(base), method(task_type="CAUSAL_LM", **config))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if "lora_magnitude" in name:
+        if "lora_magnitude" in name or "lora_E" in name:
             parameter.data *= 1 + 0.3 * noise
         elif "lora_A" in name:
             parameter.data = noise / parameter.shape[1] ** 0.5

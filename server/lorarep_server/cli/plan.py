@@ -133,10 +133,10 @@ def _adapter(
     from lorarep_runtime.model.compiled_adapter import file_parameters, storage_bytes
 
     snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress)
-    config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), AdapterLimits())
+    config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), AdapterLimits(), footprint.family)
     stack = config.stack(footprint.layers)
     layout = layout_of(config, stack, footprint.layer_modules, footprint.prefix)
-    checked_header(snapshot.folder / WEIGHTS_FILE, layout, footprint.prefix)
+    checked_header(snapshot.folder / WEIGHTS_FILE, config, layout, footprint.prefix)
     return stack, {
         "name": source.name,
         "commit": snapshot.commit,

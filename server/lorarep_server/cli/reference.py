@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lorarep_runtime.adapters.header import FILE_PREFIX
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.compiled_adapter import whole_matrices
 from lorarep_runtime.model.model_config import model_class
 from lorarep_runtime.model.physical_stack import stacked
 
@@ -101,23 +102,19 @@ def _under_peft(model: Any, adapter: Path) -> Any:
 def _merge(model: nn.Module, adapter: Path, config: AdapterConfig) -> None:
     """Merges an adapter into a model's weights in fp32. Each merged module gets its own copy of the weights."""
     tensors = load_file(adapter / "adapter_model.safetensors")
-    suffix = ".lora_A.weight"
-    for name in [name for name in tensors if name.endswith(suffix)]:
-        path = name.removeprefix(FILE_PREFIX).removesuffix(suffix)
+    for path in sorted({name.removeprefix(FILE_PREFIX).partition(".lora_")[0] for name in tensors}):
         module = model.get_submodule(path)
         assert isinstance(module, nn.Linear)
-
-        def read(kind: str, path: str = path, like: Tensor = module.weight) -> Tensor | None:
-            tensor = tensors.get(f"{FILE_PREFIX}{path}.{kind}")
-            return None if tensor is None else tensor.to(like.device, torch.float32)
-
-        a, b = read("lora_A.weight"), read("lora_B.weight")
-        assert a is not None
-        assert b is not None
+        form = config.form(path, (module.out_features, module.in_features))
+        if not form.rank:
+            continue
+        device = module.weight.device
+        names = (f"{FILE_PREFIX}{path}.{kind}" for kind, _ in form.tensors)
+        a, b, *rest = whole_matrices(form, [tensors[name].to(device, torch.float32) for name in names])
         weight = module.weight.float() + config.scaling(path) * b @ a
-        if (magnitude := read("lora_magnitude_vector")) is not None:
-            weight *= (magnitude / weight.norm(dim=1)).unsqueeze(1)
+        if form.has_c:
+            weight *= (rest.pop() / weight.norm(dim=1)).unsqueeze(1)
         module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
-        if (bias := read("lora_B.bias")) is not None:
-            whole = config.scaling(path) * bias + (0 if module.bias is None else module.bias.float())
+        if form.has_bias:
+            whole = config.scaling(path) * rest[0] + (0 if module.bias is None else module.bias.float())
             module.bias = nn.Parameter(whole.to(module.weight.dtype), requires_grad=False)

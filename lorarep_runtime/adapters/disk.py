@@ -92,7 +92,7 @@ class DiskBudget:
         """Counts a snapshot that has been found or downloaded; over the limit, the least recently used others go."""
         if snapshot.commit == LOCAL:
             return
-        blobs = snapshot.folder.parents[1] / "blobs"
+        blobs = snapshot.cached / "blobs"
         with self._lock:
             self._held[snapshot.repository] = sum(map(_size, blobs.iterdir()))
             self._coming.pop(snapshot.repository, None)

@@ -22,7 +22,7 @@ from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound, shown
 from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.files import TEMPLATE_FILES, TOKENIZER_FILES, file_digest
-from lorarep_runtime.hub.snapshot import Snapshot, fetch
+from lorarep_runtime.hub.snapshot import Snapshot, fetch, repository_of
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.compiled_adapter import Adapter, Layout
 from lorarep_runtime.model.stack import Stack
@@ -147,7 +147,7 @@ class AdapterFiles:
             LorarepError: as `hub.snapshot.fetch`; NotFound again, without another request to the Hub, for some seconds
                 after the Hub said so to anybody but an operator; Exhausted if the disk budget has no room.
         """
-        with nullcontext() if self.disk is None else self.disk.staying(source):
+        with nullcontext() if self.disk is None else self.disk.staying(repository_of(source)):
             if not trusted:
                 self._absent.check(source, revision)
             bounds = None if trusted else self._bounds(source, stack)
@@ -171,7 +171,7 @@ class AdapterFiles:
 
         def make_room(size: int) -> None:
             if self.disk is not None:
-                self.disk.expect(source, size)
+                self.disk.expect(repository_of(source), size)
 
         tokenizer = TOKENIZER_BYTES + TOKEN_BYTES * self.base.vocab_size
         return Bounds(MAX_CONFIG_BYTES, tokenizer, weights, make_room)

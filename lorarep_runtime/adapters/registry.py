@@ -20,7 +20,7 @@ from lorarep_runtime.adapters.resident import Tier
 from lorarep_runtime.adapters.revision import AdapterInfo, Revision
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import AlreadyExists, InvalidArgument, NotFound
-from lorarep_runtime.hub.snapshot import check_allowed
+from lorarep_runtime.hub.snapshot import check_allowed, repository_of
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
@@ -71,9 +71,10 @@ class AdapterRegistry:
         uses: dict[str, int | None] = {}
         for item in named:
             used = None if item.pinned or item.leases or item in mixed else item.used
-            if uses.get(item.repository, 0) is not None:
-                uses[item.repository] = used if used is None else max(used, uses.get(item.repository) or 0)
-        return uses | dict.fromkeys(loading)
+            repository = item.cached_repository
+            if uses.get(repository, 0) is not None:
+                uses[repository] = used if used is None else max(used, uses.get(repository) or 0)
+        return uses | dict.fromkeys(repository_of(source) for source in loading)
 
     # Loads.
 
@@ -94,7 +95,8 @@ class AdapterRegistry:
 
         Args:
             name: by which requests find it.
-            source: repository, or, if trusted, also a folder.
+            source: repository, "organization/name", or a folder in one, "organization/name/checkpoint-430"; if trusted,
+                also a folder of this machine.
             revision: branch, tag or commit.
             stack: named stack that the adapter's layer numbers count, for adapters trained on a stacked model; default
                 is its own `layer_replication`, else the base's order.

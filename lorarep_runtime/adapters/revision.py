@@ -20,6 +20,7 @@ class AdapterInfo:
 
     name: str
     repository: str
+    """Repository id, also followed by a folder in it, or the path of a folder of this machine."""
     commit: str
     digest: str
     """SHA-256 of the weights file, in hexadecimal."""
@@ -61,7 +62,9 @@ class Revision(Resident):
     ) -> None:
         super().__init__(storage_bytes(checked.layout, files.base.dtype))
         self.name = name
-        self.repository, self.commit = checked.snapshot.repository, checked.snapshot.commit
+        self.repository, self.commit = checked.snapshot.source, checked.snapshot.commit
+        self.cached_repository = checked.snapshot.repository
+        """The repository in the Hub cache, without a folder in it."""
         self.stack = checked.stack
         self.kind = "dora" if checked.config.use_dora else "lora"
         self.rank = max(form.rank for form in checked.layout.values())
@@ -90,7 +93,7 @@ class Revision(Resident):
         """Whether files are those of this revision. Blocks until their digest is computed."""
         snapshot = checked.snapshot
         ours = (self.repository, self.commit, self.stack)
-        return ours == (snapshot.repository, snapshot.commit, checked.stack) and self.digest == checked.digest.result()
+        return ours == (snapshot.source, snapshot.commit, checked.stack) and self.digest == checked.digest.result()
 
     @property
     def has_tokenizer(self) -> bool:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import chain, islice
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from huggingface_hub.utils import build_hf_headers, paginate  # type: ignore[att
 
 from lorarep_runtime.errors import FailedPrecondition, NotFound, PermissionDenied
 from lorarep_runtime.hub.cache import snapshot_folder
-from lorarep_runtime.hub.files import CONFIG, TOKENIZER_FILES, WEIGHTS
+from lorarep_runtime.hub.files import Part
 
 MAX_FILES = 10_000
 """Most files of a repository, its subfolders included."""
@@ -77,14 +76,14 @@ def resolve(api: HfApi, repository: str, revision: str | None, cache_dir: Path |
     )
 
 
-def listed(api: HfApi, repository: str, commit: str, cache_dir: Path | None) -> Sequence[RepoFile]:
-    """The files of a commit.
+def listed(api: HfApi, repository: str, commit: str, part: Part, cache_dir: Path | None) -> Sequence[RepoFile]:
+    """The files of a commit, of which a part is wanted.
 
     Raises:
         FailedPrecondition: they are too many.
     """
     folder = snapshot_folder(repository, commit, cache_dir)
-    if any((folder / name).exists() for name in WEIGHTS["adapter"]):
+    if any((folder / name).exists() for name in part.weights):
         with suppress(CachedRepoTreeNotFoundError):
             return get_cached_repo_tree(repository, revision=commit, cache_dir=cache_dir)
     # Anew, as long as there are no weights: the client remembers a list, and a wrong one would be remembered too.
@@ -94,28 +93,25 @@ def listed(api: HfApi, repository: str, commit: str, cache_dir: Path | None) -> 
     return [file for file in found if isinstance(file, RepoFile)]
 
 
-def check_small(files: Sequence[RepoFile], bounds: Bounds) -> None:
+def check_small(files: Sequence[RepoFile], part: Part, bounds: Bounds) -> None:
     """Checks the sizes of an adapter's config and tokenizer.
 
     Raises:
         FailedPrecondition: naming a file that is too large.
     """
-    _check_size([file for file in files if file.path == CONFIG["adapter"]], bounds.config)
-    _check_size(
-        [file for file in files if any(fnmatchcase(file.path, pattern) for pattern in TOKENIZER_FILES)],
-        bounds.tokenizer,
-    )
+    _check_size([file for file in files if file.path == part.config], bounds.config)
+    _check_size([file for file in files if part.is_of_tokenizer(file.path)], bounds.tokenizer)
 
 
-def check_weights(files: Sequence[RepoFile], folder: Path, bounds: Bounds) -> None:
-    """Checks the size of weights that are not in a folder yet, by the config in this folder.
+def check_weights(files: Sequence[RepoFile], part: Part, folder: Path, bounds: Bounds) -> None:
+    """Checks the size of weights that a commit's folder does not hold yet, by the config there.
 
     Raises:
         LorarepError: as `Bounds.weights`; FailedPrecondition if the weights are too large.
     """
-    weights = [file for file in files if file.path in WEIGHTS["adapter"] and not (folder / file.path).exists()]
-    if weights and (folder / CONFIG["adapter"]).exists():
-        _check_size(weights, bounds.weights(folder))
+    weights = [file for file in files if file.path in part.weights and not (folder / file.path).exists()]
+    if weights and (folder / part.config).exists():
+        _check_size(weights, bounds.weights(folder / part.subfolder))
 
 
 def _check_size(files: Sequence[RepoFile], most: int) -> None:

@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from lorarep_runtime.errors import (
 )
 from lorarep_runtime.hub.bounds import Bounds, check_small, check_weights, listed, resolve
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remember_ref, snapshot_folder
-from lorarep_runtime.hub.files import CONFIG, FILES, IGNORED, Kind, check_pointers, missing_shards
+from lorarep_runtime.hub.files import Part, check_pointers, missing_shards
 from lorarep_runtime.progress import Progress
 
 AGENT = "lorarep"
@@ -52,17 +51,17 @@ AGENT = "lorarep"
 def download(
     repository: str,
     revision: str | None,
-    kind: Kind,
+    part: Part,
     cache_dir: Path | None,
     progress: Progress | None,
     bounds: Bounds | None = None,
 ) -> Path:
-    """Downloads the files of a kind that the cache does not hold yet.
+    """Downloads the files of a part that the cache does not hold yet.
 
     Args:
         repository: its id.
         revision: branch, tag or commit; None is the default branch.
-        kind: the part of the repository that is wanted.
+        part: of the repository, that is wanted.
         cache_dir: Hub cache; None is huggingface_hub's default.
         progress: told of bytes, as stage "download".
         bounds: on an adapter; None is for what an operator has named.
@@ -78,13 +77,13 @@ def download(
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     api = HfApi(endpoint=endpoint, library_name=AGENT)
 
-    def snapshot(revision: str | None = revision, patterns: Sequence[str] = FILES[kind], **how: Any) -> Path:
+    def snapshot(revision: str | None = revision, patterns: Sequence[str] = part.wanted, **how: Any) -> Path:
         folder = api.snapshot_download(
             repository,
             revision=revision,
             cache_dir=cache_dir,
             allow_patterns=list(patterns),
-            ignore_patterns=list(IGNORED),
+            ignore_patterns=list(part.unwanted),
             **how,
         )
         return Path(folder)
@@ -92,17 +91,17 @@ def download(
     def bounded(bounds: Bounds) -> Path:
         # 1. The list, of a commit that cannot move any more.
         commit = resolve(api, repository, revision, cache_dir)
-        files = listed(api, repository, commit, cache_dir)
-        check_small(files, bounds)
+        files = listed(api, repository, commit, part, cache_dir)
+        check_small(files, part, bounds)
         # 2. The config, which says how large the weights may be.
         folder = snapshot_folder(repository, commit, cache_dir)
-        if configs := [file for file in files if file.path == CONFIG[kind]]:
+        if configs := [file for file in files if file.path == part.config]:
             known = known_blobs(repository, cache_dir)
-            snapshot(commit, [CONFIG[kind]], tqdm_class=_reporting_bar(None))
+            snapshot(commit, [part.config], tqdm_class=_reporting_bar(None))
             check_contents(folder, configs, known)
-        check_weights(files, folder, bounds)
+        check_weights(files, part, folder, bounds)
         # 3. All files.
-        coming = (file for file in files if _is_wanted(file.path, kind) and not (folder / file.path).exists())
+        coming = (file for file in files if part.wants(file.path) and not (folder / file.path).exists())
         bounds.make_room(sum(file.size for file in coming))
         snapshot(commit, tqdm_class=_reporting_bar(progress))
         if revision != commit:
@@ -111,8 +110,8 @@ def download(
 
     def whole() -> Path:
         folder = snapshot(tqdm_class=_reporting_bar(progress))
-        if kind == "base" and folder.is_dir():  # none is made for a repository without any file that is wanted
-            check_pointers(folder, kind)
+        if part.kind == "base" and folder.is_dir():  # none is made for a repository without any file that is wanted
+            check_pointers(folder, part.kind)
             # Shards may have any names: those are in the index alone.
             if shards := missing_shards(folder):
                 snapshot(folder.name, shards, tqdm_class=_reporting_bar(progress))
@@ -125,16 +124,9 @@ def download(
     except Exception as error:  # of any class: the client fails in many ways over an answer that makes no sense
         with suppress(LocalEntryNotFoundError):
             folder = snapshot(local_files_only=True)
-            if kind != "base" or not missing_shards(folder):
+            if part.kind != "base" or not missing_shards(folder):
                 return folder
         raise _translated(error, repository, revision) from error
-
-
-def _is_wanted(name: str, kind: Kind) -> bool:
-    """Whether a file is among those that are downloaded of a kind."""
-    return any(fnmatchcase(name, pattern) for pattern in FILES[kind]) and not any(
-        fnmatchcase(name, pattern) for pattern in IGNORED
-    )
 
 
 def _translated(error: Exception, repository: str, revision: str | None) -> LorarepError:

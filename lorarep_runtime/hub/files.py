@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from mmap import mmap
 from pathlib import Path
@@ -47,12 +48,62 @@ FILES: Mapping[Kind, tuple[str, ...]] = {
 }
 """Shell patterns of the files that are downloaded of each kind."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-IGNORED = ("*/*", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES))
-"""Shell patterns of the files that are never downloaded: pickles, and everything in subfolders."""
+PICKLES = tuple(f"*{suffix}" for suffix in PICKLE_SUFFIXES)
+"""Shell patterns of the files that are never downloaded."""
 POINTER = b"version https://git-lfs.github.com/spec/"
 """The first bytes of a pointer (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)."""
 DIGEST_BYTES = 4 << 20
 """Bytes of a file that are read and hashed at a time."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The files of a kind in a repository: at its top, or in one of its folders."""
+
+    kind: Kind
+    subfolder: str = ""
+    """Path of the folder in the repository, such as "adapters/checkpoint-430"; empty is the top."""
+
+    def at(self, name: str) -> str:
+        """Path in the repository of a file, or of the files that a shell pattern matches."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    @property
+    def config(self) -> str:
+        """Path of the configuration."""
+        return self.at(CONFIG[self.kind])
+
+    @property
+    def weights(self) -> Sequence[str]:
+        """Paths of the weights; one of them has to be there."""
+        return [self.at(name) for name in WEIGHTS[self.kind]]
+
+    @property
+    def wanted(self) -> Sequence[str]:
+        """Shell patterns of the files that are downloaded, if they are none of those `unwanted`."""
+        return [self.at(pattern) for pattern in FILES[self.kind]]
+
+    @property
+    def unwanted(self) -> Sequence[str]:
+        """Shell patterns of pickles, and of all that lies deeper."""
+        return [self.at("*/*"), *PICKLES]
+
+    def wants(self, path: str) -> bool:
+        """Whether a file of the repository is among those that are downloaded."""
+        return _matches(path, self.wanted) and not _matches(path, self.unwanted)
+
+    def is_of_tokenizer(self, path: str) -> bool:
+        """Whether a file of the repository is of the tokenizer beside the configuration."""
+        return _matches(path, [self.at(pattern) for pattern in TOKENIZER_FILES]) and not _matches(path, self.unwanted)
+
+    def names(self, paths: Collection[str]) -> set[str]:
+        """Names of those files of the repository that lie beside the configuration."""
+        start = self.at("")
+        return {path.removeprefix(start) for path in paths if path.startswith(start) and "/" not in path[len(start) :]}
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def file_digest(file: Path | int) -> str:
@@ -76,8 +127,11 @@ def check_links(folder: Path) -> None:
     Raises:
         InvalidArgument: a link does, named by its path in the folder.
     """
-    in_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
-    inside = folder.parents[2] if in_cache else folder
+    cached = (
+        above for above in folder.parents if above.name == "snapshots" and above.parent.name.startswith("models--")
+    )
+    snapshots = next(cached, None)
+    inside = folder if snapshots is None else snapshots.parent
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -24,7 +24,7 @@ from lorarep_runtime.errors import InvalidArgument, NotFound, PermissionDenied, 
 from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remove_abandoned_parts
 from lorarep_runtime.hub.client import download
-from lorarep_runtime.hub.files import Kind, check_files, check_links, check_pointers, check_shards
+from lorarep_runtime.hub.files import CONFIG, Kind, Part, check_files, check_links, check_pointers, check_shards
 from lorarep_runtime.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -33,17 +33,34 @@ LOCAL = "local"
 """The commit of a folder's snapshot."""
 _REVISION = re.compile(r"[^\s~^:?*\[\\\x00-\x1f\x7f/.][^\s~^:?*\[\\\x00-\x1f\x7f]{0,254}")  # git-check-ref-format
 
+_FOLDER = re.compile(r"[\w.-](?:[\w .,+=~()-]{0,126}[\w.,+=~()-])?")
+"""A part of the path of a folder: no character that means something in a shell pattern."""
+MAX_SUBFOLDER, MAX_ELSEWHERE = 200, 5
+"""Most characters of a folder's path in its repository, and most such folders in a message."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit, or a folder, on this machine."""
+    """A repository, or one of its folders, at one commit, or a folder of this machine."""
 
     folder: Path
-    """Holds all files of its kind that the repository has."""
+    """Holds all files of its kind that there are."""
     repository: str
     """Repository id, or the folder's absolute path."""
     commit: str
     """40 hexadecimal digits, or `LOCAL`."""
+    subfolder: str = ""
+    """Path of the folder in the repository; empty is its top."""
+
+    @property
+    def source(self) -> str:
+        """By what `fetch` finds it again, at its commit."""
+        return f"{self.repository}/{self.subfolder}" if self.subfolder else self.repository
+
+    @property
+    def cached(self) -> Path:
+        """The folder of the repository in the Hub cache, which holds `blobs`. Of none if it is `LOCAL`."""
+        return self.folder.parents[1 + len(Path(self.subfolder).parts)]
 
 
 def fetch(
@@ -58,7 +75,8 @@ def fetch(
     """Finds or downloads the configuration, tokenizer and safetensors of a base or an adapter.
 
     Args:
-        source: repository id, or a folder: an absolute path or one that starts with `.` or `~`; for a base, as in
+        source: repository id, for an adapter also followed by a folder of the repository ("org/name/checkpoint-430");
+            or a folder of this machine: an absolute path or one that starts with `.` or `~`; for a base, as in
             `transformers`, any folder that exists.
         revision: branch, tag or commit, resolved once; None is the default branch. A commit that is in the cache is
             served without asking the Hub.
@@ -81,22 +99,41 @@ def fetch(
     is_path = os.path.isabs(source) or source.startswith((".", "~"))
     if is_path or (kind != "adapter" and source and os.path.isdir(source)):
         return _local(source, revision, kind)
-    _check_repository(source)
+    repository, subfolder = split_source(source) if kind == "adapter" else (source, "")
+    _check_repository(repository)
+    part = Part(kind, subfolder)
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise InvalidArgument(f"{revision!r} is not the name of a branch, tag or commit", field="revision")
-    remove_abandoned_parts(source, cache_dir)
-    known = known_blobs(source, cache_dir)
-    folder = download(source, revision, kind, cache_dir, progress, bounds)
-    tree = _listed(source, folder.name, cache_dir)
+    remove_abandoned_parts(repository, cache_dir)
+    known = known_blobs(repository, cache_dir)
+    whole = download(repository, revision, part, cache_dir, progress, bounds)
+    folder, tree = whole / subfolder, _listed(repository, whole.name, cache_dir)
     if tree is None:
-        check_files({path.name for path in folder.iterdir() if path.is_file()}, kind, f"the cache of {source}")
+        check_files(_file_names(folder), kind, f"the cache of {source}")
     else:
-        check_files({file.path for file in tree}, kind, source)
-        check_contents(folder, tree, known)
+        paths = {file.path for file in tree}
+        try:
+            check_files(part.names(paths), kind, source)
+        except NotFound as error:
+            raise NotFound(f"{error.message}{_elsewhere(paths, kind, repository)}") from error
+        check_contents(whole, tree, known)
     check_pointers(folder, kind)
     if kind == "base":
         check_shards(folder)
-    return Snapshot(folder, source, folder.name)
+    return Snapshot(folder, repository, whole.name, subfolder)
+
+
+def _file_names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+
+
+def _elsewhere(paths: Collection[str], kind: Kind, repository: str) -> str:
+    """Where else a repository has adapters, for a message."""
+    end = f"/{CONFIG[kind]}"
+    found = sorted(path.removesuffix(end) for path in paths if path.endswith(end))
+    if kind != "adapter" or not found:
+        return ""
+    return f"; these have one: {', '.join(f'{repository}/{folder}' for folder in found[:MAX_ELSEWHERE])}"
 
 
 def _listed(repository: str, commit: str, cache_dir: Path | None) -> Sequence[RepoFile] | None:
@@ -125,20 +162,53 @@ def _warn_once(repository: str, commit: str) -> None:
     log.warning("%s at %s: what the cache holds is taken for all; no list there says which it has", repository, commit)
 
 
-def check_allowed(repository: str, patterns: Sequence[str]) -> None:
-    """Checks that a caller may name a repository, without any request to the Hub.
-
-    Args:
-        repository: its id.
-        patterns: shell patterns, in which `*` also stands for a slash; none allows none.
+def split_source(source: str) -> tuple[str, str]:
+    """The repository of an adapter's source, and the folder there, which is empty for its top.
 
     Raises:
-        InvalidArgument: not a repository id.
+        InvalidArgument: the folder has parts such as "..", or characters that stand for others.
+    """
+    organization, _, rest = source.partition("/")
+    name, slash, subfolder = rest.partition("/")
+    if not slash:
+        return source, ""
+    parts = subfolder.split("/")
+    if len(subfolder) > MAX_SUBFOLDER or not all(_FOLDER.fullmatch(part) and part.strip(".") for part in parts):
+        raise InvalidArgument(
+            f"{source!r} is neither a repository id such as 'org/name' nor one with a folder in it", field="repository"
+        )
+    return f"{organization}/{name}", subfolder
+
+
+def repository_of(source: str) -> str:
+    """The repository of any source that is one, in whatever folder there; the source may be malformed."""
+    return "/".join(source.split("/", 2)[:2])
+
+
+def check_allowed(source: str, patterns: Sequence[str]) -> None:
+    """Checks that a caller may name an adapter's repository, or a folder in it, without any request to the Hub.
+
+    Args:
+        source: "organization/repository" or "organization/repository/folder".
+        patterns: shell patterns of repositories, whose folders they permit as well; of one with two slashes or more,
+            what follows the second is for the folder. `*` also stands for slashes. None permits none.
+
+    Raises:
+        InvalidArgument: not a repository id, or no path of a folder.
         PermissionDenied: no pattern matches.
     """
+    repository, subfolder = split_source(source)
     _check_repository(repository)
-    if not any(fnmatchcase(repository, pattern) for pattern in patterns):
-        raise PermissionDenied(f"{repository!r} is not on the allow-list", field="repository")
+    if not any(_permits(pattern, repository, subfolder) for pattern in patterns):
+        raise PermissionDenied(f"{source!r} is not on the allow-list", field="repository")
+
+
+def _permits(pattern: str, repository: str, subfolder: str) -> bool:
+    organization, _, rest = pattern.partition("/")
+    name, slash, folders = rest.partition("/")
+    if not slash:
+        return fnmatchcase(repository, pattern)
+    return fnmatchcase(repository, f"{organization}/{name}") and fnmatchcase(subfolder, folders)
 
 
 def _check_repository(repository: str) -> None:
@@ -159,7 +229,7 @@ def _local(source: str, revision: str | None, kind: Kind) -> Snapshot:
         raise NotFound(f"{source}: no such folder")
     if kind == "adapter":
         check_links(folder)
-    check_files({path.name for path in folder.iterdir() if path.is_file()}, kind, source)
+    check_files(_file_names(folder), kind, source)
     check_pointers(folder, kind)
     if kind == "base":
         check_shards(folder)

@@ -15,7 +15,7 @@ class AdapterSource:
 
     name: str
     source: str
-    """A Hub repository id; or a folder, absolute or beginning with "." or "~"."""
+    """A Hub repository id, also followed by a folder in it; or a folder, absolute or beginning with "." or "~"."""
     revision: str | None
     """A branch, tag or commit; None is the default branch."""
 

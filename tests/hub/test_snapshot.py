@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -587,11 +588,111 @@ def test_full_disk_is_exhausted_and_the_next_try_succeeds(publish, fetch, monkey
     assert contents(fetch()) == ADAPTER
 
 
+# Folders of a repository.
+
+FOLDERS = {
+    **{f"adapter/{name}": data for name, data in ADAPTER.items()},
+    "checkpoints/checkpoint-430/adapter_config.json": b'{"r": 4}',
+    "checkpoints/checkpoint-430/adapter_model.safetensors": b"weights of a checkpoint",
+    "checkpoints/checkpoint-430/optimizer.pt": b"pickle",
+    "checkpoints/checkpoint-430/deeper/tokenizer.json": b"{}",
+    "tokenizer.json": b"[]",
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"bounds": True}], ids=["operator", "caller"])
+def test_a_folder_of_a_repository_is_fetched_beside_others(hub: FaultyHub, publish, fetch, how: dict) -> None:
+    commit = publish(FOLDERS)
+    if how:
+        how = {"bounds": bounds()}
+    found = fetch("org/name/checkpoints/checkpoint-430", "main", **how)
+    assert contents(found) == {
+        "adapter_config.json": b'{"r": 4}',
+        "adapter_model.safetensors": b"weights of a checkpoint",
+    }
+    assert (found.repository, found.subfolder, found.commit) == (REPOSITORY, "checkpoints/checkpoint-430", commit)
+    resolved = [asked.path.partition("/resolve/")[2].partition("/")[2] for asked in hub.asked if asked.method == "GET"]
+    assert sorted(filter(None, resolved)) == [
+        f"checkpoints/checkpoint-430/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    assert contents(fetch("org/name/adapter", **how)) == ADAPTER
+    hub.close()
+    assert fetch(found.source, commit) == found
+    assert found.cached == found.folder.parents[3]
+
+
+def test_a_repository_says_which_of_its_folders_have_an_adapter(publish, fetch) -> None:
+    publish(FOLDERS)
+    for source in (REPOSITORY, "org/name/checkpoints", "org/name/nothing"):
+        with pytest.raises(NotFound, match=r"these have one: org/name/adapter, org/name/checkpoints/checkpoint-430$"):
+            fetch(source)
+
+
+def test_bounds_are_of_the_folder_that_is_wanted(hub: FaultyHub, publish, fetch) -> None:
+    publish(
+        {**FOLDERS, "checkpoints/checkpoint-430/tokenizer.json": bytes(KIB + 1), "adapter_config.json": bytes(KIB + 1)}
+    )
+    with pytest.raises(FailedPrecondition, match=r"checkpoint-430/tokenizer\.json: \d+ bytes"):
+        fetch("org/name/checkpoints/checkpoint-430", bounds=bounds())
+    with pytest.raises(FailedPrecondition, match=r"^adapter_config\.json: \d+ bytes"):
+        fetch(bounds=bounds())
+    assert contents(fetch("org/name/adapter", bounds=bounds())) == ADAPTER
+    publish({**FOLDERS, "adapter/adapter_model.safetensors": bytes(KIB + 1)})
+    with pytest.raises(FailedPrecondition, match=r"adapter/adapter_model\.safetensors: \d+ bytes"):
+        fetch("org/name/adapter", bounds=bounds())
+
+
+def test_a_folder_is_of_adapters_alone(hub: FaultyHub, fetch) -> None:
+    with pytest.raises(InvalidArgument, match="repository"):
+        fetch("org/name/base", kind="base")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("patterns", "permits"),
+    [
+        (["org/name"], True),
+        (["org/*"], True),
+        (["*"], True),
+        (["org/name/adapter"], True),
+        (["org/name/*"], True),
+        (["org/name/check*"], False),
+        (["org/*-adapters"], False),
+        (["*/adapter"], False),
+        (["other/*/adapter"], False),
+    ],
+    ids=str,
+)
+def test_the_allow_list_decides_of_folders_by_their_repository(patterns: list[str], permits: bool) -> None:
+    with nullcontext() if permits else pytest.raises(PermissionDenied, match="org/name/adapter"):
+        check_allowed("org/name/adapter", patterns)
+    with pytest.raises(InvalidArgument, match="repository"):
+        check_allowed("org/name/../adapter", patterns)
+
+
 # Names and folders.
 
 
 @pytest.mark.parametrize(
-    "source", ["", "a/b/c", "a//b", "org/..", "org/a..b", "org/-name", "org/na me", "a" * 97, "x\n"]
+    "source",
+    [
+        "",
+        "a//b",
+        "a/b/",
+        "a/b//c",
+        "a/b/..",
+        "a/b/c/../d",
+        "a/b/./c",
+        "a/b/*",
+        "a/b/[c]",
+        "a/b/c\\d",
+        "org/..",
+        "org/a..b",
+        "org/-name",
+        "org/na me",
+        "a" * 97,
+        "x\n",
+    ],
 )
 def test_malformed_repository_is_refused_without_a_request(hub: FaultyHub, fetch, source: str) -> None:
     with pytest.raises(InvalidArgument, match="repository"):

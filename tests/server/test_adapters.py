@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,23 @@ def test_an_adapter_from_load_to_unload(server: Server, world: World) -> None:
     unload(server, "mine")
     refused(lambda: server.adapters.GetAdapter(pb.GetAdapterRequest(name="mine")), "NOT_FOUND", "mine")
     refused(lambda: unload(server, "mine"), "NOT_FOUND", "mine")
+
+
+def test_folders_of_a_repository_are_adapters_by_load_and_by_request(
+    server: Server, world: World, tmp_path: Path
+) -> None:
+    for name, folder in (("checkpoint-430", "lora"), ("run/adapter", "plain")):
+        shutil.copytree(world.adapters[folder], tmp_path / "both" / name)
+    commit = world.hub.publish("org/both", tmp_path / "both")
+    loaded = load(server, "checkpoint", "org/both/checkpoint-430")
+    assert (loaded.repository, loaded.commit) == ("org/both/checkpoint-430", commit)
+    for source, same in ((f"org/both/run/adapter@{commit}", "org/plain"), ("checkpoint", "org/lora")):
+        answers = [server.generation.Generate(request("abc", name)) for name in (source, same)]
+        assert answers[0].token_ids == answers[1].token_ids
+        assert answers[0].adapters[0].commit == commit
+    refused(lambda: server.generation.Generate(request("abc", "org/both")), "NOT_FOUND", "org/both/run/adapter")
+    refused(lambda: server.generation.Generate(request("abc", "org/both/../plain")), "INVALID_ARGUMENT", "repository")
+    refused(lambda: server.generation.Generate(request("abc", "other/both/org")), "PERMISSION_DENIED", "allow-list")
 
 
 def test_a_stream_goes_on_while_an_adapter_is_downloaded_and_one_is_unloaded(

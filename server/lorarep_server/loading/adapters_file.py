@@ -1,7 +1,7 @@
 """The adapters file, which lists the adapters that a server keeps loaded: YAML, a mapping by name or a list.
 
 metamath:
-  repository: abacusai/Fewshot-Metamath-OrcaVicuna-Mistral-10B
+  repository: abacusai/Fewshot-Metamath-OrcaVicuna-Mistral-10B   # or a folder in one: org/name/checkpoint-430
   revision: main     # branch, tag or commit; default: the repository's default branch
   stack: deep        # named stack that its layer numbers count; default: its own `layer_replication`
   pinned: true       # never leaves the device for others; default: false
@@ -29,7 +29,7 @@ class DesiredAdapter:
 
     name: str
     repository: str
-    """A Hub repository id; or a folder, absolute or beginning with "." or "~"."""
+    """A Hub repository id, also followed by a folder in it; or a folder, absolute or beginning with "." or "~"."""
     revision: str | None = None
     stack: str | None = None
     pinned: bool = False

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from queue import LifoQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorarep_runtime.device.process import Process, end_process, limit_memory, start_process
 from lorarep_runtime.errors import Exhausted, InvalidArgument, first_line
@@ -31,14 +31,31 @@ MAX_CALLERS = 2 * PROCESSES
 WAITING_SECONDS = 0.25
 """Longest time that a caller waits to be one of these."""
 REFUSED_SECONDS = 60.0
-"""Time for which a template that has taken too much is not rendered again."""
+"""Time for which a conversation that has taken too much, and longer ones, are not given to their template again."""
 
 _idle: LifoQueue[Process | None] = LifoQueue()
 for _ in range(PROCESSES):
     _idle.put(None)
 _places = threading.BoundedSemaphore(MAX_CALLERS)
-_refused: dict[bytes, float] = {}
-"""Until when templates that have taken too much are refused, by their SHA-256."""
+
+
+class _Size(NamedTuple):
+    """A conversation's size, for a template."""
+
+    key: bytes
+    """SHA-256 of the template and its other variables."""
+    messages: int
+    """Their number."""
+    characters: int
+    """In all of them."""
+
+    def is_at_least(self, other: _Size) -> bool:
+        """Whether a template that has taken too much for the other would take no less for this one."""
+        return self.key == other.key and self.messages >= other.messages and self.characters >= other.characters
+
+
+_refused: dict[_Size, float] = {}
+"""Until when conversations of at least a size are refused. They are few: each has taken seconds."""
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> str:
@@ -50,17 +67,19 @@ def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapp
         variables: others of the template by name, such as "eos_token", as JSON has them.
 
     Raises:
-        InvalidArgument: the template refuses the messages, takes too much time or memory, or has done so a while ago.
+        InvalidArgument: the template refuses the messages, takes too much time or memory, or has done so a while ago
+            for messages that were no longer.
         Exhausted: others take all the time there is.
     """
     if len(template) > MAX_CHARACTERS:
         raise InvalidArgument(f"the chat template has over {MAX_CHARACTERS} characters", field="prompt.chat")
-    key = hashlib.sha256(template.encode(errors="surrogatepass")).digest()
-    _check(key)
+    key = hashlib.sha256(template.encode(errors="surrogatepass") + b"\0" + json.dumps(variables).encode()).digest()
+    size = _Size(key, len(messages), sum(len(text) for message in messages for text in message.values()))
+    _check(size)
     if not _places.acquire(timeout=WAITING_SECONDS):
         raise Exhausted("chat templates take all the time there is", field="prompt.chat", retry_after=1.0)
     try:
-        answer = _render(key, [template, list(messages), dict(variables)])
+        answer = _render(size, [template, list(messages), dict(variables)])
     finally:
         _places.release()
     if "error" in answer:
@@ -68,21 +87,23 @@ def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapp
     return answer["text"]
 
 
-def _check(key: bytes) -> None:
-    """Raises InvalidArgument if the template of this key has taken too much a while ago."""
-    if (seconds := _refused.get(key, 0.0) - time.monotonic()) > 0:
+def _check(size: _Size) -> None:
+    """Raises InvalidArgument if the template has taken too much a while ago, for no longer a conversation."""
+    now = time.monotonic()
+    seconds = max((until - now for other, until in list(_refused.items()) if size.is_at_least(other)), default=0.0)
+    if seconds > 0:
         raise InvalidArgument(
-            f"the chat template took over {RENDER_SECONDS:g} s or {RENDER_BYTES} bytes, and is not rendered for "
-            f"{seconds:.0f} s",
+            f"the chat template took over {RENDER_SECONDS:g} s or {RENDER_BYTES} bytes for a conversation that was no "
+            f"longer, and is not rendered for {seconds:.0f} s",
             field="prompt.chat",
         )
 
 
-def _render(key: bytes, question: object) -> dict[str, str]:
+def _render(size: _Size, question: object) -> dict[str, str]:
     """The answer of the next process that is free. Raises as `render`."""
     process = _idle.get()
     try:
-        _check(key)  # another caller's rendering may have ended meanwhile
+        _check(size)  # another caller's rendering may have ended meanwhile
         if process is None or process.poll() is not None:
             process = start_process(__name__, "serve")
         answer = _ask(process, question)
@@ -92,7 +113,7 @@ def _render(key: bytes, question: object) -> dict[str, str]:
         now = time.monotonic()
         for old in [old for old, until in list(_refused.items()) if until <= now]:
             _refused.pop(old, None)
-        _refused[key] = now + REFUSED_SECONDS
+        _refused[size] = now + REFUSED_SECONDS
         raise InvalidArgument(
             f"the chat template takes over {RENDER_SECONDS:g} s or {RENDER_BYTES} bytes", field="prompt.chat"
         )

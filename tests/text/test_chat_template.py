@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +68,28 @@ def test_a_template_that_has_taken_too_much_is_refused_at_once_for_a_while(monke
     with pytest.raises(InvalidArgument, match="takes over 3 s"):
         chat_template.render(LOOP + "{# another #}", CHAT, {})
     assert len(chat_template._refused) == 1
+
+
+def test_a_long_conversation_refuses_no_shorter_one_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An honest template may take long for it."""
+
+    def ask(process: object, question: list[Any]) -> dict[str, str] | None:
+        _, messages, variables = question
+        return None if len(messages) * len(messages[0]["content"]) >= 1000 or "slow" in variables else {"text": "fast"}
+
+    def is_refused_at_once(count: int, characters: int, **variables: str) -> bool:
+        with pytest.raises(InvalidArgument) as error:
+            chat_template.render(TEMPLATE, [{"content": "x" * characters}] * count, variables)
+        return "is not rendered" in error.value.message
+
+    monkeypatch.setattr(chat_template, "_ask", ask)
+    monkeypatch.setattr(chat_template, "_refused", {})
+    assert not is_refused_at_once(100, 10)
+    assert is_refused_at_once(100, 10)
+    assert is_refused_at_once(200, 10)
+    assert not is_refused_at_once(1, 2000), "another long one"
+    assert not is_refused_at_once(1, 10, slow="for whoever says so")
+    assert chat_template.render(TEMPLATE, CHAT, {}) == "fast"
 
 
 def test_callers_of_templates_without_end_leave_threads_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -25,9 +26,10 @@ class Evictable(Generic[T]):
     """Tick of its last use; of one priority the least recently used goes first."""
 
 
-def in_order(evictables: Iterable[Evictable[T]]) -> list[Evictable[T]]:
-    """All of them, the first to go first."""
-    return sorted(evictables, key=lambda x: (x.goes_late, x.priority, x.used))
+def first(evictables: Iterable[Evictable[T]]) -> T | None:
+    """The first to go; None if there is none."""
+    found = min(evictables, key=_turn, default=None)
+    return None if found is None else found.item
 
 
 def choose(evictables: Iterable[Evictable[T]], missing: int) -> Sequence[T] | None:
@@ -39,10 +41,16 @@ def choose(evictables: Iterable[Evictable[T]], missing: int) -> Sequence[T] | No
     Returns:
         Those to go, in order; None if all together are too small.
     """
+    # A heap: few go, of thousands, and steps wait for the lock that is held.
+    heap = [(_turn(evictable), i, evictable) for i, evictable in enumerate(evictables)]
+    heapify(heap)
     chosen: list[T] = []
-    for evictable in in_order(evictables):
-        if missing <= 0:
-            break
+    while heap and missing > 0:
+        *_, evictable = heappop(heap)
         chosen.append(evictable.item)
         missing -= evictable.size
     return chosen if missing <= 0 else None
+
+
+def _turn(evictable: Evictable[T]) -> tuple[bool, int, int]:
+    return evictable.goes_late, evictable.priority, evictable.used

@@ -368,13 +368,13 @@ class Residency:
     def _next_victim(self, item: Resident, for_claim: bool, cause: Exception) -> Resident:
         """The first that has to leave since the device was out of memory; raises Exhausted if none may."""
         with self.changed:
-            victims = eviction.in_order(self._occupancy.evictable(for_claim))
-            if not victims:
+            victim = eviction.first(self._occupancy.evictable(for_claim))
+            if victim is None:
                 raise Exhausted(
                     f"device memory: no room for an adapter of {item.size} bytes", retry_after=1.0
                 ) from cause
-            victims[0].item.begin_leaving()
-            return victims[0].item
+            victim.begin_leaving()
+            return victim
 
     def _move_out(self, item: Resident, reservation: Reservation | None = None) -> None:
         """Moves a leaving item to host memory, if that has room, and gives its device memory to a reservation."""

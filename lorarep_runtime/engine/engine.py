@@ -149,7 +149,13 @@ class Engine:
             Unavailable: the engine stops or has failed. In all three cases the lease stays the caller's.
         """
         depth = len(lease.stack)
-        validate_length(request, self._counted(depth), max_tokens=self.max_tokens, total_pages=self.pool.total)
+        validate_length(
+            request,
+            depth,
+            shallowest=self._shallowest,
+            max_tokens=self.max_tokens,
+            total_pages=self.pool.total,
+        )
         validate(request, self.base.vocab_size)
         ends = self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids  # configs may name any number
         sequence = Sequence(

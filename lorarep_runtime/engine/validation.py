@@ -65,11 +65,12 @@ def _within(field: str, value: float, low: float, high: float, *, above: bool = 
         raise InvalidArgument(f"{value} is not {'over' if above else 'at least'} {low} and at most {high}", field=field)
 
 
-def validate_length(request: Request, depth: int, *, max_tokens: int, total_pages: int) -> None:
+def validate_length(request: Request, depth: int, *, shallowest: int = 1, max_tokens: int, total_pages: int) -> None:
     """Refuses a request that could not be answered even alone.
 
     Args:
         depth: positions of the request's stack.
+        shallowest: positions of the shallowest named stack: no other one has longer sequences.
         max_tokens: most tokens of prompt and answer together.
         total_pages: pages of the KV cache.
 
@@ -77,8 +78,10 @@ def validate_length(request: Request, depth: int, *, max_tokens: int, total_page
         TooLong: with the numbers of tokens. The field is "prompt" where no answer of any length would be possible.
     """
     prompt, answer = len(request.prompt), request.stopping.max_new_tokens
-    memory = total_pages // depth * PAGE_TOKENS
-    why = f" that {depth} positions have KV memory for" if memory < max_tokens else ""
+    counted = max(depth, shallowest)
+    memory = total_pages // counted * PAGE_TOKENS
+    whose = ", those of the shallowest named stack," if depth < shallowest else ""
+    why = f" that {counted} positions{whose} have KV memory for" if memory < max_tokens else ""
     limit = min(memory, max_tokens)
     if prompt >= limit:
         raise TooLong(f"{prompt} tokens, of {limit}{why}, leave none for an answer", field="prompt")

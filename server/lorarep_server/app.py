@@ -24,7 +24,7 @@ from lorarep_server.api.openai import OpenAI
 from lorarep_server.api.status_page import StatusPage
 from lorarep_server.auth import TokenAuth, check_exposure
 from lorarep_server.config import ServerConfig
-from lorarep_server.hosts import host_check
+from lorarep_server.hosts import HostCheck, host_checks
 from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.ports import Ports
@@ -141,6 +141,7 @@ class App:
     async def _open_ports(self) -> Ports:
         """Opens all ports before anything is loaded: probes are answered, and calls are refused as Unavailable."""
         check_exposure(self._config)
+        hosts = host_checks(self._config)
         token_auth = None if self._config.token_file is None else TokenAuth(self._config.token_file)
         ports = Ports(self._config)
         ports.bind_grpc(
@@ -155,16 +156,13 @@ class App:
             (self._admission,) if token_auth is None else (token_auth, self._admission),
         )
         ports.bind_health(partial(health_pb2_grpc.add_HealthServicer_to_server, self._health))
-        await ports.serve_metrics(self._metrics_registry, LAST_WRITES)
-        await ports.serve_openai(partial(self._openai_application, token_auth), LAST_WRITES)
+        await ports.serve_metrics(self._metrics_registry, hosts.metrics, LAST_WRITES)
+        await ports.serve_openai(partial(self._openai_application, token_auth, hosts.openai), LAST_WRITES)
         await ports.start()
         return ports
 
-    def _openai_application(self, token_auth: TokenAuth | None) -> web.Application:
+    def _openai_application(self, token_auth: TokenAuth | None, hosts: HostCheck | None) -> web.Application:
         page = StatusPage(self.engine, self._reconciler, self._metrics)
-        config = self._config
-        has_credentials = token_auth is not None or config.tls_client_ca is not None
-        hosts = host_check(config.openai_listen or "", config.allow_hosts, has_credentials=has_credentials)
         return OpenAI(self._frontend, self._reconciler, self._admission, token_auth, hosts, page).application()
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:

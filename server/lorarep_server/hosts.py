@@ -6,7 +6,9 @@ a part of that page. Yet the browser says which name it asked for (`Host`), and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -14,7 +16,10 @@ from grpc import StatusCode
 
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.addresses import is_loopback, is_loopback_host
+from lorarep_server.config import ServerConfig
 from lorarep_server.errors import Status
+
+log = logging.getLogger(__name__)
 
 
 class HostCheck:
@@ -43,14 +48,30 @@ class HostCheck:
         return None
 
 
-def host_check(address: str, allowed: Iterable[str], *, has_credentials: bool) -> HostCheck | None:
-    """The check of a port; None where callers show credentials, or where other machines may call in any case.
+@dataclass(frozen=True)
+class HostChecks:
+    """The checks of a server's ports; None where callers show credentials, or where other machines may call anyway."""
 
-    Args:
-        address: where the port listens.
-        allowed: further names of this machine.
+    metrics: HostCheck | None
+    openai: HostCheck | None
+
+
+def host_checks(config: ServerConfig) -> HostChecks:
+    """The checks of a server's ports. Says so in the log if there is none that further names could be for.
+
+    Raises:
+        InvalidArgument: a further name is none.
     """
-    return None if has_credentials or not is_loopback(address) else HostCheck(allowed)
+    check = HostCheck(config.allow_hosts)
+    has_credentials = config.token_file is not None or config.tls_client_ca is not None
+    has_pages = config.openai_listen is not None and not has_credentials
+    checks = HostChecks(
+        check if is_loopback(config.metrics_listen) else None,
+        check if has_pages and is_loopback(config.openai_listen or "") else None,
+    )
+    if config.allow_hosts and checks == HostChecks(None, None):
+        log.warning("--allow-host changes nothing: no port of HTTP here looks at the name that it is asked for")
+    return checks
 
 
 def _refusal(given: str, field: str) -> Status:

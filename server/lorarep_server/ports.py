@@ -19,7 +19,7 @@ from lorarep_runtime.errors import InvalidArgument
 from lorarep_server.addresses import parse_address
 from lorarep_server.config import MAX_MESSAGE, ServerConfig
 from lorarep_server.connections import ConnectionLimit, close_connections, raise_descriptor_limit
-from lorarep_server.hosts import host_check
+from lorarep_server.hosts import HostCheck
 from lorarep_server.http_port import HttpPort
 from lorarep_server.tls import TlsFiles
 
@@ -124,15 +124,13 @@ class Ports:
             self.health = _bind(server, "health_listen", address, None)
             self._grpc_servers.append(server)
 
-    async def serve_metrics(self, registry: CollectorRegistry, patience: float) -> None:
+    async def serve_metrics(self, registry: CollectorRegistry, hosts: HostCheck | None, patience: float) -> None:
         """Serves Prometheus metrics at every path, in plain text.
 
         Raises:
             InvalidArgument: the address cannot be used.
         """
         scraper = ThreadPoolExecutor(1, thread_name_prefix="lorarep-metrics")
-
-        hosts = host_check(self._config.metrics_listen, self._config.allow_hosts, has_credentials=False)
 
         async def scrape(request: web.Request) -> web.Response:
             if hosts is not None and (refusal := hosts.refusal(request)) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorarep_runtime.adapters.eviction import Evictable, choose, in_order
+from lorarep_runtime.adapters.eviction import Evictable, choose, first
 
 
 def evictable(name: str, size: int = 10, *, late: bool = False, priority: int = 0, used: int = 0) -> Evictable[str]:
@@ -17,8 +17,10 @@ def test_held_ones_go_last_then_the_highest_priority_then_the_latest_used() -> N
     important = evictable("important", priority=1, used=0)
     recent, old = evictable("recent", used=9), evictable("old", used=1)
     unimportant = evictable("unimportant", priority=-1, used=99)
-    order = in_order([late, important, recent, old, unimportant])
-    assert [x.item for x in order] == ["unimportant", "old", "recent", "important", "late"]
+    everyone = [late, important, recent, old, unimportant]
+    assert choose(everyone, 50) == ["unimportant", "old", "recent", "important", "late"]
+    assert first(everyone) == "unimportant"
+    assert first([]) is None
 
 
 def test_no_more_go_than_the_bytes_need() -> None:
@@ -49,7 +51,7 @@ def test_the_chosen_are_the_shortest_beginning_of_the_order_that_is_enough(
     all_of_them: list[Evictable[int]], missing: int
 ) -> None:
     chosen = choose(all_of_them, missing)
-    order = in_order(all_of_them)
+    order = sorted(all_of_them, key=lambda x: (x.goes_late, x.priority, x.used))
     if chosen is None:
         assert sum(x.size for x in order) < missing
         return

@@ -348,10 +348,11 @@ def test_the_tokens_of_too_long_a_prompt_are_not_looked_at(base: Path) -> None:
         engine.submit(Request(Prompt((5,) * 600)), engine.adapters.lease([]), Stream())
 
 
-def test_a_request_that_could_never_fit_is_refused(base: Path) -> None:
-    engine = engine_for(base, kv_bytes=6 * 2 * 16 * 2 * 16 * 4)
-    with pytest.raises(InvalidArgument, match="KV memory"):
-        engine.submit(greedy(), engine.adapters.lease([]), Stream())
+def test_a_request_that_could_never_fit_is_refused(base: Path, adapters: dict[str, Path]) -> None:
+    engine = engine_for(base, adapters=adapters, kv_bytes=6 * 2 * 16 * 2 * 16 * 4)
+    for names, whose in (((), ""), ([("lora shrinking", 1.0)], ", those of the shallowest named stack,")):
+        with pytest.raises(InvalidArgument, match=f"that 6 positions{whose} have KV memory for"):
+            engine.submit(greedy(), engine.adapters.lease(names), Stream())
 
 
 def test_answers_end_for_the_reason_given(base: Path) -> None:

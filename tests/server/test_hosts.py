@@ -6,10 +6,13 @@ import contextlib
 import http.client
 import json
 import urllib.parse
+from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
-from lorarep_server.hosts import HostCheck, host_check
+from lorarep_server.config import ServerConfig
+from lorarep_server.hosts import HostCheck, host_checks
 
 from lorarep_runtime.errors import InvalidArgument
 from tests.support.servers import SECONDS, Server
@@ -84,7 +87,28 @@ def test_what_is_no_name_alone_is_refused_at_the_start(given: str) -> None:
         HostCheck([given])
 
 
-def test_ports_that_ask_for_credentials_or_are_open_have_any_name() -> None:
-    assert host_check("127.0.0.1:0", [], has_credentials=False) is not None
-    assert host_check("127.0.0.1:0", [], has_credentials=True) is None
-    assert host_check("0.0.0.0:8000", [], has_credentials=False) is None
+@pytest.mark.parametrize(
+    ("fields", "checked"),
+    [
+        ({}, "metrics"),
+        ({"openai_listen": "127.0.0.1:0"}, "metrics openai"),
+        ({"openai_listen": "127.0.0.1:0", "token_file": Path("tokens")}, "metrics"),
+        ({"openai_listen": "127.0.0.1:0", "tls_client_ca": Path("ca")}, "metrics"),
+        ({"openai_listen": "0.0.0.0:8000", "metrics_listen": "0.0.0.0:9095"}, ""),
+        ({"openai_listen": "127.0.0.1:0", "metrics_listen": "0.0.0.0:9095"}, "openai"),
+        ({"metrics_listen": "0.0.0.0:9095"}, ""),
+    ],
+    ids=str,
+)
+def test_ports_that_ask_for_credentials_or_are_open_have_any_name(
+    fields: dict[str, Any], checked: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator who allows a name there is told that this changes nothing."""
+    checks = host_checks(ServerConfig(**fields, allow_hosts=("chat.example",)))
+    assert " ".join(name for name in ("metrics", "openai") if getattr(checks, name)) == checked
+    assert ("--allow-host changes nothing" in caplog.text) == (not checked)
+    caplog.clear()
+    host_checks(ServerConfig(**fields))
+    assert caplog.text == ""
+    with pytest.raises(InvalidArgument, match="allow_host"):
+        host_checks(ServerConfig(**fields, allow_hosts=("a:1",)))

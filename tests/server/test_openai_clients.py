@@ -68,6 +68,14 @@ def test_what_is_too_long_has_the_code_that_clients_look_for(
     assert (told["error"]["code"], told["error"]["param"]) == ("context_length_exceeded", param), told
 
 
+@pytest.mark.parametrize("prompt", [["x" * 500] * 800, [[5, 6] * 100] * 800], ids=["texts", "tokens"])
+def test_a_list_that_is_too_long_is_told_apart_from_a_prompt_that_is(server: Server, prompt: list[Any]) -> None:
+    """Shorter prompts would not help its client: fewer at a time do."""
+    status, told = post(server, "completions", dict(model="lora", max_tokens=1, prompt=prompt))
+    assert (status, told["error"]["code"], told["error"]["param"]) == (400, None, "prompt"), told
+    assert "for all prompts of a list together" in told["error"]["message"]
+
+
 def test_other_fields_that_are_wrong_are_not_too_long(server: Server) -> None:
     assert post(server, "completions", COMPLETION | dict(top_p=2))[1]["error"]["code"] is None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ BODY_SECONDS = 60.0
 """Seconds for a body to arrive."""
 LAST_WRITE = 1.0
 """Seconds for an error to reach the caller of a stream."""
+LIST = re.compile(rb'"prompt"\s*:\s*\[\s*["\[]')
+"""How a list of prompts begins. A list of numbers is one prompt."""
 OWNER = "lorarep"
 
 
@@ -213,23 +216,27 @@ async def _body(request: web.Request, most: int) -> bytes:
     """The body of a request.
 
     Raises:
-        InvalidArgument: it is broken.
-        TooLong: it is longer than `most` bytes.
+        InvalidArgument: it is broken, or has a list of prompts and is longer than `most` bytes.
+        TooLong: it is longer than that with one prompt.
         DeadlineExceeded: it does not end in time.
     """
-    if (request.content_length or 0) > most:
-        raise TooLong(f"{request.content_length} bytes are over the limit of {most}", field="body")
+    length = request.content_length or 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            body = await request.read()
+            body = await (request.content.readany() if length > most else request.read())
     except TimeoutError as error:
         raise DeadlineExceeded(f"has not arrived within {BODY_SECONDS:g} seconds", field="body") from error
     except web.RequestPayloadError as error:
         raise InvalidArgument(str(error.args[0] if error.args else error), field="body") from error
     except web.HTTPRequestEntityTooLarge as error:
         raise InvalidArgument(f"is over the limit of {MAX_MESSAGE} bytes", field="body") from error
-    if len(body) > most:
-        raise TooLong(f"{len(body)} bytes are over the limit of {most}", field="body")
+    length = max(length, len(body))
+    if length > most and LIST.search(body, 0, most):
+        raise InvalidArgument(
+            f"{length} bytes are over the limit of {most} for all prompts of a list together", field="prompt"
+        )
+    if length > most:
+        raise TooLong(f"{length} bytes are over the limit of {most}", field="body")
     return body
 
 

@@ -30,6 +30,8 @@ class BaseConfig:
     """Dtype of activations, adapters and unquantized weights; "auto" is the checkpoint's own."""
     device: str = "auto"
     """A torch device; "auto" is the first accelerator, if there is one, else the CPU."""
+    tensor_parallel: int = 1
+    """Ranks that share each layer, one process and one device each; 1 is this process alone."""
     cache_dir: Path | None = None
     """Hub cache; None is huggingface_hub's default."""
 

@@ -21,8 +21,9 @@ def failpoint(name: str) -> None:
     Args:
         name: `step` comes before each step, and `forward` inside the work whose failure ends its own requests alone.
             `base` and `adapter` come before each is put into device memory, and `admission` before a request's prompt
-            becomes tokens. `compare` comes before a family is compared, in a process of its own. `load-` and a stage's
-            name come when a load has reported that stage.
+            becomes tokens. `base-1`, `adapter-1` and `forward-1` come before rank 1 does its part of these.
+            `compare` comes before a family is compared, in a process of its own. `load-` and a stage's name come when a
+            load has reported that stage.
     """
     if _FOLDER is not None:
         _act(Path(_FOLDER, name))

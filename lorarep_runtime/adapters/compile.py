@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
 from operator import sub
@@ -40,6 +41,7 @@ from lorarep_runtime.model.compiled_adapter import (
     is_finite,
     whole_matrices,
 )
+from lorarep_runtime.model.cut import Cut, Part
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 
@@ -169,12 +171,37 @@ def _most_entries(form: Form) -> int:
     return max(1, MAX_RUN_ELEMENTS // max(map(math.prod, form.pieces)))
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How one of several ranks compiles its part of an adapter. All ranks compile it at the same time."""
+
+    cut: Cut
+    add_up: Callable[[Tensor], Tensor]
+    """From this rank's term of an fp32 tensor to the sum over the ranks; raises what ends the load on another rank."""
+
+
+class _Own(NamedTuple):
+    """A rank's part of a module, and how norms become whole where it has a part of each of W's rows."""
+
+    part: Part
+    add_up: Callable[[Tensor], Tensor] | None
+    has_biases: bool
+
+
+def _own(sharing: Sharing | None, module: str, shape: tuple[int, int]) -> _Own | None:
+    if sharing is None:
+        return None
+    part = sharing.cut.part(module, shape)
+    return _Own(part, sharing.add_up if part.is_summed else None, not part.is_summed or sharing.cut.rank == 0)
+
+
 def _compile_run(
     form: Form,
     read: Sequence[Tensor],
     scale: float,
     to: Entry,
     norm_terms: Callable[[Tensor], tuple[Tensor, Tensor]],
+    own: _Own | None = None,
 ) -> None:
     """Computes the entries of a run in fp32, and writes them in the activations' dtype.
 
@@ -182,26 +209,35 @@ def _compile_run(
         form: of each entry.
         read: the entries' tensors as `_read` returns them.
         scale: factor of B A x.
-        to: where to write, on the device; the entries lie along a first dimension.
+        to: where to write, zeros on the device; the entries lie along a first dimension.
         norm_terms: `Base.norm_terms` of the layers that the entries are at, as a function of their A.
+        own: this rank's part of them; None is all.
     """
     give_way()
     a, b, *rest = whole_matrices(form, [_on_device(tensor, to.A.device) for tensor in read])
+    own_a = a
+    if own is not None:
+        own_a = a[..., own.part.columns]
+        b, *rest = (tensor[:, own.part.rows] for tensor in (b, *rest))
     if to.c is not None:
         give_way()
-        squares, products = norm_terms(a)
+        squares, products = norm_terms(own_a)
         give_way()
         b *= scale
         # (entries, out, rank); ‖W + s·B·A‖² by row is ‖W‖² + 2·W·(s·B·A)ᵀ + ‖s·B·A‖².
-        change = products.mT.mul_(2).add_(b @ (a @ a.mT)).mul_(b)
+        products = products.mT.mul_(2)
+        if own is not None and own.add_up is not None:
+            squares = own.add_up(squares.add_(products.mul_(b).sum(2)))
+            products = torch.zeros_like(b)
+        change = products.add_(b @ (a @ a.mT)).mul_(b)
         c = rest.pop().div_(squares.add_(change.sum(2)).sqrt_())
         give_way()
         to.c.copy_(c)
         to.B.copy_(b * c.unsqueeze(2))
     else:
         to.B.copy_(b.mul_(scale))
-    to.A.copy_(a)
-    if to.bias is not None:
+    to.A.copy_(own_a)
+    if to.bias is not None and (own is None or own.has_biases):
         to.bias.copy_(rest[0].mul_(scale))
 
 
@@ -224,6 +260,7 @@ def compile_adapter(
     norm_terms: NormTerms,
     dtype: torch.dtype,
     device: torch.device,
+    sharing: Sharing | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
     """Reads a checked file, computes each entry in fp32 and casts it.
@@ -237,30 +274,35 @@ def compile_adapter(
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
         norm_terms: `Base.norm_terms`, for DoRA's norms.
         dtype, device: of the activations.
+        sharing: where other ranks compile the rest of it.
         progress: told of entries, as stage "compile".
 
     Raises:
         FailedPrecondition: a tensor holds NaN or infinity, or its values do in `dtype`.
         DataLoss: the file cannot be read, or is written to meanwhile.
+        LorarepError: whatever ends the load on another rank.
     """
     give_way()
+    held = layout if sharing is None else sharing.cut.layout(layout)
     paths = {key: f"{prefix}.{key[0]}.{key[1]}" for key in layout}
     done = 0
     with weights.opened() as file:
         starts = _starts(file, header)
         places = {key: _place(paths[key], form, config, header, starts) for key, form in giving_way(layout.items())}
-        blocks = blocks_of(layout, sorted(layout, key=lambda key: places[key].starts))
+        blocks = blocks_of(held, sorted(layout, key=lambda key: places[key].starts))
         storage = allocate(blocks, dtype, device)
         for block in blocks:
             whole = block.entries(storage)
             found = [places[position, block.module] for position in block.positions]
-            for run in _runs(found, _most_entries(block.form)):
+            form = layout[block.positions[0], block.module]
+            own = _own(sharing, block.module, form.shape)
+            for run in _runs(found, _most_entries(form)):
                 part = slice(run.start, run.stop)
                 layers = [stack[position] for position in block.positions[part]]
                 to = Entry._make(None if views is None else views[part] for views in whole)
                 give_way()
-                read = _read(file, found[part], block.form)
-                _compile_run(block.form, read, found[run.start].scale, to, partial(norm_terms, layers, block.module))
+                read, scale = _read(file, found[part], form), found[run.start].scale
+                _compile_run(form, read, scale, to, partial(norm_terms, layers, block.module), own)
                 done += len(run)
                 if progress is not None:
                     progress("compile", done, len(layout))

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.adapters.disk import DiskBudget
 from lorarep_runtime.adapters.header import Header, checked_header, layout_of, most_file_bytes
-from lorarep_runtime.adapters.peft_config import MATCHING_SECONDS, AdapterConfig
+from lorarep_runtime.adapters.maker import AdapterMaker, Source
+from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.adapters.weights_file import WeightsFile
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.device.gil import give_way
@@ -71,6 +71,7 @@ class AdapterFiles:
         limits: what adapters may ask for, and how much of the disk they may take.
         cache_dir: Hub cache; None is huggingface_hub's default.
         uses: as for `DiskBudget`; without it all repositories are idle.
+        maker: compiles them; by default one of this process alone.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class AdapterFiles:
         limits: AdapterLimits,
         cache_dir: Path | None,
         uses: Callable[[], Mapping[str, int | None]] = dict,
+        maker: AdapterMaker | None = None,
     ) -> None:
         self.base = base
+        self.maker = maker or AdapterMaker(base)
         self.stacks = stacks
         self.disk = None if limits.disk_bytes is None else DiskBudget(cache_dir, limits.disk_bytes, uses)
         self._limits = limits
@@ -178,20 +181,8 @@ class AdapterFiles:
 
     def compile(self, checked: CheckedFiles, progress: Progress | None) -> Adapter:
         """Compiles checked files onto the base's device. Raises as `compile_adapter`."""
-        return compile_adapter(
-            checked.weights,
-            # Its patterns get their time anew: it may have waited since the check.
-            replace(checked.config, deadline=time.monotonic() + MATCHING_SECONDS),
-            checked.header,
-            checked.layout,
-            checked.stack,
-            prefix=self.base.prefix,
-            modules=tuple(self.base.modules),
-            norm_terms=self.base.norm_terms,
-            dtype=self.base.dtype,
-            device=self.base.device,
-            progress=progress,
-        )
+        source = Source(checked.weights, checked.config, checked.header, checked.layout, checked.stack)
+        return self.maker.compile(source, progress)
 
     def tokenizer(self, folder: Path, *, trusted: bool) -> Tokenizer:
         """The tokenizer of an adapter's requests.

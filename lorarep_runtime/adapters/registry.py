@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorarep_runtime.adapters.files import AdapterFiles
 from lorarep_runtime.adapters.lease import Lease
+from lorarep_runtime.adapters.maker import AdapterMaker
 from lorarep_runtime.adapters.mix import MAX_WEIGHT, Mix, Mixes
 from lorarep_runtime.adapters.peft_config import check_name
 from lorarep_runtime.adapters.residency import Hold, Residency
@@ -42,18 +43,27 @@ class AdapterRegistry:
         stacks: named stacks, "base" among them.
         limits: what adapters may ask for, and how much memory they may take.
         cache_dir: Hub cache; None is huggingface_hub's default.
+        maker: makes the adapters; by default one of this process alone.
     """
 
-    def __init__(self, base: Base, stacks: Mapping[str, Stack], limits: AdapterLimits, cache_dir: Path | None) -> None:
-        self.residency = Residency(base.device, limits)
+    def __init__(
+        self,
+        base: Base,
+        stacks: Mapping[str, Stack],
+        limits: AdapterLimits,
+        cache_dir: Path | None,
+        maker: AdapterMaker | None = None,
+    ) -> None:
+        maker = maker or AdapterMaker(base)
+        self.residency = Residency(base.device, limits, maker.copy)
         self._base = base
         self._limits = limits
-        self._files = AdapterFiles(base, stacks, limits, cache_dir, self._uses)
+        self._files = AdapterFiles(base, stacks, limits, cache_dir, self._uses, maker)
         self._changed = self.residency.changed
         self._named: dict[str, Revision] = {}
         self._parameters, self._stacks = 0, Counter[Stack]()
         """Of all that have a name: the numbers in their files, and how many have each stack."""
-        self._mixes = Mixes(self.residency, tuple(base.modules), base.device)
+        self._mixes = Mixes(self.residency, maker)
         self._loading: dict[str, str] = {}
         """Names that are being loaded, and the sources they are loaded from."""
         self._on_demand: set[str] = set()

@@ -22,11 +22,11 @@ from lorarep_runtime.adapters import eviction
 from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.occupancy import Occupancy, Reservation
 from lorarep_runtime.adapters.resident import Resident, State
-from lorarep_runtime.adapters.transfers import Transfers, engine_failure, free_frames, is_out_of_memory
+from lorarep_runtime.adapters.transfers import Copy, Transfers, engine_failure, free_frames, is_out_of_memory
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import Cancelled, Exhausted, LorarepError
 from lorarep_runtime.failpoints import failpoint
-from lorarep_runtime.model.compiled_adapter import Adapter
+from lorarep_runtime.model.compiled_adapter import Adapter, copied_to
 from lorarep_runtime.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -129,9 +129,10 @@ class Residency:
     Args:
         device: where adapters are computed with.
         limits: how many bytes adapters may take there and in host memory.
+        copy: copies adapters between the two.
     """
 
-    def __init__(self, device: torch.device, limits: AdapterLimits) -> None:
+    def __init__(self, device: torch.device, limits: AdapterLimits, copy: Copy = copied_to) -> None:
         self.changed = threading.Condition(threading.RLock())
         """Guards all residents and this object's fields, and the registry's; notified when a load or a move ends."""
         self.evictions = 0
@@ -141,7 +142,7 @@ class Residency:
         self.version = 0
         """Changes whenever there may be more room than before."""
         self._limits = limits
-        self._transfers = Transfers(device)
+        self._transfers = Transfers(device, copy)
         self._occupancy = Occupancy(limits, self._transfers.host_size)
         self._tick = 0
         self._listeners: list[Callable[[], None]] = []

@@ -8,7 +8,7 @@ from lorarep_runtime.adapters.files import AdapterFiles, CheckedFiles
 from lorarep_runtime.adapters.resident import Resident, Tier
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.hub.snapshot import LOCAL
-from lorarep_runtime.model.compiled_adapter import Adapter, file_parameters, storage_bytes
+from lorarep_runtime.model.compiled_adapter import Adapter, file_parameters
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class Revision(Resident):
     def __init__(
         self, files: AdapterFiles, name: str, stack_name: str | None, checked: CheckedFiles, *, trusted: bool
     ) -> None:
-        super().__init__(storage_bytes(checked.layout, files.base.dtype))
+        super().__init__(files.maker.size(checked.layout))
         self.name = name
         self.repository, self.commit = checked.snapshot.source, checked.snapshot.commit
         self.cached_repository = checked.snapshot.repository

@@ -23,11 +23,16 @@ COMPILE_THREADS, COPY_THREADS = 8, 2
 """Most adapters that are loaded concurrently from their files, and from host memory."""
 
 
+Copy = Callable[[Adapter, torch.device], Adapter]
+"""`copied_to`, or the same on several devices."""
+
+
 class Transfers:
     """The threads that load adapters, and the work that they do concurrently with the engine's steps."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, copy: Copy = copied_to) -> None:
         self._device = device
+        self._copy = copy
         # Separate threads: a compilation may wait for files from a Hub that does not answer, and a copy must not.
         self._compiling = ThreadPoolExecutor(COMPILE_THREADS, "lorarep-adapter", initializer=run_loops_serially)
         self._copying = ThreadPoolExecutor(COPY_THREADS, "lorarep-copy", initializer=run_loops_serially)
@@ -48,13 +53,13 @@ class Transfers:
         """
         with self._own_stream():
             copy = item.copy
-            return item.make(progress) if copy is None else copied_to(copy, self._device)
+            return item.make(progress) if copy is None else self._copy(copy, self._device)
 
     def to_host(self, adapter: Adapter) -> Adapter | None:
         """A copy in host memory; None, and a line in the log, where the host has no memory for it."""
         try:
             with self._own_stream():
-                return copied_to(adapter, torch.device("cpu"))
+                return self._copy(adapter, torch.device("cpu"))
         except (RuntimeError, MemoryError):
             log.exception("no copy of an adapter in host memory")
             return None

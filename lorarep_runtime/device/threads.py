@@ -17,9 +17,13 @@ import torch
 log = logging.getLogger(__name__)
 
 
-def limit_threads() -> None:
-    """Sets the number of torch's threads for the whole process, unless `OMP_NUM_THREADS` says it. Never raises it."""
-    usable = usable_processors()
+def limit_threads(processes: int = 1) -> None:
+    """Sets the number of torch's threads for the whole process, unless `OMP_NUM_THREADS` says it. Never raises it.
+
+    Args:
+        processes: that compute on the same processors.
+    """
+    usable = max(1, usable_processors() // processes)
     if not os.environ.get("OMP_NUM_THREADS") and usable < torch.get_num_threads():
         torch.set_num_threads(usable)
     log.info("%d threads on %d processors, of which %d may be used", torch.get_num_threads(), os.cpu_count(), usable)

@@ -13,17 +13,22 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from lorarep_runtime.adapters.compile import load_kernels
 from lorarep_runtime.adapters.lease import Lease
+from lorarep_runtime.adapters.maker import AdapterMaker
+from lorarep_runtime.adapters.rank_makers import LeadingMaker
 from lorarep_runtime.adapters.registry import AdapterRegistry
 from lorarep_runtime.config import PAGE_TOKENS, EngineConfig
 from lorarep_runtime.device import gil
+from lorarep_runtime.device.ranks import Ranks
 from lorarep_runtime.engine import offline
 from lorarep_runtime.engine.inbox import Inbox
+from lorarep_runtime.engine.leader import LeadingBase, LeadingPool, start_ranks
 from lorarep_runtime.engine.ledger import Ledger, take_stock
 from lorarep_runtime.engine.outputs import Outputs
 from lorarep_runtime.engine.overlap import StepDecoder, StepOverlap
@@ -67,9 +72,22 @@ class Engine:
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         self.config = config
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
-        self.base = Base(config.base, progress)
+        self.ranks: Ranks | None = None
+        """The other ranks' processes, where several share the base."""
+        with ExitStack() as at_failure:
+            at_failure.callback(self.close)
+            self._make(progress)
+            at_failure.pop_all()
+
+    def _make(self, progress: Progress | None) -> None:
+        config = self.config
+        if config.base.tensor_parallel > 1:
+            self.ranks = start_ranks(config.base)
+        ranks = self.ranks
+        self.base = Base(config.base, progress) if ranks is None else LeadingBase(config.base, ranks, progress)
         self.stacks: Mapping[str, Stack] = _named_stacks(config.stacks, self.base.layers)
-        self.adapters = AdapterRegistry(self.base, self.stacks, config.adapters, config.base.cache_dir)
+        maker = AdapterMaker(self.base) if ranks is None else LeadingMaker(self.base, ranks)
+        self.adapters = AdapterRegistry(self.base, self.stacks, config.adapters, config.base.cache_dir, maker)
         self.max_tokens = config.scheduler.max_sequence_tokens or self.base.max_tokens
         """Most tokens of prompt and answer together."""
         if self.max_tokens > self.base.max_tokens:
@@ -80,6 +98,8 @@ class Engine:
         self._prepare_device()
         deepest = max(map(len, self.stacks.values()))
         self.pool = _page_pool(self.base, config.scheduler.kv_bytes, deepest)
+        self._other_ranks = [] if ranks is None else ranks.ask("held_bytes")
+        """Bytes by their use on each other rank, before there were adapters."""
         self._shallowest = min(map(len, self.stacks.values()))
         self.max_sequences = config.scheduler.max_sequences or _most_sequences(self.pool, deepest)
         """Most sequences in one step."""
@@ -89,6 +109,8 @@ class Engine:
         self._thread: threading.Thread | None = None
         self.loop = self.make_loop(self._decoder(progress))
         self.adapters.residency.subscribe(self._inbox.announce_adapter)
+        if ranks is not None:
+            ranks.subscribe(self._inbox.report_failure)
 
     def _prepare_device(self) -> None:
         """Loads the kernels that loads of adapters use, before the KV pages take the rest of the memory."""
@@ -206,6 +228,12 @@ class Engine:
             self._thread.join(patience)
             self._thread = None
             gc.unfreeze()
+        self.close()
+
+    def close(self) -> None:
+        """Ends the other ranks, where there are any: nothing is computed from now on."""
+        if self.ranks is not None:
+            self.ranks.close()
 
     @property
     def failure(self) -> BaseException | None:
@@ -224,7 +252,8 @@ class Engine:
     def ledger(self) -> Ledger:
         """The device memory in use, byte by byte."""
         decoder = self.loop.overlap.decoder
-        return take_stock(self.base, self.pool, self.adapters, [] if decoder is None else decoder.tensors())
+        steps = [] if decoder is None else decoder.tensors()
+        return take_stock(self.base, self.pool, self.adapters, steps, self._other_ranks)
 
     def generate(self, requests: Iterable[tuple[Request, Lease]]) -> list[offline.Completion]:
         """Answers requests together; steps in this thread unless the engine has been started.
@@ -274,4 +303,6 @@ def _page_pool(base: Base, wanted: int | None, deepest: int) -> PagePool:
         raise InvalidArgument(
             f"{wanted} bytes are {pages} pages, one token at {deepest} positions more", field="kv_bytes"
         )
+    if isinstance(base, LeadingBase):
+        return LeadingPool(pages, base)
     return PagePool(pages, base.kv_shape, dtype=base.dtype, device=base.device)

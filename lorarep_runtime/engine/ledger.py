@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,16 +28,45 @@ class Ledger:
     constants (NF4), or of the weights as well (int8).
     """
 
+    ranks: Sequence[Mapping[str, int]] = ()
+    """Where several ranks share the base: the categories of each one's device, rank 0's first, as above."""
+
     @property
     def total(self) -> int:
         return sum(self.categories.values())
 
 
-def take_stock(base: Base, pool: PagePool, adapters: AdapterRegistry, steps: Iterable[Tensor] = ()) -> Ledger:
+def take_stock(
+    base: Base,
+    pool: PagePool,
+    adapters: AdapterRegistry,
+    steps: Iterable[Tensor] = (),
+    others: Sequence[Mapping[str, int]] = (),
+) -> Ledger:
     """Counts the device memory that is held now.
 
     Args:
         steps: the decoder's tensors, which it keeps from one step to the next.
+        others: what `categories_of` said on each other rank at the start. Parts of adapters are of one size.
+    """
+    held = adapters.held_bytes()
+    total = sum(held.values())
+    categories = categories_of(base, pool, total, steps)
+    fixed = sum(categories[name] for name in ("base_weights", "quantization_constants", "embeddings_and_head"))
+    return Ledger(
+        categories=categories,
+        adapters=held,
+        peft_bytes=_peft_bytes(base, adapters, fixed),
+        ranks=[categories, *({**other, "adapters": total} for other in others)] if others else (),
+    )
+
+
+def categories_of(base: Base, pool: PagePool, adapters: int, steps: Iterable[Tensor] = ()) -> dict[str, int]:
+    """Bytes of this process's device memory by their use.
+
+    Args:
+        adapters: bytes that those take.
+        steps: the decoder's tensors.
     """
     seen: set[int] = set()
     weights = [w for layer in base.weights for w in layer.values()]
@@ -51,20 +80,14 @@ def take_stock(base: Base, pool: PagePool, adapters: AdapterRegistry, steps: Ite
     rest = _bytes((p for m in modules for p in m.parameters()), seen)
     besides = [*(b for m in modules for b in m.buffers()), *base.squares.values(), *steps]
     workspace = _bytes(besides, seen)
-    held = adapters.held_bytes()
-    fixed = matrices + rest + constants + embeddings
-    return Ledger(
-        categories={
-            "base_weights": matrices + rest,
-            "quantization_constants": constants,
-            "embeddings_and_head": embeddings,
-            "adapters": sum(held.values()),
-            "kv_cache": _bytes(pool.tensors, seen),
-            "workspace": workspace,
-        },
-        adapters=held,
-        peft_bytes=_peft_bytes(base, adapters, fixed),
-    )
+    return {
+        "base_weights": matrices + rest,
+        "quantization_constants": constants,
+        "embeddings_and_head": embeddings,
+        "adapters": adapters,
+        "kv_cache": _bytes(pool.tensors, seen),
+        "workspace": workspace,
+    }
 
 
 def _peft_bytes(base: Base, adapters: AdapterRegistry, base_bytes: int) -> int:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from lorarep_runtime.config import BaseConfig, Quantization
 from lorarep_runtime.device.gil import give_way
+from lorarep_runtime.device.group import Group
 from lorarep_runtime.device.threads import limit_threads
 from lorarep_runtime.errors import FailedPrecondition, first_line
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub.snapshot import fetch
 from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.cut import FIELD, cut_of
 from lorarep_runtime.model.family_check import check_family, is_compared
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.loader import find_device, load_model
 from lorarep_runtime.model.model_config import quantization_of, read_model_config, trained_tokens
 from lorarep_runtime.model.packed import kernels_compiled, norm_products, row_squares
+from lorarep_runtime.model.shard import Shard
 from lorarep_runtime.model.transformers_attention import register_attention
 from lorarep_runtime.model.walked_model import WalkedModel
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
+
+Join = Callable[[Path, torch.device], Group]
+"""Has the other ranks load the base from a folder, and returns this rank's place among them, on its device."""
 
 
 class Base(WalkedModel):
@@ -34,15 +44,21 @@ class Base(WalkedModel):
             be served exactly, naming the obstacle.
     """
 
-    def __init__(self, config: BaseConfig, progress: Progress | None = None) -> None:
-        limit_threads()
+    def __init__(self, config: BaseConfig, progress: Progress | None = None, join: Join | None = None) -> None:
+        """
+        Args:
+            progress: told of the download and of tensors.
+            join: joins the ranks that share the base, where there are several.
+        """
         device = find_device(config.device)
+        limit_threads(config.tensor_parallel if device.type == "cpu" else 1)
         snapshot = fetch(config.base, config.revision, kind="base", cache_dir=config.cache_dir, progress=progress)
         self.repository, self.commit, self.folder = snapshot.repository, snapshot.commit, snapshot.folder
         model_config = read_model_config(self.folder)
         self.max_tokens = trained_tokens(model_config)
         """Tokens of the longest sequence that is served."""
         kind, self.quantization_config = quantization_of(model_config, config)
+        shard = None if join is None else self._shard(config, model_config, kind, device, join)
         with ThreadPoolExecutor(1) as pool:
             # Both import libraries, which takes seconds.
             checked = pool.submit(check_family, self.folder, model_config, config.cache_dir)
@@ -52,7 +68,7 @@ class Base(WalkedModel):
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         with kernels_compiled(kind, dtype or model_config.dtype, device):
             model = load_model(self.folder, model_config, dtype, self.quantization_config, device, progress)
-        super().__init__(model, device)
+        super().__init__(model, device, shard)
         if not is_compared(model_config):
             self._try(model_config.model_type)
         self.tokenizer = Tokenizer(self.folder)
@@ -60,6 +76,30 @@ class Base(WalkedModel):
         """fp32 (out), |w|² of the rows of each weight that a DoRA has asked for, by layer and module path."""
         self.quantization: Quantization = kind
         """That of the checkpoint or the configuration; a checkpoint may leave some weights as they are."""
+
+    def _shard(
+        self,
+        config: BaseConfig,
+        model_config: PretrainedConfig,
+        kind: Quantization,
+        device: torch.device,
+        join: Join,
+    ) -> Shard:
+        """Joins the other ranks once it is known that the base can be divided.
+
+        Raises:
+            FailedPrecondition: it cannot.
+        """
+        if not is_compared(model_config):
+            raise FailedPrecondition(
+                f"a base of type {model_config.model_type!r} like this one is not served by several ranks", field=FIELD
+            )
+        own = getattr(model_config, "quantization_config", None)
+        nested = config.double_quantization or bool(_option(own, "bnb_4bit_use_double_quant"))
+        cut = partial(cut_of, model_config, ranks=config.tensor_parallel, quantization=kind, nested=nested)
+        cut(rank=0)
+        group = join(self.folder, device)
+        return Shard(cut(rank=group.rank), group.add_up)
 
     def _try(self, family: str) -> None:
         """Computes two tokens: the family was compared in fp32, on the CPU and with plain weights alone.
@@ -82,7 +122,7 @@ class Base(WalkedModel):
             ) from error
 
     def norm_terms(self, layers: Sequence[int], module: str, a: Tensor) -> tuple[Tensor, Tensor]:
-        """The terms of DoRA's norms (`kernels.eager.dora_norm`) that need the base's weights.
+        """The terms of DoRA's norms (`kernels.eager.dora_norm`) that need the base's weights: this rank's parts.
 
         Args:
             layers: one for each position, so the same one may come again.
@@ -100,3 +140,8 @@ class Base(WalkedModel):
             give_way()
             found = self.squares[layer, module] = row_squares(self.weights[layer][module], self.dtype)
         return found
+
+
+def _option(quantization: Any, name: str) -> object:
+    """An option of a checkpoint's own quantization, which is a mapping, an object or None."""
+    return quantization.get(name) if isinstance(quantization, dict) else getattr(quantization, name, None)

@@ -135,6 +135,8 @@ class Adapter:
     """Largest rank of its entries."""
     parameters: int
     """Numbers in its weights file."""
+    number: int = 0
+    """By which several ranks call it; each has its part of it."""
 
     @cached_property
     def entries(self) -> Mapping[Key, Entry]:

@@ -86,17 +86,20 @@ class PagePool:
         self._stale.extend(pages.ravel().tolist())
 
     def _wipe(self, count: int) -> None:
-        """Fills stale pages with zeros.
+        wiped = self._stale[-count:]
+        self.fill_with_zeros(np.array(wiped))
+        self._wiped += wiped
+        del self._stale[-count:]
+
+    def fill_with_zeros(self, pages: NDArray[np.int64]) -> None:
+        """Fills pages with zeros.
 
         Slots that no token has been written to are read all the same, under a mask. A mask leaves NaN: in a score, and
         in a value with the weight 0.
         """
-        wiped = self._stale[-count:]
-        pages = moved(torch.from_numpy(np.array(wiped)), self.key_pages.device)
+        at = moved(torch.from_numpy(pages), self.key_pages.device)
         for tensor in self.tensors:
-            tensor.index_fill_(0, pages, 0)
-        self._wiped += wiped
-        del self._stale[-count:]
+            tensor.index_fill_(0, at, 0)
 
 
 class PageTable:

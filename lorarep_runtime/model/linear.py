@@ -16,28 +16,37 @@ from lorarep_runtime.model.weights import Weight
 Adapt = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """(module, x (rows, in), W x (rows, out), base bias (out) or None) to the adapted output (rows, out)."""
 
+AddUp = Callable[[Tensor], None]
+"""Replaces a tensor, of which each rank has a term, by the sum over the ranks."""
+
 
 class SharedLinear(nn.Module):
     """y = c ⊙ (W x) + B (A x) + b, with W from the base and the rest from the adapter of each row."""
 
-    def __init__(self, weight: Weight, bias: nn.Parameter | None, name: str, adapt: Adapt) -> None:
+    def __init__(
+        self, weight: Weight, bias: nn.Parameter | None, name: str, adapt: Adapt, add_up: AddUp | None = None
+    ) -> None:
         """
         Args:
             weight: W, which all positions share.
             bias: (out), the base's own.
             name: path of the module in its layer.
             adapt: from W x to y.
+            add_up: adds the other ranks' terms of y, where they hold some.
         """
         super().__init__()
         self.shared = weight
         self.bias = bias
         self.name = name
         self.adapt = adapt
+        self.add_up = add_up
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out)."""
         rows = x.reshape(-1, x.shape[-1])
         y = self.adapt(self.name, rows, self.shared.matmul(rows), self.bias)
+        if self.add_up is not None:
+            self.add_up(y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

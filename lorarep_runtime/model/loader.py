@@ -25,6 +25,7 @@ from lorarep_runtime.model.layer_walk import Walk
 from lorarep_runtime.model.linear import SharedLinear, linear_modules
 from lorarep_runtime.model.model_config import model_class
 from lorarep_runtime.model.packed import pack_layers
+from lorarep_runtime.model.shard import Shard
 from lorarep_runtime.model.transformers_attention import ATTENTION
 from lorarep_runtime.model.weights import Weight, shared_weight
 from lorarep_runtime.progress import Progress
@@ -116,7 +117,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def share_weights(
-    model: PreTrainedModel, walk: Walk, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, walk: Walk, dtype: torch.dtype, device: torch.device, shard: Shard | None = None
 ) -> list[dict[str, Weight]]:
     """Takes the linear weights out of the walk's layers, packs them, and puts SharedLinears in their place.
 
@@ -125,6 +126,7 @@ def share_weights(
     Args:
         model: without its layers, which hang in the walk.
         dtype: of the activations.
+        shard: what of them this rank holds; None is all.
 
     Returns:
         For each layer its weights, by module path.
@@ -132,7 +134,7 @@ def share_weights(
     on_gpu, weights = device.type == "cuda", []
     pool = torch.cuda.MemPool() if on_gpu else None
     for first in range(0, len(walk.layers), LAYERS_AT_ONCE):
-        weights += _share_linears(walk.layers[first : first + LAYERS_AT_ONCE], walk, dtype, pool)
+        weights += _share_linears(walk.layers[first : first + LAYERS_AT_ONCE], walk, dtype, pool, shard)
         if on_gpu:
             torch.cuda.empty_cache()  # so that there are two copies of these layers alone
     vectors = [p for module in (model, *walk.layers) for p in module.parameters() if p.dim() == 1]
@@ -143,14 +145,21 @@ def share_weights(
 
 
 def _share_linears(
-    layers: Sequence[nn.Module], walk: Walk, dtype: torch.dtype, pool: torch.cuda.MemPool | None
+    layers: Sequence[nn.Module],
+    walk: Walk,
+    dtype: torch.dtype,
+    pool: torch.cuda.MemPool | None,
+    shard: Shard | None,
 ) -> list[dict[str, Weight]]:
     linears = [linear_modules(layer) for layer in layers]
     weights = [{name: shared_weight(module) for name, module in own.items()} for own in linears]
+    if shard is not None:
+        weights = [{name: shard.weight(name, weight) for name, weight in own.items()} for own in weights]
     pack_layers(weights, dtype, pool)
     for layer, modules, own in zip(layers, linears, weights, strict=True):
         for name, module in modules.items():
-            layer.set_submodule(name, SharedLinear(own[name], module.bias, name, walk.adapt))
+            bias, add_up = (module.bias, None) if shard is None else shard.rest(name, module)
+            layer.set_submodule(name, SharedLinear(own[name], bias, name, walk.adapt, add_up))
             # bitsandbytes has a weight and its module refer to each other: apart, their memory is free at once.
             del module.weight
     return weights

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model.batch import Batch
+from lorarep_runtime.model.cut import check_layers
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import Walk, find_layers
 from lorarep_runtime.model.linear import linear_shapes, straighten
 from lorarep_runtime.model.loader import share_weights
 from lorarep_runtime.model.model_config import kv_shape
+from lorarep_runtime.model.shard import Shard
 from lorarep_runtime.model.weights import Weight
 
 if TYPE_CHECKING:
@@ -29,14 +31,16 @@ if TYPE_CHECKING:
 class WalkedModel:
     """One model's layers, frozen, and the means to run any plan over them."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, shard: Shard | None = None) -> None:
         """
         Args:
             model: with lorarep's attention; its layers and linear layers are taken out of it.
             device: where it lies.
+            shard: what of the layers this rank computes; None is all.
 
         Raises:
-            FailedPrecondition: the model has no list of layers, or these have no linear modules.
+            FailedPrecondition: the model has no list of layers, these have no linear modules, or what they have cannot
+                be divided.
         """
         self.model = model
         self.device = device
@@ -46,16 +50,22 @@ class WalkedModel:
         for layer in layers:
             straighten(layer)
         self.layer_modules: Sequence[Mapping[str, tuple[int, int]]] = [linear_shapes(layer) for layer in layers]
-        """For each layer (out, in) of its linear modules, by their paths there."""
+        """For each layer (out, in) of its linear modules, by their paths there. They are those of whole modules."""
         self.modules: Mapping[str, tuple[int, int]] = dict(chain(*(m.items() for m in reversed(self.layer_modules))))
         """(out, in) of each linear module that there is, by its path in the first layer that has it."""
         if not self.modules:
             raise FailedPrecondition("its layers have no linear modules", field="base")
+        self.shard = shard
+        """What of each layer this rank computes; None is all."""
+        if shard is not None:
+            check_layers(layers, self.layer_modules, self.config)
         self.walk = Walk(list(layers))
         model.set_submodule(self.prefix, self.walk.hand_offs)
-        self.weights: Sequence[Mapping[str, Weight]] = share_weights(model, self.walk, self.dtype, device)
-        """For each layer the shared weights by module path, such as "self_attn.q_proj"."""
-        self.kv_shape = kv_shape(self.config)
+        self.weights: Sequence[Mapping[str, Weight]] = share_weights(model, self.walk, self.dtype, device, shard)
+        """For each layer the shared weights by module path, such as "self_attn.q_proj": of this rank's parts."""
+        whole = kv_shape(self.config)
+        self.kv_shape = whole if shard is None else shard.cut.kv_shape(whole)
+        """This rank's keys and values of a token at a position."""
 
     @property
     def layers(self) -> int:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorarep_runtime.adapters import files
+from lorarep_runtime.adapters import maker
 from lorarep_runtime.adapters.compile import compile_adapter, load_kernels
 from lorarep_runtime.adapters.files import AdapterFiles
 from lorarep_runtime.adapters.weights_file import WeightsFile
@@ -236,7 +236,7 @@ def test_a_file_that_has_changed_since_it_was_checked_is_data_loss(engine: Engin
         weights.path.write_bytes(weights.path.read_bytes()[:-1])
         return real(weights, *given, **more)
 
-    monkeypatch.setattr(files, "compile_adapter", cut)
+    monkeypatch.setattr(maker, "compile_adapter", cut)
     with pytest.raises(DataLoss, match="not what it was"):
         engine.adapters.load("cut", str(folder), trusted=True)
 

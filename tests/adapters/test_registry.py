@@ -16,8 +16,9 @@ from lorarep_server.telemetry.metrics import EngineCollector
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lorarep_runtime.adapters import files, mix, registry
-from lorarep_runtime.adapters.mix import MAX_IDLE_MIXES, MAX_WEIGHT, mix_adapters
+from lorarep_runtime.adapters import files, maker, registry
+from lorarep_runtime.adapters.mix import MAX_IDLE_MIXES, MAX_WEIGHT
+from lorarep_runtime.adapters.mixing import mix_adapters
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
@@ -143,7 +144,7 @@ def test_the_lock_is_held_no_longer_for_more_names(
 
 def test_steps_go_on_while_adapters_are_mixed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(mix_adapters)
-    monkeypatch.setattr(mix, "mix_adapters", gate)
+    monkeypatch.setattr(maker, "mix_adapters", gate)
     with ThreadPoolExecutor(2) as threads:
         leases = [engine.adapters.lease(MIX) for _ in range(2)]
         mixing = [threads.submit(lease.wait) for lease in leases]
@@ -161,7 +162,7 @@ def test_a_mix_whose_part_is_unloaded_meanwhile_is_freed_with_its_last_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(mix_adapters)
-    monkeypatch.setattr(mix, "mix_adapters", gate)
+    monkeypatch.setattr(maker, "mix_adapters", gate)
     lease = engine.adapters.lease(MIX)
     assert gate.reached.wait(60)
     engine.adapters.unload("two")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorarep_runtime.adapters import files
+from lorarep_runtime.adapters import maker
 from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.adapters.files import AdapterFiles
@@ -74,7 +74,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = compile_adapter
     monkeypatch.setattr(
-        files, "compile_adapter", lambda file, *a, **k: seen.append(file.path.parent.name) or real(file, *a, **k)
+        maker, "compile_adapter", lambda file, *a, **k: seen.append(file.path.parent.name) or real(file, *a, **k)
     )
     return seen
 
@@ -198,7 +198,7 @@ def test_patterns_of_an_adapter_that_has_waited_have_as_long_again(
     base: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    monkeypatch.setattr(files, "compile_adapter", lambda file, config, *rest, **more: seen.append(config.deadline))
+    monkeypatch.setattr(maker, "compile_adapter", lambda file, config, *rest, **more: seen.append(config.deadline))
     finder = AdapterFiles(engine_for(base).base, {}, AdapterLimits(), None)
     checked = finder.check(str(folders["a"]), None, None, None, trusted=True)
     late = time.monotonic() + 3600
@@ -285,7 +285,7 @@ def test_memory_of_a_failed_load_is_freed_at_once(
         except ValueError as cause:
             raise error("it cannot be compiled") from cause
 
-    monkeypatch.setattr(files, "compile_adapter", fails)
+    monkeypatch.setattr(maker, "compile_adapter", fails)
     gc.collect()
     gc.disable()
     try:

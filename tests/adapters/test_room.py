@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorarep_runtime.adapters import transfers
+from lorarep_runtime.adapters import maker
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import Exhausted
 from tests.adapters.test_residency import MIX, alone, base, compiled, folders, residency, size
@@ -53,7 +53,7 @@ def test_what_the_host_has_no_memory_for_leaves_without_a_copy(
         raise MemoryError
 
     with monkeypatch.context() as short:
-        short.setattr(transfers, "copied_to", fails)
+        short.setattr(maker, "copied_to", fails)
         engine.adapters.load("b", str(folders["b"]), trusted=True)
     assert residency(engine) == dict(a="disk", b="device")
     for name in "ab":

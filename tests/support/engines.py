@@ -22,12 +22,20 @@ def engine_for(
     adapters: Mapping[str, Path] | None = None,
     limits: AdapterLimits | None = None,
     cache_dir: Path | None = None,
+    ranks: int = 1,
     **scheduler: Any,
 ) -> Engine:
     """An fp32 engine on the CPU with adapters loaded under their names."""
     engine = Engine(
         EngineConfig(
-            base=BaseConfig(str(base), quantization=quantization, dtype="float32", device="cpu", cache_dir=cache_dir),
+            base=BaseConfig(
+                str(base),
+                quantization=quantization,
+                dtype="float32",
+                device="cpu",
+                tensor_parallel=ranks,
+                cache_dir=cache_dir,
+            ),
             stacks=stacks or {},
             adapters=limits or AdapterLimits(),
             scheduler=SchedulerConfig(**{"kv_bytes": 64 << 20, **scheduler}),

@@ -1,0 +1,77 @@
+"""The arithmetic of a mix: several adapters of one stack, each with a weight, made one adapter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from lorarep_runtime.device.gil import give_way
+from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.kernels.entry_table import Entry
+from lorarep_runtime.model.compiled_adapter import (
+    Adapter,
+    Form,
+    Key,
+    adapter_of,
+    allocate,
+    blocks_of,
+    entries_of,
+    is_finite,
+)
+
+
+def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:
+    """Mixes several adapters of one stack into one; each adapter's change to the output is multiplied by its weight.
+
+    With weights of 1 the result equals PEFT's with several active adapters, merged or not: they act one after the
+    other, so that DoRA's c scales the output of the adapters before it.
+
+    Args:
+        parts: the adapters, in the order in which they act, and their weights.
+        modules: all linear modules of a layer, in the order of their numbers in entry tables.
+
+    Raises:
+        InvalidArgument: a weight is so large that the result is infinite or NaN.
+    """
+    sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
+    for adapter, share in parts:
+        for key, entry in entries_of(adapter.storage, adapter.blocks).items():
+            sources[key].append((entry, share))
+    layout = {
+        key: Form(
+            sum(entry.A.shape[0] for entry, _ in found),
+            (found[0][0].B.shape[0], found[0][0].A.shape[1]),
+            any(entry.c is not None for entry, _ in found),
+            any(entry.bias is not None for entry, _ in found),
+        )
+        for key, found in sources.items()
+    }
+    first, blocks = parts[0][0], blocks_of(layout, layout)
+    storage = allocate(blocks, first.storage.dtype, first.storage.device)
+    entries = entries_of(storage, blocks)
+    for key, found in sources.items():
+        give_way()
+        entry = entries[key]
+        torch.cat([part.A for part, _ in found], out=entry.A)
+        # In fp32, and cast once: c, and the change of each part, scaled by the c of all parts after it.
+        after, columns = torch.ones(entry.B.shape[0], device=storage.device), entry.B.shape[1]
+        bias = torch.zeros_like(after)
+        for part, share in reversed(found):
+            entry.B[:, columns - part.B.shape[1] : columns] = part.B.float() * (share * after).unsqueeze(1)
+            columns -= part.B.shape[1]
+            if part.bias is not None:
+                bias += share * after * part.bias.float()
+            if part.c is not None:
+                after = after * (1 + share * (part.c.float() - 1))
+        if entry.c is not None:
+            entry.c.copy_(after)
+        if entry.bias is not None:
+            entry.bias.copy_(bias)
+    give_way()
+    if not is_finite(storage):
+        largest = max((share for _, share in parts), key=abs)
+        raise InvalidArgument(f"the weight {largest:g} makes the mix infinite in {storage.dtype}", field="adapters")
+    parameters = sum(adapter.parameters for adapter, _ in parts)
+    return adapter_of(first.stack, storage, blocks, modules, parameters)

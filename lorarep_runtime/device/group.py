@@ -1,0 +1,80 @@
+"""The sums of the ranks that share a model, by torch.distributed: gloo between CPUs, NCCL between GPUs."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # another rank's process makes its channels before it imports torch
+    import torch
+    from torch import Tensor
+
+PATIENCE = timedelta(minutes=5)
+"""Time until a rank that waits for another one fails. One that has died is noticed earlier."""
+LOCAL = {
+    # All ranks are on one host, and nothing listens to other hosts.
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    # Multicast between GPUs is not to be had in every container.
+    "NCCL_NVLS_ENABLE": "0",
+}
+"""Settings of the libraries, unless the environment has them."""
+
+
+class Group:
+    """This process's place among the ranks, of which there is one in a process. Makes torch's default process group.
+
+    Raises:
+        RuntimeError: the others do not come, or the process has a group already.
+    """
+
+    def __init__(self, rank: int, ranks: int, store: Path, device: torch.device) -> None:
+        """
+        Args:
+            store: file by which the ranks find each other; none is there at first.
+            device: where the tensors of this rank are.
+        """
+        import torch.distributed as distributed
+
+        self.rank, self.ranks = rank, ranks
+        self._device = device
+        self._distributed = distributed
+        for name, value in LOCAL.items():
+            os.environ.setdefault(name, value)
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=ranks,
+            timeout=PATIENCE,
+            device_id=device if device.type == "cuda" else None,
+        )
+
+    def add_up(self, x: Tensor) -> None:
+        """Replaces a contiguous tensor, of which each rank has a term, by the sum. All ranks get the same bits.
+
+        Raises:
+            RuntimeError: a rank does not take part.
+        """
+        if self._device.type == "cuda" or self.ranks == 2:
+            self._distributed.all_reduce(x)
+            return
+        # gloo's order of a sum depends on the place in the tensor, so that a row's would depend on the rows before it.
+        terms = [x.new_empty(x.shape) for _ in range(self.ranks)]
+        self._distributed.all_gather(terms, x)
+        x.copy_(terms[0])
+        for term in terms[1:]:
+            x.add_(term)
+
+    def close(self, *, failed: bool) -> None:
+        """Leaves the group: sums that wait for others fail.
+
+        Args:
+            failed: whether other ranks do not leave it as well.
+        """
+        if failed and self._device.type == "cuda":
+            self._distributed.distributed_c10d._abort_process_group()
+        else:
+            self._distributed.destroy_process_group()

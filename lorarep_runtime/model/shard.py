@@ -1,0 +1,33 @@
+"""One rank of a base that several devices share: what it holds, and how it adds up sums with the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorarep_runtime.model.cut import Cut, cut_bias, cut_weight
+from lorarep_runtime.model.linear import AddUp
+from lorarep_runtime.model.weights import Weight
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank computes of a base."""
+
+    cut: Cut
+    add_up: AddUp
+    """Of the tensors that all ranks compute at the same time, in the same order."""
+
+    def weight(self, module: str, whole: Weight) -> Weight:
+        """The rank's part of a weight, a copy.
+
+        Args:
+            module: its path in the layer.
+        """
+        return cut_weight(whole, self.cut.part(module, whole.shape))
+
+    def rest(self, module: str, linear: nn.Linear) -> tuple[nn.Parameter | None, AddUp | None]:
+        """The rank's part of a whole module's bias, and how its outputs become whole; None where they are."""
+        part = self.cut.part(module, (linear.out_features, linear.in_features))
+        return cut_bias(linear.bias, part, self.cut.rank), self.add_up if part.is_summed else None

@@ -1,0 +1,132 @@
+"""Several ranks load, free and count adapters together, and none goes on alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorarep_runtime import failpoints
+from lorarep_runtime.config import AdapterLimits
+from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.errors import Cancelled, EngineFailure, FailedPrecondition
+from lorarep_runtime.request import Event
+from tests.support.engines import assert_nothing_held, engine_for, greedy
+from tests.support.models import save_adapter, save_base
+from tests.support.ranks import ranks_in_threads
+from tests.support.servers import wait_for
+
+MODULES = ["q_proj", "o_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base("llama", tmp_path_factory.mktemp("ranks") / "base")
+
+
+@pytest.fixture(scope="module")
+def dora(base: Path) -> Path:
+    return save_adapter(base, base.parent / "dora", r=4, use_dora=True, target_modules=MODULES)
+
+
+@pytest.fixture
+def engine(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    with ranks_in_threads(monkeypatch):
+        engine = engine_for(base, ranks=2, kv_bytes=2 << 20, limits=AdapterLimits(host_bytes=1 << 30))
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(failpoints, "_FOLDER", str(tmp_path))
+    return tmp_path
+
+
+def held(engine: Engine) -> list[dict[str, int]]:
+    """What each other rank holds; the engine has not been started."""
+    assert engine.ranks is not None
+    return engine.ranks.ask("held_bytes")
+
+
+def answer(engine: Engine, *names: str) -> Any:
+    lease = engine.adapters.lease([(name, 0.5) for name in names], None)
+    return engine.generate([(greedy(new_tokens=8), lease)])[0].tokens
+
+
+def test_the_ledger_counts_each_rank_and_what_is_unloaded_is_freed_on_all(engine: Engine, dora: Path) -> None:
+    engine.adapters.load("dora", str(dora), trusted=True)
+    answer(engine, "dora")  # a mix of one, by its weight
+    ledger, others = engine.ledger(), held(engine)
+    assert [one["adapters"] for one in ledger.ranks] == [ledger.categories["adapters"], others[0]["adapters"]]
+    assert {**ledger.ranks[1], "workspace": others[0]["workspace"]} == others[0]  # a DoRA adds |w|² to that
+    engine.adapters.unload("dora")
+    wait_for(lambda: held(engine)[0]["adapters"] == 0, "the other rank to free it")
+
+
+@pytest.mark.parametrize("who", ["rank 1", "rank 0"])
+def test_a_load_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(
+    engine: Engine, dora: Path, points: Path, who: str
+) -> None:
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "compile" and done > 2:
+            raise Cancelled("the caller has left")
+
+    before = held(engine)[0]["adapters"]
+    if who == "rank 1":
+        (points / "adapter-1").write_text("once error")
+        with pytest.raises(EngineFailure):
+            engine.adapters.load("dora", str(dora), trusted=True)
+    else:  # while rank 1 waits for a sum
+        with pytest.raises(Cancelled):
+            engine.adapters.load("dora", str(dora), trusted=True, progress=progress)
+    assert held(engine)[0]["adapters"] == before == engine.ledger().categories["adapters"]
+    engine.adapters.load("dora", str(dora), trusted=True)
+    assert len(answer(engine, "dora")) == 8
+    assert_nothing_held(engine)
+
+
+def test_adapters_come_and_go_beside_a_stream_on_all_ranks(engine: Engine, base: Path, dora: Path) -> None:
+    alone = answer(engine)
+    engine.start()
+    events: list[Event] = []
+    engine.submit(greedy(new_tokens=120), engine.adapters.lease([], None), events.append)
+    for number in range(3):
+        engine.adapters.load(f"dora-{number}", str(dora), trusted=True)
+        engine.adapters.unload(f"dora-{number}")
+    assert answer(engine) == alone
+    wait_for(lambda: events and not hasattr(events[-1], "tokens"), "the stream to end")
+    assert not isinstance(events[-1], Exception)
+
+
+def test_a_rank_that_fails_in_a_step_fails_the_engine(engine: Engine, points: Path) -> None:
+    engine.start()
+    (points / "forward-1").write_text("error")
+    with pytest.raises(EngineFailure):
+        answer(engine)
+    assert engine.failure is not None
+
+
+def test_a_rank_that_cannot_load_the_base_is_told(base: Path, points: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (points / "base-1").write_text("error")
+    with ranks_in_threads(monkeypatch), pytest.raises(RuntimeError, match="rank 1"):
+        engine_for(base, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "quantization", "said"),
+    [
+        ("llama", 3, "none", "num_attention_heads, 4"),
+        ("llama", 4, "nf4", "whole blocks of 64"),
+        ("phi3", 2, "none", "mlp.down_proj|mlp.gate|is not divided among ranks"),
+    ],
+)
+def test_a_base_that_cannot_be_divided_is_refused_by_what_it_has(
+    tmp_path: Path, family: str, ranks: int, quantization: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_base(family, tmp_path)
+    with ranks_in_threads(monkeypatch), pytest.raises(FailedPrecondition, match=said) as refused:
+        engine_for(folder, quantization, ranks=ranks)
+    assert refused.value.field == "tensor_parallel"

@@ -37,7 +37,7 @@ MOST_LINES = 400
 CODE = {".py", ".cu", ".cuh", ".js", ".html"}
 FOLDERS = ("lorarep_runtime", "server", "benchmarks", "tests")
 GENERATED = {"node_modules"}
-LONGER = {"tests/hub/test_snapshot.py", "tests/server/test_security.py"}
+LONGER = {"tests/server/test_security.py"}
 """Files that may have more lines: each tests one module, and its cases share their fixtures."""
 
 

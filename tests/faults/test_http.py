@@ -36,6 +36,18 @@ def application(seconds: float = 0) -> web.Application:
 
 
 @contextlib.asynccontextmanager
+async def opened(app: web.Application, **limits: float) -> AsyncIterator[HttpPort]:
+    """An open port of an application, for two connections unless `connections` says another number."""
+    most = int(limits.pop("connections", 2))
+    port = HttpPort(app, ConnectionLimit(most, most), patience=1, **limits)
+    await port.open("127.0.0.1:0", "metrics_listen")
+    try:
+        yield port
+    finally:
+        await port.close()
+
+
+@contextlib.asynccontextmanager
 async def connected(port: HttpPort) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a port, which is closed at the end."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port.port)
@@ -57,9 +69,7 @@ async def until_open(port: HttpPort, count: int) -> None:
 
 def test_connections_without_a_whole_request_are_closed_and_slow_answers_arrive() -> None:
     async def ask() -> None:
-        port = HttpPort(application(seconds=1.5), ConnectionLimit(10, 10), patience=1, request_seconds=0.5)
-        await port.open("127.0.0.1:0", "metrics_listen")
-        try:
+        async with opened(application(seconds=1.5), connections=10, request_seconds=0.5) as port:
             for said in (b"", HALF):
                 async with connected(port) as (reader, writer):
                     writer.write(said)
@@ -68,17 +78,13 @@ def test_connections_without_a_whole_request_are_closed_and_slow_answers_arrive(
                 writer.write(HALF + b"\r\n")
                 # The connection stays until its next request is late, too.
                 assert b"answer" in await asyncio.wait_for(reader.read(), SECONDS)
-        finally:
-            await port.close()
 
     asyncio.run(ask())
 
 
 def test_a_connection_too_many_is_closed_at_once() -> None:
     async def ask() -> None:
-        port = HttpPort(application(), ConnectionLimit(2, 2), patience=1)
-        await port.open("127.0.0.1:0", "metrics_listen")
-        try:
+        async with opened(application()) as port:
             async with connected(port), connected(port):
                 await until_open(port, 2)
                 async with connected(port) as (reader, _):
@@ -87,8 +93,6 @@ def test_a_connection_too_many_is_closed_at_once() -> None:
             async with connected(port) as (reader, writer):
                 writer.write(HALF + b"Connection: close\r\n\r\n")
                 assert b"answer" in await asyncio.wait_for(reader.read(), SECONDS)
-        finally:
-            await port.close()
 
     asyncio.run(ask())
 
@@ -107,14 +111,9 @@ def test_a_body_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     async def ask() -> None:
         app = web.Application()
         app.router.add_post("/", read)
-        port = HttpPort(app, ConnectionLimit(2, 2), patience=1)
-        await port.open("127.0.0.1:0", "openai_listen")
-        try:
-            async with connected(port) as (reader, writer):
-                writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
-                assert (await asyncio.wait_for(reader.readline(), SECONDS)).startswith(b"HTTP/1.1 200")
-        finally:
-            await port.close()
+        async with opened(app) as port, connected(port) as (reader, writer):
+            writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
+            assert (await asyncio.wait_for(reader.readline(), SECONDS)).startswith(b"HTTP/1.1 200")
 
     asyncio.run(ask())
     assert [error.field for error in ended] == ["body"]

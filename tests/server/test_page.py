@@ -25,9 +25,9 @@ from prometheus_client import CollectorRegistry
 from lorarep_runtime.adapters.revision import AdapterInfo
 from lorarep_runtime.engine.ledger import Ledger
 from lorarep_runtime.engine.stats import Stats
-from tests.server.test_security import BASE_FLAGS, USER
 from tests.support.browser import chromium
 from tests.support.callers import adapters, load, request, streaming, unload
+from tests.support.secured import BASE_FLAGS, USER
 from tests.support.servers import Server, serving
 
 WALL, PHONE = {"width": 1920, "height": 1080}, {"width": 390, "height": 844}

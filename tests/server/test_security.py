@@ -1,141 +1,45 @@
-"""TLS, tokens and roles, and unsafe configurations that are refused: real processes, real certificates."""
+"""TLS, tokens and roles: a real server, real certificates."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import openai
 import pytest
 import trustme
-from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.descriptor_pool import DescriptorPool
-from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from lorarep.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
-from lorarep_server.addresses import is_loopback, parse_address
-from lorarep_server.auth import ROLES, Role, TokenAuth, check_roles, read_tokens
-from lorarep_server.demo.voices import BASE, MODELS
+from lorarep_server.addresses import parse_address
+from lorarep_server.auth import ROLES, Role
 
-from lorarep_runtime.errors import InvalidArgument
 from tests.support.callers import request
-from tests.support.servers import SECONDS, Server, lorarep, serving
-
-BASE_FLAGS = (f"--base={MODELS / BASE}", "--dtype=float32", "--kv-bytes=16MiB")
-USER, ADMIN = "user-1234567890", "admin-1234567890"
-OK = grpc.StatusCode.OK
-UNAUTHENTICATED, PERMISSION_DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
-UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Replaces a file atomically, as a secret is renewed."""
-    aside = file.with_suffix(".new")
-    aside.write_bytes(content)
-    aside.rename(file)
-
-
-def bearer(token: str) -> dict[str, Any]:
-    return dict(metadata=(("authorization", f"Bearer {token}"),))
-
-
-def call(channel: grpc.Channel, method: MethodDescriptor, **given: Any) -> grpc.StatusCode:
-    """The status of an RPC with an empty request. A stream is OK at its first message or at its end."""
-    kinds = ("stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary")
-    message = GetMessageClass(method.input_type)()
-    stub = getattr(channel, "_".join(kinds))(
-        f"/{method.containing_service.full_name}/{method.name}", type(message).SerializeToString, bytes
-    )
-    try:
-        answer = stub(iter([message]) if method.client_streaming else message, timeout=SECONDS, **given)
-        if method.server_streaming:
-            next(answer)
-            answer.cancel()
-    except grpc.RpcError as error:
-        return error.code()
-    return OK
-
-
-def described(channel: grpc.Channel) -> list[MethodDescriptor]:
-    """All RPCs that a server's reflection lists."""
-    database = ProtoReflectionDescriptorDatabase(channel)
-    pool = DescriptorPool(database)
-    services = [pool.FindServiceByName(name) for name in database.get_services()]
-    return [method for service in services for method in service.methods]
-
-
-def path(method: MethodDescriptor) -> str:
-    return f"/{method.containing_service.full_name}/{method.name}"
-
-
-@dataclass(frozen=True)
-class Secured:
-    """A server with TLS and tokens that other machines can reach."""
-
-    server: Server
-    folder: Path
-    ca: trustme.CA
-    """The authority of both sides' certificates."""
-    chain: bytes
-    """PEM of the caller's certificate chain."""
-    key: bytes
-    """PEM of the key of the caller's certificate."""
-
-    def credentials(self, ca: trustme.CA | None = None, **client: bytes | None) -> grpc.ChannelCredentials:
-        own = {"private_key": self.key, "certificate_chain": self.chain, **client}
-        return grpc.ssl_channel_credentials((ca or self.ca).cert_pem.bytes(), **own)
-
-    def channel(self, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
-        """A channel with a connection of its own; equal channels would share one."""
-        options = (("grpc.use_local_subchannel_pool", 1),)
-        credentials = credentials or self.credentials()
-        return grpc.secure_channel(self.server.address, credentials, options)
-
-    def rpcs(self) -> list[MethodDescriptor]:
-        token = grpc.access_token_call_credentials(USER)
-        with self.channel(grpc.composite_channel_credentials(self.credentials(), token)) as channel:
-            return described(channel)
-
-    @contextmanager
-    def openai(self, token: str, *, has_certificate: bool = True) -> Iterator[openai.OpenAI]:
-        context = ssl.create_default_context(cafile=self.folder / "ca.crt")
-        if has_certificate:
-            context.load_cert_chain(self.folder / "caller.crt", self.folder / "caller.key")
-        url = f"https://127.0.0.1:{self.server.openai_port}/v1"
-        with openai.DefaultHttpxClient(verify=context) as http:
-            yield self.server.openai(base_url=url, api_key=token, http_client=http)
-
-    def install(self, cert: trustme.LeafCert) -> None:
-        replace(self.folder / "tls.key", cert.private_key_pem.bytes())
-        replace(self.folder / "tls.crt", b"".join(pem.bytes() for pem in cert.cert_chain_pems))
+from tests.support.secured import (
+    ADMIN,
+    OK,
+    PERMISSION_DENIED,
+    UNAUTHENTICATED,
+    UNAVAILABLE,
+    USER,
+    Secured,
+    bearer,
+    call,
+    check,
+    path,
+    replace,
+    serving_secured,
+)
+from tests.support.servers import SECONDS, lorarep
 
 
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    folder = tmp_path_factory.mktemp("tls")
-    ca = trustme.CA()
-    own, callers = ca.issue_cert("127.0.0.1", "localhost"), ca.issue_cert("caller@example.org")
-    own.private_key_pem.write_to_path(str(folder / "tls.key"))
-    own.cert_chain_pems[0].write_to_path(str(folder / "tls.crt"))
-    ca.cert_pem.write_to_path(str(folder / "ca.crt"))
-    callers.private_key_pem.write_to_path(str(folder / "caller.key"))
-    callers.cert_chain_pems[0].write_to_path(str(folder / "caller.crt"))
-    (folder / "tokens").write_text(f"# who may what\n\ngenerate {USER}\n  administer\t{ADMIN}  \n")
-    flags = [f"--tls-certificate={folder}/tls.crt", f"--tls-key={folder}/tls.key", f"--tls-client-ca={folder}/ca.crt"]
-    flags += [f"--token-file={folder}/tokens", "--listen=0.0.0.0:0", "--metrics-listen=0.0.0.0:0"]
-    flags += ["--health-listen=0.0.0.0:0", "--openai-listen=0.0.0.0:0"]
-    with serving([*BASE_FLAGS, *flags]) as server:
-        chain, key = callers.cert_chain_pems[0].bytes(), callers.private_key_pem.bytes()
-        yield Secured(server, folder, ca, chain, key)
+    with serving_secured(tmp_path_factory.mktemp("tls")) as secured:
+        yield secured
 
 
 def test_every_rpc_but_health_wants_a_token(secured: Secured) -> None:
@@ -245,68 +149,6 @@ def test_tokens_are_read_again_when_their_file_changes(secured: Secured) -> None
     assert not any(token in log for token in (USER, ADMIN, "another-token"))
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (b"generate a\nsecret\n", "line 2"),
-        (b"# generate a\n\nroot secret\n", "line 3"),
-        (b"generate a secret\n", "line 1"),
-        (b"Generate secret\n", "line 1"),
-        (b"generate secret\xc3\xa9\n", "line 1"),
-        (b"generate a\nadminister secret\ngenerate secret", "line 3"),
-        (b"# generate secret\n", "has no token"),
-    ],
-)
-def test_a_malformed_line_is_refused_by_number(tmp_path: Path, content: bytes, named: str) -> None:
-    file = tmp_path / "tokens"
-    file.write_bytes(content)
-    with pytest.raises(InvalidArgument, match=named) as error:
-        read_tokens(file)
-    assert "secret" not in str(error.value)
-
-
-def test_an_rpc_without_a_role_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    services = list(model_pb2.DESCRIPTOR.services_by_name.values())
-    check_roles(services)
-    forgotten = "/lorarep.v1.ModelService/GetModel"
-    monkeypatch.delitem(ROLES, forgotten)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match=forgotten):
-        check_roles(services)
-    file = tmp_path / "tokens"
-    file.write_text(f"administer {ADMIN}\n")
-
-    class Model(model_pb2_grpc.ModelServiceServicer):
-        async def GetModel(self, request: Any, context: Any) -> model_pb2.GetModelResponse:
-            return model_pb2.GetModelResponse()
-
-    async def code() -> Any:
-        server = grpc.aio.server(interceptors=(TokenAuth(file),))
-        model_pb2_grpc.add_ModelServiceServicer_to_server(Model(), server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                await model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest(), **bearer(ADMIN))
-        except grpc.aio.AioRpcError as error:
-            return error.code()
-        finally:
-            await server.stop(None)
-
-    assert asyncio.run(code()) is PERMISSION_DENIED
-
-
-def check(channel: grpc.Channel) -> grpc.StatusCode:
-    """The status of a health check, which needs no token."""
-    with channel:
-        try:
-            health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(service="liveness"), timeout=SECONDS
-            )
-        except grpc.RpcError as error:
-            return error.code()
-        return OK
-
-
 def test_plaintext_and_wrong_certificates_are_refused(secured: Secured) -> None:
     other = trustme.CA()
     stranger = other.issue_cert("caller@example.org")
@@ -329,51 +171,6 @@ def served_certificate(secured: Secured) -> str:
         stub = health_pb2_grpc.HealthStub(channel)
         stub.Check(health_pb2.HealthCheckRequest(), timeout=SECONDS)
     return ssl.get_server_certificate(parse_address(secured.server.address))
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--listen=0.0.0.0:0"], "listen: '0.0.0.0:0' is open to other machines"),
-        (["--metrics-listen=[::]:0"], "metrics_listen: '[::]:0' is open to other machines"),
-        (["--openai-listen=0.0.0.0:0"], "openai_listen: '0.0.0.0:0' is open to other machines"),
-        (["--tls-client-ca=ca.crt"], "TLS needs tls_certificate and tls_key"),
-        (["--tls-certificate=absent", "--tls-key=absent"], "tls_certificate: cannot use 'absent'"),
-        (["--token-file=absent"], "token_file: cannot read 'absent'"),
-    ],
-    ids=str,
-)
-def test_an_unsafe_start_is_refused_in_one_line(flags: list[str], named: str) -> None:
-    ended = lorarep("serve", *BASE_FLAGS, "--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0", *flags)
-    assert ended.returncode == 1
-    assert named in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr
-
-
-def test_insecure_says_that_it_is_meant() -> None:
-    with serving([*BASE_FLAGS, "--listen=0.0.0.0:0", "--metrics-listen=0.0.0.0:0", "--insecure"]) as server:
-        assert check(server.channel) is OK
-
-
-@pytest.mark.parametrize(
-    ("address", "loopback"),
-    [
-        ("127.0.0.1:50051", True),
-        ("127.8.0.1:0", True),
-        ("[::1]:50051", True),
-        ("localhost:50051", True),
-        ("unix:/run/lorarep.sock", True),
-        ("0.0.0.0:50051", False),
-        ("[::]:50051", False),
-        (":50051", False),
-        ("10.0.0.1:50051", False),
-        ("example.org:50051", False),
-        ("localhost.example.org:50051", False),
-        ("ipv4:0.0.0.0:1,127.0.0.1:50051", False),
-    ],
-)
-def test_loopback_is_known_by_its_address(address: str, loopback: bool) -> None:
-    assert is_loopback(address) == loopback
 
 
 def test_certificates_are_renewed_while_an_old_stream_runs(secured: Secured) -> None:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {
     "lorarep_runtime.adapters.files",
     "lorarep_runtime.adapters.header",
+    "lorarep_runtime.adapters.look",
     "lorarep_runtime.adapters.peft_config",
     "lorarep_runtime.adapters.registry",
     "lorarep_runtime.adapters.resident",

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorarep_runtime.adapters.disk import DiskBudget
-from lorarep_runtime.adapters.header import Header, checked_header, layout_of, most_file_bytes
+from lorarep_runtime.adapters.header import Header, layout_of
+from lorarep_runtime.adapters.look import AdapterLook, Expected, fitting_header, naming_bases, other_base
 from lorarep_runtime.adapters.maker import AdapterMaker, Source
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.adapters.weights_file import WeightsFile
@@ -113,16 +114,18 @@ class AdapterFiles:
         if progress is not None:
             progress("check", 0, 0)
         weights = WeightsFile.at(snapshot.folder / WEIGHTS_FILE)
-        config, walked, layout = self._expected(snapshot.folder, stack, trusted=trusted)
-        header = checked_header(weights.path, config, layout, self.base.prefix)
+        expected = self._expected(snapshot.folder, stack, trusted)
+        header = fitting_header(weights.path, expected, self.base.prefix, self.base.repository)
+        config, walked, layout = expected
         self._tell(snapshot, config)
         return CheckedFiles(snapshot, weights, config, header, layout, walked, self._hashing.submit(_digest, weights))
 
     def _tell(self, snapshot: Snapshot, config: AdapterConfig) -> None:
         """Logs what an adapter's config says about its training that is not as the server has it."""
-        trained_on, base = config.base_model_name_or_path, self.base.repository
-        if trained_on is not None and Path(trained_on).name.lower() != Path(base).name.lower():
-            log.info("%s was trained on %s, and is served on %s", snapshot.repository, shown(trained_on), base)
+        if (trained_on := other_base(config, self.base.repository)) is not None:
+            log.info(
+                "%s was trained on %s, and is served on %s", snapshot.source, shown(trained_on), self.base.repository
+            )
         if config.init_lora_weights == "lora_ga":
             log.warning(
                 "%s: LoRA-GA changed the base before training. It is served as PEFT loads it, over the base as it is; "
@@ -153,10 +156,19 @@ class AdapterFiles:
         with nullcontext() if self.disk is None else self.disk.staying(repository_of(source)):
             if not trusted:
                 self._absent.check(source, revision)
-            bounds = None if trusted else self._bounds(source, stack)
+            look = AdapterLook(
+                lambda folder: self._expected(folder, stack, trusted), self.base.prefix, self.base.repository
+            )
+            bounds = None if trusted else self._bounds(source, look)
             try:
                 snapshot = fetch(
-                    source, revision, kind="adapter", cache_dir=self._cache_dir, progress=progress, bounds=bounds
+                    source,
+                    revision,
+                    kind="adapter",
+                    cache_dir=self._cache_dir,
+                    progress=progress,
+                    bounds=bounds,
+                    look=look,
                 )
             except NotFound as error:
                 self._absent.add(source, revision, error)
@@ -165,19 +177,15 @@ class AdapterFiles:
                 self.disk.added(snapshot)
         return snapshot
 
-    def _bounds(self, source: str, stack: str | None) -> Bounds:
+    def _bounds(self, source: str, look: AdapterLook) -> Bounds:
         """Most bytes of each file of an adapter that no operator has named."""
-
-        def weights(folder: Path) -> int:
-            config, _, layout = self._expected(folder, stack, trusted=False)
-            return most_file_bytes(config, layout, self.base.prefix)
 
         def make_room(size: int) -> None:
             if self.disk is not None:
                 self.disk.expect(repository_of(source), size)
 
         tokenizer = TOKENIZER_BYTES + TOKEN_BYTES * self.base.vocab_size
-        return Bounds(MAX_CONFIG_BYTES, tokenizer, weights, make_room)
+        return Bounds(MAX_CONFIG_BYTES, tokenizer, look.most_file_bytes, make_room)
 
     def compile(self, checked: CheckedFiles, progress: Progress | None) -> Adapter:
         """Compiles checked files onto the base's device. Raises as `compile_adapter`."""
@@ -214,12 +222,13 @@ class AdapterFiles:
             raise NotFound(f"{name!r} is none of {sorted(self.stacks)}", field="stack")
         return self.stacks[name]
 
-    def _expected(self, folder: Path, stack: str | None, *, trusted: bool) -> tuple[AdapterConfig, Stack, Layout]:
+    def _expected(self, folder: Path, stack: str | None, trusted: bool) -> Expected:
         """What the config in a folder says: itself, the stack that it is for, and the entries of its weights."""
         family = self.base.config.model_type
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits, family)
-        walked = self._walked(config, stack, trusted=trusted)
-        return config, walked, layout_of(config, walked, self.base.layer_modules, self.base.prefix)
+        with naming_bases(config, self.base.repository):
+            walked = self._walked(config, stack, trusted=trusted)
+            return config, walked, layout_of(config, walked, self.base.layer_modules, self.base.prefix)
 
     def _walked(self, config: AdapterConfig, name: str | None, *, trusted: bool) -> Stack:
         """The stack that an adapter is for: its own, or the named one, which may not contradict its config."""

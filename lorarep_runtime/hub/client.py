@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, set_client_factory
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     DisabledRepoError,
     GatedRepoError,
     HfHubHTTPError,
@@ -42,6 +43,7 @@ from lorarep_runtime.errors import (
 from lorarep_runtime.hub.bounds import Bounds, check_small, check_weights, listed, resolve
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remember_ref, snapshot_folder
 from lorarep_runtime.hub.files import Part, check_pointers, missing_shards
+from lorarep_runtime.hub.look import Look, look_at
 from lorarep_runtime.progress import Progress
 
 AGENT = "lorarep"
@@ -55,6 +57,7 @@ def download(
     cache_dir: Path | None,
     progress: Progress | None,
     bounds: Bounds | None = None,
+    look: Look | None = None,
 ) -> Path:
     """Downloads the files of a part that the cache does not hold yet.
 
@@ -65,6 +68,7 @@ def download(
         cache_dir: Hub cache; None is huggingface_hub's default.
         progress: told of bytes, as stage "download".
         bounds: on an adapter; None is for what an operator has named.
+        look: at an adapter, before its weights are downloaded.
 
     Returns:
         The commit's folder in the cache. It may be partial if the Hub did not answer and never listed the commit's
@@ -100,6 +104,8 @@ def download(
             snapshot(commit, [part.config], tqdm_class=_reporting_bar(None))
             check_contents(folder, configs, known)
         check_weights(files, part, folder, bounds)
+        if look is not None:
+            look_at(look, api, repository, part, folder, files)
         # 3. All files.
         coming = (file for file in files if part.wants(file.path) and not (folder / file.path).exists())
         bounds.make_room(sum(file.size for file in coming))
@@ -108,8 +114,23 @@ def download(
             remember_ref(repository, revision or constants.DEFAULT_REVISION, commit, cache_dir)
         return folder
 
+    def looked(look: Look) -> str:
+        """The commit, once its config and header have been looked at."""
+        known = known_blobs(repository, cache_dir)
+        folder = snapshot(patterns=[part.config], tqdm_class=_reporting_bar(None))
+        try:
+            files = get_cached_repo_tree(repository, revision=folder.name, cache_dir=cache_dir)
+        except CachedRepoTreeNotFoundError:
+            files = None
+        check_contents(folder, [file for file in files or () if file.path == part.config], known)
+        look_at(look, api, repository, part, folder, files)
+        return folder.name
+
     def whole() -> Path:
-        folder = snapshot(tqdm_class=_reporting_bar(progress))
+        at = revision
+        if look is not None:
+            at = looked(look)
+        folder = snapshot(at, tqdm_class=_reporting_bar(progress))
         if part.kind == "base" and folder.is_dir():  # none is made for a repository without any file that is wanted
             check_pointers(folder, part.kind)
             # Shards may have any names: those are in the index alone.

@@ -68,6 +68,10 @@ class Part:
         """Path in the repository of a file, or of the files that a shell pattern matches."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
+    def source(self, repository: str) -> str:
+        """The repository's id and the folder."""
+        return f"{repository}/{self.subfolder}" if self.subfolder else repository
+
     @property
     def config(self) -> str:
         """Path of the configuration."""

@@ -25,6 +25,7 @@ from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remove_abandoned_parts
 from lorarep_runtime.hub.client import download
 from lorarep_runtime.hub.files import CONFIG, Kind, Part, check_files, check_links, check_pointers, check_shards
+from lorarep_runtime.hub.look import Look
 from lorarep_runtime.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Snapshot:
     @property
     def source(self) -> str:
         """By what `fetch` finds it again, at its commit."""
-        return f"{self.repository}/{self.subfolder}" if self.subfolder else self.repository
+        return Part("adapter", self.subfolder).source(self.repository)
 
     @property
     def cached(self) -> Path:
@@ -71,6 +72,7 @@ def fetch(
     cache_dir: Path | None,
     progress: Progress | None = None,
     bounds: Bounds | None = None,
+    look: Look | None = None,
 ) -> Snapshot:
     """Finds or downloads the configuration, tokenizer and safetensors of a base or an adapter.
 
@@ -84,6 +86,7 @@ def fetch(
         cache_dir: Hub cache; None is huggingface_hub's default.
         progress: told of bytes downloaded, as stage "download".
         bounds: on an adapter that no operator has named; a pull request is refused then.
+        look: at an adapter before its weights come. What it raises ends the fetch.
 
     Raises:
         InvalidArgument: the source or revision is malformed, or a link leads out of an adapter's folder.
@@ -98,7 +101,7 @@ def fetch(
     """
     is_path = os.path.isabs(source) or source.startswith((".", "~"))
     if is_path or (kind != "adapter" and source and os.path.isdir(source)):
-        return _local(source, revision, kind)
+        return _local(source, revision, kind, look)
     repository, subfolder = split_source(source) if kind == "adapter" else (source, "")
     _check_repository(repository)
     part = Part(kind, subfolder)
@@ -106,7 +109,7 @@ def fetch(
         raise InvalidArgument(f"{revision!r} is not the name of a branch, tag or commit", field="revision")
     remove_abandoned_parts(repository, cache_dir)
     known = known_blobs(repository, cache_dir)
-    whole = download(repository, revision, part, cache_dir, progress, bounds)
+    whole = download(repository, revision, part, cache_dir, progress, bounds, look)
     folder, tree = whole / subfolder, _listed(repository, whole.name, cache_dir)
     if tree is None:
         check_files(_file_names(folder), kind, f"the cache of {source}")
@@ -220,7 +223,7 @@ def _check_repository(repository: str) -> None:
         ) from error
 
 
-def _local(source: str, revision: str | None, kind: Kind) -> Snapshot:
+def _local(source: str, revision: str | None, kind: Kind, look: Look | None) -> Snapshot:
     """The snapshot of a folder, which stays where it is."""
     if revision is not None:
         raise InvalidArgument(f"{revision!r}, but {source!r} is a folder", field="revision")
@@ -229,6 +232,9 @@ def _local(source: str, revision: str | None, kind: Kind) -> Snapshot:
         raise NotFound(f"{source}: no such folder")
     if kind == "adapter":
         check_links(folder)
+        if look is not None and (folder / CONFIG[kind]).is_file():
+            check_pointers(folder, kind)
+            look.config(folder)  # its reasons go before those of the weights
     check_files(_file_names(folder), kind, source)
     check_pointers(folder, kind)
     if kind == "base":

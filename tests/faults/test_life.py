@@ -136,7 +136,7 @@ def test_killed_in_a_download_or_a_load_a_restart_is_ready_and_downloads_nothing
         assert restarted.generation.Generate(WANTED).token_ids == alone
         assert len(restarted.generation.Generate(request("x", "new")).token_ids) == 12
         assert set(adapters(restarted)) == {"dora", "new"}
-    downloaded = Counter(asked.file for asked in world.hub.asked if asked.method == "GET" and "/resolve/" in asked.path)
+    downloaded = Counter(world.hub.downloads())
     assert set(downloaded) <= {WEIGHTS, "adapter_config.json"} - kept
     assert set(downloaded.values()) <= {1}
 

@@ -29,6 +29,11 @@ class Asked:
         """The last part of the path."""
         return self.path.rpartition("/")[2]
 
+    @property
+    def is_look(self) -> bool:
+        """Whether it asks for the beginning of a file alone, as the look at a header does."""
+        return self.range is not None and self.range.startswith("bytes=0-") and not self.range.endswith("-")
+
 
 class FaultyHub(HubStandIn):
     """A stand-in for the Hub with faults to set. Without a fault it behaves like `HubStandIn`."""
@@ -44,7 +49,7 @@ class FaultyHub(HubStandIn):
         self.stalled = False
         """Whether faulty requests are never answered."""
         self.cuts: dict[str, list[int]] = {}
-        """By file name: the bytes after which the connection of each next download breaks."""
+        """By file name: the bytes after which the connection of each next download breaks. Looks are no downloads."""
         self.hangs: dict[str, int] = {}
         """By file name: the bytes after which a download hangs."""
         self.claims: dict[str, int] = {}
@@ -53,6 +58,8 @@ class FaultyHub(HubStandIn):
         """The body of every answer about a repository, in place of JSON."""
         self.renamed: dict[str, str] = {}
         """New names of repositories, to which requests for the old ones are sent on."""
+        self.fails_looks = False
+        """Whether requests for the beginning of a file fail."""
         self.has_xet = False
         """Whether large files are in Xet storage too, whose server never answers."""
         self.hanging = threading.Event()
@@ -61,7 +68,11 @@ class FaultyHub(HubStandIn):
 
     def downloads(self) -> list[str]:
         """The names of the files whose content was requested."""
-        return sorted(asked.file for asked in self.asked if asked.method == "GET" and "/resolve/" in asked.path)
+        return sorted(
+            asked.file
+            for asked in self.asked
+            if asked.method == "GET" and "/resolve/" in asked.path and not asked.is_look
+        )
 
     def hang(self) -> None:
         """Waits until the Hub closes, or beyond any client's patience."""
@@ -78,7 +89,9 @@ class FaultyHandler(HubHandler):
         hub = self.hub
         path = unquote(self.path.partition("?")[0])
         hub.asked.append(Asked(self.command, path, self.headers.get("Range"), self.headers.get("User-Agent", "")))
-        if path.startswith("/xet/") or (hub.stalled and hub.faulty in path):
+        if hub.fails_looks and hub.asked[-1].is_look:
+            self.send(500)
+        elif path.startswith("/xet/") or (hub.stalled and hub.faulty in path):
             hub.hang()
         elif "/xet-read-token/" in path:
             self.send(
@@ -130,6 +143,9 @@ class FaultyHandler(HubHandler):
 
     def send_body(self, body: bytes) -> None:
         hub, name = self.hub, self.file
+        if Asked(self.command, "", self.headers.get("Range"), "").is_look:
+            super().send_body(body)
+            return
         stop = hub.cuts[name].pop(0) if hub.cuts.get(name) else hub.hangs.get(name, len(body))
         super().send_body(body[:stop])
         hub.served[name] += len(body[:stop])

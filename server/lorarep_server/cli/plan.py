@@ -14,6 +14,7 @@ from lorarep_server.cli.options import BaseSourceType, ByteSize, HomePath, Named
 from lorarep_server.sources import AdapterSource, is_folder, split_here
 
 if TYPE_CHECKING:
+    from lorarep_runtime.adapters.look import Expected
     from lorarep_runtime.model.footprint import Footprint
     from lorarep_runtime.model.plan import Plan
     from lorarep_runtime.model.stack import Stack
@@ -88,7 +89,7 @@ def count(
         by_name[named.name] = named.resolve(footprint.layers, AdapterLimits().max_positions, base.base)
     rows: list[dict[str, Any]] = []
     for source in adapters:
-        by_name[source.name], row = _adapter(source, footprint, base.cache_dir, progress)
+        by_name[source.name], row = _adapter(source, snapshot.repository, footprint, base.cache_dir, progress)
         rows.append(row)
     adapter_bytes = sum(row["bytes"] for row in rows)
     return {
@@ -123,20 +124,26 @@ def _footprint(base: BaseConfig, config: Any) -> tuple[Any, Footprint]:
 
 
 def _adapter(
-    source: AdapterSource, footprint: Footprint, cache_dir: Path | None, progress: Progress
+    source: AdapterSource, base: str, footprint: Footprint, cache_dir: Path | None, progress: Progress
 ) -> tuple[Stack, dict[str, Any]]:
     """The stack of an adapter, and its row of the table, from its configuration and its file header."""
     from lorarep_runtime.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config
-    from lorarep_runtime.adapters.header import checked_header, layout_of
+    from lorarep_runtime.adapters.header import layout_of
+    from lorarep_runtime.adapters.look import AdapterLook, fitting_header, naming_bases
     from lorarep_runtime.adapters.peft_config import AdapterConfig
     from lorarep_runtime.hub.snapshot import fetch
     from lorarep_runtime.model.compiled_adapter import file_parameters, storage_bytes
 
-    snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress)
-    config = AdapterConfig.parse(read_config(snapshot.folder / CONFIG_FILE), AdapterLimits(), footprint.family)
-    stack = config.stack(footprint.layers)
-    layout = layout_of(config, stack, footprint.layer_modules, footprint.prefix)
-    checked_header(snapshot.folder / WEIGHTS_FILE, config, layout, footprint.prefix)
+    def expected(folder: Path) -> Expected:
+        config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), AdapterLimits(), footprint.family)
+        with naming_bases(config, base):
+            stack = config.stack(footprint.layers)
+            return config, stack, layout_of(config, stack, footprint.layer_modules, footprint.prefix)
+
+    look = AdapterLook(expected, footprint.prefix, base)
+    snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress, look=look)
+    _, stack, layout = found = look.expected(snapshot.folder)
+    fitting_header(snapshot.folder / WEIGHTS_FILE, found, footprint.prefix, base)
     return stack, {
         "name": source.name,
         "commit": snapshot.commit,

@@ -13,9 +13,12 @@ from torch import Tensor
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.device.staging import moved
 from lorarep_runtime.integers import ceil_div
+from lorarep_runtime.model.prefix_cache import Column, PrefixCache
 
 WIPED = 4096
 """Stale pages that are wiped at a time: all would take long between two steps, and a few each time many launches."""
+EVICTED = 1 / 16
+"""Part of all pages that the prefix cache gives up at a time, if that is less: then so many can be wiped at a time."""
 
 
 class KVShape(NamedTuple):
@@ -42,7 +45,9 @@ class PagePool:
         self._wiped = list(range(pages - 1, -1, -1))
         """Free pages that hold zeros."""
         self._stale: list[int] = []
-        """Free pages that hold a former sequence's keys and values."""
+        """Free pages that hold a former sequence's keys and values, which nobody can find."""
+        self.prefixes = PrefixCache()
+        """The pages that can be found again. Those without users are free, too."""
         self.total = pages
         self.spare_slot = pages * PAGE_TOKENS
         """The slot for keys and values that nobody will read, as page · page_tokens + offset."""
@@ -50,7 +55,7 @@ class PagePool:
     @property
     def free(self) -> int:
         """Number of pages that no sequence has."""
-        return len(self._wiped) + len(self._stale)
+        return len(self._wiped) + len(self._stale) + self.prefixes.idle_pages
 
     @property
     def used(self) -> int:
@@ -75,6 +80,9 @@ class PagePool:
 
     def take(self, count: int) -> NDArray[np.int64]:
         """Takes `count` free pages, of which there must be as many, and returns their numbers."""
+        missing = count - len(self._wiped) - len(self._stale)
+        if missing > 0:
+            self.give(self.prefixes.evict(max(missing, min(WIPED, int(self.total * EVICTED)))))
         if count > len(self._wiped):
             self._wipe(max(count - len(self._wiped), WIPED))
         pages = np.array(self._wiped[len(self._wiped) - count :], dtype=np.int64)
@@ -109,11 +117,18 @@ class PageTable:
         self._pool = pool
         self.pages: NDArray[np.int64] = np.empty((depth, 0), dtype=np.int64)
         """(depth, pages per position)."""
+        self._published: list[Column | None] = []
+        """The first columns, which can be found; None where another of the same key was there before."""
 
     @property
     def depth(self) -> int:
         """Positions of the sequence's stack."""
         return len(self.pages)
+
+    @property
+    def published(self) -> int:
+        """Number of the first columns that can be found. Nobody writes to them."""
+        return len(self._published)
 
     def missing(self, tokens: int) -> int:
         """Pages that are to be added to this table before it holds `tokens` tokens."""
@@ -123,10 +138,33 @@ class PageTable:
         """Makes room for `tokens` tokens; False, with nothing taken, where the pool has too few pages."""
         return self._pool.grow([(self, tokens)])
 
+    def begin(self, prefix: Sequence[Column], tokens: int) -> bool:
+        """Takes the columns of a prefix, and room for `tokens` tokens in all; False, with nothing taken, as `grow`.
+
+        Args:
+            prefix: found in the pool's prefix cache just now. The table is empty.
+        """
+        taken = self.depth * len(prefix)
+        idle = sum(len(column.pages) for column in prefix if not column.users)
+        if self.missing(tokens) - taken > self._pool.free - idle:
+            return False
+        if prefix:
+            self._pool.prefixes.use(prefix)
+            self._published = list(prefix)
+            self.pages = np.stack([column.pages for column in prefix], axis=1)
+        return self.grow(tokens)
+
+    def publish(self, keys: Sequence[bytes]) -> None:
+        """Lets the next columns be found by their keys. Their tokens have been computed, and nobody writes to them."""
+        for key in keys:
+            self._published.append(self._pool.prefixes.add(key, self.pages[:, len(self._published)]))
+
     def release(self) -> None:
-        """Gives all pages back to the pool."""
-        self._pool.give(self.pages)
-        self.pages = self.pages[:, :0]
+        """Gives all pages back to the pool. Columns that can be found keep what they hold."""
+        own = [column is None for column in self._published] + [True] * (self.pages.shape[1] - len(self._published))
+        self._pool.give(self.pages[:, np.array(own, dtype=bool)])
+        self._pool.prefixes.release([column for column in self._published if column is not None])
+        self.pages, self._published = self.pages[:, :0], []
 
 
 def pages_of(tokens: int) -> int:

@@ -80,6 +80,8 @@ class SchedulerConfig:
     """Most waiting requests for one adapter, or one set of adapters; None is no limit. Another one is refused."""
     max_sequence_tokens: int | None = None
     """Most tokens of prompt and answer together; None is what the base was trained for."""
+    prefix_cache: bool = True
+    """Whether full pages are found again by requests that begin alike, on the same stack with the same adapters."""
     kv_bytes: int | None = None
     """Bytes for KV pages; None takes what is left on an accelerator, 1 GiB on a CPU."""
 

@@ -51,6 +51,8 @@ class Request:
     stopping: Stopping = Stopping()
     logprobs: int | None = None
     """Number of likeliest tokens to report with each chosen one; None reports nothing, 0 the chosen one alone."""
+    cache_salt: str = ""
+    """Requests share cached pages of keys and values only with those of the same salt."""
     deadline: float | None = None
     """`time.monotonic()` seconds at which the request ends with DeadlineExceeded; None is never."""
 
@@ -118,6 +120,8 @@ class Finished:
     timings: Timings
     stop: str = ""
     """The stop string that ended the answer, if one did."""
+    cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were in the prefix cache."""
 
 
 Event = Output | Finished | Exception

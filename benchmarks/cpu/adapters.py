@@ -66,7 +66,7 @@ def run(folder: Path, hub: HubStandIn, options: argparse.Namespace) -> None:
                 device_bytes=size * options.device_adapters,
                 host_bytes=size * options.host_adapters,
             ),
-            scheduler=SchedulerConfig(kv_bytes=16 << 20),
+            scheduler=SchedulerConfig(kv_bytes=16 << 20, prefix_cache=False),
         )
     )
     names = [f"adapter-{i}" for i in range(options.registered)]

@@ -64,7 +64,8 @@ def compare(folder: Path, hidden: int, new_tokens: int, repeats: int) -> None:
 
     engine = Engine(
         EngineConfig(
-            BaseConfig(str(base), dtype="float32", device="cpu"), scheduler=SchedulerConfig(kv_bytes=256 << 20)
+            BaseConfig(str(base), dtype="float32", device="cpu"),
+            scheduler=SchedulerConfig(kv_bytes=256 << 20, prefix_cache=False),
         )
     )
     model = stacked(load_base(base, attn_implementation="sdpa"), stack_of(RANGES, LAYERS))

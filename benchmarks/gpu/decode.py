@@ -137,6 +137,7 @@ def started(files: Files, quantization: str, rows: int) -> Engine:
             BaseConfig(str(base), quantization=quantization, device=files.device),
             stacks=files.stacks,
             scheduler=SchedulerConfig(
+                prefix_cache=False,  # what is measured is computed
                 kv_bytes=max(pages * page, 1 << 30),
                 max_sequence_tokens=min(8192, shape["max_position_embeddings"]),
                 max_sequences=max(32, rows),

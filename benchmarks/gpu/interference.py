@@ -78,6 +78,7 @@ class Run:
                     device_bytes=ON_DEVICE * size * 21 // 20, host_bytes=2 * options.adapters * size
                 ),
                 scheduler=SchedulerConfig(
+                    prefix_cache=False,  # what is measured is computed
                     max_sequence_tokens=options.long,
                     max_sequences=max(32, options.streams),
                     kv_bytes=(8 << 30) if options.device == "cuda" else (1 << 30),

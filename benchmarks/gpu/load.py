@@ -130,6 +130,7 @@ def started(files: Files, quantization: str, loads: dict[int, Sequence[tuple[int
             BaseConfig(str(base), quantization=quantization, device=files.device),
             stacks=files.stacks,
             scheduler=SchedulerConfig(
+                prefix_cache=False,  # what is measured is computed
                 kv_bytes=max((pages + 300) * positions * page, 1 << 30),
                 max_sequence_tokens=min(8192, shape["max_position_embeddings"]),
                 max_sequences=max(loads, default=32),

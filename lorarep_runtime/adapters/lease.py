@@ -24,6 +24,7 @@ class Lease:
         tokenizer: the adapters' own, or the base's.
         names: the adapters, as requested.
         adapters: the revisions behind the names, in the same order.
+        contents: what the adapters compute, in the same order: `Revision.content` and the weight of each.
         hold: the hold on the revision or mix, which the lease takes over; None is the stack without adapters.
     """
 
@@ -33,12 +34,14 @@ class Lease:
         tokenizer: Tokenizer,
         names: tuple[str, ...] = (),
         adapters: tuple[AdapterInfo, ...] = (),
+        contents: tuple[tuple[str, float], ...] = (),
         hold: Hold[Resident] | None = None,
     ) -> None:
         self.stack = stack
         self.tokenizer = tokenizer
         self.names = names
         self.adapters = adapters
+        self.contents = contents
         self._hold = hold
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import regex
@@ -174,6 +175,12 @@ class AdapterConfig:
         if config.layers_pattern and layers is None:
             raise InvalidArgument("needs layers_to_transform", field="layers_pattern")
         return config
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that says what the weights mean, in hexadecimal; the stack apart."""
+        meaning = replace(self, layer_replication=None, max_positions=0, deadline=0.0)
+        return hashlib.sha256(repr(meaning).encode()).hexdigest()
 
     def stack(self, layers: int) -> Stack:
         """The stack that the adapter was trained on.

@@ -308,14 +308,15 @@ class AdapterRegistry:
             if not parts:
                 return Lease(walked, self._base.tokenizer)
             tokenizer, infos = parts[0].tokenizer(), tuple(part.info() for part in parts)
-            weights = (weight for _, weight in adapters)
-            hold = self._mixes.hold_combined(tuple(zip(parts, weights, strict=True)))
+            key = tuple((part, weight) for part, (_, weight) in zip(parts, adapters, strict=True))
+            contents = tuple((part.content, weight) for part, weight in key)
+            hold = self._mixes.hold_combined(key)
             try:
                 hold.prefetch()
             except BaseException:
                 hold.release()
                 raise
-            return Lease(walked, tokenizer, names, infos, hold)
+            return Lease(walked, tokenizer, names, infos, contents, hold)
 
     def tokenizer(self, adapters: Sequence[tuple[str, float]], progress: Progress | None = None) -> Tokenizer:
         """The tokenizer of requests with these adapters. No weights are brought to the device for it.

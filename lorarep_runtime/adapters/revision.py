@@ -73,6 +73,7 @@ class Revision(Resident):
         self._stack_name = stack_name
         self._checked: CheckedFiles | None = checked
         self._digest = checked.digest
+        self._fingerprint = checked.config.fingerprint
         self._trusted = trusted
         self._tokenizer: Tokenizer | None = files.tokenizer(checked.snapshot.folder, trusted=trusted)
 
@@ -85,6 +86,11 @@ class Revision(Resident):
         """SHA-256 of the weights file, in hexadecimal; blocks until it is computed. Raises DataLoss."""
         return self._digest.result()
 
+    @property
+    def content(self) -> str:
+        """What it computes on its stack: equal where weights and config are equal. Blocks as `digest`."""
+        return f"{self.digest} {self._fingerprint}"
+
     def wait_for_digest(self) -> None:
         """Blocks until `digest` has something to return. Raises DataLoss where the file cannot be read."""
         self._digest.result()
@@ -92,8 +98,9 @@ class Revision(Resident):
     def is_same(self, checked: CheckedFiles) -> bool:
         """Whether files are those of this revision. Blocks until their digest is computed."""
         snapshot = checked.snapshot
-        ours = (self.repository, self.commit, self.stack)
-        return ours == (snapshot.source, snapshot.commit, checked.stack) and self.digest == checked.digest.result()
+        ours = (self.repository, self.commit, self.stack, self._fingerprint)
+        theirs = (snapshot.source, snapshot.commit, checked.stack, checked.config.fingerprint)
+        return ours == theirs and self.digest == checked.digest.result()
 
     @property
     def has_tokenizer(self) -> bool:

@@ -42,6 +42,7 @@ from lorarep_runtime.engine.validation import validate, validate_length
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.kv_cache import PagePool, PageTable, pages_of
+from lorarep_runtime.model.prefix_cache import PrefixKeys
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.request import Event, Request
@@ -189,9 +190,18 @@ class Engine:
             on_event=on_event,
             table=PageTable(self.pool, depth),
             tokens=list(request.prompt),
+            keys=self._prefix_keys(request, lease),
         )
         self._inbox.submit(sequence)
         return sequence.id
+
+    def _prefix_keys(self, request: Request, lease: Lease) -> PrefixKeys | None:
+        """The keys of a prompt's pages, hashed here and not in the step loop's thread; None without a prefix cache."""
+        if not self.config.scheduler.prefix_cache:
+            return None
+        keys = PrefixKeys(lease.stack, lease.contents, request.cache_salt)
+        keys.extend(request.prompt)
+        return keys
 
     def cancel(self, request_id: int) -> None:
         """Ends a request with Cancelled before the next step; does nothing if it has ended."""

@@ -52,7 +52,10 @@ class Outputs:
         if effect.reason is None:
             return None
         prompt_tokens = len(sequence.request.prompt)
-        return Finished(effect.reason, prompt_tokens, sequence.new_tokens, _timings(sequence, now), effect.stop)
+        times = _timings(sequence, now)
+        return Finished(
+            effect.reason, prompt_tokens, sequence.new_tokens, times, effect.stop, cached_tokens=sequence.cached_tokens
+        )
 
     def tell(self, sequence: Sequence, event: Event) -> None:
         """Calls a request's callback; an error of the callback is logged and goes no further."""

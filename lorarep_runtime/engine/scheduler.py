@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.residency import Residency
-from lorarep_runtime.config import SchedulerConfig
+from lorarep_runtime.config import PAGE_TOKENS, SchedulerConfig
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.engine.stack_turns import StackTurns
 from lorarep_runtime.engine.waiting_queue import Group, WaitingQueue
@@ -138,7 +138,7 @@ class Scheduler:
         for sequence in sorted(free, key=lambda s: s.remaining > 1):
             if late and sequence.lease.stack in late:
                 continue
-            if sequence in self.running and (count := self._share(sequence, budget, alone=not chosen)):
+            if sequence in self.running and (count := self._share(sequence.remaining, budget, alone=not chosen)):
                 if not self._make_room(sequence, count, schedule):
                     continue
                 chosen[sequence] = count
@@ -155,13 +155,14 @@ class Scheduler:
             if sequence is None:
                 self._passed.add(group)
                 continue
-            count = self._share(sequence, budget, alone=not schedule.chosen)
+            prefix = sequence.cached_prefix(self.pool)
+            remaining = sequence.remaining - PAGE_TOKENS * len(prefix)
+            count = self._share(remaining, budget, alone=not schedule.chosen)
             # Room for the whole prompt, or it would be preempted half-way.
-            if not count or not sequence.table.grow(len(sequence.tokens)):
+            if not count or not sequence.start(prefix):
                 break
             self.waiting.discard(sequence)
             self.running[sequence] = None
-            sequence.start()
             schedule.admitted.append(sequence)
             if self._turns.joins(sequence.lease.stack):  # else its turn comes in the next step
                 schedule.chosen[sequence] = count
@@ -260,12 +261,12 @@ class Scheduler:
         steps = len(sequence.tokens) // self._max_step_tokens + 1 + sequence.most_left
         return steps <= _most_left([other for other in self._next_to_end if other in self.running])
 
-    def _share(self, sequence: Sequence, budget: int, *, alone: bool) -> int:
-        """Number of a sequence's tokens that go into the rest of the step."""
+    def _share(self, remaining: int, budget: int, *, alone: bool) -> int:
+        """Number of a sequence's remaining tokens that go into the rest of the step."""
         if self.config.chunked_prefill:
-            return min(sequence.remaining, budget)
+            return min(remaining, budget)
         # Prompts stay whole; one that is longer than a step gets a step of its own.
-        return sequence.remaining if sequence.remaining <= budget or alone else 0
+        return remaining if remaining <= budget or alone else 0
 
     def _make_room(self, sequence: Sequence, count: int, schedule: Schedule) -> bool:
         """Takes pages for the next tokens, from the youngest sequences where none are free.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from lorarep_runtime.adapters.lease import Lease
+from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.engine.sampler import SamplerState
 from lorarep_runtime.model.batch import Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
+from lorarep_runtime.model.prefix_cache import Column, PrefixKeys
 from lorarep_runtime.request import Event, Request
 from lorarep_runtime.text.detokenizer import TextStream
 
@@ -27,6 +30,8 @@ class Sequence:
     table: PageTable
     tokens: list[int]
     """Token ids of prompt and answer."""
+    keys: PrefixKeys | None = None
+    """By which its full pages are found again; None where nobody shall find them."""
     computed: int = 0
     """Number of tokens whose keys and values are in the cache."""
     submitted_at: float = field(default_factory=time.monotonic)
@@ -36,6 +41,8 @@ class Sequence:
     first_token_at: float | None = None
     """`time.monotonic()` seconds of the answer's first token; None before it."""
 
+    cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache at the first admission."""
     is_unread: bool = False
     """Whether the device may still compute its prompt, as nobody has waited for the pass."""
 
@@ -69,10 +76,23 @@ class Sequence:
             self.table,
         )
 
-    def start(self) -> None:
-        """Notes the time of the first admission; a later one, after a preemption, changes nothing."""
+    def cached_prefix(self, pool: PagePool) -> list[Column]:
+        """The pages of its first tokens that can be found, without those of the last token: it has to be computed."""
+        if self.keys is None:
+            return []
+        return pool.prefixes.find(self.keys.known[: (len(self.tokens) - 1) // PAGE_TOKENS])
+
+    def start(self, prefix: Seq[Column]) -> bool:
+        """Takes the pages of a prefix, and pages for all other tokens; False, with nothing taken, if too few are free.
+
+        The first admission is noted; a later one, after a preemption, changes nothing of that.
+        """
+        if not self.table.begin(prefix, len(self.tokens)):
+            return False
+        self.computed = PAGE_TOKENS * len(prefix)
         if self.started_at is None:
-            self.started_at = time.monotonic()
+            self.started_at, self.cached_tokens = time.monotonic(), self.computed
+        return True
 
     def mark_computed(self, count: int) -> None:
         """Counts `count` more tokens as computed."""
@@ -88,7 +108,13 @@ class Sequence:
         self.computed = 0
 
     def append(self, token: int, now: float) -> None:
-        """Adds a token, sampled at `now` (`time.monotonic()` seconds), to the answer."""
+        """Adds a token, sampled at `now` (`time.monotonic()` seconds), to the answer.
+
+        All tokens before it have been computed, or it could not have been read: their full pages can be found now.
+        """
+        if self.keys is not None and len(self.tokens) // PAGE_TOKENS > self.table.published:
+            self.keys.extend(self.tokens)
+            self.table.publish(self.keys.known[self.table.published :])
         if self.first_token_at is None:
             self.first_token_at = now
         self.tokens.append(token)

@@ -30,6 +30,10 @@ class Stats:
     """Prompt tokens of all requests that have had a token of their answer."""
     tokens_out: int
     """Tokens of all answers."""
+    prefix_queries: int
+    """Those of `tokens_in` that were looked for in the prefix cache."""
+    prefix_hits: int
+    """Those of `prefix_queries` that were there, and were not computed."""
 
 
 class StatsRecorder:
@@ -45,6 +49,7 @@ class StatsRecorder:
         self._step_rows: Counter[int] = Counter()
         self._step_adapters: Counter[int] = Counter()
         self._tokens_in = self._tokens_out = 0
+        self._prefix_queries = self._prefix_hits = 0
 
     def record_step(self, sequences: Iterable[Sequence]) -> None:
         """Counts a step of these sequences."""
@@ -58,6 +63,9 @@ class StatsRecorder:
         with self._lock:
             if sequence.first_token_at is None:
                 self._tokens_in += len(sequence.request.prompt)
+                if sequence.keys is not None:
+                    self._prefix_queries += len(sequence.request.prompt)
+                    self._prefix_hits += sequence.cached_tokens
             self._tokens_out += 1
 
     def record_preemptions(self, count: int) -> None:
@@ -91,6 +99,8 @@ class StatsRecorder:
                 preemptions=self._preemptions,
                 tokens_in=self._tokens_in,
                 tokens_out=self._tokens_out,
+                prefix_queries=self._prefix_queries,
+                prefix_hits=self._prefix_hits,
             )
 
 

@@ -13,6 +13,7 @@ MAX_PENALTY = 2.0
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 1024
 MAX_STOP_CHARACTERS = 1024
+MAX_SALT_CHARACTERS = 256
 
 
 def validate(request: Request, vocab_size: int) -> None:
@@ -33,6 +34,8 @@ def validate(request: Request, vocab_size: int) -> None:
     _validate_sampling(request.sampling)
     _validate_stopping(request.stopping)
     _within("logprobs", request.logprobs or 0, 0, min(MAX_LOGPROBS, vocab_size))
+    if (length := len(request.cache_salt)) > MAX_SALT_CHARACTERS:
+        raise InvalidArgument(f"{length} characters are over the limit of {MAX_SALT_CHARACTERS}", field="cache_salt")
 
 
 def _validate_sampling(sampling: Sampling) -> None:

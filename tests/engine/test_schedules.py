@@ -1,4 +1,4 @@
-"""Whatever comes when, with however few pages and slices however short: an answer is what its request gives alone."""
+"""Whatever comes when, whatever is cached, with however few pages: an answer is what its request gives alone."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ PAGE = 2 * 16 * 2 * 16 * 4
 LONGEST = 64
 DEPTHS = {None: 6, "deep": 7, "other": 6}
 SEEDS = 12
+COMMON = tuple(range(100, 134))
+"""With this, or a part of it, most prompts begin."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def adapters(base: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(base: Path, adapters: dict[str, Path]) -> Engine:
-    return engine_for(base, adapters=adapters)
+    return engine_for(base, adapters=adapters, prefix_cache=False)
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +90,13 @@ def any_sampling(dice: random.Random) -> Sampling:
 
 
 def any_caller(dice: random.Random, pages: int) -> Caller:
-    adapter, length = dice.choice([*DEPTHS]), dice.randint(1, 40)
+    adapter, length, common = dice.choice([*DEPTHS]), dice.randint(1, 40), 0
+    if dice.random() < 0.7:
+        length, common = dice.choice([(20, 18), (33, 33), (36, 33), (40, 33)])
     room = min(LONGEST, pages // DEPTHS[adapter] * 16) - length
     most = dice.randint(1, room)
     stopping = Stopping(most, dice.choice([0, 0, min(5, most)]), ignore_eos=dice.random() < 0.7)
-    prompt = tuple(dice.randrange(256) for _ in range(length))
+    prompt = COMMON[:common] + tuple(dice.randrange(256) for _ in range(length - common))
     request = Request(prompt, any_sampling(dice), stopping, logprobs=dice.choice([None] * 6 + [1]))
     return Caller(request, adapter, dice.choice([math.inf] * 4 + [dice.randint(1, 30)]))
 
@@ -114,6 +118,7 @@ def test_answers_are_those_of_requests_alone(
         max_step_tokens=dice.choice([8, 16, 64]),
         max_sequence_tokens=LONGEST,
         chunked_prefill=dice.random() < 0.7,
+        prefix_cache=dice.random() < 0.8,
     )
     with_decoder(engine)
     callers = [any_caller(dice, engine.pool.total) for _ in range(dice.randint(3, 7))]
@@ -128,7 +133,8 @@ def test_answers_are_those_of_requests_alone(
         engine.loop.step_or_wait()
         steps += 1
         running = engine.loop.scheduler.running
-        assert engine.pool.used == sum(sequence.table.pages.size for sequence in running)
+        pages_used = [page for sequence in running for page in sequence.table.pages.ravel().tolist()]
+        assert engine.pool.used == len(set(pages_used))
         assert all(sequence.table.pages.shape[1] <= pages_of(LONGEST) for sequence in running)
     assert gil._until == math.inf, "others wait for nobody"
     assert_nothing_held(engine)

@@ -208,9 +208,9 @@ def test_pages_are_whose_they_are_and_hold_what_was_computed(seed: int, monkeypa
             sequence.tokens = grown
             forget_evicted(pool, idle)
             # All of it is computed: nothing is written to what can be found.
-            for column, key in enumerate(sequence.keys):
-                if column >= sequence.computed // PAGE_TOKENS:
-                    for position, page in enumerate(sequence.table.pages[:, column]):
+            for place, key in enumerate(sequence.keys):
+                if place >= sequence.computed // PAGE_TOKENS:
+                    for position, page in enumerate(sequence.table.pages[:, place]):
                         pool.key_pages[page] = mark(key, position)
             sequence.computed = len(grown)
             for key in sequence.keys[sequence.table.published :]:
@@ -230,8 +230,8 @@ def test_pages_are_whose_they_are_and_hold_what_was_computed(seed: int, monkeypa
         assert pool.used == len(set().union(*pages))
         for sequence in living:
             assert sequence.table.pages.shape == (DEPTHS[sequence.stack], pages_of(len(sequence.tokens)))
-            for column, key in enumerate(sequence.keys[: sequence.computed // PAGE_TOKENS]):
-                for position, page in enumerate(sequence.table.pages[:, column]):
+            for place, key in enumerate(sequence.keys[: sequence.computed // PAGE_TOKENS]):
+                for position, page in enumerate(sequence.table.pages[:, place]):
                     assert (pool.key_pages[page] == mark(key, position)).all(), "another wrote to it"
         forget_evicted(pool, idle)
         assert pool.prefixes.idle_pages == sum(DEPTHS[stack] for stack, _ in idle)

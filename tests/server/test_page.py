@@ -140,7 +140,7 @@ def test_of_many_adapters_the_status_has_what_matters_most() -> None:
         stacks={"base": (0, 1), "again": (0, 1, 0, 1)},
         adapters=SimpleNamespace(list=lambda: infos),
         ledger=lambda: Ledger({"adapters": 3200}, {}, 0),
-        stats=lambda: Stats(0, 0, (), (), 0, 1, 0, {}, {}, 0, 0, 0),
+        stats=lambda: Stats(0, 0, (), (), 0, 1, 0, {}, {}, 0, 0, 0, 0, 0),
     )
     entries = {name: DesiredAdapter(name, "org/b") for name in errors}
     desired: Any = SimpleNamespace(all=lambda: entries, error=errors.__getitem__)

@@ -22,6 +22,7 @@ from lorarep_runtime.engine.stats import Stats, StatsRecorder
 from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.kv_cache import KVShape, PagePool, PageTable
+from lorarep_runtime.model.prefix_cache import PrefixKeys
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.request import Event, Output, Request, Stopping
 
@@ -99,9 +100,13 @@ class Loop:
         new_tokens: int = 3,
         lease: FreeLease | None = None,
         deadline: float | None = None,
+        caches: bool = False,
     ) -> int:
         lease, number = lease or FreeLease(*names), next(self._ids)
         events: list[Event] = []
+        keys = PrefixKeys(lease.stack, (), "") if caches else None
+        if keys is not None:
+            keys.extend(prompt)
         request = Request(prompt, stopping=Stopping(max_new_tokens=new_tokens), deadline=deadline)
         self.inbox.submit(
             Sequence(
@@ -113,6 +118,7 @@ class Loop:
                 on_event=events.append,
                 table=PageTable(self.pool, len(lease.stack)),
                 tokens=list(prompt),
+                keys=keys,
             )
         )
         self.leases.append(lease)

@@ -25,6 +25,8 @@ METRICS = {
     "decode_seconds_count",
     "step_rows_count",
     "step_adapters_count",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
     "kv_pages",
     "kv_pages_used",
     "kv_usage_ratio",

@@ -23,6 +23,7 @@ from lorarep_server.requests.event_stream import EventStream
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Finished, FinishReason, Output, Timings, TokenLogprob
 from lorarep_runtime.text.tokenizer import Tokenizer
+from tests.support.callers import request
 from tests.support.models import save_tokenizer
 from tests.support.servers import SECONDS, Server
 
@@ -86,6 +87,30 @@ def test_a_part_that_is_no_text_is_named(server: Server) -> None:
     assert told["error"]["message"] == "messages.0.content.1: a part of type 'image_url': only text is supported"
     _, told = post(server, "chat/completions", CONVERSATION | dict(messages=[{"role": "user", "content": 5}]))
     assert told["error"]["message"] == "messages.0.content: Input should be a valid string"
+
+
+def test_what_was_cached_is_told_and_a_salt_keeps_it_apart(server: Server) -> None:
+    """By both APIs, which share what they have computed."""
+    before = server.metrics()
+    prompt = list(range(30, 70))
+    asked: dict[str, Any] = dict(model="dora", prompt=prompt, max_tokens=2)
+    salted = dict(extra_body=dict(cache_salt="mine"))
+    with server.openai() as client:
+        told = [client.completions.create(**asked, **extra).usage for extra in ({}, {}, salted, salted)]
+        *_, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in [*told, last.usage]]
+    assert cached == [0, 32, 0, 32, 32]
+    answers = [server.generation.Generate(request(prompt, "dora", cache_salt=salt)) for salt in ("", "mine", "yours")]
+    assert [answer.usage.cached_tokens for answer in answers] == [32, 32, 0]
+    after = server.metrics()
+    more = [
+        after[f"lorarep_prefix_cache_{name}_total"] - before[f"lorarep_prefix_cache_{name}_total"]
+        for name in ("queries", "hits")
+    ]
+    assert more == [8 * 40, 5 * 32]
+    for salt in ("", "s" * 257):
+        status, refusal = post(server, "completions", asked | dict(cache_salt=salt))
+        assert (status, refusal["error"]["param"]) == (400, "cache_salt")
 
 
 @pytest.mark.parametrize("prompts", [["a", "bb", "", "a"], [[64], [65, 65]]], ids=["texts", "tokens"])

@@ -242,7 +242,8 @@ class Sampling(_message.Message):
     seed: _builtins.int
     """The same seed, prompt, adapters and parameters give the same random numbers. In fp32 on a CPU they also give the
     same tokens, whatever else the server computes. In 16 bits and on a GPU, other rows can change the order of sums,
-    and then a token whose logits are nearly equal. At least 0 and below 2^63. Default: a new one for each request.
+    and then a token whose logits are nearly equal. So can a prefix that was cached, as it cuts the prompt in two. At
+    least 0 and below 2^63. Default: a new one for each request.
     """
     def __init__(
         self,
@@ -360,6 +361,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     stack: _builtins.str
     """The name of the stack to compute on; see ListStacks. Default: the adapters' own, or without adapters the base's
     order of layers.
@@ -367,6 +369,11 @@ class GenerateRequest(_message.Message):
     logprobs: _builtins.int
     """The count of the likeliest tokens to report at each place, with log-probabilities, in addition to the chosen one.
     At most 20. Default: no log-probabilities.
+    """
+    cache_salt: _builtins.str
+    """Keys and values of this prompt and its answer are found again only by requests of the same salt. A caller that nobody
+    else may learn about, by the time of an answer or by `cached_tokens`, keeps its salt secret. At most 256 characters.
+    Default: none, which is shared by all requests without one.
     """
     @_builtins.property
     def prompt(self) -> Global___Prompt:
@@ -395,10 +402,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___Sampling | None = ...,
         stopping: Global___Stopping | None = ...,
         logprobs: _builtins.int | None = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_stack", b"_stack", "logprobs", b"logprobs", "prompt", b"prompt", "sampling", b"sampling", "stack", b"stack", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_stack", b"_stack", "adapters", b"adapters", "logprobs", b"logprobs", "prompt", b"prompt", "sampling", b"sampling", "stack", b"stack", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_stack", b"_stack", "adapters", b"adapters", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "prompt", b"prompt", "sampling", b"sampling", "stack", b"stack", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -685,25 +693,31 @@ Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """Usage counts the tokens that were computed."""
+    """Usage counts the tokens of prompt and answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """The count of tokens of the prompt."""
     completion_tokens: _builtins.int
     """The count of tokens of the answer, including the one that ended it."""
+    cached_tokens: _builtins.int
+    """The count of the prompt's first tokens whose keys and values were in the prefix cache: earlier requests began alike,
+    on the same stack, with the same adapters and `cache_salt`. They are part of `prompt_tokens`.
+    """
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

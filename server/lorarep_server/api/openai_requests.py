@@ -89,6 +89,8 @@ class GenerationRequest(Message, ABC):
     return_token_ids: Literal[False] = False
     return_tokens_as_token_ids: Literal[False] = False
     priority: Literal[0] = 0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Requests share cached pages of prompts only with those of the same salt."""
 
     @field_validator("seed")
     @classmethod
@@ -132,6 +134,7 @@ class GenerationRequest(Message, ABC):
                 ignore_eos=self.ignore_eos,
             ),
             logprobs=self.to_logprobs(),
+            cache_salt=self.cache_salt or "",
             **target,
         )
 

@@ -175,6 +175,11 @@ def _finite(logprob: float) -> float:
     return max(logprob, NEVER)
 
 
-def _usage(ends: Sequence[Finished]) -> dict[str, int]:
+def _usage(ends: Sequence[Finished]) -> dict[str, Any]:
     prompt, completion = sum(end.prompt_tokens for end in ends), sum(end.completion_tokens for end in ends)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends)},
+    }

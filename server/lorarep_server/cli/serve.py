@@ -107,6 +107,11 @@ FILE = HomePath(dir_okay=False)
     default=SchedulerConfig.chunked_prefill,
     help="Spread a prompt over several steps.",
 )
+@option(
+    "--prefix-cache/--no-prefix-cache",
+    default=SchedulerConfig.prefix_cache,
+    help="Keep the pages of prompts and answers for requests that begin alike.",
+)
 @option("--max-queued", type=POSITIVE, default=SchedulerConfig.max_queued, help="Most waiting requests.")
 @option(
     "--max-running-per-adapter", type=POSITIVE, show_default="no limit", help="Most requests of one adapter in a step."

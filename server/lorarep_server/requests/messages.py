@@ -182,6 +182,7 @@ def runtime_request(
         sampling=Sampling(**_given(request.sampling)),
         stopping=stopping,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
+        cache_salt=request.cache_salt,
         deadline=deadline,
     )
 
@@ -220,7 +221,11 @@ def generation_finished(finished: Finished) -> generation_pb2.GenerationFinished
     times = finished.timings
     return generation_pb2.GenerationFinished(
         finish_reason=FINISH_REASONS[finished.reason],
-        usage=generation_pb2.Usage(prompt_tokens=finished.prompt_tokens, completion_tokens=finished.completion_tokens),
+        usage=generation_pb2.Usage(
+            prompt_tokens=finished.prompt_tokens,
+            completion_tokens=finished.completion_tokens,
+            cached_tokens=finished.cached_tokens,
+        ),
         timings=generation_pb2.Timings(
             queued=_duration(times.queued), prefill=_duration(times.prefill), decode=_duration(times.decode)
         ),

@@ -143,13 +143,16 @@ class EngineCollector(Collector):
         yield _gauge("requests_running", "Requests in steps.", stats.running)
         yield _gauge("requests_waiting", "Requests in the queue.", stats.waiting)
         yield _counter("preemptions", "Requests that gave their pages back for older ones.", stats.preemptions)
-        yield _counter("prompt_tokens", "Tokens of prompts that were computed.", stats.tokens_in)
+        yield _counter("prompt_tokens", "Tokens of prompts, cached ones included.", stats.tokens_in)
         yield _counter("completion_tokens", "Tokens that were generated.", stats.tokens_out)
+        queries, hits = stats.prefix_queries, stats.prefix_hits
+        yield _counter("prefix_cache_queries", "Tokens of prompts that were looked for in the prefix cache.", queries)
+        yield _counter("prefix_cache_hits", "Those of them that were there, and were not computed again.", hits)
         most = engine.max_sequences
         yield _counts("step_rows", "Requests in a step.", stats.step_rows, most)
         yield _counts("step_adapters", "Distinct adapters in a step.", stats.step_adapters, most)
         yield _gauge("kv_pages", "Pages of KV memory.", stats.pages_total)
-        yield _gauge("kv_pages_used", "Pages of KV memory in use.", stats.pages_used)
+        yield _gauge("kv_pages_used", "Pages of KV memory that requests have.", stats.pages_used)
         yield _gauge("kv_usage_ratio", "Part of the pages in use, 0 to 1.", stats.pages_used / stats.pages_total)
         yield _by("memory_bytes", "Device memory.", "category", ledger.categories)
         yield _by("adapter_memory_bytes", "Device memory of adapters and of mixes.", "adapter", ledger.adapters)

@@ -147,7 +147,9 @@ class LoadAdapterRequest(_message.Message):
     name: _builtins.str
     """The name that requests will use: 1 to 256 printable characters, without commas and without spaces at its edges."""
     repository: _builtins.str
-    """The Hub repository id, "organization/repository". The server's allow-list has to permit it."""
+    """The Hub repository id, "organization/repository", or a folder in it, "organization/repository/folder". The server's
+    allow-list has to permit it.
+    """
     revision: _builtins.str
     """The branch, tag or commit. Default: the repository's default branch."""
     stack: _builtins.str

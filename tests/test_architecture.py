@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {
+    "lorarep_runtime.adapters.conversion",
     "lorarep_runtime.adapters.files",
     "lorarep_runtime.adapters.header",
     "lorarep_runtime.adapters.look",

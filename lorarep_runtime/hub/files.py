@@ -14,8 +14,9 @@ from typing import Literal
 
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 
-Kind = Literal["base", "config", "adapter"]
-"""The part of a repository that is wanted: a base, a base's configuration without its weights, or an adapter."""
+Kind = Literal["base", "config", "adapter", "pickled"]
+"""The part of a repository that is wanted: a base, a base's configuration without its weights, an adapter, or one whose
+weights are pickled, which no server asks for."""
 
 TEMPLATE_FILES = ("chat_template.json", "*.jinja")
 TOKENIZER_FILES = (
@@ -31,7 +32,12 @@ TOKENIZER_FILES = (
     *TEMPLATE_FILES,
 )
 """Shell patterns of the files of a tokenizer and its chat template."""
-CONFIG: Mapping[Kind, str] = {"base": "config.json", "config": "config.json", "adapter": "adapter_config.json"}
+CONFIG: Mapping[Kind, str] = {
+    "base": "config.json",
+    "config": "config.json",
+    "adapter": "adapter_config.json",
+    "pickled": "adapter_config.json",
+}
 """The configuration that each kind has to have."""
 INDEX = "model.safetensors.index.json"
 """The list of a base's shards."""
@@ -39,12 +45,14 @@ WEIGHTS: Mapping[Kind, tuple[str, ...]] = {
     "base": ("model.safetensors", INDEX),
     "config": ("config.json",),
     "adapter": ("adapter_model.safetensors",),
+    "pickled": ("adapter_model.bin",),
 }
 """The files of which each kind has to have one."""
 FILES: Mapping[Kind, tuple[str, ...]] = {
     "base": (CONFIG["base"], "generation_config.json", *WEIGHTS["base"], "model-*.safetensors", *TOKENIZER_FILES),
     "config": (CONFIG["config"], "generation_config.json"),
     "adapter": (CONFIG["adapter"], *WEIGHTS["adapter"], *TOKENIZER_FILES),
+    "pickled": (CONFIG["pickled"], *WEIGHTS["pickled"], *TOKENIZER_FILES),
 }
 """Shell patterns of the files that are downloaded of each kind."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -90,7 +98,7 @@ class Part:
     @property
     def unwanted(self) -> Sequence[str]:
         """Shell patterns of pickles, and of all that lies deeper."""
-        return [self.at("*/*"), *PICKLES]
+        return [self.at("*/*"), *(() if self.kind == "pickled" else PICKLES)]
 
     def wants(self, path: str) -> bool:
         """Whether a file of the repository is among those that are downloaded."""
@@ -157,6 +165,13 @@ def check_files(names: Collection[str], kind: Kind, source: str) -> None:
         NotFound: weights or configuration are missing.
     """
     if not any(name in names for name in WEIGHTS[kind]):
+        if kind == "pickled" and any(name in names for name in WEIGHTS["adapter"]):
+            raise FailedPrecondition(f"{source}: has safetensors, which need no conversion")
+        if kind == "adapter" and any(name in names for name in WEIGHTS["pickled"]):
+            raise FailedPrecondition(
+                f"{source}: {WEIGHTS['pickled'][0]} is a pickle, which is never opened here; "
+                f"`lorarep convert {source} OUT` writes it as safetensors"
+            )
         pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
         if pickles:
             raise FailedPrecondition(f"{source}: {pickles[0]} is a pickle, which is never opened; use safetensors")

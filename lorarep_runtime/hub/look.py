@@ -64,7 +64,7 @@ def look_at(
             check_files(part.names([file.path for file in files]), part.kind, part.source(repository))
         except NotFound:
             return  # which is said with more words after the download
-    for file in weights:
+    for file in weights if part.kind == "adapter" else ():
         if (folder / file.path).exists():
             continue
         try:

@@ -30,6 +30,7 @@ from lorarep_runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
+ADAPTERS: tuple[Kind, ...] = ("adapter", "pickled")
 LOCAL = "local"
 """The commit of a folder's snapshot."""
 _REVISION = re.compile(r"[^\s~^:?*\[\\\x00-\x1f\x7f/.][^\s~^:?*\[\\\x00-\x1f\x7f]{0,254}")  # git-check-ref-format
@@ -100,9 +101,9 @@ def fetch(
             HF_HUB_OFFLINE it is enough that it holds config and weights.
     """
     is_path = os.path.isabs(source) or source.startswith((".", "~"))
-    if is_path or (kind != "adapter" and source and os.path.isdir(source)):
+    if is_path or (kind not in ADAPTERS and source and os.path.isdir(source)):
         return _local(source, revision, kind, look)
-    repository, subfolder = split_source(source) if kind == "adapter" else (source, "")
+    repository, subfolder = split_source(source) if kind in ADAPTERS else (source, "")
     _check_repository(repository)
     part = Part(kind, subfolder)
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
@@ -134,7 +135,7 @@ def _elsewhere(paths: Collection[str], kind: Kind, repository: str) -> str:
     """Where else a repository has adapters, for a message."""
     end = f"/{CONFIG[kind]}"
     found = sorted(path.removesuffix(end) for path in paths if path.endswith(end))
-    if kind != "adapter" or not found:
+    if kind not in ADAPTERS or not found:
         return ""
     return f"; these have one: {', '.join(f'{repository}/{folder}' for folder in found[:MAX_ELSEWHERE])}"
 
@@ -230,7 +231,7 @@ def _local(source: str, revision: str | None, kind: Kind, look: Look | None) -> 
     folder = Path(os.path.realpath(os.path.expanduser(source)))
     if not folder.is_dir():
         raise NotFound(f"{source}: no such folder")
-    if kind == "adapter":
+    if kind in ADAPTERS:
         check_links(folder)
         if look is not None and (folder / CONFIG[kind]).is_file():
             check_pointers(folder, kind)

@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = {
     "adapters": "lorarep_server.cli.adapters",
     "health": "lorarep_server.cli.health",
     "plan": "lorarep_server.cli.plan",
+    "convert": "lorarep_server.cli.convert",
     "verify": "lorarep_server.cli.verify",
     "demo": "lorarep_server.demo.run",
 }

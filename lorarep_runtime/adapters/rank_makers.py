@@ -193,8 +193,6 @@ class FollowingMaker:
                 adapter = getattr(self, f"_{what}")(*arguments)
             if self._stream is not None:
                 self._stream.synchronize()
-        except (OSError, EOFError):
-            raise
         except Exception as raised:
             free_frames(raised)
             error = _portable(raised, self._rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # another rank's process makes its channels before it imports torch
     import torch
@@ -19,6 +19,8 @@ LOCAL = {
     "NCCL_SOCKET_IFNAME": "lo",
     # Multicast between GPUs is not to be had in every container.
     "NCCL_NVLS_ENABLE": "0",
+    # Each process sees its own device alone, as the first.
+    "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
 }
 """Settings of the libraries, unless the environment has them."""
 
@@ -68,13 +70,21 @@ class Group:
         for term in terms[1:]:
             x.add_(term)
 
+    def share(self, x: Tensor) -> None:
+        """Overwrites a contiguous tensor with rank 0's. Raises as `add_up`."""
+        self._distributed.broadcast(x, 0)
+
+    @property
+    def name(self) -> Any:
+        """By which torch's operators know the group."""
+        whole: Any = self._distributed.group.WORLD
+        return whole.group_name
+
     def close(self, *, failed: bool) -> None:
         """Leaves the group: sums that wait for others fail.
 
         Args:
-            failed: whether other ranks do not leave it as well.
+            failed: whether other ranks do not leave it as well. Then one of GPUs stays: to leave it may take for ever.
         """
-        if failed and self._device.type == "cuda":
-            self._distributed.distributed_c10d._abort_process_group()
-        else:
+        if not (failed and self._device.type == "cuda"):
             self._distributed.destroy_process_group()

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,15 @@ class Ranks:
         log.error("the ranks have failed: %s", error)
         for listener in listeners:
             listener(error)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that the others do as well: an error within ends the work of all, who wait for this rank."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            raise
 
     def check(self) -> None:
         """Raises EngineFailure where the ranks have failed."""

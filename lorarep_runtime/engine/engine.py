@@ -15,10 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 
-from lorarep_runtime.adapters.compile import load_kernels
 from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.adapters.maker import AdapterMaker
 from lorarep_runtime.adapters.rank_makers import LeadingMaker
@@ -29,10 +27,12 @@ from lorarep_runtime.device.ranks import Ranks
 from lorarep_runtime.engine import offline
 from lorarep_runtime.engine.inbox import Inbox
 from lorarep_runtime.engine.leader import LeadingBase, LeadingPool, start_ranks
+from lorarep_runtime.engine.leading_decoder import LeadingDecoder
 from lorarep_runtime.engine.ledger import Ledger, take_stock
 from lorarep_runtime.engine.outputs import Outputs
 from lorarep_runtime.engine.overlap import StepDecoder, StepOverlap
 from lorarep_runtime.engine.prefill_pass import SlicedPrefill, WholeForward
+from lorarep_runtime.engine.preparation import DecoderSizes, free_bytes, make_decoder, prepare_device
 from lorarep_runtime.engine.sampler import SamplerState
 from lorarep_runtime.engine.scheduler import Scheduler
 from lorarep_runtime.engine.sequence import Sequence
@@ -96,7 +96,11 @@ class Engine:
                 f"{self.max_tokens} is over the {self.base.max_tokens} that the base serves",
                 field="max_sequence_tokens",
             )
-        self._prepare_device()
+        if ranks is not None:
+            ranks.tell("prepare_device")
+        prepare_device(self.base)
+        if ranks is not None:
+            ranks.answers()
         deepest = max(map(len, self.stacks.values()))
         self.pool = _page_pool(self.base, config.scheduler.kv_bytes, deepest)
         self._other_ranks = [] if ranks is None else ranks.ask("held_bytes")
@@ -113,29 +117,17 @@ class Engine:
         if ranks is not None:
             ranks.subscribe(self._inbox.report_failure)
 
-    def _prepare_device(self) -> None:
-        """Loads the kernels that loads of adapters use, before the KV pages take the rest of the memory."""
-        base = self.base
-        if base.device.type == "cuda":
-            from lorarep_runtime.gpu.warm_up import prepare_device
-
-            prepare_device(
-                base.device, lambda: load_kernels(base.norm_terms, base.layer_modules, base.dtype, base.device)
-            )
-
     def _decoder(self, progress: Progress | None) -> StepDecoder | None:
         """The captured decode steps of all stacks, where the base and its device have kernels for them."""
-        if self.base.device.type != "cuda":
-            return None
-        from lorarep_runtime.gpu.decoder import Decoder, can_decode  # imports triton
-        from lorarep_runtime.gpu.warm_up import warm_up
-
-        if not can_decode(self.base):
-            return None
-        max_pages = pages_of(self.longest(1))
-        decoder = Decoder(self.base, self.pool, self.max_sequences, self.max_tokens, max_pages)
-        warm_up(decoder, dict.fromkeys(self.stacks.values()), self.config.adapters.max_rank, progress)
-        return decoder
+        sizes = DecoderSizes(self.max_sequences, self.max_tokens, pages_of(self.longest(1)))
+        warmed = list(dict.fromkeys(self.stacks.values())), self.config.adapters.max_rank
+        if self.ranks is not None:
+            self.ranks.tell("make_decoder", sizes, *warmed)
+        decoder = make_decoder(self.base, self.pool, sizes, *warmed, progress)
+        if self.ranks is None:
+            return decoder
+        self.ranks.answers()
+        return None if decoder is None else LeadingDecoder(decoder, self.ranks)
 
     def make_loop(self, decoder: StepDecoder | None) -> StepLoop:
         """A step loop behind this engine's inbox.
@@ -307,7 +299,9 @@ def _page_pool(base: Base, wanted: int | None, deepest: int) -> PagePool:
     if wanted is None:
         wanted = CPU_KV_BYTES
         if base.device.type == "cuda":
-            wanted = int(torch.cuda.mem_get_info(base.device)[0] * ACCELERATOR_KV_SHARE)
+            others = base.ranks.ask("free_bytes") if isinstance(base, LeadingBase) else []
+            free = min([free_bytes(base), *others])
+            wanted = int(free * ACCELERATOR_KV_SHARE)
     pages = wanted // base.kv_shape.page_bytes(base.dtype)
     if pages < deepest:
         raise InvalidArgument(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lorarep_runtime.device import gil
 from lorarep_runtime.device.ranks import Member
 from lorarep_runtime.errors import LorarepError, first_line
 from lorarep_runtime.failpoints import failpoint
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
     from lorarep_runtime.config import BaseConfig
     from lorarep_runtime.engine.messages import SentSpan
+    from lorarep_runtime.engine.overlap import StepDecoder
+    from lorarep_runtime.engine.prefill_pass import Forward
+    from lorarep_runtime.engine.preparation import DecoderSizes
+    from lorarep_runtime.model.batch import Batch, Span
+    from lorarep_runtime.model.kv_cache import PageTable
+    from lorarep_runtime.model.stack import Stack
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +56,39 @@ class Follower:
         register_attention()  # imports what takes seconds, before rank 0 waits for it
         self._torch = torch
         self._member = member
+        self.decoder: StepDecoder | None = None
+        self._tables: dict[int, PageTable] = {}
+        """Page tables of the decoder's rows, by rank 0's numbers."""
+        self._spans: list[Span] = []
+        """Of the decoder's rows."""
+        self._batch: Batch | None = None
+        self._pass: Forward | None = None
+        """The pending prefill pass, and its batch."""
         self._answer(None)
 
     def run(self) -> None:
         """Does what rank 0 tells it, until that has ended."""
+        gil.switch_often()
         while True:
+            gil.release()  # to loads, as long as nothing is to be launched
             try:
                 name, *arguments = self._member.steps.receive()
             except (EOFError, OSError):
                 return
+            gil.claim()
             getattr(self, name)(*arguments)
 
     def _answer(self, value: Any) -> None:
         self._member.steps.send((None, value))
+
+    def _do(self, work: Callable[[], Any]) -> None:
+        """Answers what the work returns, or refuses."""
+        try:
+            answer = work()
+        except Exception as error:
+            self._refuse(error)
+        else:
+            self._answer(answer)
 
     def _refuse(self, error: Exception) -> None:
         """Tells rank 0 what it will raise."""
@@ -80,27 +107,45 @@ class Follower:
         from lorarep_runtime.model.base import Base
 
         member = self._member
-        try:
+
+        def load() -> None:
             failpoint(f"base-{member.rank}")
             self.base = Base(config, join=lambda _, device: member.join(device))
-        except Exception as error:
-            self._refuse(error)
-            return
-        self.maker = FollowingMaker(AdapterMaker(self.base), member.loads, member.rank)
-        threading.Thread(target=self.maker.run, name="lorarep-adapter", daemon=True).start()
-        self._answer(None)
+            self.maker = FollowingMaker(AdapterMaker(self.base), member.loads, member.rank)
+            threading.Thread(target=self.maker.run, name="lorarep-adapter", daemon=True).start()
+
+        self._do(load)
+
+    def prepare_device(self) -> None:
+        """As of `engine.preparation`."""
+        from lorarep_runtime.engine.preparation import prepare_device
+
+        self._do(lambda: prepare_device(self.base))
+
+    def free_bytes(self) -> None:
+        """Answers as `engine.preparation`'s."""
+        from lorarep_runtime.engine.preparation import free_bytes
+
+        self._do(lambda: free_bytes(self.base))
 
     def make_pool(self, pages: int) -> None:
         """Takes memory for this rank's part of the pages."""
         from lorarep_runtime.model.kv_cache import PagePool
 
-        base = self.base
-        try:
+        def make() -> None:
+            base = self.base
             self.pool = PagePool(pages, base.kv_shape, dtype=base.dtype, device=base.device)
-        except Exception as error:
-            self._refuse(error)
-            return
-        self._answer(None)
+
+        self._do(make)
+
+    def make_decoder(self, sizes: DecoderSizes, stacks: Sequence[Stack], max_rank: int) -> None:
+        """Captures this rank's part of the steps."""
+        from lorarep_runtime.engine.preparation import make_decoder
+
+        def make() -> None:
+            self.decoder = make_decoder(self.base, self.pool, sizes, stacks, max_rank)
+
+        self._do(make)
 
     def held_bytes(self) -> None:
         """Answers the bytes of this rank's parts, by their use."""
@@ -124,3 +169,58 @@ class Follower:
         spans = received_spans(sent, self.maker.adapters, self.pool)
         batch = Batch(spans, self.base.device)
         self.base.forward(batch, self.pool, self._torch.empty(0, dtype=self._torch.int64, device=self.base.device))
+
+    def set_rows(self, sent: Sequence[SentSpan]) -> None:
+        """As of the decoder."""
+        from lorarep_runtime.engine.messages import received_spans
+
+        assert self.decoder is not None
+        self._spans = received_spans(sent, self.maker.adapters, self.pool, self._tables)
+        self._tables = {one.table: span.table for one, span in zip(sent, self._spans, strict=True)}
+        self.decoder.set_rows(self._spans)
+
+    def keep_rows(self, kept: Sequence[int]) -> None:
+        """As of the decoder."""
+        assert self.decoder is not None
+        self._spans = [self._spans[row] for row in kept]
+        self.decoder.keep_rows(kept)
+
+    def set_pages(self, new: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
+        """Takes further pages of spans. new: index of each span, and pages (depth, pages per position)."""
+        import numpy as np
+
+        assert self.decoder is not None
+        for index, pages in new:
+            table = self._spans[index].table
+            table.pages = np.concatenate([table.pages, pages], axis=1)
+        self.decoder.set_pages()
+
+    def step(self) -> None:
+        """As of the decoder."""
+        assert self.decoder is not None
+        failpoint(f"forward-{self._member.rank}")
+        self.decoder.step()
+
+    def prefill(self, sent: Sequence[SentSpan]) -> None:
+        """Begins a pass over prompts."""
+        from lorarep_runtime.engine.messages import received_spans
+        from lorarep_runtime.model.batch import Batch
+
+        assert self.decoder is not None
+        self._batch = Batch(received_spans(sent, self.maker.adapters, self.pool), self.base.device)
+        self._pass = self.decoder.prefill(self._batch)
+
+    def advance(self, visits: int) -> None:
+        """As of the pending pass."""
+        assert self._pass is not None
+        failpoint(f"forward-{self._member.rank}")
+        self._pass.advance(visits)
+
+    def leave_out(self, rows: slice, slot: int) -> None:
+        """As of the pending pass's batch."""
+        if self._batch is not None:
+            self._batch.leave_out(rows, slot)
+
+    def end_prefill(self) -> None:
+        """Frees the pending pass, whose visits have all been launched."""
+        self._batch = self._pass = None

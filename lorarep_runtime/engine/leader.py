@@ -76,11 +76,8 @@ class LeadingBase(Base):
             Exception: as Base; then all ranks have failed, since the others wait in this pass.
         """
         self.ranks.tell("forward", sent_spans(batch.spans))
-        try:
+        with self.ranks.together():
             return super().forward(batch, pool, rows)
-        except Exception as error:
-            self.ranks.fail(error)
-            raise
 
 
 class LeadingPool(PagePool):

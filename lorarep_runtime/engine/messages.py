@@ -22,34 +22,47 @@ class SentSpan(NamedTuple):
     stack: Stack
     adapter: int
     """Its number among the ranks; 0 is none."""
+    table: int
+    """A number of its page table; 0 is a new one, which no later span has."""
     pages: NDArray[np.int64]
-    """(depth, pages per position), those that hold context and tokens."""
+    """(depth, pages per position) of the sequence."""
 
 
-def sent_spans(spans: Sequence[Span]) -> list[SentSpan]:
-    """Spans as they are sent."""
+def sent_spans(spans: Sequence[Span], tables: Mapping[PageTable, int] | None = None) -> list[SentSpan]:
+    """Spans as they are sent.
+
+    Args:
+        tables: numbers of their page tables.
+    """
     return [
         SentSpan(
             list(span.tokens),
             span.context,
             span.stack,
             0 if span.adapter is None else span.adapter.number,
-            span.table.pages[:, : pages_of(span.length)],
+            0 if tables is None else tables[span.table],
+            span.table.pages if tables is not None else span.table.pages[:, : pages_of(span.length)],
         )
         for span in spans
     ]
 
 
-def received_spans(sent: Sequence[SentSpan], adapters: Mapping[int, Adapter], pool: PagePool) -> list[Span]:
+def received_spans(
+    sent: Sequence[SentSpan],
+    adapters: Mapping[int, Adapter],
+    pool: PagePool,
+    tables: Mapping[int, PageTable] | None = None,
+) -> list[Span]:
     """The spans of another rank.
 
     Args:
         adapters: that rank's parts, by their numbers.
         pool: that rank's pages.
+        tables: that rank's page tables that are known by a number.
     """
     spans = []
     for one in sent:
-        table = PageTable(pool, len(one.stack))
+        table = (tables or {}).get(one.table) or PageTable(pool, len(one.stack))
         table.pages = one.pages
         spans.append(Span(one.tokens, one.context, one.stack, adapters[one.adapter] if one.adapter else None, table))
     return spans

@@ -146,7 +146,7 @@ class PrefillPass:
         """Gives back the pages of a sequence that has ended. The pass writes to the spare slot instead."""
         k = self._batch.order.index(self.sequences.index(sequence))
         rows = slice(int(self._batch.starts[k]), int(self._batch.starts[k + 1]))
-        self._batch.slots[:, rows] = self._pool.spare_slot
+        self._batch.leave_out(rows, self._pool.spare_slot)
         sequence.table.release()
         self._ended.append(sequence)
 

@@ -165,7 +165,7 @@ class StepMemory:
         """By ranks, one tensor for each of PACKED_MODULES."""
         self._tables: dict[int, Tensor] = {}
         """Page tables by their depth."""
-        hidden, widths = base.config.get_text_config().hidden_size, base.modules
+        hidden, widths = base.config.get_text_config().hidden_size, base.held_modules
         outputs = [sum(widths[name][0] for name in names) for names in PACKED_MODULES]
         splits = max(shape.rows * shape.splits for shape in self._shapes(LEAST_RANKS))
         heads, dim, dtype = attention.heads, attention.head_dim, base.dtype
@@ -205,6 +205,11 @@ class StepMemory:
     def max_tokens(self) -> int:
         """Most tokens of a sequence, rounded up to whole pages."""
         return self._longest * PAGE_TOKENS
+
+    @property
+    def h(self) -> Tensor:
+        """(most rows, hidden size), where the residual streams of every step are."""
+        return self._h
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -268,7 +273,8 @@ class StepMemory:
 
     def _parts(self, shape: StepShape) -> list[int]:
         """Partial sums of A x, for each of PACKED_MODULES."""
-        parts = [parts_for(shape.rows, self._base.modules[names[0]][1]) for names in PACKED_MODULES]
+        widths = self._base.held_modules
+        parts = [parts_for(shape.rows, widths[names[0]][1]) for names in PACKED_MODULES]
         if self._attention_shrinks(shape):
             parts[1] = self._kv_heads
         return parts

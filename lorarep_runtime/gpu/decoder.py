@@ -21,6 +21,7 @@ from lorarep_runtime.gpu.buffers import StepMemory
 from lorarep_runtime.gpu.fused_layer import FAMILIES, fuse_layers
 from lorarep_runtime.gpu.graphs import StepGraph, StepGraphs
 from lorarep_runtime.gpu.prefill import Prefill
+from lorarep_runtime.gpu.rank_sums import RankSums
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.packed import PACKED_MODULES
@@ -71,8 +72,11 @@ class Decoder:
             max_pages: most pages of a sequence at each of its positions, whatever its stack.
         """
         self.base, self.pool = base, pool
-        self.layers = fuse_layers(base)
+        sums = None if base.shard is None else RankSums(base.shard.group, base.device)
+        self.layers = fuse_layers(base, sums)
         self.memory = StepMemory(base, self.layers[0].attention, max_sequences, max_tokens, max_pages)
+        if sums is not None:
+            sums.take_memory(self.memory.h)
         self.graphs = StepGraphs(base, pool, self.layers)
         self._spans: list[Span] = []
         """As `set_rows` was given them."""

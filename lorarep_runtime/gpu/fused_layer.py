@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorarep_runtime.gpu.adapted_linear import AdaptedLinear, adapted_linear
 from lorarep_runtime.gpu.buffers import LayerBuffers
+from lorarep_runtime.gpu.rank_sums import RankSums
 from lorarep_runtime.integers import ceil_div
 from lorarep_runtime.kernels.attention_config import Attention
 from lorarep_runtime.kernels.decode.activation import gate_rows, gate_shrink
@@ -80,6 +81,8 @@ class FusedLayer:
     """Added to the mean square in both norms."""
     projections: Sequence[Projection]
     """One for each of PACKED_MODULES: queries, keys and values; o; gate and up; down."""
+    sums: RankSums | None = None
+    """How the outputs of o and down become whole, where several ranks share the layer."""
 
     def forward(self, b: LayerBuffers, cos: Tensor, sin: Tensor, cache: Cache, rows: DecodeRows) -> None:
         """h += f(h) for the rows that have a position, where f is the layer. Each row is one new token.
@@ -89,10 +92,11 @@ class FusedLayer:
         """
         # Programmatic dependent launch: a kernel starts while the one before it ends.
         pdl = b.h.is_cuda and torch.cuda.get_device_capability(b.h.device) >= (9, 0)
+        after_sums = pdl and self.sums is None
         qkv, o, gate_up, down = self.projections
         qkv_shrunk, o_shrunk, gate_up_shrunk, down_shrunk = b.shrunk
 
-        norm_shrink(b.h, self.norms[0], self.eps, b.x, qkv_shrunk, rows, qkv.first, pdl=pdl)
+        norm_shrink(b.h, self.norms[0], self.eps, b.x, qkv_shrunk, rows, qkv.first, pdl=after_sums)
         qkv.decode(b.x, b.qkv, qkv_shrunk, rows)
         given = self.attention, b.qkv, cos, sin, cache
         if b.shares_sequences:
@@ -102,11 +106,20 @@ class FusedLayer:
         else:
             attend(*given, b.partials, rows, stored=b.shares_sequences, pdl=pdl)
             combine_shrink(b.partials, b.out, o_shrunk, rows, o.first, pdl=pdl)
-        o.decode(b.out, b.h, o_shrunk, rows, add=True)
-        norm_shrink(b.h, self.norms[1], self.eps, b.x, gate_up_shrunk, rows, gate_up.first, pdl=pdl)
+        self._add(o, b.out, b.h, o_shrunk, rows)
+        norm_shrink(b.h, self.norms[1], self.eps, b.x, gate_up_shrunk, rows, gate_up.first, pdl=after_sums)
         gate_up.decode(b.x, b.gate_up, gate_up_shrunk, rows)
         gate_shrink(b.gate_up, b.gated, down_shrunk, rows, down.first, pdl=pdl)
-        down.decode(b.gated, b.h, down_shrunk, rows, add=True)
+        self._add(down, b.gated, b.h, down_shrunk, rows)
+
+    def _add(self, projection: Projection, x: Tensor, h: Tensor, shrunk: Tensor, rows: DecodeRows) -> None:
+        """h += the projection's outputs, of all ranks."""
+        if self.sums is None:
+            projection.decode(x, h, shrunk, rows, add=True)
+            return
+        term = self.sums.begin(h)
+        projection.decode(x, term, shrunk, rows, add=True)
+        self.sums.end(term, h)
 
     def prefill(
         self,
@@ -140,37 +153,49 @@ class FusedLayer:
         def gated(rows: Tensor, first_row: int) -> Tensor:
             return gate_rows(gate_up.prefill(norm(rows, self.norms[1]), tiles, first_row))
 
-        h += o.prefill(attend(queries()).flatten(1), tiles)
+        def whole(outputs: Tensor) -> Tensor:
+            return outputs if self.sums is None else self.sums.of_prompts(outputs)
+
+        h += whole(o.prefill(attend(queries()).flatten(1), tiles))
         first_row = 0
         for rows in h.tensor_split(ceil_div(len(h), MOST_GATED_ROWS)):
-            rows += down.prefill(gated(rows, first_row), tiles, first_row)
+            rows += whole(down.prefill(gated(rows, first_row), tiles, first_row))
             first_row += len(rows)
 
 
-def fuse_layers(base: Base) -> Sequence[FusedLayer]:
-    """All layers of a base of one of FAMILIES."""
+def fuse_layers(base: Base, sums: RankSums | None = None) -> Sequence[FusedLayer]:
+    """All layers of a base of one of FAMILIES.
+
+    Args:
+        sums: of the ranks that share the base, where there are several.
+    """
     modules, config = list(base.modules), base.config.get_text_config()
     return [
-        _fuse(layer, weights, modules, config) for layer, weights in zip(base.walk.layers, base.weights, strict=True)
+        _fuse(layer, weights, modules, config, sums)
+        for layer, weights in zip(base.walk.layers, base.weights, strict=True)
     ]
 
 
-def _fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str], config: Any) -> FusedLayer:
+def _fuse(
+    layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str], config: Any, sums: RankSums | None
+) -> FusedLayer:
     """One layer.
 
     Args:
         layer: of `transformers`.
-        weights: its shared weights, by module.
+        weights: its shared weights, by module; of a rank, its parts.
         modules: all linear modules, in the order of their numbers.
         config: the text model's.
+        sums: as for `fuse_layers`.
     """
     attention: Any = layer.self_attn
-    kv_heads, dim = config.num_key_value_heads, attention.head_dim
+    dim = attention.head_dim
+    heads, kv_heads = (weights[f"self_attn.{name}_proj"].shape[0] // dim for name in "qk")
     normed = hasattr(attention, "q_norm")
     window = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)
     return FusedLayer(
         attention=Attention(
-            heads=config.num_attention_heads,
+            heads=heads,
             kv_heads=kv_heads,
             head_dim=dim,
             scale=attention.scaling,
@@ -190,6 +215,7 @@ def _fuse(layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str
             )
             for names in PACKED_MODULES
         ],
+        sums=sums,
     )
 
 

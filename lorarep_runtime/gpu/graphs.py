@@ -92,7 +92,7 @@ class StepGraphs:
 
     def _forward(self, plan: Plan, positions: Tensor, buffers: StepBuffers) -> Callable[[], None]:
         """A step over a plan: reads tokens and lengths, writes logits, the likeliest tokens and lengths + 1."""
-        model, modules = self._base.model, len(self._base.modules)
+        model, modules, shard = self._base.model, len(self._base.modules), self._base.shard
         decoder: Any = model.get_decoder()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tokens, lengths, h = buffers.tokens, buffers.lengths, buffers.layers.h
@@ -100,12 +100,16 @@ class StepGraphs:
 
         @torch.inference_mode()
         def forward() -> None:
+            if shard is not None:
+                shard.group.share(tokens)  # rank 0 alone draws
             h.copy_(embedding(tokens))
             cos, sin = decoder.rotary_emb(h, lengths.unsqueeze(0))
             lengths.add_(1)
             for visit, row_positions in zip(plan.visits, positions, strict=True):
                 rows = DecodeRows(row_positions, buffers.adapters, modules)
                 self._layers[visit.layer].forward(buffers.layers, cos[0], sin[0], cache, rows)
+            if shard is not None and shard.cut.rank:
+                return
             last = h[buffers.ends] if buffers.shape.shares_sequences else h
             buffers.logits.copy_(head(decoder.norm(last)))
             torch.argmax(buffers.logits, 1, out=tokens[: len(last)])

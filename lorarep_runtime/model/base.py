@@ -99,7 +99,7 @@ class Base(WalkedModel):
         cut = partial(cut_of, model_config, ranks=config.tensor_parallel, quantization=kind, nested=nested)
         cut(rank=0)
         group = join(self.folder, device)
-        return Shard(cut(rank=group.rank), group.add_up)
+        return Shard(cut(rank=group.rank), group)
 
     def _try(self, family: str) -> None:
         """Computes two tokens: the family was compared in fp32, on the CPU and with plain weights alone.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -61,6 +61,8 @@ class Batch:
         self.slots, self.tables = self._addresses()
         """(visits, rows) int64, where each row's key and value go, as page · page_tokens + offset; and (visits, spans,
         pages) int64, the pages of each span. Both are 0 at a visit where a span's stack has no position."""
+        self.on_leave_out: Callable[[slice, int], None] | None = None
+        """Called with what `leave_out` is called with."""
         self._views: dict[tuple[bool, ...], View] = {}
 
     def _addresses(self) -> tuple[Tensor, Tensor]:
@@ -85,6 +87,12 @@ class Batch:
         """For each span, the index of its stack in the plan."""
         index = {stack: i for i, stack in enumerate(self.plan.stacks)}
         return [index[s.stack] for s in self.spans]
+
+    def leave_out(self, rows: slice, slot: int) -> None:
+        """Has rows write their keys and values to a slot that nobody reads, from the next visit on."""
+        self.slots[:, rows] = slot
+        if self.on_leave_out is not None:
+            self.on_leave_out(rows, slot)
 
     def view(self, walking: tuple[bool, ...]) -> View:
         """The rows whose stacks have a position at a visit.

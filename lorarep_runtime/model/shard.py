@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorarep_runtime.device.group import Group
 from lorarep_runtime.model.cut import Cut, cut_bias, cut_weight
 from lorarep_runtime.model.linear import AddUp
 from lorarep_runtime.model.weights import Weight
@@ -16,7 +17,7 @@ class Shard:
     """What one rank computes of a base."""
 
     cut: Cut
-    add_up: AddUp
+    group: Group
     """Of the tensors that all ranks compute at the same time, in the same order."""
 
     def weight(self, module: str, whole: Weight) -> Weight:
@@ -30,4 +31,4 @@ class Shard:
     def rest(self, module: str, linear: nn.Linear) -> tuple[nn.Parameter | None, AddUp | None]:
         """The rank's part of a whole module's bias, and how its outputs become whole; None where they are."""
         part = self.cut.part(module, (linear.out_features, linear.in_features))
-        return cut_bias(linear.bias, part, self.cut.rank), self.add_up if part.is_summed else None
+        return cut_bias(linear.bias, part, self.cut.rank), self.group.add_up if part.is_summed else None

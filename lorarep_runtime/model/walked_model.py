@@ -73,6 +73,21 @@ class WalkedModel:
         return len(self.walk.layers)
 
     @property
+    def held_modules(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of this rank's part of each linear module, by its path."""
+        return self._held(self.modules)
+
+    @property
+    def held_layer_modules(self) -> Sequence[Mapping[str, tuple[int, int]]]:
+        """For each layer (out, in) of this rank's part of each linear module."""
+        return [self._held(modules) for modules in self.layer_modules]
+
+    def _held(self, modules: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, int]]:
+        if self.shard is None:
+            return modules
+        return {name: self.shard.cut.part(name, shape).shape for name, shape in modules.items()}
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding, and logits of a token."""
         return self.model.get_input_embeddings().weight.shape[0]

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lorarep_runtime import failpoints
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.engine.leading_decoder import LeadingDecoder
 from lorarep_runtime.errors import Cancelled, EngineFailure, FailedPrecondition
+from lorarep_runtime.model.base import Base
 from lorarep_runtime.request import Event
-from tests.support.engines import assert_nothing_held, engine_for, greedy
+from tests.support.decoders import LateForward, LayerDecoder
+from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.models import save_adapter, save_base
-from tests.support.ranks import ranks_in_threads
+from tests.support.ranks import ThreadRanks, ranks_in_threads
 from tests.support.servers import wait_for
 
 MODULES = ["q_proj", "o_proj", "down_proj"]
@@ -99,6 +105,51 @@ def test_adapters_come_and_go_beside_a_stream_on_all_ranks(engine: Engine, base:
     assert answer(engine) == alone
     wait_for(lambda: events and not hasattr(events[-1], "tokens"), "the stream to end")
     assert not isinstance(events[-1], Exception)
+
+
+class FollowingForward(LateForward):
+    """Computes with its last visit: nobody asks another rank than 0 for logits."""
+
+    def advance(self, visits: int, /) -> None:
+        super().advance(visits)
+        if not self.left:
+            self.logits(torch.empty(0, dtype=torch.int64))
+
+
+def leads(engine: Engine) -> tuple[LayerDecoder, LayerDecoder]:
+    """Gives each rank a `LayerDecoder`, and the engine one that leads the other."""
+    assert isinstance(engine.ranks, ThreadRanks)
+    follower = engine.ranks.members[0].follower
+    own = SimpleNamespace(
+        forward=partial(Base.forward, engine.base), device=engine.base.device, vocab_size=engine.base.vocab_size
+    )
+    decoders = LayerDecoder(SimpleNamespace(base=own, pool=engine.pool)), LayerDecoder(follower)
+    decoders[1].prefill = lambda batch: FollowingForward(follower, batch)  # type: ignore[method-assign]
+    follower.decoder = decoders[1]
+    engine.loop = engine.make_loop(LeadingDecoder(decoders[0], engine.ranks))
+    return decoders
+
+
+@pytest.mark.parametrize("rows", [0, 24])
+def test_the_others_decoders_know_the_same_rows_and_pages(engine: Engine, base: Path, dora: Path, rows: int) -> None:
+    """Steps ahead, rows that end, further pages, and prompts in passes or as rows of steps."""
+    alone = engine_for(base, adapters={"dora": dora}, kv_bytes=2 << 20)
+    decoders = leads(engine)
+    decoders[0].most_rows = rows
+    engine.adapters.load("dora", str(dora), trusted=True)
+    asked = [
+        (greedy(PROMPT[: 3 * i + 2], new_tokens=9 * i + 4), [("dora", 1.0)] if i % 2 else [("dora", 0.5)][: i % 3])
+        for i in range(5)
+    ]
+    found, expected = (
+        [done.tokens for done in one.generate((r, one.adapters.lease(adapters)) for r, adapters in asked)]
+        for one in (engine, alone)
+    )
+    assert found == expected
+    assert held(engine)  # all has been done
+    assert decoders[0].steps == decoders[1].steps > 0
+    assert decoders[0].prompts == decoders[1].prompts
+    assert_nothing_held(engine)
 
 
 def test_a_rank_that_fails_in_a_step_fails_the_engine(engine: Engine, points: Path) -> None:

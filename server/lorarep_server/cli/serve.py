@@ -63,6 +63,12 @@ FILE = HomePath(dir_okay=False)
     help="Type of activations, adapters and unquantized weights.",
 )
 @option("--device", default=BaseConfig.device, help="Torch device.")
+@option(
+    "--tensor-parallel",
+    type=POSITIVE,
+    default=BaseConfig.tensor_parallel,
+    help="Devices that share each layer, with a process each.",
+)
 @option("--cache-dir", type=HomePath(file_okay=False), help="Hub cache.")
 @option("--stack", type=StackType(), multiple=True, help="Named stack, such as deep=0-24,8-32, or a mergekit recipe.")
 @option(

@@ -1,0 +1,95 @@
+"""Rank 0's decoder: it has the others launch their part of each step and pass, in the order in which it does itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lorarep_runtime.device.ranks import Ranks
+from lorarep_runtime.engine.messages import sent_spans
+from lorarep_runtime.engine.overlap import StepDecoder
+from lorarep_runtime.engine.prefill_pass import Forward
+from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.kv_cache import PageTable
+
+
+class LeadingDecoder:
+    """A `StepDecoder` of several ranks. The engine's thread alone touches it, except for `tensors`.
+
+    Where rank 0 fails in the midst of a step, all have failed: the others wait for it.
+    """
+
+    def __init__(self, own: StepDecoder, ranks: Ranks) -> None:
+        """
+        Args:
+            own: rank 0's own part.
+        """
+        self._own, self._ranks = own, ranks
+        self._numbers = itertools.count(1)
+        self._tables: dict[PageTable, int] = {}
+        """Numbers by which the others know the page tables of the rows."""
+        self._told: list[int] = []
+        """Pages of each position that the others know, of each span's."""
+        self._spans: list[Span] = []
+
+    def rows_with_prompts(self, decoding: int, /) -> int:
+        return self._own.rows_with_prompts(decoding)
+
+    def set_rows(self, spans: Sequence[Span], /) -> None:
+        self._tables = {span.table: self._tables.get(span.table) or next(self._numbers) for span in spans}
+        self._spans = list(spans)
+        self._told = [span.table.pages.shape[1] for span in spans]
+        self._ranks.tell("set_rows", sent_spans(spans, self._tables))
+        with self._ranks.together():
+            self._own.set_rows(spans)
+
+    def keep_rows(self, kept: Sequence[int], /) -> None:
+        self._spans, self._told = [self._spans[row] for row in kept], [self._told[row] for row in kept]
+        self._ranks.tell("keep_rows", list(kept))
+        with self._ranks.together():
+            self._own.keep_rows(kept)
+
+    def set_pages(self) -> None:
+        pages = [span.table.pages for span in self._spans]
+        new = [(i, p[:, told:]) for i, (p, told) in enumerate(zip(pages, self._told, strict=True)) if p.shape[1] > told]
+        self._told = [p.shape[1] for p in pages]
+        if new:
+            self._ranks.tell("set_pages", new)
+        with self._ranks.together():
+            self._own.set_pages()
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        self._ranks.tell("step")
+        with self._ranks.together():
+            return self._own.step()
+
+    def prefill(self, batch: Batch, /) -> Forward:
+        self._ranks.tell("prefill", sent_spans(batch.spans))
+        batch.on_leave_out = lambda rows, slot: self._ranks.tell("leave_out", rows, slot)
+        with self._ranks.together():
+            return _LeadingForward(self._own.prefill(batch), self._ranks)
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self._own.tensors()
+
+
+class _LeadingForward:
+    """A `Forward` of several ranks. Logits are rank 0's."""
+
+    def __init__(self, own: Forward, ranks: Ranks) -> None:
+        self._own, self._ranks = own, ranks
+
+    @property
+    def left(self) -> int:
+        return self._own.left
+
+    def advance(self, visits: int, /) -> None:
+        self._ranks.tell("advance", visits)
+        with self._ranks.together():
+            self._own.advance(visits)
+
+    def logits(self, rows: Tensor, /) -> Tensor:
+        self._ranks.tell("end_prefill")
+        return self._own.logits(rows)

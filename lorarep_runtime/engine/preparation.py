@@ -1,0 +1,67 @@
+"""What a process does to its device before the first step: each rank's process the same."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+
+from lorarep_runtime.adapters.compile import load_kernels
+from lorarep_runtime.engine.overlap import StepDecoder
+from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.kv_cache import PagePool
+from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.progress import Progress
+
+
+class DecoderSizes(NamedTuple):
+    """What the steps of a decoder have room for."""
+
+    max_sequences: int
+    """Most sequences of a step."""
+    max_tokens: int
+    """Most tokens of a sequence."""
+    max_pages: int
+    """Most pages of a sequence at each of its positions."""
+
+
+def prepare_device(base: Base) -> None:
+    """Loads the kernels that loads of adapters use, before the KV pages take the rest of the memory."""
+    if base.device.type != "cuda":
+        return
+    from lorarep_runtime.gpu.warm_up import prepare_device
+
+    prepare_device(base.device, lambda: load_kernels(base.norm_terms, base.held_layer_modules, base.dtype, base.device))
+
+
+def free_bytes(base: Base) -> int:
+    """Bytes of the GPU that nothing has taken."""
+    return torch.cuda.mem_get_info(base.device)[0]
+
+
+def make_decoder(
+    base: Base,
+    pool: PagePool,
+    sizes: DecoderSizes,
+    stacks: Collection[Stack],
+    max_rank: int,
+    progress: Progress | None = None,
+) -> StepDecoder | None:
+    """The captured decode steps of stacks, where the base and its device have kernels for them, and None elsewhere.
+
+    Args:
+        stacks: those whose steps are captured now.
+        max_rank: largest rank of an adapter.
+        progress: told of graphs, as stage "capture".
+    """
+    if base.device.type != "cuda":
+        return None
+    from lorarep_runtime.gpu.decoder import Decoder, can_decode  # imports triton
+    from lorarep_runtime.gpu.warm_up import warm_up
+
+    if not can_decode(base):
+        return None
+    decoder = Decoder(base, pool, *sizes)
+    warm_up(decoder, stacks, max_rank, progress)
+    return decoder

@@ -168,14 +168,14 @@ def test_prompts_are_rows_of_a_step_beside_rows_that_decode(tmp_path: Path, monk
     """Also the rest of a prompt that is in the cache already. The next step is one of a row for each sequence."""
     monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_PARTS", 2)
     monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_SPLITS", 1)
-    monkeypatch.setattr("lorarep_runtime.gpu.buffers.PROMPT_ROWS", (2, 16))
+    monkeypatch.setattr("lorarep_runtime.gpu.buffers.PROMPT_ROWS", (2, 8))
     monkeypatch.setattr("lorarep_runtime.kernels.decode.shrink.MOST_RANK_PROGRAMS", 1)
     base, folders = save_all("qwen3", tmp_path)
     config = BaseConfig(str(base), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=16 << 20)))
     decoder = Decoder(engine.base, engine.pool, max_sequences=4, max_tokens=64, max_pages=4)
     leases, texts, spans = [], [], []
-    for name, length, cached in (("overlap False", 8, 0), ("reordering True", 6, 5), (None, 20, 16)):
+    for name, length, cached in (("overlap False", 4, 0), ("reordering True", 6, 5), (None, 19, 16)):
         if name:
             engine.adapters.load(name, str(folders[name]), trusted=True)
         leases.append(lease := engine.adapters.lease([(name, 1.0)] if name else []))

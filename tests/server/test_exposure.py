@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import grpc
 import pytest
 from lorarep.v1 import model_pb2, model_pb2_grpc
 from lorarep_server.addresses import is_loopback
-from lorarep_server.auth import ROLES, TokenAuth, check_roles, read_tokens
+from lorarep_server.auth import ROLES, TokenAuth, check_exposure, check_roles, read_tokens
+from lorarep_server.config import ServerConfig
 
 from lorarep_runtime.errors import InvalidArgument
 from tests.support.secured import (
@@ -75,10 +77,19 @@ def test_an_rpc_without_a_role_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
+    ("field", "address"),
+    [("listen", "0.0.0.0:0"), ("metrics_listen", "[::]:0"), ("openai_listen", "0.0.0.0:0")],
+)
+def test_an_address_that_is_open_to_others_is_refused(field: str, address: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"^{field}: {re.escape(repr(address))} is open to other machines"):
+        check_exposure(ServerConfig(**{field: address}))
+    for meant in ({"insecure": True}, {"token_file": Path("tokens")}, {"tls_client_ca": Path("ca")}):
+        check_exposure(ServerConfig(**{field: address, **meant}))
+
+
+@pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--listen=0.0.0.0:0"], "listen: '0.0.0.0:0' is open to other machines"),
-        (["--metrics-listen=[::]:0"], "metrics_listen: '[::]:0' is open to other machines"),
         (["--openai-listen=0.0.0.0:0"], "openai_listen: '0.0.0.0:0' is open to other machines"),
         (["--tls-client-ca=ca.crt"], "TLS needs tls_certificate and tls_key"),
         (["--tls-certificate=absent", "--tls-key=absent"], "tls_certificate: cannot use 'absent'"),

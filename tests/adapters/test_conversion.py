@@ -128,15 +128,10 @@ def test_views_of_one_memory_are_written_each_by_itself(tmp_path: Path) -> None:
     assert torch.equal(found["c"], whole[0])
 
 
-def test_weights_that_take_too_much_are_refused_and_leave_nothing(
-    pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_take_too_much_are_refused_and_leave_nothing(pickled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     torch.save({"a": expanded()}, pickled / PICKLED)
     with pytest.raises(FailedPrecondition, match=rf"^{PICKLED}: .*does not fit"):
-        convert(str(pickled), None, out, None)
-    monkeypatch.setattr(conversion, "SECONDS", 1e-4)
-    with pytest.raises(FailedPrecondition, match=rf"^{PICKLED}: takes over 0\.0001 s"):
         convert(str(pickled), None, out, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pickled"]
 

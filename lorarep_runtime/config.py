@@ -100,3 +100,5 @@ class EngineConfig:
     """Named stacks, each a sequence of the base's layers."""
     adapters: AdapterLimits = AdapterLimits()
     scheduler: SchedulerConfig = SchedulerConfig()
+    deterministic: bool = False
+    """Whether a request's tokens are bitwise the same whatever else is computed, also in 16 bits and on a GPU."""

@@ -1,8 +1,8 @@
 """Steady decoding through the whole engine: milliseconds a step, and the floor.
 
     python -m benchmarks.gpu.decode [--layers 32] [--quantization nf4] [--batches 1,8,16,32] [--cases none,lora,...]
-        [--timeline 8,32] [--distinct 1,8,32 --rows 32,256] [--temperature 0] [--name decode] [--json FILE]
-        [--folder DIR] [--device cuda]
+        [--timeline 8,32] [--distinct 1,8,32 --rows 32,256] [--temperature 0] [--deterministic] [--name decode]
+        [--json FILE] [--folder DIR] [--device cuda]
 
 The base has Mistral-7B's shape and random weights, is saved and loaded as any other; adapters cover all seven
 projections of a stack of twice its depth. Before rows are timed, the tokens that decoding gives some of them are
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--distinct", type=numbers, default=[])
     parser.add_argument("--rows", type=numbers, default=[], help="Rows among which the --distinct adapters are.")
     add_temperature(parser)
+    add_deterministic(parser)
     parser.add_argument("--name", default="decode", help="The figures' name in the file.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -74,10 +75,16 @@ def add_temperature(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_deterministic(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--deterministic", action="store_true", help="Each row's result is bitwise the same in any batch."
+    )
+
+
 def run(files: Files, options: argparse.Namespace) -> None:
     figures, prefix = Figures(options.json), f"{options.quantization}/{options.name}"
     most = max(options.batches + options.rows)
-    engine = started(files, options.quantization, most)
+    engine = started(files, options.quantization, most, deterministic=options.deterministic)
     rows = {"none": [DEEP] * most, "48": ["48"] * most, "half": ["48", "base"] * -(-most // 2)}
     for case in options.cases:
         if case not in rows:
@@ -125,7 +132,7 @@ def run(files: Files, options: argparse.Namespace) -> None:
             )
 
 
-def started(files: Files, quantization: str, rows: int) -> Engine:
+def started(files: Files, quantization: str, rows: int, *, deterministic: bool = False) -> Engine:
     """An engine for so many rows, whose prompts fit into one step, so that all rows decode from the next step on."""
     base, positions = files.base, len(files.stacks[DEEP])
     shape = files.shape
@@ -143,6 +150,7 @@ def started(files: Files, quantization: str, rows: int) -> Engine:
                 max_sequences=max(32, rows),
                 max_step_tokens=max(2048, rows * PROMPT_TOKENS),
             ),
+            deterministic=deterministic,
         )
     )
     print(f"base to ready, kernels compiled and captured: {time.perf_counter() - began:.1f} s", flush=True)

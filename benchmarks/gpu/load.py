@@ -1,7 +1,8 @@
 """Many requests offered at once, and lone prompts: tokens a second, and milliseconds to the first token.
 
     python -m benchmarks.gpu.load [--requests 64,256] [--adapters 0,32] [--prompts 16,128,512,2048]
-        [--rounds 5] [--layers 32] [--quantization nf4] [--name load] [--json FILE] [--folder DIR] [--device cuda]
+        [--rounds 5] [--layers 32] [--quantization nf4] [--deterministic] [--name load] [--json FILE] [--folder DIR]
+        [--device cuda]
 
 The base has Mistral-7B's shape and random weights; all requests walk a stack of twice its depth. `load_lengths.json`
 has the tokens of each request's prompt and answer, drawn from log-normal distributions. Requests are greedy and end
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.decode import lease, load, numbers, request
+from benchmarks.gpu.decode import add_deterministic, lease, load, numbers, request
 from benchmarks.gpu.goals import Figures, add_figure_options
 from benchmarks.gpu.models import DEEP, Files, add_file_options
 from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=numbers, default=[0, 32])
     parser.add_argument("--prompts", type=numbers, default=[16, 128, 512, 2048])
     parser.add_argument("--rounds", type=int, default=5)
+    add_deterministic(parser)
     parser.add_argument("--name", default="load", help="The figures' name in the file.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +87,7 @@ def run(files: Files, options: argparse.Namespace) -> None:
     small = options.device == "cpu"
     counts = [SMALL_REQUESTS] if small else options.requests
     loads = {count: lengths_of(count, small) for count in counts}
-    engine = started(files, options.quantization, loads)
+    engine = started(files, options.quantization, loads, deterministic=options.deterministic)
     names = load(engine, files, "lora", max(1, *options.adapters)) if max(options.adapters, default=0) else []
     if options.prompts and not names:
         names = load(engine, files, "lora", 1)
@@ -120,7 +122,9 @@ def lengths_of(count: int, small: bool) -> Sequence[tuple[int, int]]:
     return [(a, b) for a, b in known[str(count)]]
 
 
-def started(files: Files, quantization: str, loads: dict[int, Sequence[tuple[int, int]]]) -> Engine:
+def started(
+    files: Files, quantization: str, loads: dict[int, Sequence[tuple[int, int]]], *, deterministic: bool = False
+) -> Engine:
     """An engine with pages for all requests of each load at once."""
     base, positions, shape = files.base, len(files.stacks[DEEP]), files.shape
     page = KVShape(shape["num_key_value_heads"], *2 * [shape["head_dim"]]).page_bytes(torch.bfloat16)
@@ -135,6 +139,7 @@ def started(files: Files, quantization: str, loads: dict[int, Sequence[tuple[int
                 max_sequence_tokens=min(8192, shape["max_position_embeddings"]),
                 max_sequences=max(loads, default=32),
             ),
+            deterministic=deterministic,
         )
     )
 

@@ -39,7 +39,7 @@ from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.engine.stats import Stats, StatsRecorder
 from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.engine.validation import validate, validate_length
-from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.kv_cache import PagePool, PageTable, pages_of
 from lorarep_runtime.model.prefix_cache import PrefixKeys
@@ -83,6 +83,8 @@ class Engine:
     def _make(self, progress: Progress | None) -> None:
         config = self.config
         if config.base.tensor_parallel > 1:
+            if config.deterministic:
+                raise FailedPrecondition("no base that several ranks share can be", field="deterministic")
             self.ranks = start_ranks(config.base)
         ranks = self.ranks
         self.base = Base(config.base, progress) if ranks is None else LeadingBase(config.base, ranks, progress)
@@ -119,7 +121,8 @@ class Engine:
 
     def _decoder(self, progress: Progress | None) -> StepDecoder | None:
         """The captured decode steps of all stacks, where the base and its device have kernels for them."""
-        sizes = DecoderSizes(self.max_sequences, self.max_tokens, pages_of(self.longest(1)))
+        deterministic = self.config.deterministic
+        sizes = DecoderSizes(self.max_sequences, self.max_tokens, pages_of(self.longest(1)), deterministic)
         warmed = list(dict.fromkeys(self.stacks.values())), self.config.adapters.max_rank
         if self.ranks is not None:
             self.ranks.tell("make_decoder", sizes, *warmed)
@@ -141,7 +144,7 @@ class Engine:
         return StepLoop(
             self._inbox,
             scheduler,
-            StepOverlap(decoder, scheduler),
+            StepOverlap(decoder, scheduler, all_prompts=self.config.deterministic),
             SlicedPrefill(forward, scheduler),
             Outputs(self._stats),
             self._stats,

@@ -65,9 +65,14 @@ class StepDecoder(Protocol):
 class StepOverlap:
     """The decoder and its pending step. The step loop's thread alone touches it."""
 
-    def __init__(self, decoder: StepDecoder | None, scheduler: Scheduler) -> None:
+    def __init__(self, decoder: StepDecoder | None, scheduler: Scheduler, *, all_prompts: bool = False) -> None:
+        """
+        Args:
+            all_prompts: whether the decoder takes prompts of any length.
+        """
         self.decoder = decoder
         """None where all sequences go through the base's own layers."""
+        self._all_prompts = all_prompts
         self._scheduler = scheduler
         self._device = scheduler.pool.key_pages.device
         self.pending: LaunchedStep | None = None
@@ -90,7 +95,7 @@ class StepOverlap:
         first = were_first([sequence for sequence, _ in decoding], [sequence for sequence, _ in rest])
         room = self.decoder.rows_with_prompts(len(decoding) if first else 0) - len(decoding)
         most = max(room, min(PASS_TOKENS, FEW_STEPS * room)) if self._scheduler.config.chunked_prefill else room
-        if sum(count for _, count in rest) > most:
+        if not self._all_prompts and sum(count for _, count in rest) > most:
             return decoding, rest
         for sequence, count in rest:
             if taken := min(count, room):

@@ -9,8 +9,10 @@ import torch
 
 from lorarep_runtime.adapters.compile import load_kernels
 from lorarep_runtime.engine.overlap import StepDecoder
+from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.kv_cache import PagePool
+from lorarep_runtime.model.packed import PackedPart
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 
@@ -24,6 +26,8 @@ class DecoderSizes(NamedTuple):
     """Most tokens of a sequence."""
     max_pages: int
     """Most pages of a sequence at each of its positions."""
+    deterministic: bool = False
+    """Whether each row is computed bitwise the same, whatever other rows there are."""
 
 
 def prepare_device(base: Base) -> None:
@@ -54,12 +58,24 @@ def make_decoder(
         stacks: those whose steps are captured now.
         max_rank: largest rank of an adapter.
         progress: told of graphs, as stage "capture".
+
+    Raises:
+        FailedPrecondition: the base cannot be deterministic on its device.
     """
     if base.device.type != "cuda":
+        if sizes.deterministic:
+            base.make_deterministic()
         return None
     from lorarep_runtime.gpu.decoder import Decoder, can_decode  # imports triton
     from lorarep_runtime.gpu.warm_up import warm_up
 
+    packed = can_decode(base) and all(isinstance(w, PackedPart) for layer in base.weights for w in layer.values())
+    if sizes.deterministic and not packed:
+        raise FailedPrecondition(
+            "on accelerators it takes a Hopper GPU and a base of the Llama kind in bfloat16, plain, in int8, or in NF4 "
+            "without double quantization",
+            field="deterministic",
+        )
     if not can_decode(base):
         return None
     decoder = Decoder(base, pool, *sizes)

@@ -17,6 +17,8 @@ from lorarep_runtime.request import Request, TokenLogprob
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 """Up to this temperature the likeliest token is chosen: smaller ones are 0 in fp32."""
 
+ALL_SHARES = 1 << 52
+"""A probability of 1 as a whole number: fp64 holds it and all smaller ones."""
 NO_TOKEN = -1
 """Stands for the token of a row whose logits are no finite numbers."""
 
@@ -206,14 +208,13 @@ def _draw(
     scores, order = scores.sort(dim=-1, descending=True, stable=True)
     scores.masked_fill_(scores.exp() < min_p.float(), -math.inf)  # the likeliest one's score is 0
     scores.masked_fill_(scores < scores.gather(1, last.long()), -math.inf)
-    probabilities = scores.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    # Rounding must not take the end of a distribution that was asked for whole.
-    probabilities.masked_fill_(before >= top_p.float(), 0)
-    cumulative = probabilities.double().cumsum(-1)
-    place = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform, right=True)
-    # Nor lead past the last token that has a probability. None has where scores overflow, are NaN or all forbidden.
-    place = place.minimum((probabilities > 0).sum(-1, keepdim=True) - 1).clamp_(min=0)
+    # Whole numbers: their sums do not depend on the order, which a device chooses by the number of rows.
+    shares = (scores.softmax(-1).double() * ALL_SHARES).long()
+    shares.masked_fill_(shares.cumsum(-1) - shares >= top_p * ALL_SHARES, 0)
+    cumulative = shares.cumsum(-1)
+    place = torch.searchsorted(cumulative, (cumulative[:, -1:] * uniform).long(), right=True)
+    # Not past the last token that has a share. None has where scores overflow, are NaN or all forbidden.
+    place = place.minimum((shares > 0).sum(-1, keepdim=True) - 1).clamp_(min=0)
     drawn = order.gather(1, place).squeeze(1)
     return torch.where(temperature.squeeze(1) > LEAST_TEMPERATURE, drawn, greedy)
 

@@ -45,10 +45,16 @@ class AdaptedLinear(Protocol):
         """y = W x for many rows: x (rows, in), y (rows, outputs of all modules)."""
 
 
-def adapted_linear(weights: Sequence[Weight]) -> AdaptedLinear:
-    """The modules of some weights, which are all packed together or all not."""
+def adapted_linear(weights: Sequence[Weight], *, deterministic: bool = False) -> AdaptedLinear:
+    """The modules of some weights, which are all packed together or all not.
+
+    Args:
+        deterministic: a row's y of `decode` is bitwise the same for any number of rows. A library's is not.
+    """
     first = weights[0]
-    return PackedLinear(first.packed) if isinstance(first, PackedPart) else LibraryLinear(weights)
+    if isinstance(first, PackedPart):
+        return PackedLinear(first.packed, deterministic=deterministic)
+    return LibraryLinear(weights)
 
 
 class LibraryLinear:
@@ -71,16 +77,21 @@ class LibraryLinear:
 class PackedLinear:
     """An AdaptedLinear of a packed weight: one kernel for few rows, and another for many."""
 
-    def __init__(self, packed: PackedWeight) -> None:
-        self.packed = packed
+    def __init__(self, packed: PackedWeight, *, deterministic: bool) -> None:
+        """
+        Args:
+            deterministic: as for `adapted_linear`: the kernel for few rows takes many, too, and reads the weight anew
+                for every 32 of them.
+        """
+        self.packed, self._deterministic = packed, deterministic
         self.matmul = packed.matmul
 
     def decode(
         self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
         packed = self.packed
-        if len(x) <= MOST_KERNEL_ROWS[packed.bits]:
-            packed.decode(x, y, shrunk, rows, first, bias=bias, add=add)
+        if self._deterministic or len(x) <= MOST_KERNEL_ROWS[packed.bits]:
+            packed.decode(x, y, shrunk, rows, first, bias=bias, add=add, deterministic=self._deterministic)
         else:
             _multiply_then_adapt(self.matmul, x, y, shrunk, packed.sizes, rows, first, bias=bias, add=add, pdl=True)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.integers import ceil_div, next_power_of_two, round_up
 from lorarep_runtime.kernels.attention_config import Attention
+from lorarep_runtime.kernels.decode.attention import chunks_of
 from lorarep_runtime.kernels.decode.combine import Partials
 from lorarep_runtime.model.kv_cache import pages_of
 from lorarep_runtime.model.packed import PACKED_MODULES
@@ -36,6 +37,12 @@ LEAST_DEPTH = 16
 """Positions that page tables have room for in the smallest class; each next class has twice as many."""
 MOST_PARTS = 16
 """Most partial sums of A x."""
+LEAST_ALIKE_RANKS = 16
+"""The smallest class of ranks of deterministic steps: kernels take those of all larger ones in blocks of one size."""
+ALIKE_PARTS_ROWS = 16
+"""Rows whose partial sums of A x are those of all deterministic steps."""
+MOST_CHUNKED_ROWS = 8
+"""Most rows of a deterministic step whose sequences several programs share for attention."""
 MOST_ATTENDED_RANKS = 8
 """Most ranks for which the attention kernel computes A x itself; with more each of its programs would take long."""
 MOST_SPLITS = 16
@@ -119,6 +126,8 @@ class LayerBuffers:
     """Whether the attention kernel computes A x of the o projection too, one part for each head of keys and values."""
     shares_sequences: bool
     """Whether several rows may be tokens of one sequence."""
+    deterministic: bool
+    """Whether a row's result is bitwise the same for any number of rows."""
 
 
 @dataclass(frozen=True)
@@ -146,15 +155,26 @@ class StepBuffers:
 class StepMemory:
     """The memory of all steps. The engine's thread alone asks it for views; any thread may count its tensors."""
 
-    def __init__(self, base: Base, attention: Attention, max_sequences: int, max_tokens: int, max_pages: int) -> None:
+    def __init__(
+        self,
+        base: Base,
+        attention: Attention,
+        max_sequences: int,
+        max_tokens: int,
+        max_pages: int,
+        *,
+        deterministic: bool = False,
+    ) -> None:
         """
         Args:
             attention: of any layer; all have the same heads.
             max_sequences: most sequences of a step.
             max_tokens: most tokens of a sequence.
             max_pages: most pages of a sequence at each of its positions, whatever its stack.
+            deterministic: a row's result is bitwise the same for any number of rows.
         """
         self._base, self._kv_heads = base, attention.kv_heads
+        self.deterministic = deterministic
         self._max_sequences = next_power_of_two(max_sequences)
         self.max_rows = rows = max(self._max_sequences, PROMPT_ROWS[1])
         """Most rows of a step."""
@@ -220,7 +240,13 @@ class StepMemory:
 
     def splits(self, rows: int, tokens: int) -> int:
         """Parts that each sequence of a step is split into, of which the longest has `tokens` tokens."""
+        if self.deterministic:
+            return chunks_of(tokens) if rows <= MOST_CHUNKED_ROWS else 1
         return splits_for(rows, self._kv_heads, tokens)
+
+    def ranks(self, rank: int) -> int:
+        """Ranks that `shrunk` has room for where `rank` is the largest of a step."""
+        return LEAST_ALIKE_RANKS if self.deterministic and rank <= LEAST_ALIKE_RANKS else ranks_for(rank)
 
     def views(self, rows: int, rank: int, tokens: int, depth: int, *, shares_sequences: bool = False) -> StepBuffers:
         """The memory of a step, of the smallest shape that has room for it.
@@ -234,7 +260,7 @@ class StepMemory:
         """
         rows = next_power_of_two(max(rows, self.prompt_buckets[0]) if shares_sequences else rows)
         depth = depth_for(depth)
-        shape = StepShape(rows, ranks_for(rank), self.splits(rows, tokens), shares_sequences)
+        shape = StepShape(rows, self.ranks(rank), self.splits(rows, tokens), shares_sequences)
         if (shape, depth) not in self._views:
             self._views[shape, depth] = StepBuffers(
                 shape=shape,
@@ -265,16 +291,23 @@ class StepMemory:
             partials=Partials(*(_reshaped(p, n, p.shape[1], shape.splits, *p.shape[3:]) for p in self._partials)),
             attention_shrinks=self._attention_shrinks(shape),
             shares_sequences=shape.shares_sequences,
+            deterministic=self.deterministic,
         )
 
     def _attention_shrinks(self, shape: StepShape) -> bool:
         # Only where no sequence is split does one program see all that a head attends to.
-        return shape.splits == 1 and self._kv_heads <= MOST_PARTS and shape.ranks <= MOST_ATTENDED_RANKS
+        return (
+            not self.deterministic
+            and shape.splits == 1
+            and self._kv_heads <= MOST_PARTS
+            and shape.ranks <= MOST_ATTENDED_RANKS
+        )
 
     def _parts(self, shape: StepShape) -> list[int]:
         """Partial sums of A x, for each of PACKED_MODULES."""
         widths = self._base.held_modules
-        parts = [parts_for(shape.rows, widths[names[0]][1]) for names in PACKED_MODULES]
+        rows = ALIKE_PARTS_ROWS if self.deterministic else shape.rows
+        parts = [parts_for(rows, widths[names[0]][1]) for names in PACKED_MODULES]
         if self._attention_shrinks(shape):
             parts[1] = self._kv_heads
         return parts

@@ -63,18 +63,29 @@ class _Known:
 class Decoder:
     """The rows of the pending decode step. The engine's thread alone touches it, except for `tensors`."""
 
-    def __init__(self, base: Base, pool: PagePool, max_sequences: int, max_tokens: int, max_pages: int) -> None:
+    def __init__(
+        self,
+        base: Base,
+        pool: PagePool,
+        max_sequences: int,
+        max_tokens: int,
+        max_pages: int,
+        deterministic: bool = False,
+    ) -> None:
         """
         Args:
             base: one that `can_decode`.
             max_sequences: most sequences of a step.
             max_tokens: most tokens of a sequence.
             max_pages: most pages of a sequence at each of its positions, whatever its stack.
+            deterministic: the logits of a row are bitwise the same whatever other rows there are, and whether its token
+                is one of a prompt or decodes. Only steps are, not prefill passes; and linear modules that are packed.
         """
         self.base, self.pool = base, pool
         sums = None if base.shard is None else RankSums(base.shard.group, base.device)
-        self.layers = fuse_layers(base, sums)
-        self.memory = StepMemory(base, self.layers[0].attention, max_sequences, max_tokens, max_pages)
+        self.layers = fuse_layers(base, sums, deterministic=deterministic)
+        attention = self.layers[0].attention
+        self.memory = StepMemory(base, attention, max_sequences, max_tokens, max_pages, deterministic=deterministic)
         if sums is not None:
             sums.take_memory(self.memory.h)
         self.graphs = StepGraphs(base, pool, self.layers)

@@ -104,7 +104,7 @@ class FusedLayer:
         if b.attention_shrinks:
             attend_whole(*given, b.out, o_shrunk, rows, o.first, stored=b.shares_sequences, pdl=pdl)
         else:
-            attend(*given, b.partials, rows, stored=b.shares_sequences, pdl=pdl)
+            attend(*given, b.partials, rows, stored=b.shares_sequences, chunked=b.deterministic, pdl=pdl)
             combine_shrink(b.partials, b.out, o_shrunk, rows, o.first, pdl=pdl)
         self._add(o, b.out, b.h, o_shrunk, rows)
         norm_shrink(b.h, self.norms[1], self.eps, b.x, gate_up_shrunk, rows, gate_up.first, pdl=after_sums)
@@ -163,21 +163,29 @@ class FusedLayer:
             first_row += len(rows)
 
 
-def fuse_layers(base: Base, sums: RankSums | None = None) -> Sequence[FusedLayer]:
+def fuse_layers(
+    base: Base, sums: RankSums | None = None, *, deterministic: bool = False
+) -> Sequence[FusedLayer]:
     """All layers of a base of one of FAMILIES.
 
     Args:
         sums: of the ranks that share the base, where there are several.
+        deterministic: as for `adapted_linear`.
     """
     modules, config = list(base.modules), base.config.get_text_config()
     return [
-        _fuse(layer, weights, modules, config, sums)
+        _fuse(layer, weights, modules, config, sums, deterministic)
         for layer, weights in zip(base.walk.layers, base.weights, strict=True)
     ]
 
 
 def _fuse(
-    layer: nn.Module, weights: Mapping[str, Weight], modules: Sequence[str], config: Any, sums: RankSums | None
+    layer: nn.Module,
+    weights: Mapping[str, Weight],
+    modules: Sequence[str],
+    config: Any,
+    sums: RankSums | None,
+    deterministic: bool,
 ) -> FusedLayer:
     """One layer.
 
@@ -186,7 +194,7 @@ def _fuse(
         weights: its shared weights, by module; of a rank, its parts.
         modules: all linear modules, in the order of their numbers.
         config: the text model's.
-        sums: as for `fuse_layers`.
+        sums, deterministic: as for `fuse_layers`.
     """
     attention: Any = layer.self_attn
     dim = attention.head_dim
@@ -208,7 +216,7 @@ def _fuse(
         eps=config.rms_norm_eps,
         projections=[
             Projection(
-                linear=adapted_linear([weights[name] for name in names]),
+                linear=adapted_linear([weights[name] for name in names], deterministic=deterministic),
                 bias=_bias([layer.get_submodule(name).bias for name in names]),  # type: ignore[misc]
                 first=modules.index(names[0]),
                 sizes=[weights[name].shape[0] for name in names],

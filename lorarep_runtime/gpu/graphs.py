@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorarep_runtime.gpu.buffers import StepBuffers, StepShape
@@ -25,6 +26,8 @@ from lorarep_runtime.model.plan import Plan, merge
 if TYPE_CHECKING:
     from lorarep_runtime.model.base import Base
 
+HEAD_ROWS = 32
+"""Rows that the head of a deterministic step takes at a time: a library sums in another order for another number."""
 MOST_GRAPHS = 64
 """Graphs that are kept at a time; the least recently used goes first."""
 
@@ -111,7 +114,10 @@ class StepGraphs:
             if shard is not None and shard.cut.rank:
                 return
             last = h[buffers.ends] if buffers.shape.shares_sequences else h
-            buffers.logits.copy_(head(decoder.norm(last)))
+            at_once = HEAD_ROWS if buffers.layers.deterministic else len(last)
+            for some, logits in zip(last.split(at_once), buffers.logits.split(at_once), strict=True):
+                filled = some if len(some) == at_once else F.pad(some, (0, 0, 0, at_once - len(some)))
+                logits.copy_(head(decoder.norm(filled))[: len(some)])
             torch.argmax(buffers.logits, 1, out=tokens[: len(last)])
 
         return forward

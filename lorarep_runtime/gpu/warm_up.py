@@ -62,7 +62,7 @@ def warm_up(decoder: Decoder, stacks: Collection[Stack], max_rank: int, progress
     memory, graphs = decoder.memory, decoder.graphs
     kinds = [*((rows, False) for rows in memory.buckets), *((rows, True) for rows in memory.prompt_buckets)]
     depth = min(map(len, stacks))
-    for ranks in rank_classes(max_rank):
+    for ranks in dict.fromkeys(map(memory.ranks, rank_classes(max_rank))):
         for rows, shares in kinds:
             for tokens in (1, memory.max_tokens):  # long sequences are split into more parts
                 graphs.compile(memory.views(rows, ranks, tokens, depth, shares_sequences=shares))

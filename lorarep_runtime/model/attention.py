@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lorarep_runtime.kernels.eager.attention import Scores, flash_attention, has_flash, paged_attention
 from lorarep_runtime.model.batch import View
 from lorarep_runtime.model.kv_cache import pages_of
+
+
+def attend_alone(
+    view: View,
+    q: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    tables: Tensor,
+    scores: Scores,
+) -> Tensor:
+    """`attend_pages` with each row alone, so that a row's result is bitwise the same whatever others there are."""
+
+    def one(row: Tensor, span: int, tokens: int) -> Tensor:
+        own = tables[span : span + 1, : pages_of(tokens)]
+        lengths = torch.tensor([tokens], device=q.device)
+        return paged_attention(row[None, None], key_pages, value_pages, own, lengths, scores)[0]
+
+    return torch.cat([one(row, *at) for row, at in zip(q, view.rows_alone, strict=True)])
 
 
 def attend_pages(

@@ -186,6 +186,16 @@ class View:
         return moved(torch.as_tensor(values, dtype=dtype), self._device)
 
     @cached_property
+    def rows_alone(self) -> Sequence[tuple[int, int]]:
+        """For each row the index of its span in the view, and the tokens of the sequence up to the row's own."""
+        starts = self.row_bounds.starts.tolist()
+        return [
+            (k, length - stop + row + 1)
+            for k, (length, (start, stop)) in enumerate(zip(self._lengths, pairwise(starts), strict=True))
+            for row in range(start, stop)
+        ]
+
+    @cached_property
     def keys(self) -> Keys:
         """The tokens that rows of the view may attend to."""
         places = np.concatenate([np.arange(length) for length in self._lengths])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.eager import adapt as adapter_kernel
 from lorarep_runtime.kernels.eager.attention import Scores, write_pages
-from lorarep_runtime.model.attention import attend_pages
+from lorarep_runtime.model.attention import attend_alone, attend_pages
 from lorarep_runtime.model.batch import Batch, View
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.plan import Visit
@@ -54,6 +54,8 @@ class Walk:
         self.layers = layers
         self.hand_offs = nn.ModuleList(HandOff(self, i) for i in range(len(layers)))
         """Modules that take the layers' places in the model."""
+        self.deterministic = False
+        """Whether adapters and attention compute each row alone."""
         for layer in layers:
             for module in layer.modules():
                 object.__setattr__(module, WALK, self)
@@ -117,7 +119,11 @@ class Walk:
             bias: (out), the base's own; None is 0.
         """
         slices = self._view.slices(self._visit, module)
-        if slices:
+        if self.deterministic:
+            for s in slices:
+                for row in range(s.start, s.stop):
+                    adapter_kernel.adapt(x[row : row + 1], y[row : row + 1], [s._replace(start=0, stop=1)])
+        elif slices:
             adapter_kernel.adapt(x, y, slices)
         return y if bias is None else y.add_(bias)
 
@@ -143,7 +149,8 @@ class Walk:
         if view.rows is not None:
             slots, tables = slots[view.rows], tables[view.spans]
         write_pages(k, v, *pages, slots)
-        return attend_pages(view, q, *pages, tables, scores)
+        attend = attend_alone if self.deterministic else attend_pages
+        return attend(view, q, *pages, tables, scores)
 
 
 class HandOff(nn.Module):

@@ -8,7 +8,10 @@ its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorarep_runtime.model.weights import Weight
@@ -18,6 +21,10 @@ Adapt = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 
 AddUp = Callable[[Tensor], None]
 """Replaces a tensor, of which each rank has a term, by the sum over the ranks."""
+
+
+BLOCK_ROWS = 16
+"""Rows that are multiplied at a time where results must not depend on how many there are."""
 
 
 class SharedLinear(nn.Module):
@@ -36,6 +43,8 @@ class SharedLinear(nn.Module):
         """
         super().__init__()
         self.shared = weight
+        self.multiply: Callable[[Tensor], Tensor] = weight.matmul
+        """x (rows, in) to W x (rows, out)."""
         self.bias = bias
         self.name = name
         self.adapt = adapt
@@ -44,10 +53,28 @@ class SharedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out)."""
         rows = x.reshape(-1, x.shape[-1])
-        y = self.adapt(self.name, rows, self.shared.matmul(rows), self.bias)
+        y = self.adapt(self.name, rows, self.multiply(rows), self.bias)
         if self.add_up is not None:
             self.add_up(y)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def multiply_in_blocks(module: nn.Module) -> None:
+    """Has a linear module multiply always as many rows at a time.
+
+    Libraries sum in another order for another number of rows. So a row's result is bitwise the same for any.
+    """
+    if isinstance(module, SharedLinear):
+        module.multiply = partial(_in_blocks, module.multiply)
+    else:
+        module.forward = partial(_in_blocks, module.forward)
+
+
+def _in_blocks(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    rows = x.flatten(0, -2)
+    filled = F.pad(rows, (0, 0, 0, -len(rows) % BLOCK_ROWS))
+    y = torch.cat([multiply(block) for block in filled.split(BLOCK_ROWS)])[: len(rows)]
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def straighten(layer: nn.Module) -> None:

@@ -18,7 +18,7 @@ from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.cut import check_layers
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import Walk, find_layers
-from lorarep_runtime.model.linear import linear_shapes, straighten
+from lorarep_runtime.model.linear import SharedLinear, linear_shapes, multiply_in_blocks, straighten
 from lorarep_runtime.model.loader import share_weights
 from lorarep_runtime.model.model_config import kv_shape
 from lorarep_runtime.model.shard import Shard
@@ -91,6 +91,24 @@ class WalkedModel:
     def vocab_size(self) -> int:
         """Rows of the embedding, and logits of a token."""
         return self.model.get_input_embeddings().weight.shape[0]
+
+    def make_deterministic(self) -> None:
+        """Has `forward` compute each row on a CPU bitwise the same, whatever other rows there are. It is slower then.
+
+        Raises:
+            FailedPrecondition: layers multiply rows by more than linear modules, such as experts.
+        """
+        for layer in self.walk.layers:
+            if any(parameter.dim() > 1 for parameter in layer.parameters()):
+                raise FailedPrecondition(
+                    f"bases of type {self.config.model_type!r} cannot be: their layers have more than linear modules",
+                    field="deterministic",
+                )
+            for module in layer.modules():
+                if isinstance(module, SharedLinear):
+                    multiply_in_blocks(module)
+        multiply_in_blocks(self.model.get_output_embeddings())
+        self.walk.deterministic = True
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: PagePool, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lorarep_runtime.kernels.attention_config import Attention
-from lorarep_runtime.kernels.decode.attention import Cache, attend, attend_reference, attend_whole
+from lorarep_runtime.kernels.decode.attention import Cache, attend, attend_reference, attend_whole, chunks_of
 from lorarep_runtime.kernels.decode.combine import Partials, combine_shrink, combine_shrink_reference
 from lorarep_runtime.kernels.decode.store import store, store_reference
 from tests.support.decode_rows import (
@@ -82,9 +82,20 @@ def _qwen_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def check(
-    layer: Attention, dtype: torch.dtype, *, splits: int = 1, parts: int = 2, whole: bool = False, stored: bool = False
-) -> None:
-    """Runs kernels and references over the same rows, and compares what they wrote: all of it."""
+    layer: Attention,
+    dtype: torch.dtype,
+    *,
+    splits: int = 1,
+    parts: int = 2,
+    whole: bool = False,
+    stored: bool = False,
+    chunked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Runs kernels and references over the same rows, and compares what they wrote: all of it.
+
+    Returns:
+        The kernels' out and shrunk.
+    """
     sequences = Sequences(layer, dtype)
     width = layer.heads * layer.head_dim
     batch = Batch({"q": (8, 8), "o": (8, width)}, dtype)
@@ -105,7 +116,7 @@ def check(
     if whole:
         attend_whole(*given, sequences.cache, out, shrunk, batch.rows, 1, stored=stored, pdl=PDL)
     else:
-        attend(*given, sequences.cache, ours, batch.rows, stored=stored, pdl=PDL)
+        attend(*given, sequences.cache, ours, batch.rows, stored=stored, chunked=chunked, pdl=PDL)
         combine_shrink(ours, out, shrunk, batch.rows, 1, pdl=PDL)
     attend_reference(*given, pages, reference, batch.plain)
     combine_shrink_reference(reference, out_reference, low_reference, batch.plain, 1)
@@ -120,10 +131,11 @@ def check(
     assert_close(out[WALKING], torch.stack(theirs), **tolerance)
 
     if whole:
-        return
+        return out, shrunk
     # The reference merges what the kernel left in the splits to the same.
     combine_shrink_reference(ours, out_reference, low_reference, batch.plain, 1)
     assert_close(out, out_reference, **tolerance)
+    return out, shrunk
 
 
 def layer(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **options: object) -> Attention:
@@ -144,6 +156,19 @@ def test_keys_and_values_are_stored_before_any_row_attends(dtype: torch.dtype, w
 def test_splits(dtype: torch.dtype, splits: int) -> None:
     torch.manual_seed(0)
     check(layer(), dtype, splits=splits)
+
+
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("window", [None, 17, 140])
+def test_chunks_give_the_same_bits_for_any_splits(dtype: torch.dtype, window: int | None) -> None:
+    """The longest row has two chunks, or one where its window is short: of one program each, or all of one program."""
+    results = []
+    for splits, stored in ((1, True), (chunks_of(150), False), (chunks_of(4097), True)):
+        torch.manual_seed(0)
+        results.append(check(layer(window=window), dtype, splits=splits, stored=stored, chunked=True))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

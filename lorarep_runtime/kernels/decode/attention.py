@@ -24,6 +24,8 @@ SIZES = ("WIDTH", "PART", "BLOCK", "MODULES", "FIRST", "COUNT", "RANKS", "RANK_B
 """Sizes of shrunk, from `shrink_options`."""
 MANY_ROWS = 64
 """Rows from which smaller programs, of which more are resident at once, are faster: a fifth on an H200."""
+LEAST_CHUNK, MOST_CHUNKS = 128, 32
+"""Least tokens of a chunk, a multiple of the tokens of a block, and most chunks of a sequence."""
 LEAST_HEADS = 16
 """Rows of the smallest matrix product that tensor cores take."""
 
@@ -53,6 +55,7 @@ def attend(
     rows: DecodeRows,
     *,
     stored: bool = False,
+    chunked: bool = False,
     pdl: bool = False,
 ) -> None:
     """Rotates the new token's query and key (Su et al., 2021), stores its key and value, and attends.
@@ -65,9 +68,16 @@ def attend(
         cos, sin: (rows, head_dim), of each row's new token.
         partials: written.
         stored: `store` has stored all keys and values before. Then several rows may be tokens of one sequence.
+        chunked: a row's results, once merged, are bitwise the same for any number of rows and splits. Splits are 1, or
+            as many as `chunks_of` says for the longest sequence.
         pdl: begin while the previous kernel ends (programmatic dependent launch).
     """
-    _launch(layer, qkv, cos, sin, cache, partials, rows, partials.maxima.shape[2], stored, pdl)
+    _launch(layer, qkv, cos, sin, cache, partials, rows, partials.maxima.shape[2], stored, pdl, chunked=chunked)
+
+
+def chunks_of(tokens: int) -> int:
+    """Least splits, other than 1, of sequences of up to `tokens` tokens in chunks."""
+    return MOST_CHUNKS if tokens > LEAST_CHUNK * MOST_CHUNKS // 2 else MOST_CHUNKS // 2
 
 
 def attend_whole(
@@ -110,9 +120,11 @@ def _launch(
     pdl: bool,
     whole: Sequence[Tensor | None] = (None, None, None),
     sizes: Mapping[str, int | None] = dict.fromkeys(SIZES),
+    *,
+    chunked: bool = False,
 ) -> None:
     block_dim = triton.next_power_of_2(layer.head_dim)
-    many = len(qkv) >= MANY_ROWS
+    many = len(qkv) >= MANY_ROWS and not chunked
     attend_kernel[(len(qkv), layer.kv_heads, splits)](
         qkv,
         layer.q_norm,
@@ -139,6 +151,8 @@ def _launch(
         BLOCK_DIM=block_dim,
         PAGE=cache.key_pages.shape[1],
         BLOCK_TOKENS=32 if many else 64,
+        CHUNK=LEAST_CHUNK if chunked else None,
+        MOST_CHUNKS=MOST_CHUNKS,
         PDL=pdl,
         num_warps=(2 if many else 4) * (2 if block_dim > 128 else 1),
         num_stages=1,  # the kernel loads ahead itself

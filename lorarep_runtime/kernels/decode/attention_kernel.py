@@ -1,10 +1,15 @@
-"""The Triton kernel of decode attention: a program has a row, a head of keys and values, and a split."""
+"""The Triton kernel of decode attention: a program has a row, a head of keys and values, and a split.
+
+With CHUNK, sums do not depend on the number of splits: a sequence is summed in chunks whose length is a function of its
+own length alone, and chunks are merged one after the other by `merge`, here or in `combine`.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from lorarep_runtime.kernels.decode.merge import merge
 from lorarep_runtime.kernels.decode.shrink import (
     await_previous,
     entries_of_row,
@@ -80,6 +85,8 @@ def attend_kernel(
     BLOCK_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MOST_CHUNKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -90,13 +97,21 @@ def attend_kernel(
     # This split's tokens: whole pages from the first that the query sees, shared out evenly.
     visible = 0 if WINDOW is None else tl.maximum(length - WINDOW, 0)
     first_page = visible // PAGE
-    share = tl.cdiv(tl.cdiv(length, PAGE) - first_page, splits) * PAGE
+    chunk = 0
+    if CHUNK is None:
+        share = tl.cdiv(tl.cdiv(length, PAGE) - first_page, splits) * PAGE
+    else:
+        # One chunk, or all.
+        even = tl.cdiv(length - first_page * PAGE, MOST_CHUNKS)
+        chunk = tl.maximum(CHUNK, tl.cdiv(even, BLOCK_TOKENS) * BLOCK_TOKENS)
+        share = chunk * tl.where(splits == 1, MOST_CHUNKS, 1)
     start = first_page * PAGE + split * share
     stop = tl.where(position < 0, start, tl.minimum(start + share, length))
     # The new token is the last; it is taken from qkv, not from its page.
     new = length - 1
     cached = tl.minimum(stop, new)
-    has_new = (start <= new) & (new < stop)
+    # Chunks begin with it in the first one: that exists for every length.
+    has_new = (start <= new) & (new < stop) if CHUNK is None else split == 0
     d = tl.arange(0, BLOCK_DIM)
     if STORED:
         await_previous(PDL)  # it has stored the tokens of other rows of this sequence
@@ -139,11 +154,23 @@ def attend_kernel(
     maximum = tl.where(has_new, score, float("-inf"))
     total = tl.zeros([BLOCK_HEADS], tl.float32) + tl.where(has_new, 1.0, 0.0)
     value = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32) + tl.where(has_new, new_v.to(tl.float32), 0.0)
+    if CHUNK is not None:
+        whole_maximum = tl.zeros([BLOCK_HEADS], tl.float32) + float("-inf")
+        whole_total = tl.zeros([BLOCK_HEADS], tl.float32)
+        whole_value = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
     for block in range(start, cached, BLOCK_TOKENS):
         keys, vals = k, v
         ahead = block + BLOCK_TOKENS
         k, v = _load_block(key_pages, value_pages, table, kv_head, ahead, cached, d, KV_HEADS, DIM, PAGE, BLOCK_TOKENS)
         t = block + tl.arange(0, BLOCK_TOKENS)
+        if CHUNK is not None:  # noqa: SIM102, one is known when the kernel is compiled
+            if (block > start) & ((block - start) % chunk == 0):
+                whole_maximum, whole_total, whole_value = merge(
+                    whole_maximum, whole_total, whole_value, maximum, total, value
+                )
+                maximum = tl.zeros([BLOCK_HEADS], tl.float32) + float("-inf")
+                total = tl.zeros([BLOCK_HEADS], tl.float32)
+                value = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(((t >= visible) & (t < cached))[None, :], scores, float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 1))
@@ -152,6 +179,8 @@ def attend_kernel(
         total = total * fade + tl.sum(weights, 1)
         value = value * fade[:, None] + tl.dot(weights.to(vals.dtype), vals, input_precision="ieee")
         maximum = larger
+    if CHUNK is not None:
+        maximum, total, value = merge(whole_maximum, whole_total, whole_value, maximum, total, value)
     to = at[:, None] * DIM + d[None, :]
     known = in_group[:, None] & (d < DIM)[None, :]
     if WHOLE:

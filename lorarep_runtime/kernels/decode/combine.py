@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorarep_runtime.kernels.decode.merge import merge
 from lorarep_runtime.kernels.decode.shrink import (
     await_previous,
     entries_of_row,
@@ -110,16 +111,16 @@ def _combine_shrink(
         return
     # Every column takes its head's numbers, rather than every head its columns: a part need not be whole heads.
     at = (row * (WIDTH // DIM) + columns // DIM) * SPLITS
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        largest = tl.maximum(largest, tl.load(maxima + at + split, mask=inside, other=0))
+    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     value = tl.zeros([BLOCK], tl.float32)
     for split in tl.static_range(SPLITS):
-        weight = tl.exp(tl.load(maxima + at + split, mask=inside, other=0) - largest)
-        total += weight * tl.load(sums + at + split, mask=inside, other=1)
-        part_value = tl.load(values + (at + split) * DIM + columns % DIM, mask=inside, other=0)
-        value += tl.where(weight > 0, weight * part_value, 0.0)
+        own_maximum = tl.load(maxima + at + split, mask=inside, other=0)
+        own_total = tl.load(sums + at + split, mask=inside, other=1)
+        own_value = tl.load(values + (at + split) * DIM + columns % DIM, mask=inside, other=0)
+        # A split without tokens has no values: whatever lies there may be NaN.
+        own_value = tl.where(own_maximum == float("-inf"), 0.0, own_value)
+        maximum, total, value = merge(maximum, total, value, own_maximum, own_total, own_value)
     own_x = (value / total).to(dtype)
     tl.store(out + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
     write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, RANK_BLOCK)

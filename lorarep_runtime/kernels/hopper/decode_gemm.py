@@ -86,12 +86,14 @@ def decode_gemm(
     *,
     bias: Tensor | None = None,
     add: bool = False,
+    deterministic: bool = False,
 ) -> None:
     """Launches the kernel for `PackedWeight.decode`, with its fields and arguments: several times for many rows."""
     tiles, modules, ranks = sum(sizes) // TILE, len(sizes), shrunk.shape[3]
     at = 0
     while at < len(x):
-        launch = launch_config_for(bits, tiles, x.shape[1], len(x) - at, modules, ranks)
+        left = len(x) - at
+        launch = launch_config_for(bits, tiles, x.shape[1], left, modules, ranks, deterministic=deterministic)
         count = min(len(x) - at, 8 * launch.eights)
         places = places_for(launch, tiles, x.shape[1], count, modules)
         arguments = GemmArguments(

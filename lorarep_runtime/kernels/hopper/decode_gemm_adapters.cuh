@@ -104,6 +104,7 @@ struct Adapters {
         int at = 0, last = 0, out = 0;  // the lane's first rank of the piece, and the last one of its module
         u32 shrunk_at = 0, to = 1;
         const u16* B = 0;
+        float4 sums[2];  // of the row's pieces so far, for 64 outputs
         auto next = [&] {
             for (;;) {
                 int task = 0;
@@ -120,6 +121,9 @@ struct Adapters {
                 to = inside && there && t == of.module - first_module ? added_at + (row * args.stride + local) * 4 : 1;
                 at = from + 2 * t, last = there ? min(entry.rank, from + rank_block) - 1 : 0;
                 B = there ? entry.B + of.inner : reinterpret_cast<const u16*>(args.weights), out = there ? of.out : 0;
+                const float4* before = reinterpret_cast<const float4*>(__cvta_shared_to_generic(to));
+#pragma unroll
+                for (int half = 0; half < 2; half++) sums[half] = from > 0 && !(to & 1) ? before[half] : make_float4(0, 0, 0, 0);
                 shrunk_at = shrunk_begin + (((row * modules + min(g / 2, modules - 1)) * 2 + g % 2) * rank_block + 2 * t) * 2;
                 return true;
             }
@@ -134,26 +138,23 @@ struct Adapters {
             ranks -= 16, at += 16, shrunk_at += 32;
             P.to = ranks <= 0 ? to : 0;
         };
-        float v[4][4] = {};
+        // A piece is summed on its own: sums do not depend on how many ranks are in shared memory at a time.
         auto use = [&](const Piece& P) {
             u32 shrunk0, shrunk8;
             load_shared(shrunk0, shrunk8, P.shrunk);
+            float v[4][4] = {};
 #pragma unroll
             for (int q = 0; q < 4; q++)
                 mma(v[q], __byte_perm(P.b[0][q], P.b[1][q], 0x5410), __byte_perm(P.b[0][q], P.b[1][q], 0x7632),
                     __byte_perm(P.b[2][q], P.b[3][q], 0x5410), __byte_perm(P.b[2][q], P.b[3][q], 0x7632), shrunk0, shrunk8);
-            if (!P.to) return;
             float4* to = reinterpret_cast<float4*>(__cvta_shared_to_generic(P.to));
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                auto& even = v[half * 2];
-                auto& odd = v[half * 2 + 1];
-                float4 sum = make_float4(even[0] + even[1], even[2] + even[3], odd[0] + odd[1], odd[2] + odd[3]);
-                if (!(P.to & 1)) {
-                    if (from > 0) sum.x += to[half].x, sum.y += to[half].y, sum.z += to[half].z, sum.w += to[half].w;
-                    to[half] = sum;
-                }
-                for (int q = 0; q < 4; q++) even[q] = odd[q] = 0;
+                const auto& even = v[half * 2];
+                const auto& odd = v[half * 2 + 1];
+                float4& sum = sums[half];
+                sum.x += even[0] + even[1], sum.y += even[2] + even[3], sum.z += odd[0] + odd[1], sum.w += odd[2] + odd[3];
+                if (P.to && !(P.to & 1)) to[half] = sum;
             }
         };
         for (Piece piece; fetch(piece), piece.shrunk; ) use(piece);

@@ -5,7 +5,7 @@ A tile is 16 outputs of the weight, a chunk 64 columns. A round is the tiles tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE, dequantize_kernel
 
 HOPPER = 9
 """Major compute capability that the CUDA sources are for. Later devices have no wgmma."""
+ALIKE_ROWS, ALIKE_RANKS = 32, 64
+"""Rows and ranks whose clusters all deterministic launches have."""
 RANK_BLOCKS = (16, 32, 64)
 """Choices of the ranks of a module that are in shared memory at a time: multiples of 16, the K of tensor cores."""
 MOST_CLUSTER = 8
@@ -193,7 +195,9 @@ def clusters_at_once(size: int) -> int:
 
 
 @cache
-def launch_config_for(bits: int, tiles: int, columns: int, rows: int, modules: int, ranks: int) -> LaunchConfig:
+def launch_config_for(
+    bits: int, tiles: int, columns: int, rows: int, modules: int, ranks: int, *, deterministic: bool = False
+) -> LaunchConfig:
     """The launch config of the least estimated time, with as many rows of x as fit into shared memory.
 
     Args:
@@ -202,17 +206,22 @@ def launch_config_for(bits: int, tiles: int, columns: int, rows: int, modules: i
         rows: of x.
         modules: packed modules of the weight.
         ranks: capacity of shrunk x for each module.
+        deterministic: a row's results are bitwise the same for any number of rows. Only the split of the columns over a
+            cluster decides: mma and wgmma round alike.
 
     Raises:
         ValueError: shared memory has no room for x.
     """
+    clusters: Sequence[int] = range(1, MOST_CLUSTER + 1)
+    if deterministic:
+        clusters = [launch_config_for(bits, tiles, columns, ALIKE_ROWS, modules, ALIKE_RANKS).cluster]
     by_eights = LAUNCH_CONFIGS[bits]
     rank_blocks = [block for block in RANK_BLOCKS if block < 2 * ranks] or RANK_BLOCKS[:1]
 
     for eights in (eights for eights in sorted(by_eights, reverse=True) if eights == 1 or 4 * eights < rows):
         launches = [
             replace(by_eights[eights], cluster=cluster, rank_block=block, in_place=in_place)
-            for cluster in range(1, MOST_CLUSTER + 1)
+            for cluster in clusters
             for block in rank_blocks
             for in_place in (False, True)
         ]

@@ -96,6 +96,7 @@ class PackedWeight:
         *,
         bias: Tensor | None = None,
         add: bool = False,
+        deterministic: bool = False,
     ) -> None:
         """y = c ⊙ (W x) + B (A x) + b for every row, with the c, B and b of its own adapter.
 
@@ -109,9 +110,10 @@ class PackedWeight:
             first: number of the first module in entry tables.
             bias: bf16 (outputs), the base's own; None is 0.
             add: add to y (a residual) rather than write it.
+            deterministic: a row's y is bitwise the same for any number of rows, and for any ranks of the others.
         """
         weight = self.bits, self.weights, self.scales, self.sizes
-        decode_gemm(*weight, x, y, shrunk, rows, first, bias=bias, add=add)
+        decode_gemm(*weight, x, y, shrunk, rows, first, bias=bias, add=add, deterministic=deterministic)
 
     def dense(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """W (outputs of all modules, in) as bitsandbytes dequantizes it; a bf16 weight itself."""

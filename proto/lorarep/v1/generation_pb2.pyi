@@ -240,10 +240,11 @@ class Sampling(_message.Message):
     frequency_penalty: _builtins.float
     """This is subtracted from a token's logit once for each time that it is in the answer. -2 to 2. Default: 0."""
     seed: _builtins.int
-    """The same seed, prompt, adapters and parameters give the same random numbers. In fp32 on a CPU they also give the
-    same tokens, whatever else the server computes. In 16 bits and on a GPU, other rows can change the order of sums,
-    and then a token whose logits are nearly equal. So can a prefix that was cached, as it cuts the prompt in two. At
-    least 0 and below 2^63. Default: a new one for each request.
+    """The same seed, prompt, adapters and parameters give the same random numbers. In fp32 on a CPU, and on a server that
+    is deterministic (--deterministic), they also give the same tokens, whatever else the server computes. By default
+    other rows can change the order of sums in 16 bits and on a GPU, and then a token whose logits are nearly equal. So
+    can a prefix that was cached, as it cuts the prompt in two. At least 0 and below 2^63. Default: a new one for each
+    request.
     """
     def __init__(
         self,

@@ -137,6 +137,11 @@ FILE = HomePath(dir_okay=False)
     show_default="most of what is left; 1GiB on a CPU",
     help="Device memory for keys and values.",
 )
+@option(
+    "--deterministic/--not-deterministic",
+    default=EngineConfig.deterministic,
+    help="Give a request bitwise the same tokens whatever else is computed, in 16 bits and on a GPU, too: more slowly.",
+)
 @option("--listen", type=Address(), default=ServerConfig.listen, help="Where gRPC is served.")
 @option(
     "--metrics-listen",
@@ -216,6 +221,7 @@ def serve(stack: tuple[NamedStack, ...], adapter: tuple[AdapterSource, ...], log
             disk_bytes=given["adapter_disk_bytes"],
         ),
         scheduler=SchedulerConfig(**_fields_of(given, SchedulerConfig)),
+        deterministic=given["deterministic"],
     )
     server = ServerConfig(
         **_fields_of({**given, "adapters": adapter, "allow_hosts": given["allow_host"]}, ServerConfig)

@@ -163,9 +163,7 @@ class FusedLayer:
             first_row += len(rows)
 
 
-def fuse_layers(
-    base: Base, sums: RankSums | None = None, *, deterministic: bool = False
-) -> Sequence[FusedLayer]:
+def fuse_layers(base: Base, sums: RankSums | None = None, *, deterministic: bool = False) -> Sequence[FusedLayer]:
     """All layers of a base of one of FAMILIES.
 
     Args:

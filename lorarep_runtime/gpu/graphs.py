@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,9 +132,15 @@ def _captured(forward: Callable[[], None], stream: torch.cuda.Stream, memory: An
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
+        torch.cuda.current_blas_handle()  # a thread's first one, which cannot be made while it captures
         graph.capture_begin(memory, capture_error_mode="thread_local")
         try:
             forward()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # as the capture is invalid
+                graph.capture_end()
+            with suppress(RuntimeError):  # then torch has not ended this: no later capture could begin
+                torch._C._cuda_endAllocateToPool(stream.device_index, memory)
+            raise
+        graph.capture_end()
     return graph.replay

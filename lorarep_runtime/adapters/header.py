@@ -36,6 +36,8 @@ _TRAINING = re.compile(r"lora_velora_embed|lora_monteclora_sampler\.\w+")
 """Kinds of tensors that VeLoRA and MonteCLoRA read while they train alone."""
 TRAINING_TENSORS, TRAINING_NUMBERS = 4, 1 << 12
 """Most such tensors of a module, and numbers in them beside those that grow with its rank and its input."""
+OLD_PREFIXES = {"model.language_model.layers": ("language_model.model.layers", "model.layers")}
+"""Paths of the decoder's layers in models of texts and images, as earlier versions of transformers had them."""
 OLD_MAGNITUDE, MAGNITUDE = ".lora_magnitude_vector.weight", ".lora_magnitude_vector"
 """DoRA's vectors as some versions of PEFT have named them, and as all read them."""
 
@@ -64,12 +66,12 @@ def checked_header(file: Path, config: AdapterConfig, layout: Layout, prefix: st
             dtype that is no float.
     """
     header = read_header(file, most_header_bytes(config, layout, prefix))
-    if config.use_dora and any(name.endswith(OLD_MAGNITUDE) for name in giving_way(header)):
-        header = {_renamed(name): info for name, info in giving_way(header.items())}
     expected = dict(giving_way(_tensors(layout, prefix)))
+    if not header.keys() >= expected.keys():
+        header = _renamed(header, prefix)
     unknown = header.keys() - expected.keys()
     if surplus := {name for name in giving_way(unknown) if not _is_unused(name, header[name], config, prefix)}:
-        raise FailedPrecondition("is in the file, and nothing in the config speaks of it", field=min(surplus))
+        raise FailedPrecondition(_why_surplus(min(surplus), prefix), field=min(surplus))
     for name, shape in giving_way(expected.items()):
         if name not in header:
             raise FailedPrecondition("is missing in the file", field=name)
@@ -105,8 +107,27 @@ def read_header(file: Path, most_bytes: int) -> Header:
         raise DataLoss(str(error), field=file.name) from error
 
 
-def _renamed(name: str) -> str:
-    return f"{name.removesuffix(OLD_MAGNITUDE)}{MAGNITUDE}" if name.endswith(OLD_MAGNITUDE) else name
+def _renamed(header: Header, prefix: str) -> Header:
+    """A header with the names that are usual now in place of older ones, if it has any."""
+    usual = f"{FILE_PREFIX}{prefix}."
+    olds = [f"{FILE_PREFIX}{old}." for old in OLD_PREFIXES.get(prefix, ())]
+    old = next((old for old in olds if any(name.startswith(old) for name in giving_way(header))), usual)
+
+    def renamed(name: str) -> str:
+        name = f"{usual}{name.removeprefix(old)}" if name.startswith(old) else name
+        return f"{name.removesuffix(OLD_MAGNITUDE)}{MAGNITUDE}" if name.endswith(OLD_MAGNITUDE) else name
+
+    names = {renamed(name): info for name, info in giving_way(header.items())}
+    return names if len(names) == len(header) else header  # none may have two names
+
+
+def _why_surplus(name: str, prefix: str) -> str:
+    if name.startswith(f"{FILE_PREFIX}{prefix}."):
+        return "is in the file, and nothing in the config speaks of it"
+    return (
+        f"is of a module outside {prefix}, whose linear modules alone are adapted: train without it, or merge the "
+        "adapter and serve the merged model as a base"
+    )
 
 
 def _is_unused(name: str, info: TensorInfo, config: AdapterConfig, prefix: str) -> bool:

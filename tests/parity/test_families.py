@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from lorarep_runtime.model import base as base_module
@@ -65,6 +66,9 @@ TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_vl": ("qwen3_vl_text", dict(vision_config={**QWEN_VISION, "deepstack_visual_indexes": [0]})),
 }
 """Models of texts and images: the type of their decoder, and the fields of the rest."""
+OLD = "language_model.model.layers"
+OLD_PREFIXES = {"gemma3": OLD, "llava": OLD, "mistral3": OLD, "qwen2_vl": "model.layers", "qwen2_5_vl": "model.layers"}
+"""Where the decoder's layers were before transformers 4.52."""
 
 
 def config_of(family: str) -> PretrainedConfig:
@@ -104,6 +108,13 @@ def adapted(model: Any, family: str, **adapters: dict[str, Any]) -> Any:
     return model.eval()
 
 
+def write_old_names(file: Path, prefix: str) -> None:
+    usual = "base_model.model.model.language_model.layers."
+    tensors = load_file(file)
+    assert all(name.startswith(usual) for name in tensors)
+    save_file({name.replace(usual, f"base_model.model.{prefix}."): tensor for name, tensor in tensors.items()}, file)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_computes_what_peft_computes_in_one_batch(
@@ -116,6 +127,8 @@ def test_a_family_computes_what_peft_computes_in_one_batch(
     deep = adapted(stacked(load_base(base), STACK), family, deep=dict(use_dora=True, **conv1d))
     plain.save_pretrained(tmp_path / "adapters")
     deep.save_pretrained(tmp_path / "adapters")
+    if family in OLD_PREFIXES:
+        write_old_names(tmp_path / "adapters" / "lora" / "adapter_model.safetensors", OLD_PREFIXES[family])
     file = tmp_path / "adapters" / "deep" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "layer_replication": RANGES}))
     folders = {name: tmp_path / "adapters" / name for name in ("lora", "dora", "deep")}

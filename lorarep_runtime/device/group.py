@@ -17,8 +17,9 @@ LOCAL = {
     # All ranks are on one host, and nothing listens to other hosts.
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
-    # Multicast between GPUs is not to be had in every container.
+    # Multicast between GPUs is not to be had on every host.
     "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     # Each process sees its own device alone, as the first.
     "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
 }

@@ -34,7 +34,7 @@ OLDEST = "1.30"
 Objects = dict[tuple[str, str], dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=["cpu", "gpu", "air-gapped", "gateway"])
+@pytest.fixture(scope="module", params=["cpu", "gpu", "air-gapped", "tensor-parallel", "gateway"])
 def overlay(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -55,6 +55,18 @@ def render(folder: Path) -> Objects:
 @pytest.fixture
 def pod(objects: Objects) -> dict[str, Any]:
     return objects["StatefulSet", "lorarep"]["spec"]["template"]["spec"]
+
+
+def test_a_pod_has_a_gpu_and_shared_memory_for_each_rank(overlay: str, objects: Objects, pod: dict[str, Any]) -> None:
+    (config,) = (thing["data"] for thing in objects.values() if "lorarep.yaml" in thing.get("data", {}))
+    ranks = yaml.safe_load(config["lorarep.yaml"]).get("tensor_parallel", 1)
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"].get("nvidia.com/gpu", "1") == str(ranks)
+    shared = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+    assert len(shared) == (ranks > 1) == (overlay == "tensor-parallel")
+    for name in shared:
+        (volume,) = (volume for volume in pod["volumes"] if volume["name"] == name)
+        assert volume["emptyDir"]["medium"] == "Memory"
 
 
 @pytest.mark.parametrize(("folder", "adapter"), CONFIGURED.items())
@@ -173,7 +185,7 @@ def test_the_pod_may_do_nothing_but_serve(pod: dict[str, Any]) -> None:
         "capabilities": {"drop": ["ALL"]},
     }
     writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
-    assert writable == {"/cache", "/tmp"}
+    assert writable - {"/dev/shm"} == {"/cache", "/tmp"}
 
 
 def settings_of(objects: Objects) -> dict[str, Any]:

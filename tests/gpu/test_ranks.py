@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorarep_runtime.adapters import maker
 from lorarep_runtime.adapters.compile import compile_adapter
@@ -27,6 +28,8 @@ def compiled_with_table(*given: Any, **named: Any) -> Adapter:
 
 
 def test_two_ranks_of_fused_layers_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled for the GPU, and ranks in threads compute on the CPU")
     monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_PARTS", 2)
     monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_SPLITS", 1)
     monkeypatch.setattr("lorarep_runtime.kernels.decode.shrink.MOST_RANK_PROGRAMS", 1)

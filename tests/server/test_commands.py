@@ -63,9 +63,11 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_printed_on_demand(
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_verify_finds_an_adapter_the_same(world: World, quantization: str) -> None:
+    """In this process, which has all libraries already."""
     flags = ["--base", str(world.base), "--dtype=float32", "--device=cpu", f"--quantization={quantization}"]
-    ended = lorarep("verify", *flags, "--adapter", str(world.adapters["dora"]), "--max-new-tokens=8")
-    assert ended.returncode == 0, ended.stderr
+    adapter = ["--adapter", str(world.adapters["dora"]), "--max-new-tokens=8"]
+    ended = CliRunner().invoke(main, ["verify", *flags, *adapter])
+    assert ended.exit_code == 0, ended.stderr
     assert "the same but for rounding" in ended.stdout
     assert "physically stacked, under PEFT" in ended.stdout
 
@@ -90,8 +92,9 @@ def test_verify_refuses_what_serving_refuses(world: World, tmp_path: Path) -> No
     folder = save_adapter(world.base, tmp_path / "bad", **ADAPTERS["plain"])
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "bias": "all"}))
-    ended = lorarep("verify", "--base", str(world.base), "--adapter", str(folder), "--device=cpu", "--dtype=float32")
-    assert (ended.returncode, ended.stderr.splitlines()[-1][:12]) == (1, "Error: bias:")
+    flags = ["--base", str(world.base), "--adapter", str(folder), "--device=cpu", "--dtype=float32"]
+    ended = CliRunner().invoke(main, ["verify", *flags])
+    assert (ended.exit_code, ended.stderr.splitlines()[-1][:12]) == (1, "Error: bias:")
 
 
 def test_serve_and_verify_refuse_a_base_that_they_would_compute_otherwise(

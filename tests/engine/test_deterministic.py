@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from lorarep_runtime.config import AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
+from lorarep_runtime.config import PAGE_TOKENS, AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.engine.offline import Completion
 from lorarep_runtime.errors import FailedPrecondition
@@ -72,7 +72,9 @@ def engine_of(base: Path, form: tuple[str, str], **scheduler: object) -> Engine:
             BaseConfig(str(base), quantization=quantization, dtype=dtype, device="cuda" if GPU else "cpu"),
             stacks={"named": (0, 1, 2, 1, 2)},
             adapters=AdapterLimits(max_rank=128),
-            scheduler=SchedulerConfig(**{"kv_bytes": 256 << 20, "max_sequences": 200, **scheduler}),
+            scheduler=SchedulerConfig(
+                **{"kv_bytes": 256 << 20, "max_sequences": 200, "prefix_cache": False, **scheduler}
+            ),
             deterministic=True,
         )
     )
@@ -189,6 +191,33 @@ def test_after_preemption(
 def engine_page_bytes(base: Path, form: tuple[str, str]) -> int:
     engine = engine_of(base, form, kv_bytes=64 << 20)
     return (64 << 20) // engine.pool.total
+
+
+def test_what_is_cached_changes_no_bit(
+    base: Path,
+    adapters: dict[str, Path],
+    form: tuple[str, str],
+    engine: Engine,
+    asked: list[Asked],
+    alone: list[Completion],
+) -> None:
+    """Neither pages of prompts nor those of answers, whose tokens were computed one in a step."""
+    cached = loaded(engine_of(base, form, prefix_cache=True), adapters)
+    some = asked[: REQUESTS // 2]
+    answers(cached, some)
+    again = answers(cached, some)
+    for one, other in zip(again, alone, strict=False):
+        assert_same(one, other)
+    longer = [
+        (replace(request, prompt=(*request.prompt, *answer.tokens, 7)), name)
+        for (request, name), answer in zip(some, again, strict=True)
+    ]
+    got = answers(cached, longer)
+    for one, other in zip(got, answers(engine, longer), strict=True):
+        assert_same(one, other)
+    for requests, found, uncached in ((some, again, 1), (longer, got, 2)):  # the answer's last token was not computed
+        for (request, _), answer in zip(requests, found, strict=True):
+            assert answer.finished.cached_tokens == (len(request.prompt) - uncached) // PAGE_TOKENS * PAGE_TOKENS
 
 
 def test_log_probabilities_do_not_change_tokens(engine: Engine, asked: list[Asked], alone: list[Completion]) -> None:

@@ -82,7 +82,8 @@ def test_reflection_tells_every_service_and_message(server: Server) -> None:
     assert SERVICES | {"grpc.health.v1.Health"} <= set(database.get_services())
     file = database.FindFileContainingSymbol("lorarep.v1.GenerateRequest")
     message = next(m for m in file.message_type if m.name == "GenerateRequest")
-    assert [f.name for f in message.field] == ["prompt", "adapters", "stack", "sampling", "stopping", "logprobs"]
+    fields = ["prompt", "adapters", "stack", "sampling", "stopping", "logprobs", "cache_salt"]
+    assert [f.name for f in message.field] == fields
 
 
 def test_metrics_have_every_name(server: Server) -> None:

@@ -243,7 +243,7 @@ class Sampling(_message.Message):
     """The same seed, prompt, adapters and parameters give the same random numbers. In fp32 on a CPU, and on a server that
     is deterministic (--deterministic), they also give the same tokens, whatever else the server computes. By default
     other rows can change the order of sums in 16 bits and on a GPU, and then a token whose logits are nearly equal. So
-    can a prefix that was cached, as it cuts the prompt in two. At least 0 and below 2^63. Default: a new one for each
+    can a cached prefix there, as it cuts the prompt in two. At least 0 and below 2^63. Default: a new one for each
     request.
     """
     def __init__(

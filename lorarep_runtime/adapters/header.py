@@ -122,6 +122,11 @@ def _renamed(header: Header, prefix: str) -> Header:
 
 
 def _why_surplus(name: str, prefix: str) -> str:
+    if name.endswith(".bias") and ".lora_" not in name:
+        return (
+            "is trained in place of the base's, which all adapters share: train with bias='none', or merge the "
+            "adapter and serve the merged model as a base"
+        )
     if name.startswith(f"{FILE_PREFIX}{prefix}."):
         return "is in the file, and nothing in the config speaks of it"
     return (

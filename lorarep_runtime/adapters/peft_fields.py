@@ -82,6 +82,8 @@ INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
 """Values of `init_lora_weights` that leave the base as it is where PEFT loads an adapter."""
 CHANGED_BASES = ("pissa", "olora", "corda")
 """What values of `init_lora_weights` begin with that change the base before training."""
+BIASES = ("none", "all", "lora_only")
+"""Values of `bias`. A base without biases has none to train, and a file with any is refused by their names."""
 VARIANTS = ("use_dora", "use_bdlora", "velora_config", "monteclora_config")
 """Fields of which PEFT takes one at most."""
 
@@ -99,12 +101,8 @@ def check_fields(raw: Mapping[str, Any]) -> None:
     _check_method(raw)
     _check_init(raw.get("init_lora_weights", True))
     bias = raw.get("bias", "none")
-    if bias != "none":
-        raise FailedPrecondition(
-            f"{shown(bias)} is not supported, as its file has biases in place of the base's: 'none' is, or merge the "
-            "adapter and serve the merged model as a base",
-            field="bias",
-        )
+    if bias not in BIASES:
+        raise FailedPrecondition(f"{shown(bias)} is not supported; {', '.join(BIASES)} are", field="bias")
     for field in (*sorted(raw.keys() & REFUSED.keys()), *sorted(raw.keys() - REFUSED.keys())):
         if field not in CONSUMED | NO_EFFECT and not _is_off(raw[field]):
             way_out = f": {REFUSED[field]}" if field in REFUSED else ""

@@ -48,6 +48,8 @@ SAVED: dict[str, dict[str, Any]] = {
     "EVA": dict(target_modules=MODULES, init_lora_weights="eva", eva_config=EvaConfig()),
     "orthogonal": dict(target_modules=MODULES, init_lora_weights="orthogonal"),
     "LoRA-GA": dict(target_modules=MODULES, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
+    "all biases of a base without any": dict(target_modules=MODULES, bias="all"),
+    "biases of LoRA alone": dict(target_modules=MODULES, bias="lora_only"),
     "default modules": dict(target_modules=None),
     "some modules left out": dict(target_modules=MODULES, exclude_modules=["layers.2.self_attn.q_proj"]),
 }

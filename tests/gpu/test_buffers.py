@@ -22,7 +22,7 @@ def memory(max_pages: int = 2 * LONG_SEQUENCE // 16) -> StepMemory:
     """Of a layer of four heads of 16, and two of keys and values; for up to six rows."""
     base: Any = SimpleNamespace(
         config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=64)),
-        modules={
+        held_modules={
             name: (out, width)
             for names, outputs, width in zip(PACKED_MODULES, OUTPUTS, INPUTS, strict=True)
             for name, out in zip(names, outputs, strict=True)

@@ -22,6 +22,9 @@ from lorarep_runtime.kernels.decode.shrink import (
 )
 from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows, shrink_reference
 
+SPLITS_AT_ONCE = (16, 4, 1)
+"""Splits that a program loads together: for each of these numbers the kernel is compiled."""
+
 
 class Partials(NamedTuple):
     """Attention over the tokens of each split, fp32. A split without tokens has maximum -inf, sum 0, and no values."""
@@ -61,8 +64,9 @@ def combine_shrink(
         shrunk,
         rows.positions,
         rows.adapters,
+        splits,
         DIM=head_dim,
-        SPLITS=splits,
+        AT_ONCE=next(count for count in SPLITS_AT_ONCE if splits >= count // 2),
         PDL=pdl,
         launch_pdl=pdl,
         **shrink_options(shrunk, out.shape[1], rows, first),
@@ -79,7 +83,7 @@ def combine_shrink_reference(partials: Partials, out: Tensor, shrunk: Tensor, ro
     shrink_reference(out, shrunk, rows, first)
 
 
-@triton.jit(do_not_specialize=["positions"])
+@triton.jit(do_not_specialize=["positions", "splits", "RANKS"])
 def _combine_shrink(
     maxima,
     sums,
@@ -88,8 +92,9 @@ def _combine_shrink(
     shrunk,
     positions,
     adapters,
+    splits,
     DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
     WIDTH: tl.constexpr,
     PART: tl.constexpr,
@@ -97,7 +102,7 @@ def _combine_shrink(
     MODULES: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    RANKS: tl.constexpr,
+    RANKS,
     RANK_BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -110,17 +115,21 @@ def _combine_shrink(
     if idle(position, ranks, RANK_BLOCK):
         return
     # Every column takes its head's numbers, rather than every head its columns: a part need not be whole heads.
-    at = (row * (WIDTH // DIM) + columns // DIM) * SPLITS
+    at = (row * (WIDTH // DIM) + columns // DIM) * splits
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     value = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        own_maximum = tl.load(maxima + at + split, mask=inside, other=0)
-        own_total = tl.load(sums + at + split, mask=inside, other=1)
-        own_value = tl.load(values + (at + split) * DIM + columns % DIM, mask=inside, other=0)
-        # A split without tokens has no values: whatever lies there may be NaN.
-        own_value = tl.where(own_maximum == float("-inf"), 0.0, own_value)
-        maximum, total, value = merge(maximum, total, value, own_maximum, own_total, own_value)
-    own_x = (value / total).to(dtype)
+    for begin in range(0, splits, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            split = begin + i
+            present = inside & (columns < tl.where(split < splits, WIDTH, 0))
+            own_maximum = tl.load(maxima + at + split, mask=present, other=float("-inf"))
+            own_maximum = tl.where(inside, own_maximum, 0.0)
+            own_total = tl.load(sums + at + split, mask=present, other=0)
+            own_value = tl.load(values + (at + split) * DIM + columns % DIM, mask=present, other=0)
+            # A split without tokens has no values: whatever lies present may be NaN.
+            own_value = tl.where(own_maximum == float("-inf"), 0.0, own_value)
+            maximum, total, value = merge(maximum, total, value, own_maximum, own_total, own_value)
+    own_x = (value / tl.where(inside, total, 1.0)).to(dtype)
     tl.store(out + row * WIDTH + columns, own_x, mask=inside & (columns < tl.where(tl.program_id(2) == 0, WIDTH, 0)))
     write_shrunk(shrunk, own_x, a, there, addresses, ranks, columns, inside, WIDTH, COUNT, RANKS, RANK_BLOCK)

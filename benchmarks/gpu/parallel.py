@@ -158,14 +158,21 @@ def main() -> None:
         files = LargeFiles(options.folder or Path(folder), options.layers, options.device)
         if len(options.ranks) == 1:
             measure(files, options)
-            return
-        _ = files.base  # made once
-        figures = options.json or files.folder / "parallel.json"
-        for ranks in options.ranks:
-            more = ["--folder", str(files.folder), "--json", str(figures), "--ranks", str(ranks)]
-            command = [sys.executable, "-m", "benchmarks.gpu.parallel", *sys.argv[1:], *more]
-            subprocess.run(command, check=True, env=os.environ)
-        compare(json.loads(figures.read_text()), options.ranks)
+        else:
+            measure_each(files, options)
+    sys.stdout.flush()
+    os._exit(0)  # NCCL would wait for ranks that have ended
+
+
+def measure_each(files: LargeFiles, options: argparse.Namespace) -> None:
+    """Measures each number of ranks in a process of its own."""
+    _ = files.base  # made once
+    figures = options.json or files.folder / "parallel.json"
+    for ranks in options.ranks:
+        more = ["--folder", str(files.folder), "--json", str(figures), "--ranks", str(ranks)]
+        command = [sys.executable, "-m", "benchmarks.gpu.parallel", *sys.argv[1:], *more]
+        subprocess.run(command, check=True, env=os.environ)
+    compare(json.loads(figures.read_text()), options.ranks)
 
 
 def measure(files: LargeFiles, options: argparse.Namespace) -> None:
@@ -244,14 +251,15 @@ def sums_part(engine: Engine, names: Sequence[str]) -> float:
     begun = begin(engine, names, 0)
     while min(map(len, begun)) < SKIPPED:
         engine.loop.step()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen, tempfile.TemporaryDirectory() as folder:
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(PROFILED):
             engine.loop.step()
         torch.cuda.synchronize()
-        seen.stop()
-        seen.export_chrome_trace(str(Path(folder) / "trace.json"))
-        found = works(json.loads((Path(folder) / "trace.json").read_text())["traceEvents"])
     finish(engine, begun)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(file))
+        found = works(json.loads(file.read_text())["traceEvents"])
     spent = {True: 0.0, False: 0.0}
     for work in found:
         spent[any(name in work.name for name in SUMS)] += work.end - work.begin

@@ -39,6 +39,7 @@ class Group:
             store: file by which the ranks find each other; none is there at first.
             device: where the tensors of this rank are.
         """
+        import torch
         import torch.distributed as distributed
 
         self.rank, self.ranks = rank, ranks
@@ -52,7 +53,8 @@ class Group:
             rank=rank,
             world_size=ranks,
             timeout=PATIENCE,
-            device_id=device if device.type == "cuda" else None,
+            # NCCL's communicator is made now, and not within a captured step.
+            device_id=torch.device("cuda", device.index or 0) if device.type == "cuda" else None,
         )
 
     def add_up(self, x: Tensor) -> None:
@@ -81,11 +83,10 @@ class Group:
         whole: Any = self._distributed.group.WORLD
         return whole.group_name
 
-    def close(self, *, failed: bool) -> None:
+    def close(self) -> None:
         """Leaves the group: sums that wait for others fail.
 
-        Args:
-            failed: whether other ranks do not leave it as well. Then one of GPUs stays: to leave it may take for ever.
+        A group of GPUs stays until the process ends. To leave it may take for ever where another rank has ended.
         """
-        if not (failed and self._device.type == "cuda"):
+        if self._device.type != "cuda":
             self._distributed.destroy_process_group()

@@ -208,7 +208,7 @@ class Ranks:
         for channel in (*self.steps, *self.loads):
             channel.close()
         if self._group is not None:
-            self._group.close(failed=self.failure is not None)
+            self._group.close()
         shutil.rmtree(self._store.parent, ignore_errors=True)
 
 

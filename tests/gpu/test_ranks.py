@@ -14,6 +14,7 @@ from lorarep_runtime.adapters.compile import compile_adapter
 from lorarep_runtime.engine.leading_decoder import LeadingDecoder
 from lorarep_runtime.gpu.decoder import Decoder
 from lorarep_runtime.model.compiled_adapter import Adapter, table_of
+from lorarep_runtime.request import Request, Sampling, Stopping
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.models import ALTERNATING, save_adapter, save_base
 from tests.support.ranks import ThreadRanks, ranks_in_threads
@@ -47,7 +48,9 @@ def test_two_ranks_of_fused_layers_are_one(tmp_path: Path, monkeypatch: pytest.M
     own = Decoder(two.base, two.pool, **sizes)
     two.loop = two.make_loop(LeadingDecoder(own, two.ranks))
     monkeypatch.setattr(own, "rows_with_prompts", lambda decoding: 0)  # so that prompts go in passes
-    asked = [(greedy(PROMPT[:3], new_tokens=3), []), (greedy(PROMPT[:2], new_tokens=2), [("dora", 1.0)])]
+    stopping = Stopping(max_new_tokens=3, ignore_eos=True)
+    drawn = Request(PROMPT[:3], sampling=Sampling(temperature=0.9, seed=1), stopping=stopping)
+    asked = [(drawn, []), (greedy(PROMPT[:2], new_tokens=2), [("dora", 1.0)])]
     answers = [
         [done.tokens for done in engine.generate((r, engine.adapters.lease(adapters)) for r, adapters in asked)]
         for engine in (one, two)

@@ -110,7 +110,7 @@ class ThreadGroup:
         def share(self, x: Tensor) -> None:
             x.copy_(self._group.gathered(x, self.rank)[0])
 
-        def close(self, *, failed: bool) -> None: ...
+        def close(self) -> None: ...
 
 
 class ThreadRanks(Ranks):

@@ -98,7 +98,7 @@ def test_adapters_come_and_go_beside_a_stream_on_all_ranks(engine: Engine, base:
     alone = answer(engine)
     engine.start()
     events: list[Event] = []
-    engine.submit(greedy(new_tokens=120), engine.adapters.lease([], None), events.append)
+    engine.submit(greedy(new_tokens=60), engine.adapters.lease([], None), events.append)
     for number in range(3):
         engine.adapters.load(f"dora-{number}", str(dora), trusted=True)
         engine.adapters.unload(f"dora-{number}")

@@ -1,15 +1,13 @@
-"""Servers of two ranks: what fails on one of them, and how both end."""
+"""A server of two ranks: what fails on one of them, and its end with the other."""
 
 from __future__ import annotations
-
-import signal
 
 import grpc
 import psutil
 import pytest
 
-from tests.support.callers import refused, request, stream, stream_tokens
-from tests.support.servers import SECONDS, Server, serving, wait_for
+from tests.support.callers import refused, request, stream
+from tests.support.servers import Server, serving
 from tests.support.world import World
 
 FLAGS = ["--tensor-parallel=2", "--adapter=dora=org/dora", "--allow-repository=org/*"]
@@ -41,16 +39,3 @@ def test_two_ranks_answer_as_one_fail_a_load_together_and_end_with_a_rank_that_i
         with pytest.raises(grpc.RpcError):
             list(call)
         assert two.process.wait(30) == 1
-
-
-def test_sigterm_lets_streams_of_two_ranks_finish_and_ends_both(world: World) -> None:
-    with world.slow_steps(), serving([*world.flags(), *FLAGS], world.env) as two:
-        two.wait_ready()
-        rank = other_rank(two)
-        call = stream(two, LONG)
-        next(call)
-        rank.send_signal(signal.SIGTERM)  # as a manager does that tells all processes of a group
-        two.process.send_signal(signal.SIGTERM)
-        assert len(list(stream_tokens(call))) == 100
-        assert two.process.wait(SECONDS) == 0
-        wait_for(lambda: not rank.is_running(), "the other rank's end")

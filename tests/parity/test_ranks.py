@@ -35,7 +35,7 @@ WIDE = dict(head_dim=64, intermediate_size=256)
 
 @pytest.mark.parametrize(
     ("family", "ranks", "quantization"),
-    [("llama", 2, "none"), ("llama", 4, "nf4"), ("qwen2", 4, "none"), ("gemma2", 2, "int8")],
+    [("llama", 4, "nf4"), ("qwen2", 2, "none"), ("gemma2", 2, "int8")],
 )
 def test_several_ranks_answer_as_one_process_does(
     family: str, ranks: int, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -55,7 +55,7 @@ def test_several_ranks_answer_as_one_process_does(
 
     answers = []
     for engine in engines:
-        found = engine.generate((greedy(new_tokens=20), lease(engine, name)) for name in REQUESTS)
+        found = engine.generate((greedy(new_tokens=12), lease(engine, name)) for name in REQUESTS)
         answers.append({name: one.tokens for name, one in zip(REQUESTS, found, strict=True)})
         assert_nothing_held(engine)
     assert answers[0] == answers[1]

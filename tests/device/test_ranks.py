@@ -1,0 +1,63 @@
+"""Processes of ranks end with rank 0, which knows of their own ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from lorarep_runtime.device.ranks import Ranks
+from lorarep_runtime.errors import EngineFailure
+from tests.support.servers import wait_for
+
+ECHO = "tests.support.echo"
+LEADER = f"""
+import signal
+from lorarep_runtime.device.ranks import Ranks
+ranks = Ranks(2, {ECHO!r}, [{{}}])
+ranks.ask("ready")
+print(ranks.processes[0], flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    ranks = Ranks(3, ECHO, [{}, {}])
+    yield ranks
+    ranks.close()
+
+
+def test_ranks_leave_signals_to_rank_0_and_end_with_its_group(ranks: Ranks) -> None:
+    assert ranks.ask("a", 1) == [("a", 1)] * 2
+    processes = [psutil.Process(number) for number in ranks.processes]
+    for process in processes:
+        process.send_signal(signal.SIGTERM)  # as a manager does that tells all processes of a group
+        process.send_signal(signal.SIGINT)
+    assert ranks.ask("b") == [("b",)] * 2
+    ranks.close()
+    assert ranks.failure is None
+    assert not any(process.is_running() for process in processes)
+
+
+def test_a_rank_that_is_killed_is_told_and_nothing_waits_for_it(ranks: Ranks) -> None:
+    told: list[BaseException] = []
+    ranks.subscribe(told.append)
+    ranks.ask("a")
+    psutil.Process(ranks.processes[1]).kill()
+    wait_for(lambda: told, "the news")
+    assert "rank 2 has ended by SIGKILL" in str(told[0])
+    with pytest.raises(EngineFailure):
+        ranks.ask("b")
+
+
+def test_ranks_end_with_a_rank_0_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", LEADER], stdout=subprocess.PIPE, text=True) as leader:
+        assert leader.stdout is not None
+        other = psutil.Process(int(leader.stdout.readline()))
+        leader.kill()
+    wait_for(lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, "the other rank's end")

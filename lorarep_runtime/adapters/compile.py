@@ -22,13 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Header, tensor_name
+from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Header, path_of, tensor_name
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.adapters.weights_file import WeightsFile
 from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.compiled_adapter import (
+    HEAD,
     Adapter,
     Block,
     Form,
@@ -45,6 +46,8 @@ from lorarep_runtime.model.cut import Cut, Part
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 
+COPY_BYTES = 4 << 20
+"""Bytes of a file that are compared with the base's at a time."""
 MAX_RUN_ELEMENTS = 5 << 17
 """Most elements of a run's largest tensor, so that computing with it takes little memory."""
 
@@ -284,7 +287,7 @@ def compile_adapter(
     """
     give_way()
     held = layout if sharing is None else sharing.cut.layout(layout)
-    paths = {key: f"{prefix}.{key[0]}.{key[1]}" for key in layout}
+    paths = {key: path_of(prefix, key) for key in layout}
     done = 0
     with weights.opened() as file:
         starts = _starts(file, header)
@@ -298,7 +301,7 @@ def compile_adapter(
             own = _own(sharing, block.module, form.shape)
             for run in _runs(found, _most_entries(form)):
                 part = slice(run.start, run.stop)
-                layers = [stack[position] for position in block.positions[part]]
+                layers = [HEAD if position == HEAD else stack[position] for position in block.positions[part]]
                 to = Entry._make(None if views is None else views[part] for views in whole)
                 give_way()
                 read, scale = _read(file, found[part], form), found[run.start].scale
@@ -313,6 +316,30 @@ def compile_adapter(
         raise FailedPrecondition(f"holds NaN or infinity, or does in {dtype}", field=f"{FILE_PREFIX}{paths[bad]}")
     give_way()
     return adapter_of(stack, storage, blocks, modules, file_parameters(layout))
+
+
+def holds_copy(weights: WeightsFile, header: Header, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a file is, in the dtype of one in memory, the same.
+
+    Args:
+        tensor: (rows, columns), of the shape that the header says.
+
+    Raises:
+        DataLoss: the file cannot be read, or is written to meanwhile.
+    """
+    dtype = DTYPES[header[name].dtype]
+    rows, columns = tensor.shape
+    at_once = max(1, COPY_BYTES // (columns * dtype.itemsize))
+    with weights.opened() as file:
+        start = _starts(file, header)[name]
+        for first in giving_way(range(0, rows, at_once)):
+            own = tensor[first : first + at_once]
+            read = torch.empty(own.numel() * dtype.itemsize, dtype=torch.uint8)
+            _fill([read.numpy().data], file, start + first * columns * dtype.itemsize)
+            give_way()
+            if not torch.equal(read.view(dtype).view_as(own).to(own), own):
+                return False
+    return True
 
 
 def _place(path: str, form: Form, config: AdapterConfig, header: Header, starts: Mapping[str, int]) -> _Place:

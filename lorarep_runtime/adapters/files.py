@@ -12,8 +12,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorarep_runtime.adapters.compile import holds_copy
 from lorarep_runtime.adapters.disk import DiskBudget
-from lorarep_runtime.adapters.header import Header, layout_of
+from lorarep_runtime.adapters.header import Header, copies_of_head, layout_of
 from lorarep_runtime.adapters.look import AdapterLook, Expected, fitting_header, naming_bases, other_base
 from lorarep_runtime.adapters.maker import AdapterMaker, Source
 from lorarep_runtime.adapters.peft_config import AdapterConfig
@@ -117,8 +118,19 @@ class AdapterFiles:
         expected = self._expected(snapshot.folder, stack, trusted)
         header = fitting_header(weights.path, expected, self.base.prefix, self.base.repository)
         config, walked, layout = expected
+        self._check_copies(weights, header, layout)
         self._tell(snapshot, config)
         return CheckedFiles(snapshot, weights, config, header, layout, walked, self._hashing.submit(_digest, weights))
+
+    def _check_copies(self, weights: WeightsFile, header: Header, layout: Layout) -> None:
+        """Checks that what a file has of the base is the base's."""
+        for name, path in copies_of_head(layout, header).items():
+            if not holds_copy(weights, header, name, self.base.model.get_submodule(path).weight):
+                raise FailedPrecondition(
+                    "is another than the base's, which all adapters share: merge the adapter and serve the merged "
+                    "model as a base",
+                    field=name,
+                )
 
     def _tell(self, snapshot: Snapshot, config: AdapterConfig) -> None:
         """Logs what an adapter's config says about its training that is not as the server has it."""
@@ -228,7 +240,7 @@ class AdapterFiles:
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits, family)
         with naming_bases(config, self.base.repository):
             walked = self._walked(config, stack, trusted=trusted)
-            return config, walked, layout_of(config, walked, self.base.layer_modules, self.base.prefix)
+            return config, walked, layout_of(config, walked, self.base.layer_modules, self.base.prefix, self.base.head)
 
     def _walked(self, config: AdapterConfig, name: str | None, *, trusted: bool) -> Stack:
         """The stack that an adapter is for: its own, or the named one, which may not contradict its config."""

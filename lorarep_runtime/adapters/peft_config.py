@@ -219,6 +219,11 @@ class AdapterConfig:
                 return int(found["position"]) in self.layers_to_transform
         return False
 
+    def targets_head(self, path: str) -> bool:
+        """Whether the model's head is adapted, which "all-linear" leaves out."""
+        names = self.target_modules
+        return not (isinstance(names, str) and names.lower() == ALL_LINEAR) and self.targets(path)
+
     def form(self, path: str, shape: tuple[int, int]) -> Form:
         """The entry of the linear module at a path.
 

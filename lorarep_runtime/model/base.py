@@ -20,6 +20,7 @@ from lorarep_runtime.errors import FailedPrecondition, first_line
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub.snapshot import fetch
 from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.compiled_adapter import HEAD
 from lorarep_runtime.model.cut import FIELD, cut_of
 from lorarep_runtime.model.family_check import check_family, is_compared
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
@@ -29,6 +30,7 @@ from lorarep_runtime.model.packed import kernels_compiled, norm_products, row_sq
 from lorarep_runtime.model.shard import Shard
 from lorarep_runtime.model.transformers_attention import register_attention
 from lorarep_runtime.model.walked_model import WalkedModel
+from lorarep_runtime.model.weights import Weight, shared_weight
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
 
@@ -125,21 +127,24 @@ class Base(WalkedModel):
         """The terms of DoRA's norms (`kernels.eager.dora_norm`) that need the base's weights: this rank's parts.
 
         Args:
-            layers: one for each position, so the same one may come again.
-            module: path of a linear module in a layer.
+            layers: one for each position, so the same one may come again; `HEAD` for the head.
+            module: path of a linear module in a layer, or of the head.
             a: fp32 (positions, ranks, in), each position's own A.
 
         Returns:
             fp32 |w|² (positions, out) and A Wᵀ (positions, ranks, out).
         """
         squares = torch.stack([self._squares(layer, module) for layer in layers])
-        return squares, norm_products([self.weights[layer][module] for layer in layers], a, self.dtype)
+        return squares, norm_products([self._weight(layer, module) for layer in layers], a, self.dtype)
 
     def _squares(self, layer: int, module: str) -> Tensor:
         if (found := self.squares.get((layer, module))) is None:
             give_way()
-            found = self.squares[layer, module] = row_squares(self.weights[layer][module], self.dtype)
+            found = self.squares[layer, module] = row_squares(self._weight(layer, module), self.dtype)
         return found
+
+    def _weight(self, layer: int, module: str) -> Weight:
+        return shared_weight(self.model.get_submodule(module)) if layer == HEAD else self.weights[layer][module]
 
 
 def _option(quantization: Any, name: str) -> object:

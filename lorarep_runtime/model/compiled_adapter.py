@@ -22,6 +22,10 @@ Key = tuple[int, str]
 """A position in the stack, and the path of a linear module inside its layer, such as "self_attn.q_proj"."""
 
 
+HEAD = -1
+"""The position of the model's head, which is in no stack: all stacks share it. Its module is its path in the model."""
+
+
 class Form(NamedTuple):
     """Shape and parts of one entry: an adapter's matrices for one module at one position."""
 
@@ -137,6 +141,13 @@ class Adapter:
     """Numbers in its weights file."""
     number: int = 0
     """By which several ranks call it; each has its part of it."""
+
+    @cached_property
+    def head(self) -> Entry | None:
+        """What the adapter has for the model's head."""
+        found = (block.entries(self.storage) for block in self.blocks if HEAD in block.positions)
+        entry = next(found, None)
+        return None if entry is None else Entry._make(None if views is None else views[0] for views in entry)
 
     @cached_property
     def entries(self) -> Mapping[Key, Entry]:

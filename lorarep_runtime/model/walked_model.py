@@ -6,14 +6,18 @@ Replaced are the walk over the layers (`model.layer_walk`), the linear layers (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorarep_runtime.errors import FailedPrecondition
+from lorarep_runtime.kernels.eager import adapt as eager
+from lorarep_runtime.kernels.eager.adapt import Slice
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.cut import check_layers
 from lorarep_runtime.model.kv_cache import PagePool
@@ -26,6 +30,14 @@ from lorarep_runtime.model.weights import Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def head_of(model: PreTrainedModel) -> tuple[str, tuple[int, int]] | None:
+    """Path and (out, in) of a model's head, if that is a plain linear module."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return None
+    return next(path for path, module in model.named_modules() if module is head), (head.out_features, head.in_features)
 
 
 class WalkedModel:
@@ -66,6 +78,11 @@ class WalkedModel:
         whole = kv_shape(self.config)
         self.kv_shape = whole if shard is None else shard.cut.kv_shape(whole)
         """This rank's keys and values of a token at a position."""
+        self.head = None if device.type == "cuda" or shard is not None else head_of(model)
+        """Path and (out, in) of the head where adapters may adapt it: where `forward` computes all logits."""
+        self._head_slices: list[Slice] = []
+        if self.head is not None:
+            model.get_output_embeddings().register_forward_hook(self._adapt_head)
 
     @property
     def layers(self) -> int:
@@ -91,6 +108,35 @@ class WalkedModel:
     def vocab_size(self) -> int:
         """Rows of the embedding, and logits of a token."""
         return self.model.get_input_embeddings().weight.shape[0]
+
+    @contextmanager
+    def _over_head(self, batch: Batch, rows: Tensor) -> Iterator[None]:
+        """Has the head compute with the adapters of rows that have one for it, in the forward pass within."""
+        if self.head is not None and any(span.adapter is not None and span.adapter.head for span in batch.spans):
+            spans = np.searchsorted(batch.starts, rows.numpy(), side="right") - 1
+            adapters = [batch.spans[span].adapter for span in spans]
+            entries = [None if adapter is None else adapter.head for adapter in adapters]
+            self._head_slices = [
+                Slice(row, row + 1, entry.A, entry.B, entry.c, entry.bias)
+                for row, entry in enumerate(entries)
+                if entry is not None
+            ]
+        try:
+            yield
+        finally:
+            self._head_slices = []
+
+    def _adapt_head(self, head: nn.Module, given: tuple[Tensor, ...], logits: Tensor) -> None:
+        """After the head: changes logits (..., rows, vocab) of hidden states (..., rows, hidden) in place."""
+        if self._head_slices:
+            x, y = given[0].flatten(0, -2), logits.flatten(0, -2)
+            bias: Any = head.bias
+            if bias is not None:
+                y -= bias
+            for s in self._head_slices:  # one by one: no row's result depends on the others
+                eager.adapt(x[s.start : s.stop], y[s.start : s.stop], [s._replace(start=0, stop=1)])
+            if bias is not None:
+                y += bias
 
     def make_deterministic(self) -> None:
         """Has `forward` compute each row on a CPU bitwise the same, whatever other rows there are. It is slower then.
@@ -120,7 +166,7 @@ class WalkedModel:
         Returns:
             (n, vocab) fp32 logits.
         """
-        with self.walk.over(batch, pool):
+        with self.walk.over(batch, pool), self._over_head(batch, rows):
             logits = self.model(
                 input_ids=batch.token_ids.unsqueeze(0),
                 position_ids=batch.token_places.unsqueeze(0),

@@ -73,9 +73,16 @@ class StepGraphs:
         self.compile(buffers)
         positions = self._no_positions(plan, buffers.shape)
         forward = self._forward(plan, positions, buffers)
-        replay = forward if self._stream is None else _captured(forward, self._stream, self._memory)
+        replay = forward if self._stream is None else self._captured(forward, self._stream)
         self._graphs[key] = StepGraph(replay, positions, buffers)
         return self._graphs[key]
+
+    def _captured(self, forward: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+        try:
+            return _captured(forward, stream, self._memory)
+        except BaseException:
+            self._memory = torch.cuda.graph_pool_handle()
+            raise
 
     def compile(self, buffers: StepBuffers) -> None:
         """Has the kernels for a shape compiled and loaded, which cannot be while they are captured."""
@@ -127,6 +134,8 @@ class StepGraphs:
 def _captured(forward: Callable[[], None], stream: torch.cuda.Stream, memory: Any) -> Callable[[], None]:
     """A graph of all that a step launches, which takes memory out of a pool (`torch.cuda.graph_pool_handle`).
 
+    Where it fails, torch allows no later capture to take memory out of the same pool.
+
     Not by `torch.cuda.graph`: that first waits for the device and gives back all the memory, of the device and pinned,
     that torch keeps for later, while streams wait.
     """
@@ -139,8 +148,6 @@ def _captured(forward: Callable[[], None], stream: torch.cuda.Stream, memory: An
         except BaseException:
             with suppress(RuntimeError):  # as the capture is invalid
                 graph.capture_end()
-            with suppress(RuntimeError):  # then torch has not ended this: no later capture could begin
-                torch._C._cuda_endAllocateToPool(stream.device_index, memory)
             raise
         graph.capture_end()
     return graph.replay

@@ -203,7 +203,7 @@ if HOPPER:
     ) -> None:
         launch = LAUNCH_CONFIGS[bits][1 if count <= 8 else 2 if count <= 16 else 4]
         launch = replace(launch, cluster=cluster, warps=warps or launch.warps)
-        monkeypatch.setattr(decode_gemm, "launch_config_for", lambda *_: launch)
+        monkeypatch.setattr(decode_gemm, "launch_config_for", lambda *_, **__: launch)
         monkeypatch.setattr("lorarep_runtime.kernels.hopper.launch_config.clusters_at_once", lambda *_: clusters)
         monkeypatch.setattr(decode_gemm, "places_for", places_for.__wrapped__)  # it remembers other devices
         assert launch.grid(sum(SIZES) // TILE) == cluster * clusters

@@ -84,7 +84,7 @@ def _gate_rows(gate_up, width):
     tl.store(gate, _gated(gate, width, column < width), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["positions", "RANKS"])
+@triton.jit(do_not_specialize=["positions"])
 def _gate_shrink(
     gate_up,
     x,
@@ -98,7 +98,7 @@ def _gate_shrink(
     MODULES: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    RANKS,
+    RANKS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -83,7 +83,7 @@ def combine_shrink_reference(partials: Partials, out: Tensor, shrunk: Tensor, ro
     shrink_reference(out, shrunk, rows, first)
 
 
-@triton.jit(do_not_specialize=["positions", "splits", "RANKS"])
+@triton.jit(do_not_specialize=["positions", "splits"])
 def _combine_shrink(
     maxima,
     sums,
@@ -102,7 +102,7 @@ def _combine_shrink(
     MODULES: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    RANKS,
+    RANKS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -67,7 +67,7 @@ def norm_shrink_reference(
     shrink_reference(x, shrunk, rows, first)
 
 
-@triton.jit(do_not_specialize=["positions", "RANKS"])
+@triton.jit(do_not_specialize=["positions"])
 def _norm_shrink(
     h,
     weight,
@@ -84,7 +84,7 @@ def _norm_shrink(
     MODULES: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    RANKS,
+    RANKS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)

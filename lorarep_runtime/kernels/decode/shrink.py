@@ -5,8 +5,8 @@ ranks of a module, or the ranks of all modules if they are few. A program follow
 (row, table, entry). No kernel of a step writes any of them, so it follows them before it waits for the previous kernel:
 programmatic dependent launch, from Hopper on.
 
-A step's positions are a slice of a larger tensor, aligned or not. Kernels do not specialize on that, nor on the ranks
-that shrunk has room for: Triton would compile each of them twice.
+A step's positions are a slice of a larger tensor, aligned or not. Kernels do not specialize on that: Triton would
+compile each of them twice.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def load_ranks(
     dtype: tl.constexpr,
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
-    RANKS,
+    RANKS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
     """A block of ranks of A, (RANK_BLOCK, BLOCK), 0 beyond a module's rank; and a mask of those that exist."""
@@ -133,7 +133,7 @@ def write_shrunk(
     inside,
     WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
-    RANKS,
+    RANKS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
     """Stores this program's ranks of its part of shrunk.
@@ -145,7 +145,7 @@ def write_shrunk(
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     shrunk += (row * tl.num_programs(1) + part) * COUNT * RANKS
-    blocks = tl.cdiv(COUNT * RANKS, RANK_BLOCK)
+    blocks: tl.constexpr = (COUNT * RANKS + RANK_BLOCK - 1) // RANK_BLOCK
     for block in range(tl.program_id(2), tl.where(tl.max(ranks, 0) > 0, blocks, 0), tl.num_programs(2)):
         current, current_there = a, there
         next_block = block + tl.num_programs(2)

@@ -69,7 +69,11 @@ class Base(WalkedModel):
             checked.result()
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         with kernels_compiled(kind, dtype or model_config.dtype, device):
-            model = load_model(self.folder, model_config, dtype, self.quantization_config, device, progress)
+            # A whole base that is not quantized may be too much for one device.
+            mapped = shard is not None and kind == "none" and device.type != "cpu"
+            model = load_model(
+                self.folder, model_config, dtype, self.quantization_config, device, progress, mapped=mapped
+            )
         super().__init__(model, device, shard)
         if not is_compared(model_config):
             self._try(model_config.model_type)

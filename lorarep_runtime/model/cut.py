@@ -154,8 +154,12 @@ def check_layers(
                 raise FailedPrecondition(f"{name} goes over several heads and is not divided among ranks", field=FIELD)
 
 
-def cut_weight(weight: Weight, part: Part) -> Weight:
-    """A copy of a rank's part of a weight, bit by bit."""
+def cut_weight(weight: Weight, part: Part, device: torch.device) -> Weight:
+    """A copy of a rank's part of a weight, bit by bit.
+
+    Args:
+        device: where the copy is; a quantized weight is there already.
+    """
     rows, columns = part.rows, part.columns
     if isinstance(weight, NF4Weight):
         from bitsandbytes.functional import QuantState
@@ -176,16 +180,16 @@ def cut_weight(weight: Weight, part: Part) -> Weight:
         return NF4Weight(_copy(packed).view(-1, 1), own)
     if isinstance(weight, Int8Weight):
         return Int8Weight(_copy(weight.data[0][rows, columns]), _copy(weight.constants[0][rows]))
-    return DenseWeight(_copy(weight.data[0][rows, columns]))
+    return DenseWeight(_copy(weight.data[0][rows, columns], device))
 
 
-def cut_bias(bias: nn.Parameter | None, part: Part, rank: int) -> nn.Parameter | None:
-    """A rank's part of a module's own bias; that of a sum is rank 0's."""
+def cut_bias(bias: nn.Parameter | None, part: Part, rank: int, device: torch.device) -> nn.Parameter | None:
+    """A copy of a rank's part of a module's own bias, on its device; that of a sum is rank 0's."""
     if bias is None or (part.is_summed and rank):
         return None
-    return nn.Parameter(_copy(bias.data[part.rows]), requires_grad=False)
+    return nn.Parameter(_copy(bias.data[part.rows], device), requires_grad=False)
 
 
-def _copy(view: Tensor) -> Tensor:
-    """A copy in memory of its own, without which the whole would stay."""
-    return view.clone(memory_format=torch.contiguous_format)
+def _copy(view: Tensor, device: torch.device | None = None) -> Tensor:
+    """A copy in memory of its own, without which the whole would stay; None leaves it on its device."""
+    return view.to(device or view.device, copy=True, memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,8 @@ def load_model(
     quantization: BitsAndBytesConfig | None,
     device: torch.device,
     progress: Progress | None,
+    *,
+    mapped: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal model with frozen weights and lorarep's attention, which has to be registered.
 
@@ -73,20 +75,25 @@ def load_model(
         dtype: of weights that are not quantized; None is the checkpoint's own.
         quantization: how to quantize; None where the checkpoint is quantized already or nothing is to be quantized.
         progress: told of tensors, as stage "load" or "quantize".
+        mapped: leaves the weights in maps of their files, on the CPU; for those of which parts are copied elsewhere.
 
     Raises:
         DataLoss: a file of weights is truncated or no safetensors file, named; or a weight is missing, or of another
             shape than the config says.
     """
     _check_weights(folder)
-    with _reporting(progress, "load" if quantization is None else "quantize"), _memory_as_needed(), _read(device):
+    with (
+        _reporting(progress, "load" if quantization is None else "quantize"),
+        _memory_as_needed(),
+        nullcontext() if mapped else _read(device),
+    ):
         load = model_class(config).from_pretrained
         model, found = load(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
             # Each tensor is quantized as it is read, so the unquantized model is never whole in memory.
-            device_map={"": device},
+            device_map={"": torch.device("cpu") if mapped else device},
             attn_implementation=ATTENTION,
             quantization_config=quantization,
             local_files_only=True,
@@ -134,9 +141,12 @@ def share_weights(
     on_gpu, weights = device.type == "cuda", []
     pool = torch.cuda.MemPool() if on_gpu else None
     for first in range(0, len(walk.layers), LAYERS_AT_ONCE):
-        weights += _share_linears(walk.layers[first : first + LAYERS_AT_ONCE], walk, dtype, pool, shard)
+        weights += _share_linears(walk.layers[first : first + LAYERS_AT_ONCE], walk, dtype, device, pool, shard)
         if on_gpu:
             torch.cuda.empty_cache()  # so that there are two copies of these layers alone
+    for module in (model, *walk.layers):
+        if any(p.device.type != device.type for p in module.parameters()):  # still in maps of their files
+            module.to(device)
     vectors = [p for module in (model, *walk.layers) for p in module.parameters() if p.dim() == 1]
     arena = Arena(vectors, device, pool)
     for vector in vectors:  # norms and biases
@@ -148,17 +158,18 @@ def _share_linears(
     layers: Sequence[nn.Module],
     walk: Walk,
     dtype: torch.dtype,
+    device: torch.device,
     pool: torch.cuda.MemPool | None,
     shard: Shard | None,
 ) -> list[dict[str, Weight]]:
     linears = [linear_modules(layer) for layer in layers]
     weights = [{name: shared_weight(module) for name, module in own.items()} for own in linears]
     if shard is not None:
-        weights = [{name: shard.weight(name, weight) for name, weight in own.items()} for own in weights]
+        weights = [{name: shard.weight(name, weight, device) for name, weight in own.items()} for own in weights]
     pack_layers(weights, dtype, pool)
     for layer, modules, own in zip(layers, linears, weights, strict=True):
         for name, module in modules.items():
-            bias, add_up = (module.bias, None) if shard is None else shard.rest(name, module)
+            bias, add_up = (module.bias, None) if shard is None else shard.rest(name, module, device)
             layer.set_submodule(name, SharedLinear(own[name], bias, name, walk.adapt, add_up))
             # bitsandbytes has a weight and its module refer to each other: apart, their memory is free at once.
             del module.weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lorarep_runtime.device.group import Group
@@ -20,15 +21,15 @@ class Shard:
     group: Group
     """Of the tensors that all ranks compute at the same time, in the same order."""
 
-    def weight(self, module: str, whole: Weight) -> Weight:
-        """The rank's part of a weight, a copy.
+    def weight(self, module: str, whole: Weight, device: torch.device) -> Weight:
+        """The rank's part of a weight, a copy on its device.
 
         Args:
             module: its path in the layer.
         """
-        return cut_weight(whole, self.cut.part(module, whole.shape))
+        return cut_weight(whole, self.cut.part(module, whole.shape), device)
 
-    def rest(self, module: str, linear: nn.Linear) -> tuple[nn.Parameter | None, AddUp | None]:
+    def rest(self, module: str, linear: nn.Linear, device: torch.device) -> tuple[nn.Parameter | None, AddUp | None]:
         """The rank's part of a whole module's bias, and how its outputs become whole; None where they are."""
         part = self.cut.part(module, (linear.out_features, linear.in_features))
-        return cut_bias(linear.bias, part, self.cut.rank), self.group.add_up if part.is_summed else None
+        return cut_bias(linear.bias, part, self.cut.rank, device), self.group.add_up if part.is_summed else None

@@ -184,9 +184,9 @@ def ranks_in_threads(patch: pytest.MonkeyPatch, *, in_turns: bool = False) -> It
     """
     lock = threading.Lock()
 
-    def one_at_a_time(*given: Any) -> Any:
+    def one_at_a_time(*given: Any, **named: Any) -> Any:
         with lock:  # a process's loader patches its libraries
-            return load_model(*given)
+            return load_model(*given, **named)
 
     with patch.context() as patched:
         patched.setattr(ThreadRanks, "in_turns", in_turns)

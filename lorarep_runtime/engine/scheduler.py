@@ -155,6 +155,8 @@ class Scheduler:
             if sequence is None:
                 self._passed.add(group)
                 continue
+            if budget <= 0:
+                break
             prefix = sequence.cached_prefix(self.pool)
             remaining = sequence.remaining - PAGE_TOKENS * len(prefix)
             count = self._share(remaining, budget, alone=not schedule.chosen)

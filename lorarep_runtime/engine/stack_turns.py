@@ -16,9 +16,11 @@ MOST_TRIED = 8
 class StackTurns:
     """Chooses the stacks of each step, so that its plan has a bounded number of visits.
 
-    Whoever loads an adapter chooses its stack, and all rows of a step wait for all of its visits. The base's own order
-    is in every step, and of the others those first that were walked the longest time ago. The first of them may be
-    longer than the bound by itself: then it is alone with the base's.
+    Whoever loads an adapter chooses its stack, and all rows of a step wait for all of its visits. Where not all have
+    room, those go first that have had the fewest visits so far (start-time fair queueing, Goyal et al., 1996): a short
+    stack has as many more turns than a deep one as it is shorter. The base's own order is in every step. Stacks that
+    are over the bound by themselves are each alone with it. Together they have as many visits as one other stack, and
+    never two steps in a row while another wants its turn.
 
     Args:
         layers: of the base.
@@ -27,9 +29,12 @@ class StackTurns:
     def __init__(self, layers: int) -> None:
         self._base: Stack = tuple(range(layers))
         self._most = LONGEST_PLAN * layers
-        self._step = 0
-        self._walked: dict[Stack, int] = {}
-        """For each stack of the running sequences the last step that walked it."""
+        self._visits: dict[Stack, int] = {}
+        """Visits that each stack of the running sequences has had where not all had room. A new one has the fewest."""
+        self._visits_over = 0
+        """Those of all stacks together that are over the bound by themselves."""
+        self._was_over = False
+        """Whether the first of the last step was such a stack."""
         self._chosen: set[Stack] = set()
 
     def begin_step(self, stacks: Iterable[Stack]) -> Collection[Stack]:
@@ -40,10 +45,16 @@ class StackTurns:
         """
         # Sequences of one adapter share a tuple, whose hash takes longer than its address.
         asking = set({id(stack): stack for stack in stacks}.values())
-        self._step += 1
-        self._walked = {stack: self._walked.get(stack, 0) for stack in asking}
-        self._chosen = asking if self._has_room_for(asking) else self._first(asking)
-        self._walked.update(dict.fromkeys(self._chosen, self._step))
+        least = min((self._visits[stack] for stack in asking & self._visits.keys()), default=0)
+        self._visits = {stack: self._visits.get(stack, least) for stack in asking}
+        self._visits_over = max(self._visits_over, least)
+        if self._has_room_for(asking):
+            self._chosen = asking
+        else:
+            self._chosen = self._first(asking)
+            for stack in self._chosen:
+                self._visits[stack] += len(stack)
+                self._visits_over += len(stack) * self._is_over(stack)
         return asking - self._chosen
 
     def joins(self, stack: Stack) -> bool:
@@ -52,20 +63,28 @@ class StackTurns:
             if self._chosen and not self._has_room_for({*self._chosen, stack}):
                 return False
             self._chosen = {*self._chosen, stack}
-            self._walked[stack] = self._step
         return True
 
     def _first(self, asking: set[Stack]) -> set[Stack]:
         """The stacks whose turn it is, as many as there is room for."""
-        others = sorted(asking - {self._base}, key=lambda stack: (self._walked[stack], stack))
-        chosen = [others[0], *(asking & {self._base})]
+
+        def turn(stack: Stack) -> tuple[bool, int, int, Stack]:
+            is_over, own = self._is_over(stack), self._visits[stack]
+            return is_over and self._was_over, self._visits_over if is_over else own, own, stack
+
+        first, *others = sorted(asking, key=turn)
+        self._was_over = self._is_over(first)
+        chosen = [first, *(asking & {self._base} - {first})]
         least = len(chosen)
-        for stack in others[1 : 1 + MOST_TRIED]:
-            if length_up_to((*chosen, stack), self._most) <= self._most:
+        for stack in others[:MOST_TRIED]:
+            if stack not in chosen and length_up_to((*chosen, stack), self._most) <= self._most:
                 chosen.append(stack)
         while len(chosen) > least and not self._has_room_for(set(chosen)):  # in another order plans are a little longer
             chosen.pop()
         return set(chosen)
+
+    def _is_over(self, stack: Stack) -> bool:
+        return len(stack) > self._most
 
     def _has_room_for(self, stacks: set[Stack]) -> bool:
         return sum(map(len, stacks)) <= self._most or length_up_to(tuple(sorted(stacks)), self._most) <= self._most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -173,6 +174,32 @@ def test_stacks_that_would_make_a_step_long_take_turns_and_the_bases_own_is_in_e
     assert max(visits) <= 8 * DEPTH
     assert len(visits) <= 40  # each token of the nine has a step to itself at the worst, with the base's beside it
     assert [loop.tokens(number) for number in range(1, 10)] == [[3, 4, 5, 6]] * 9
+    loop.assert_nothing_held()
+
+
+def test_stacks_that_are_too_deep_for_any_step_leave_as_many_visits_to_others() -> None:
+    """Each of their steps is followed by one without them, and others are not as slow as they are."""
+    plans: list[int] = []
+
+    def forward(batch: Batch) -> Counting:
+        plans.append(len(batch.plan.visits))
+        return Counting(batch)
+
+    loop = Loop(4096, forward, max_sequences=10)
+    short = tuple(range(3, 3 + 2 * DEPTH))
+    for i in range(6):
+        deep = tuple((i + j * (i + 1)) % 50 for j in range(20 * DEPTH))
+        loop.submit(f"{i}", lease=FreeLease(f"{i}", stack=deep), new_tokens=30)
+    innocent = loop.submit("short", lease=FreeLease("short", stack=short), new_tokens=40)
+    base = loop.submit(new_tokens=40)
+    while len(loop.tokens(innocent)) < 40:
+        loop.loop.step()
+    over = [visits > 8 * DEPTH for visits in plans]
+    assert not any(one and other for one, other in pairwise(over))
+    assert sum(over) <= 6 + 40 * len(short) // (20 * DEPTH)
+    assert len(loop.tokens(base)) == 40
+    while loop.loop.is_busy:
+        loop.loop.step()
     loop.assert_nothing_held()
 
 

@@ -29,7 +29,6 @@ from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.compiled_adapter import (
-    HEAD,
     Adapter,
     Block,
     Form,
@@ -37,6 +36,7 @@ from lorarep_runtime.model.compiled_adapter import (
     adapter_of,
     allocate,
     blocks_of,
+    copied_matrices,
     entries_of,
     file_parameters,
     is_finite,
@@ -261,6 +261,7 @@ def compile_adapter(
     prefix: str,
     modules: Sequence[str],
     norm_terms: NormTerms,
+    end_weight: Callable[[str], Tensor],
     dtype: torch.dtype,
     device: torch.device,
     sharing: Sharing | None = None,
@@ -276,6 +277,7 @@ def compile_adapter(
         prefix: path of the list of layers, such as "model.layers".
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
         norm_terms: `Base.norm_terms`, for DoRA's norms.
+        end_weight: the base's own weight of its head or embedding, (vocab, hidden), by its path.
         dtype, device: of the activations.
         sharing: where other ranks compile the rest of it.
         progress: told of entries, as stage "compile".
@@ -301,10 +303,15 @@ def compile_adapter(
             own = _own(sharing, block.module, form.shape)
             for run in _runs(found, _most_entries(form)):
                 part = slice(run.start, run.stop)
-                layers = [HEAD if position == HEAD else stack[position] for position in block.positions[part]]
+                layers = [p if p < 0 else stack[p] for p in block.positions[part]]
                 to = Entry._make(None if views is None else views[part] for views in whole)
                 give_way()
                 read, scale = _read(file, found[part], form), found[run.start].scale
+                if form.is_copy:
+                    a, b = copied_matrices(form, _on_device(read[0][0], device), end_weight(block.module))
+                    to.A.copy_(a)
+                    to.B.copy_(b)
+                    continue
                 _compile_run(form, read, scale, to, partial(norm_terms, layers, block.module), own)
                 done += len(run)
                 if progress is not None:

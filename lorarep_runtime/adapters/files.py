@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorarep_runtime.adapters.compile import holds_copy
 from lorarep_runtime.adapters.disk import DiskBudget
-from lorarep_runtime.adapters.header import Header, copies_of_head, layout_of
+from lorarep_runtime.adapters.header import Header, base_copies, layout_of
 from lorarep_runtime.adapters.look import AdapterLook, Expected, fitting_header, naming_bases, other_base
 from lorarep_runtime.adapters.maker import AdapterMaker, Source
 from lorarep_runtime.adapters.peft_config import AdapterConfig
@@ -124,8 +124,8 @@ class AdapterFiles:
 
     def _check_copies(self, weights: WeightsFile, header: Header, layout: Layout) -> None:
         """Checks that what a file has of the base is the base's."""
-        for name, path in copies_of_head(layout, header).items():
-            if not holds_copy(weights, header, name, self.base.model.get_submodule(path).weight):
+        for name, path in base_copies(layout, header).items():
+            if not holds_copy(weights, header, name, self.base.end_weight(path)):
                 raise FailedPrecondition(
                     "is another than the base's, which all adapters share: merge the adapter and serve the merged "
                     "model as a base",
@@ -240,7 +240,7 @@ class AdapterFiles:
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits, family)
         with naming_bases(config, self.base.repository):
             walked = self._walked(config, stack, trusted=trusted)
-            return config, walked, layout_of(config, walked, self.base.layer_modules, self.base.prefix, self.base.head)
+            return config, walked, layout_of(config, walked, self.base.layer_modules, self.base.prefix, self.base.ends)
 
     def _walked(self, config: AdapterConfig, name: str | None, *, trusted: bool) -> Stack:
         """The stack that an adapter is for: its own, or the named one, which may not contradict its config."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
-from lorarep_runtime.model.compiled_adapter import HEAD, Form, Key, Layout
+from lorarep_runtime.model.compiled_adapter import EMBEDDING, Ends, Form, Key, Layout
 from lorarep_runtime.model.stack import Stack
 
 FILE_PREFIX = "base_model.model."
@@ -69,7 +69,7 @@ def checked_header(file: Path, config: AdapterConfig, layout: Layout, prefix: st
     expected = dict(giving_way(_tensors(layout, prefix)))
     if not header.keys() >= expected.keys():
         header = _renamed(header, prefix)
-    unknown = header.keys() - expected.keys() - copies_of_head(layout, header).keys()
+    unknown = header.keys() - expected.keys() - base_copies(layout, header).keys()
     if surplus := {name for name in giving_way(unknown) if not _is_unused(name, header[name], config, prefix)}:
         raise FailedPrecondition(_why_surplus(min(surplus), prefix), field=min(surplus))
     for name, shape in giving_way(expected.items()):
@@ -130,8 +130,8 @@ def _why_surplus(name: str, prefix: str) -> str:
     if name.startswith(f"{FILE_PREFIX}{prefix}."):
         return "is in the file, and nothing in the config speaks of it"
     return (
-        f"is of a module outside {prefix}, whose linear modules are adapted, and on a CPU the head's: train without "
-        "it, or merge the adapter and serve the merged model as a base"
+        f"is of a module outside {prefix}, whose linear modules are adapted, and on a CPU head and embedding: train "
+        "without it, or merge the adapter and serve the merged model as a base"
     )
 
 
@@ -158,7 +158,7 @@ def most_file_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int:
     """Most bytes of a weights file with a layout: in the widest dtype."""
     widest = max(dtype.itemsize for dtype in DTYPES.values())
     numbers = sum(math.prod(shape) for _, shape in giving_way(_tensors(layout, prefix)))
-    numbers += sum(math.prod(form.shape) for (position, _), form in giving_way(layout.items()) if position == HEAD)
+    numbers += sum(math.prod(form.shape) for (position, _), form in giving_way(layout.items()) if position < 0)
     if config.has_training_tensors:
         numbers += sum(f.rank * (f.rank + 1) + f.shape[1] + TRAINING_NUMBERS for f in giving_way(layout.values()))
     return 8 + most_header_bytes(config, layout, prefix) + numbers * widest
@@ -199,15 +199,15 @@ def _header(start: _Start) -> Header:
     return header
 
 
-def copies_of_head(layout: Layout, header: Header) -> Mapping[str, str]:
-    """Tensors of a file that PEFT saves of a head that is adapted: the base's own weight, by the path of the head."""
-    heads = {module: form.shape for (position, module), form in giving_way(layout.items()) if position == HEAD}
-    names = {tensor_name(path, "base_layer.weight"): path for path in heads}
-    return {
-        name: path
-        for name, path in names.items()
-        if name in header and header[name].shape == heads[path] and header[name].dtype in DTYPES
-    }
+def base_copies(layout: Layout, header: Header) -> Mapping[str, str]:
+    """Tensors of a file that PEFT saves of an adapted head or embedding: the base's own weights, by their paths."""
+    found = {}
+    for (position, path), form in giving_way(layout.items()):
+        info = header.get(tensor_name(path, "base_layer.weight")) if position < 0 else None
+        shape = form.shape[::-1] if form.is_embedding else form.shape
+        if info is not None and not form.is_copy and info.shape == shape and info.dtype in DTYPES:
+            found[tensor_name(path, "base_layer.weight")] = path
+    return found
 
 
 def layout_of(
@@ -215,7 +215,7 @@ def layout_of(
     stack: Stack,
     layer_modules: Sequence[Mapping[str, tuple[int, int]]],
     prefix: str,
-    head: tuple[str, tuple[int, int]] | None = None,
+    ends: Ends,
 ) -> Layout:
     """The entries that an adapter's config promises.
 
@@ -224,10 +224,10 @@ def layout_of(
         stack: the layers that the file's layer numbers count.
         layer_modules: for each layer (out, in) of its linear modules, by their paths there.
         prefix: path of the list of layers, such as "model.layers".
-        head: path and (out, in) of the model's head, if that may be adapted.
+        ends: the model's head and embedding, as far as they may be adapted.
 
     Raises:
-        FailedPrecondition: the config targets no module.
+        FailedPrecondition: the config targets no module, or saves one that is no end.
         InvalidArgument: a pattern of the config cannot be matched.
     """
     layout: dict[Key, Form] = {}
@@ -236,8 +236,10 @@ def layout_of(
         path = f"{prefix}.{position}.{module}"
         if config.targets(path) and (form := config.form(path, matrix)).rank:
             layout[position, module] = form
-    if head is not None and config.targets_head(head[0]):
-        layout[HEAD, head[0]] = config.form(*head)
+    for position, (path, shape) in ends.items():
+        if (end := config.end_form(path, shape, is_embedding=position == EMBEDDING)) is not None:
+            layout[position, path] = end
+    config.check_saved([path for path, _ in ends.values()], any(position < 0 for position, _ in layout))
     if not layout:
         raise FailedPrecondition("match no linear layer of the decoder", field="target_modules")
     return layout
@@ -253,7 +255,7 @@ def _tensors(layout: Layout, prefix: str) -> Iterator[tuple[str, tuple[int, ...]
 def path_of(prefix: str, key: Key) -> str:
     """The path of an entry's module in the model; prefix: of the list of layers."""
     position, module = key
-    return module if position == HEAD else f"{prefix}.{position}.{module}"
+    return module if position < 0 else f"{prefix}.{position}.{module}"
 
 
 def tensor_name(path: str, kind: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lorarep_runtime.device.gil import give_way
-from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.compiled_adapter import (
     Adapter,
@@ -33,8 +33,11 @@ def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str])
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
 
     Raises:
+        FailedPrecondition: one has a whole head or embedding in place of the base's.
         InvalidArgument: a weight is so large that the result is infinite or NaN.
     """
+    if any(block.form.is_copy for adapter, _ in parts for block in adapter.blocks):
+        raise FailedPrecondition("one has a head or an embedding of its own, which are not mixed", field="adapters")
     sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
     for adapter, share in parts:
         for key, entry in entries_of(adapter.storage, adapter.blocks).items():

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import regex
 
 from lorarep_runtime.adapters.peft_fields import ADALORA, check_fields, default_targets
+from lorarep_runtime.adapters.peft_values import (
+    boolean,
+    check_expressions,
+    integer,
+    items,
+    mapping,
+    number,
+    ranges,
+    strings,
+)
 from lorarep_runtime.config import AdapterLimits
-from lorarep_runtime.errors import InvalidArgument, shown
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, shown
 from lorarep_runtime.model.compiled_adapter import Form
 from lorarep_runtime.model.stack import Stack, stack_from_ranges
 
@@ -22,16 +31,6 @@ MAX_NAME = 256
 
 ALL_LINEAR = "all-linear"
 """The value of `target_modules` that stands for every linear module."""
-_PLAIN = re.compile(r"[\w.]*")
-_BRACES = re.compile(r"\{[^{}]*\}")
-_ANOTHERS = re.compile(r"\{(?!\d*,?\d*\})|\[:\^?\w+:\]")
-"""What means something to `regex`, which matches here, and only its own characters to `re`, which PEFT uses: errors
-that are allowed, such as "{e<=1}", and POSIX classes. No path of a module has any of these characters."""
-MAX_PATTERNS = 8192
-"""Most names or patterns in one field."""
-MAX_REPEATED = 100_000
-"""Most characters that the repeats of one field's patterns add when they are written out. `regex` writes them out to
-compile a pattern, so that a few nested repeats could take all memory."""
 ADALORA_EPSILON = 1e-5
 """PEFT adds it to the rank that it divides by."""
 MATCHING_SECONDS = 10.0
@@ -52,14 +51,14 @@ class BlockDiagonal:
     @classmethod
     def parse(cls, raw: Any) -> BlockDiagonal | None:
         """Checks the value of `use_bdlora`. Raises InvalidArgument, also for keys that nobody knows."""
-        fields = dict(_mapping("use_bdlora", raw or None))
+        fields = dict(mapping("use_bdlora", raw or None))
         if raw is None or raw is False:
             return None
         block = cls(
-            nblocks=_integer("use_bdlora", fields.pop("nblocks", 1), 1, 1 << 16),
-            target_modules_bd_a=_strings("use_bdlora", fields.pop("target_modules_bd_a", None)),
-            target_modules_bd_b=_strings("use_bdlora", fields.pop("target_modules_bd_b", None)),
-            match_strict=_boolean("use_bdlora", fields.pop("match_strict", True)),
+            nblocks=integer("use_bdlora", fields.pop("nblocks", 1), 1, 1 << 16),
+            target_modules_bd_a=strings("use_bdlora", fields.pop("target_modules_bd_a", None)),
+            target_modules_bd_b=strings("use_bdlora", fields.pop("target_modules_bd_b", None)),
+            match_strict=boolean("use_bdlora", fields.pop("match_strict", True)),
         )
         if fields:
             raise InvalidArgument(f"has {shown(min(fields))}, which nobody knows", field="use_bdlora")
@@ -103,6 +102,9 @@ class AdapterConfig:
     """How training began."""
     base_model_name_or_path: str | None
     """The base that it was trained on, by a repository id or by a path of another machine."""
+    modules_to_save: tuple[str, ...]
+    """Ends of the paths of modules that the file has whole, in place of the base's."""
+    ensure_weight_tying: bool
     has_training_tensors: bool
     """Whether its file may have tensors that only training reads."""
     layer_replication: tuple[tuple[int, int], ...] | None
@@ -134,42 +136,42 @@ class AdapterConfig:
                 raise InvalidArgument("goes with a list of target_modules, not with an expression", field=field)
         trained_on = raw.get("base_model_name_or_path")
         rank_field, usual_rank = ("init_r", 12) if adaptive else ("r", 8)
-        ranks = _mapping("rank_pattern", raw.get("rank_pattern"))
+        ranks = mapping("rank_pattern", raw.get("rank_pattern"))
         config = cls(
             peft_type=raw["peft_type"],
-            r=_integer(rank_field, raw.get(rank_field, usual_rank), 1, limits.max_rank),
-            lora_alpha=_number("lora_alpha", raw.get("lora_alpha", 8)),
-            target_modules=targets if isinstance(targets, str) else _strings("target_modules", targets),
-            exclude_modules=excluded if isinstance(excluded, str) else _strings("exclude_modules", excluded),
+            r=integer(rank_field, raw.get(rank_field, usual_rank), 1, limits.max_rank),
+            lora_alpha=number("lora_alpha", raw.get("lora_alpha", 8)),
+            target_modules=targets if isinstance(targets, str) else strings("target_modules", targets),
+            exclude_modules=excluded if isinstance(excluded, str) else strings("exclude_modules", excluded),
             layers_to_transform=tuple(
-                _integer("layers_to_transform", layer, 0, limits.max_positions) for layer in _items(layers)
+                integer("layers_to_transform", layer, 0, limits.max_positions) for layer in items(layers)
             ),
-            layers_pattern=_strings("layers_pattern", _items(raw.get("layers_pattern") or None)),
+            layers_pattern=strings("layers_pattern", items(raw.get("layers_pattern") or None)),
             rank_pattern=_kept_ranks(ranks, limits.max_rank)
             if adaptive
-            else {
-                key: _integer(f"rank_pattern[{shown(key)}]", rank, 1, limits.max_rank) for key, rank in ranks.items()
-            },
+            else {key: integer(f"rank_pattern[{shown(key)}]", rank, 1, limits.max_rank) for key, rank in ranks.items()},
             alpha_pattern={
-                key: _number(f"alpha_pattern[{shown(key)}]", alpha)
-                for key, alpha in _mapping("alpha_pattern", raw.get("alpha_pattern")).items()
+                key: number(f"alpha_pattern[{shown(key)}]", alpha)
+                for key, alpha in mapping("alpha_pattern", raw.get("alpha_pattern")).items()
             },
-            use_rslora=_boolean("use_rslora", raw.get("use_rslora", False)),
-            use_dora=_boolean("use_dora", raw.get("use_dora", False)),
-            lora_bias=_boolean("lora_bias", raw.get("lora_bias", False)) and not adaptive,
+            use_rslora=boolean("use_rslora", raw.get("use_rslora", False)),
+            use_dora=boolean("use_dora", raw.get("use_dora", False)),
+            lora_bias=boolean("lora_bias", raw.get("lora_bias", False)) and not adaptive,
             use_bdlora=None if adaptive else BlockDiagonal.parse(raw.get("use_bdlora")),
             init_lora_weights=raw.get("init_lora_weights", True),
             base_model_name_or_path=trained_on if isinstance(trained_on, str) and trained_on else None,
+            modules_to_save=strings("modules_to_save", raw.get("modules_to_save")),
+            ensure_weight_tying=raw.get("ensure_weight_tying") is True,
             has_training_tensors=any(raw.get(field) is not None for field in ("velora_config", "monteclora_config")),
-            layer_replication=_ranges(raw.get("layer_replication"), limits.max_positions),
+            layer_replication=ranges(raw.get("layer_replication"), limits.max_positions),
             max_positions=limits.max_positions,
             deadline=time.monotonic() + MATCHING_SECONDS,
         )
         for field, value in (("target_modules", targets), ("exclude_modules", excluded)):
-            _check_expressions(field, [value] if isinstance(value, str) else [], "{}")
+            check_expressions(field, [value] if isinstance(value, str) else [], "{}")
         for field in ("layers_pattern", *([] if adaptive else ["rank_pattern"]), "alpha_pattern"):
             # PEFT puts them into another expression, where a flag for the whole one, such as (?i), is an error.
-            _check_expressions(field, getattr(config, field), "({})")
+            check_expressions(field, getattr(config, field), "({})")
         if not config.target_modules:
             raise InvalidArgument("names no module", field="target_modules")
         if config.layers_pattern and layers is None:
@@ -219,10 +221,53 @@ class AdapterConfig:
                 return int(found["position"]) in self.layers_to_transform
         return False
 
-    def targets_head(self, path: str) -> bool:
-        """Whether the model's head is adapted, which "all-linear" leaves out."""
+    def end_form(self, path: str, shape: tuple[int, int], *, is_embedding: bool) -> Form | None:
+        """The entry of the model's head or embedding, if it has one.
+
+        Args:
+            path: of the module.
+            shape: (out, in).
+
+        Raises:
+            FailedPrecondition: an embedding is adapted by more than LoRA.
+        """
+        if any(path.endswith(name) for name in self.modules_to_save):
+            rank = shape[0] if is_embedding else shape[1]
+            return Form(rank, shape, has_c=False, has_bias=False, is_embedding=is_embedding, is_copy=True)
         names = self.target_modules
-        return not (isinstance(names, str) and names.lower() == ALL_LINEAR) and self.targets(path)
+        if (isinstance(names, str) and names.lower() == ALL_LINEAR) or not self.targets(path):
+            return None
+        form = self.form(path, shape)
+        if not is_embedding:
+            return form
+        if form != Form(form.rank, shape, has_c=False, has_bias=False):
+            raise FailedPrecondition(
+                f"name the embedding {path}, which is adapted by LoRA alone", field="target_modules"
+            )
+        return form._replace(is_embedding=True)
+
+    def check_saved(self, ends: Sequence[str], has_end: bool) -> None:
+        """Checks that modules which the file has whole are ends of the model, and are not tied to each other.
+
+        Args:
+            ends: paths of the head and the embedding, as far as they may be adapted.
+            has_end: whether the adapter has anything for one.
+
+        Raises:
+            FailedPrecondition: naming the field.
+        """
+        for name in self.modules_to_save:
+            if not any(path.endswith(name) for path in ends):
+                raise FailedPrecondition(
+                    f"{shown(name)} is neither head nor embedding of a base on a CPU: train without it, or merge the "
+                    "adapter and serve the merged model as a base",
+                    field="modules_to_save",
+                )
+        if has_end and self.ensure_weight_tying:
+            raise FailedPrecondition(
+                "ties what a file has for head and embedding: merge the adapter, and serve the merged model as a base",
+                field="ensure_weight_tying",
+            )
 
     def form(self, path: str, shape: tuple[int, int]) -> Form:
         """The entry of the linear module at a path.
@@ -285,36 +330,6 @@ class AdapterConfig:
             raise InvalidArgument(f"{shown(pattern)} is not a regular expression: {error}", field=field) from error
 
 
-def _ranges(value: Any, max_positions: int) -> tuple[tuple[int, int], ...] | None:
-    if not value and not isinstance(value, bool | int):
-        return None
-    # Checked over a base of any size: ranges that are wrong on every base are refused without one.
-    stack_from_ranges(value, 2**31, max_positions=max_positions)
-    return tuple((start, end) for start, end in value)
-
-
-def _items(value: Any) -> Sequence[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _strings(field: str, value: Any) -> tuple[str, ...]:
-    if value is not None and not isinstance(value, list):
-        raise InvalidArgument(f"{shown(value)} is not a list of names", field=field)
-    items = value or []
-    for item in items:
-        if not isinstance(item, str) or not item:
-            raise InvalidArgument(f"{shown(item)} is not a name", field=field)
-    _check_count(field, items)
-    return tuple(items)
-
-
-def _mapping(field: str, value: Any) -> Mapping[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise InvalidArgument(f"{shown(value)} is not an object", field=field)
-    _check_count(field, value or {})
-    return value or {}
-
-
 def _kept_ranks(pattern: Mapping[str, Any], most: int) -> dict[str, int]:
     """The ranks that AdaLoRA has kept, by whole paths: its `rank_pattern` says of each rank whether it is kept."""
     ranks: dict[str, int] = {}
@@ -324,58 +339,6 @@ def _kept_ranks(pattern: Mapping[str, Any], most: int) -> dict[str, int]:
             raise InvalidArgument(f"{shown(kept)} is not a list of up to {most} times true or false", field=field)
         ranks[name.rpartition(".lora_")[0]] = sum(kept)
     return ranks
-
-
-def _check_count(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:
-    if len(items) > MAX_PATTERNS:
-        raise InvalidArgument(f"{len(items)} entries are over the limit of {MAX_PATTERNS}", field=field)
-
-
-def _check_expressions(field: str, patterns: Iterable[str], whole: str) -> None:
-    """Refuses patterns that would take all memory to compile, and patterns that PEFT's own `re` does not know.
-
-    Repeats within repeats take memory; recursion and other extensions of `regex` are unknown to `re`.
-
-    Args:
-        whole: the expression that PEFT puts a pattern into, in place of its braces.
-    """
-    added = 0
-    for pattern in patterns:
-        # Counted as if each repeat were nested in the one before. Braces that are no repeats only lower the limit.
-        times = 1
-        for brace in _BRACES.findall(pattern):
-            count = max(map(int, re.findall(r"[0-9]{1,9}", brace)), default=1)
-            times = min(times * max(count, 1), MAX_REPEATED + 1)
-        added += len(pattern) * (times - 1)
-        if added > MAX_REPEATED:
-            raise InvalidArgument(
-                f"its repeats written out are over the limit of {MAX_REPEATED} characters", field=field
-            )
-        if found := _ANOTHERS.search(pattern):
-            raise InvalidArgument(f"{shown(pattern)} has {found[0]!r}, which is no part of any path", field=field)
-        if not _PLAIN.fullmatch(pattern):
-            try:
-                re.compile(whole.format(pattern))
-            except (re.error, RecursionError, OverflowError, ValueError) as error:
-                raise InvalidArgument(f"{shown(pattern)} is not a regular expression: {error}", field=field) from error
-
-
-def _integer(field: str, value: Any, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidArgument(f"{shown(value)} is not a whole number from {low} to {high}", field=field)
-    return value
-
-
-def _number(field: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e30:
-        raise InvalidArgument(f"{shown(value)} is not a finite number", field=field)
-    return float(value)
-
-
-def _boolean(field: str, value: Any) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise InvalidArgument(f"{shown(value)} is not true or false", field=field)
-    return bool(value)
 
 
 def check_name(name: str) -> None:

@@ -18,6 +18,7 @@ TASK = "CAUSAL_LM"
 CONSUMED = {
     "alpha_pattern",
     "bias",
+    "ensure_weight_tying",
     "exclude_modules",
     "init_lora_weights",
     "init_r",
@@ -26,6 +27,7 @@ CONSUMED = {
     "layers_to_transform",
     "lora_alpha",
     "lora_bias",
+    "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
@@ -43,7 +45,6 @@ NO_EFFECT = {
     "beta2",
     "corda_config",
     "deltaT",
-    "ensure_weight_tying",  # of modules_to_save, which are refused
     "eva_config",
     "fan_in_fan_out",  # of Conv1D; PEFT sets it as the base's modules need it
     "inference_mode",
@@ -71,8 +72,6 @@ REFUSED = {
     "arrow_config": "Arrow chooses among other adapters for each token: serve those by their names, or as a mix",
     "kasa_config": "KaSA changes the base's own weights: merge the adapter, and serve the merged model as a base",
     "megatron_config": "its layers are Megatron's: convert the adapter to the modules of transformers",
-    "modules_to_save": "its file has whole modules in place of the base's: train without them, or merge the adapter "
-    "and serve the merged model as a base",
     "target_parameters": "train linear modules instead, or merge the adapter and serve the merged model as a base",
     "trainable_token_indices": "merge the adapter, and serve the merged model as a base",
     "use_qalora": "QALoRA pools its inputs in groups: merge the adapter, and serve the merged model as a base",

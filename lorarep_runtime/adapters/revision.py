@@ -8,7 +8,7 @@ from lorarep_runtime.adapters.files import AdapterFiles, CheckedFiles
 from lorarep_runtime.adapters.resident import Resident, Tier
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.hub.snapshot import LOCAL
-from lorarep_runtime.model.compiled_adapter import Adapter, file_parameters
+from lorarep_runtime.model.compiled_adapter import Adapter, file_parameters, largest_rank
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class Revision(Resident):
         """The repository in the Hub cache, without a folder in it."""
         self.stack = checked.stack
         self.kind = "dora" if checked.config.use_dora else "lora"
-        self.rank = max(form.rank for form in checked.layout.values())
+        self.rank = largest_rank(checked.layout.values())
         self.parameters = file_parameters(checked.layout)
         self._files = files
         self._stack_name = stack_name

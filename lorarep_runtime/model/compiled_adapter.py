@@ -22,8 +22,11 @@ Key = tuple[int, str]
 """A position in the stack, and the path of a linear module inside its layer, such as "self_attn.q_proj"."""
 
 
-HEAD = -1
-"""The position of the model's head, which is in no stack: all stacks share it. Its module is its path in the model."""
+HEAD, EMBEDDING = -1, -2
+"""The positions of the model's head and embedding, which are in no stack: all stacks share them. The modules of such
+entries are paths in the model."""
+Ends = Mapping[int, tuple[str, tuple[int, int]]]
+"""By `HEAD` and `EMBEDDING`, where adapters may adapt these: path and (out, in). An embedding's "in" is tokens."""
 
 
 class Form(NamedTuple):
@@ -41,6 +44,11 @@ class Form(NamedTuple):
     has_e: bool = False
     """Whether a file has the factors of the ranks (AdaLoRA's singular values) beside A."""
 
+    is_embedding: bool = False
+    """Whether it is of an embedding."""
+    is_copy: bool = False
+    """Whether a file has a whole weight in place of the base's. Its difference from that is what A and B are."""
+
     @property
     def pieces(self) -> Sequence[tuple[int, ...]]:
         """Shapes of an entry's tensors in memory: A, Bᵀ, c, bias."""
@@ -51,6 +59,9 @@ class Form(NamedTuple):
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Kinds and shapes of an entry's tensors in a file."""
         out, into = self.shape
+        if self.is_copy or self.is_embedding:
+            yield from self._tensors_of_ends()
+            return
         suffix = "" if self.has_e else ".weight"
         yield f"lora_A{suffix}", (self.rank, into // self.a_blocks)
         yield f"lora_B{suffix}", (out, self.rank // self.b_blocks)
@@ -60,6 +71,14 @@ class Form(NamedTuple):
             yield "lora_B.bias", (out,)
         if self.has_c:
             yield "lora_magnitude_vector", (out,)
+
+    def _tensors_of_ends(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        out, into = self.shape
+        if self.is_copy:
+            yield "weight", (into, out) if self.is_embedding else (out, into)
+        else:
+            yield "lora_embedding_A", (self.rank, into)
+            yield "lora_embedding_B", (out, self.rank)
 
 
 def whole_matrices(form: Form, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -88,6 +107,18 @@ def _block_diagonal(blocks: Tensor, count: int) -> Tensor:
     whole = stacked.new_zeros(*before, count, out, count, into)
     whole.diagonal(dim1=-4, dim2=-2).copy_(stacked.movedim(-3, -1))
     return whole.flatten(-2).flatten(-3, -2)
+
+
+def copied_matrices(form: Form, copy: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) by which a weight in place of the base's differs from that.
+
+    Args:
+        form: a copy's, whose rank is the number of hidden numbers.
+        copy: fp32 (vocab, hidden).
+        base: (vocab, hidden).
+    """
+    difference, unit = copy - base.float(), torch.eye(form.rank, device=copy.device)
+    return (difference.T, unit) if form.is_embedding else (unit, difference)
 
 
 Layout = Mapping[Key, Form]
@@ -145,7 +176,15 @@ class Adapter:
     @cached_property
     def head(self) -> Entry | None:
         """What the adapter has for the model's head."""
-        found = (block.entries(self.storage) for block in self.blocks if HEAD in block.positions)
+        return self._end(HEAD)
+
+    @cached_property
+    def embedding(self) -> Entry | None:
+        """What the adapter has for the model's embedding."""
+        return self._end(EMBEDDING)
+
+    def _end(self, position: int) -> Entry | None:
+        found = (block.entries(self.storage) for block in self.blocks if position in block.positions)
         entry = next(found, None)
         return None if entry is None else Entry._make(None if views is None else views[0] for views in entry)
 
@@ -168,6 +207,11 @@ def aligned(shape: Sequence[int]) -> int:
 def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
     """Bytes of the storage of a compiled adapter."""
     return dtype.itemsize * sum(n * sum(map(aligned, form.pieces)) for form, n in Counter(layout.values()).items())
+
+
+def largest_rank(forms: Iterable[Form]) -> int:
+    """The largest rank of an adapter's entries, copies aside."""
+    return max((form.rank for form in forms if not form.is_copy), default=0)
 
 
 def file_parameters(layout: Layout) -> int:
@@ -216,7 +260,7 @@ def adapter_of(
     """The adapter in a filled storage; other arguments as the fields of `Adapter`."""
     kind = "dora" if any(block.form.has_c for block in blocks) else "lora"
     table = table_of(storage, blocks, stack, modules) if storage.is_cuda else None
-    rank = max(block.form.rank for block in blocks)
+    rank = largest_rank(block.form for block in blocks)
     return Adapter(stack, tuple(modules), storage, blocks, table, kind, rank, parameters)
 
 

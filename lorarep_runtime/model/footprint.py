@@ -12,11 +12,12 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.integers import ceil_div
+from lorarep_runtime.model.compiled_adapter import Ends
 from lorarep_runtime.model.kv_cache import pages_of
 from lorarep_runtime.model.layer_walk import find_layers
 from lorarep_runtime.model.linear import linear_shapes, straighten
 from lorarep_runtime.model.model_config import kv_shape, model_class
-from lorarep_runtime.model.walked_model import head_of
+from lorarep_runtime.model.walked_model import ends_of
 
 NF4_BLOCK = 64
 """Weights that share a scale."""
@@ -46,8 +47,8 @@ class Footprint:
     """Path of the list of layers, such as "model.layers"."""
     dtype: torch.dtype
     """The dtype of activations and of all weights that are not quantized."""
-    head: tuple[str, tuple[int, int]] | None
-    """Path and (out, in) of the head, if adapters may adapt it."""
+    ends: Ends
+    """The head and the embedding that adapters may adapt on a CPU."""
     family: str
     """`model_type` of the base's config."""
     page_bytes: int
@@ -118,7 +119,7 @@ def footprint(
         layer_modules=[linear_shapes(layer) for layer in layers],
         prefix=prefix,
         dtype=dtype,
-        head=head_of(model),
+        ends=ends_of(model),
         family=config.model_type,
         page_bytes=kv_shape(config).page_bytes(dtype),
     )

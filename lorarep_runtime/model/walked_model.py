@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.eager import adapt as eager
 from lorarep_runtime.kernels.eager.adapt import Slice
+from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.batch import Batch
+from lorarep_runtime.model.compiled_adapter import EMBEDDING, HEAD, Ends
 from lorarep_runtime.model.cut import check_layers
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import Walk, find_layers
@@ -32,12 +34,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def head_of(model: PreTrainedModel) -> tuple[str, tuple[int, int]] | None:
-    """Path and (out, in) of a model's head, if that is a plain linear module."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return None
-    return next(path for path, module in model.named_modules() if module is head), (head.out_features, head.in_features)
+def ends_of(model: PreTrainedModel) -> Ends:
+    """A model's head and embedding, as far as they are plain."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    paths = {module: path for path, module in model.named_modules()}
+    ends = {}
+    if type(head) is nn.Linear:
+        ends[HEAD] = paths[head], (head.out_features, head.in_features)
+    if isinstance(embedding, nn.Embedding):
+        ends[EMBEDDING] = paths[embedding], (embedding.embedding_dim, embedding.num_embeddings)
+    return ends
 
 
 class WalkedModel:
@@ -78,11 +84,15 @@ class WalkedModel:
         whole = kv_shape(self.config)
         self.kv_shape = whole if shard is None else shard.cut.kv_shape(whole)
         """This rank's keys and values of a token at a position."""
-        self.head = None if device.type == "cuda" or shard is not None else head_of(model)
-        """Path and (out, in) of the head where adapters may adapt it: where `forward` computes all logits."""
+        self.ends: Ends = {} if device.type == "cuda" or shard is not None else ends_of(model)
+        """The head and the embedding where adapters may adapt them: where `forward` computes all tokens and logits."""
         self._head_slices: list[Slice] = []
-        if self.head is not None:
+        self._embedded: list[tuple[slice, Entry]] = []
+        """What adapters have for the embedding of rows."""
+        if HEAD in self.ends:
             model.get_output_embeddings().register_forward_hook(self._adapt_head)
+        if EMBEDDING in self.ends:
+            model.get_input_embeddings().register_forward_hook(self._adapt_embedding)
 
     @property
     def layers(self) -> int:
@@ -110,9 +120,15 @@ class WalkedModel:
         return self.model.get_input_embeddings().weight.shape[0]
 
     @contextmanager
-    def _over_head(self, batch: Batch, rows: Tensor) -> Iterator[None]:
-        """Has the head compute with the adapters of rows that have one for it, in the forward pass within."""
-        if self.head is not None and any(span.adapter is not None and span.adapter.head for span in batch.spans):
+    def _over_ends(self, batch: Batch, rows: Tensor) -> Iterator[None]:
+        """Has head and embedding compute with the adapters that have any for them, in the forward pass within."""
+        if self.ends:
+            self._embedded = [
+                (slice(int(start), int(start) + len(span.tokens)), span.adapter.embedding)
+                for start, span in zip(batch.starts, batch.spans, strict=False)
+                if span.adapter is not None and span.adapter.embedding is not None
+            ]
+        if self.ends and any(span.adapter is not None and span.adapter.head for span in batch.spans):
             spans = np.searchsorted(batch.starts, rows.numpy(), side="right") - 1
             adapters = [batch.spans[span].adapter for span in spans]
             entries = [None if adapter is None else adapter.head for adapter in adapters]
@@ -124,7 +140,14 @@ class WalkedModel:
         try:
             yield
         finally:
-            self._head_slices = []
+            self._head_slices, self._embedded = [], []
+
+    def _adapt_embedding(self, embedding: nn.Module, given: tuple[Tensor, ...], hidden: Tensor) -> None:
+        """After the embedding: changes hidden states (1, rows, hidden) of tokens (1, rows) in place."""
+        scale = getattr(embedding, "embed_scale", None)  # of families that scale within the module
+        for rows, entry in self._embedded:
+            added = entry.A[:, given[0][0, rows]].T @ entry.B.T
+            hidden[0, rows] += added if scale is None else added * scale
 
     def _adapt_head(self, head: nn.Module, given: tuple[Tensor, ...], logits: Tensor) -> None:
         """After the head: changes logits (..., rows, vocab) of hidden states (..., rows, hidden) in place."""
@@ -137,6 +160,11 @@ class WalkedModel:
                 eager.adapt(x[s.start : s.stop], y[s.start : s.stop], [s._replace(start=0, stop=1)])
             if bias is not None:
                 y += bias
+
+    def end_weight(self, path: str) -> Tensor:
+        """(vocab, hidden), the weight of the head or the embedding at a path."""
+        weight: Tensor = self.model.get_submodule(path).weight
+        return weight
 
     def make_deterministic(self) -> None:
         """Has `forward` compute each row on a CPU bitwise the same, whatever other rows there are. It is slower then.
@@ -166,7 +194,7 @@ class WalkedModel:
         Returns:
             (n, vocab) fp32 logits.
         """
-        with self.walk.over(batch, pool), self._over_head(batch, rows):
+        with self.walk.over(batch, pool), self._over_ends(batch, rows):
             logits = self.model(
                 input_ids=batch.token_ids.unsqueeze(0),
                 position_ids=batch.token_places.unsqueeze(0),

@@ -52,7 +52,7 @@ def verdict(folder: Path, family: str) -> str:
         base = base_of(family)
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), AdapterLimits(), base.family)
         fetch(str(folder), None, kind="adapter", cache_dir=None)
-        layout = layout_of(config, config.stack(base.layers), base.layer_modules, base.prefix, base.head)
+        layout = layout_of(config, config.stack(base.layers), base.layer_modules, base.prefix, base.ends)
         checked_header(folder / WEIGHTS_FILE, config, layout, base.prefix)
     except LorarepError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""Adapters of the model's head, beside others in one batch, against PEFT."""
+"""Adapters of the model's head and embedding, and whole ones, beside others in one batch, against PEFT."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": dict(target_modules=["lm_head"]),
     "head and more": dict(target_modules=["q_proj", "lm_head"], layer_replication=RANGES, rank_pattern={"lm_head": 5}),
     "DoRA": dict(target_modules=["v_proj", "lm_head"], use_dora=True),
+    "embedding": dict(target_modules=["q_proj", "embed_tokens"], use_rslora=True),
+    "both": dict(target_modules=["lm_head", "embed_tokens", "v_proj"], layer_replication=RANGES),
+    "own head": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "own embedding": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "own both": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], layer_replication=RANGES),
     "all but the head": dict(target_modules="all-linear"),
 }
 # PEFT warns that merging would change a tied embedding, which nobody does here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Llama has a head of its own, Gemma 2 one that is the embedding, and what bounds its logits comes after it."""
+    """Llama has a head of its own. Gemma 3 has one that is the embedding, which scales what it gives."""
     changes: dict[str, Any] = dict(num_hidden_layers=LAYERS)
-    if request.param == "gemma2":
+    if request.param == "gemma3":
         changes["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
     return save_base(request.param, tmp_path_factory.mktemp("head") / "base", **changes)
 
@@ -75,6 +80,9 @@ def test_a_head_is_mixed_and_counted(engine: Engine, base: Path, adapters: dict[
     vocab, hidden = load_file(adapters["head"] / WEIGHTS)["base_model.model.lm_head.base_layer.weight"].shape
     assert engine.ledger().adapters["head"] >= 4 * 4 * (vocab + hidden)
     assert engine.adapters.get("head").parameters == 4 * (vocab + hidden)
+    assert engine.adapters.get("own both").rank == 4
+    with pytest.raises(FailedPrecondition, match=r"^adapters: one has a head or an embedding of its own"):
+        engine.generate([(greedy(), engine.adapters.lease([("own both", 1.0), ("both", 1.0)]))])
 
 
 def test_a_head_that_is_not_the_bases_is_refused_by_name(

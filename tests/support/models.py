@@ -174,6 +174,10 @@ def save_adapter(
         noise = torch.randn(parameter.shape, generator=generator)
         if "lora_magnitude" in name or "lora_E" in name:
             parameter.data *= 1 + 0.3 * noise
+        elif "modules_to_save" in name:
+            parameter.data += 0.1 * noise
+        elif "lora_embedding" in name:
+            parameter.data = 0.3 * noise
         elif "lora_A" in name:
             parameter.data = noise / parameter.shape[1] ** 0.5
         elif "lora_B" in name:

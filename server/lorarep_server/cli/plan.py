@@ -138,7 +138,7 @@ def _adapter(
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), AdapterLimits(), footprint.family)
         with naming_bases(config, base):
             stack = config.stack(footprint.layers)
-            return config, stack, layout_of(config, stack, footprint.layer_modules, footprint.prefix, footprint.head)
+            return config, stack, layout_of(config, stack, footprint.layer_modules, footprint.prefix, footprint.ends)
 
     look = AdapterLook(expected, footprint.prefix, base)
     snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress, look=look)

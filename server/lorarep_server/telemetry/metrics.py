@@ -156,6 +156,8 @@ class EngineCollector(Collector):
         yield _gauge("kv_usage_ratio", "Part of the pages in use, 0 to 1.", stats.pages_used / stats.pages_total)
         yield _by("memory_bytes", "Device memory.", "category", ledger.categories)
         yield _by("adapter_memory_bytes", "Device memory of adapters and of mixes.", "adapter", ledger.adapters)
+        ranks = {str(rank): sum(held.values()) for rank, held in enumerate(ledger.ranks or [ledger.categories])}
+        yield _by("rank_memory_bytes", "Device memory of each rank of the base.", "rank", ranks)
         tiers = engine.adapters.tiers()
         by_tier = {tier: tiers.get(tier, 0) for tier in ("device", "host", "disk")}
         yield _by("adapters_loaded", "Adapters that can be named, by where they are.", "tier", by_tier)

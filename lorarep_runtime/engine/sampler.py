@@ -75,7 +75,7 @@ class SamplerState:
         self._ends = _on(device, self._ends)
         return self._ends
 
-    def uniform(self, unread: int = 0) -> float:
+    def uniform(self, unread: int) -> float:
         """The random number in [0, 1) of the token that comes after `unread` others.
 
         It is a function of the seed and the token's place in the answer alone (Salmon et al., 2011).

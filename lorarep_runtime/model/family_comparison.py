@@ -49,7 +49,7 @@ def refusal(config: PretrainedConfig) -> str:
     except Exception as error:
         if isinstance(error, LorarepError):
             return error.message
-        return f"computing a small model of it fails with {type(error).__name__}: {first_line(error)}"
+        return f"its code fails in small with {type(error).__name__}: {first_line(error)}"
 
 
 def _refusal(config: PretrainedConfig) -> str:

@@ -42,13 +42,13 @@ def read_model_config(folder: Path) -> PretrainedConfig:
         raise FailedPrecondition(
             f"{shown(name)} in place of model.safetensors or its index is not supported", field="transformers_weights"
         )
+    foreign = set(getattr(text, "layer_types", None) or ()) - UNIFORM_ATTENTION
+    if foreign:
+        raise FailedPrecondition(f"layer_types {sorted(foreign)} have no keys and values to page", field="base")
     if getattr(text, "is_heterogeneous", False):
         raise FailedPrecondition(
             "per_layer_config, which gives layers fields of their own, is not supported", field="base"
         )
-    foreign = set(getattr(text, "layer_types", None) or ()) - UNIFORM_ATTENTION
-    if foreign:
-        raise FailedPrecondition(f"layer_types {sorted(foreign)} have no keys and values to page", field="base")
     return config
 
 

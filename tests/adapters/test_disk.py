@@ -47,6 +47,18 @@ def answered(engine: Engine, name: str) -> tuple[int, ...]:
     return engine.generate([(greedy(new_tokens=6), engine.adapters.lease([(name, 1.0)]))])[0].tokens
 
 
+def test_nothing_leaves_for_what_fills_the_limit_to_its_last_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = DiskBudget(tmp_path, 100, dict)
+    monkeypatch.setattr(budget, "_trim", None)
+    with budget.staying("org/a"), budget.staying("org/b"):
+        budget.expect("org/a", 60)
+        budget.expect("org/b", 40)
+        with pytest.raises(Exhausted, match="41 bytes of org/b"):
+            budget.expect("org/b", 41)
+
+
 def test_the_least_recently_used_leave_the_cache_and_come_back(
     hub: FaultyHub, base: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -36,6 +37,16 @@ def test_a_request_waits_from_its_submission_until_it_is_admitted() -> None:
     seen.append(loop.stats)
     assert [(s.running, s.waiting) for s in seen] == [(0, 2), (1, 1)]
     assert [(s.running_adapters, s.waiting_adapters) for s in seen] == [((), ("a", "b")), (("a",), ("b",))]
+
+
+def test_a_loop_that_waits_hears_of_a_request_and_of_a_cancellation_at_once() -> None:
+    loop = Loop()
+    for say in (loop.submit, lambda: loop.inbox.cancel(0)):
+        say()
+        began = time.monotonic()
+        loop.inbox.wait_for_news(60)
+        assert time.monotonic() - began < 30
+        loop.loop.step()
 
 
 def test_a_request_that_was_preempted_waits_again() -> None:

@@ -123,7 +123,7 @@ def test_layers_of_every_kind_are_compared_however_late_they_come(monkeypatch: p
         raise RuntimeError("the experts are computed")
 
     monkeypatch.setattr(modeling_deepseek_v3.DeepseekV3MoE, "forward", forward)
-    assert refusal(config) == "computing a small model of it fails with RuntimeError: the experts are computed"
+    assert refusal(config) == "its code fails in small with RuntimeError: the experts are computed"
 
 
 def test_a_comparison_that_takes_too_long_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

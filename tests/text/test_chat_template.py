@@ -129,12 +129,14 @@ def test_callers_share_few_processes() -> None:
     assert chat_template._idle.qsize() == chat_template.PROCESSES
 
 
-def test_a_process_knows_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_knows_nothing_of_the_servers_environment_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     process = start_process(chat_template.__name__, "serve")
     try:
         assert chat_template._ask(process, ["a", CHAT, {}]) == {"text": "a"}
         assert b"secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
         assert os.getsid(process.pid) == process.pid
+        time.sleep(1.2)
+        assert process.poll() is None, "the clock of a rendering goes on after it"
     finally:
         end_process(process)

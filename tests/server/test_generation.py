@@ -170,7 +170,7 @@ SAMPLING = [
         (request("x", stack="absent"), "NOT_FOUND", "absent"),
         (request("x", "org/absent"), "NOT_FOUND", "org/absent"),
         (request("x", "other/lora"), "PERMISSION_DENIED", "other/lora"),
-        (request("x", "org/../lora"), "INVALID_ARGUMENT", "lora"),
+        (request("x", "org/../lora"), "INVALID_ARGUMENT", "org/.."),
     ],
     ids=lambda value: "" if isinstance(value, pb.GenerateRequest) else str(value),
 )

@@ -105,8 +105,6 @@ class Engine:
             ranks.answers()
         deepest = max(map(len, self.stacks.values()))
         self.pool = _page_pool(self.base, config.scheduler.kv_bytes, deepest)
-        self._other_ranks = [] if ranks is None else ranks.ask("held_bytes")
-        """Bytes by their use on each other rank, before there were adapters."""
         self._shallowest = min(map(len, self.stacks.values()))
         self.max_sequences = config.scheduler.max_sequences or _most_sequences(self.pool, deepest)
         """Most sequences in one step."""
@@ -115,6 +113,8 @@ class Engine:
         self._stats = StatsRecorder(self.pool.total)
         self._thread: threading.Thread | None = None
         self.loop = self.make_loop(self._decoder(progress))
+        self._other_ranks = [] if ranks is None else ranks.ask("held_bytes")
+        """Bytes by their use on each other rank, before there were adapters."""
         self.adapters.residency.subscribe(self._inbox.announce_adapter)
         if ranks is not None:
             ranks.subscribe(self._inbox.report_failure)

@@ -152,7 +152,8 @@ class Follower:
         from lorarep_runtime.engine.ledger import categories_of
 
         adapters = sum(adapter.storage.nbytes for adapter in list(self.maker.adapters.values()))
-        self._answer(categories_of(self.base, self.pool, adapters))
+        steps = [] if self.decoder is None else self.decoder.tensors()
+        self._answer(categories_of(self.base, self.pool, adapters, steps))
 
     # Steps.
 

@@ -97,7 +97,7 @@ def test_what_is_wrong_with_a_repository_is_said(server: Server, world: World, t
     weights.write_bytes(whole[:-8])
     refused(lambda: load(server, "bad", publish("truncated")), "DATA_LOSS", "adapter_model.safetensors")
     weights.write_bytes(whole)
-    config.write_text(good.replace('"bias": "none"', '"bias": "all"'))
+    config.write_text(good.replace('"bias": "none"', '"bias": "boft_only"'))
     refused(lambda: load(server, "bad", publish("bias")), "FAILED_PRECONDITION", "bias")
     config.write_text(good.replace('"r": 4', '"r": 100000'))
     refused(lambda: load(server, "bad", publish("huge")), "INVALID_ARGUMENT", "r: 100000")

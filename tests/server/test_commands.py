@@ -91,7 +91,7 @@ def test_a_server_draws_no_bars_into_its_log(server: Server) -> None:
 def test_verify_refuses_what_serving_refuses(world: World, tmp_path: Path) -> None:
     folder = save_adapter(world.base, tmp_path / "bad", **ADAPTERS["plain"])
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "bias": "all"}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bias": "boft_only"}))
     flags = ["--base", str(world.base), "--adapter", str(folder), "--device=cpu", "--dtype=float32"]
     ended = CliRunner().invoke(main, ["verify", *flags])
     assert (ended.exit_code, ended.stderr.splitlines()[-1][:12]) == (1, "Error: bias:")

@@ -29,10 +29,10 @@ from cosmic_ray.work_item import MutationSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {
-    "lorarep_runtime/adapters": ["tests/adapters", "tests/parity/test_mixes.py"],
+    "lorarep_runtime/adapters": ["tests/adapters", "tests/parity", "tests/engine/test_ranks.py"],
     "lorarep_runtime/engine": ["tests/engine"],
     "lorarep_runtime/hub": ["tests/hub"],
-    "lorarep_runtime/model": ["tests/model", "tests/engine/test_engine.py"],
+    "lorarep_runtime/model": ["tests/model", "tests/engine/test_engine.py", "tests/parity"],
     "lorarep_runtime/text": ["tests/text"],
     "server/lorarep_server/api": ["tests/server"],
     "server/lorarep_server/loading": ["tests/server"],
@@ -107,8 +107,8 @@ def draw(folders: Sequence[str], draws: int, dice: random.Random) -> list[Mutant
     return drawn
 
 
-def is_caught(mutant: Mutant, copy: Path) -> bool:
-    """Whether one of the tests of its folder fails. The tests of the file's own name run first."""
+def catcher(mutant: Mutant, copy: Path) -> str | None:
+    """What of the tests of its folder fails first; None if all pass. The tests of the file's own name run first."""
     inside = mutant.file.relative_to(ROOT)
     tests = TESTS[str(inside.parent)]
     own = [str(file.relative_to(copy)) for file in sorted(copy.glob(f"tests/*/test_{inside.stem}.py"))]
@@ -116,28 +116,34 @@ def is_caught(mutant: Mutant, copy: Path) -> bool:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(copy / at) for at in ("", "server", "proto"))}
     env["PYTHONDONTWRITEBYTECODE"] = "1"  # a file of the same size, written in the same second, would be read as before
     (copy / inside).write_text(mutant.text)
-    runs = dict(cwd=copy, env=env, stdout=subprocess.DEVNULL, timeout=SECONDS)
+    runs = dict(cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS)
     try:
-        return any(subprocess.run([*command, *files], **runs).returncode for files in (own, tests) if files)
+        for files in (own, tests):
+            if files and (ended := subprocess.run([*command, *files], **runs)).returncode:
+                lines = [line for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR tests"))]
+                return lines[-1] if lines else f"status {ended.returncode}"
+        return None
     except subprocess.TimeoutExpired:
-        return True
+        return f"over {SECONDS} s"
     finally:
         shutil.copy(mutant.file, copy / inside)
 
 
 def main() -> None:
-    """Prints each mutation, and whether a test caught it."""
+    """Prints each mutation, and what caught it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--draws", type=int, default=30)
+    parser.add_argument("--skip", type=int, default=0, help="so many of the first ones")
     parser.add_argument("--folder", action="append", choices=TESTS, help="only these; all where none is said")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
-        for mutant in draw(asked.folder or list(TESTS), asked.draws, random.Random(asked.seed)):
-            print("caught" if is_caught(mutant, copy) else "LIVES", f"{mutant.file.relative_to(ROOT)}:{mutant.line}")
-            print(mutant.diff(), flush=True)
+        drawn = draw(asked.folder or list(TESTS), asked.draws, random.Random(asked.seed))
+        for number, mutant in enumerate(drawn[asked.skip :], asked.skip):
+            print(f"{number}: {mutant.file.relative_to(ROOT)}:{mutant.line}\n{mutant.diff()}", flush=True)
+            print(catcher(mutant, copy) or "LIVES", flush=True)
 
 
 if __name__ == "__main__":

@@ -47,16 +47,18 @@ def answered(engine: Engine, name: str) -> tuple[int, ...]:
     return engine.generate([(greedy(new_tokens=6), engine.adapters.lease([(name, 1.0)]))])[0].tokens
 
 
-def test_nothing_leaves_for_what_fills_the_limit_to_its_last_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_may_be_filled_to_its_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     budget = DiskBudget(tmp_path, 100, dict)
-    monkeypatch.setattr(budget, "_trim", None)
+    monkeypatch.setattr(budget, "_trim", None)  # nothing has to leave
     with budget.staying("org/a"), budget.staying("org/b"):
         budget.expect("org/a", 60)
         budget.expect("org/b", 40)
         with pytest.raises(Exhausted, match="41 bytes of org/b"):
             budget.expect("org/b", 41)
+    budget._held = {"org/old": 90}
+    monkeypatch.setattr(budget, "_trim", lambda: budget._held.update({"org/old": 40}))
+    with budget.staying("org/a"):
+        budget.expect("org/a", 60)
 
 
 def test_the_least_recently_used_leave_the_cache_and_come_back(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorarep_runtime import failpoints
+from lorarep_runtime.adapters.rank_makers import LeadingMaker
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.engine.leading_decoder import LeadingDecoder
@@ -181,3 +182,23 @@ def test_a_base_that_cannot_be_divided_is_refused_by_what_it_has(
     with ranks_in_threads(monkeypatch), pytest.raises(FailedPrecondition, match=said) as refused:
         engine_for(folder, quantization, ranks=ranks)
     assert refused.value.field == "tensor_parallel"
+
+
+@pytest.mark.parametrize("sends", [False, True])
+def test_a_load_ends_with_an_error_of_ours_where_a_rank_has_gone(sends: bool) -> None:
+    """And so does the server, whose ranks hear of it."""
+
+    class Gone:
+        def send(self, message: object) -> None:
+            if not sends:
+                raise BrokenPipeError
+
+        def receive(self) -> object:
+            raise EOFError
+
+    told: list[BaseException] = []
+    ranks: Any = SimpleNamespace(loads=[Gone()], check=lambda: None, fail=told.append)
+    adapter: Any = SimpleNamespace(number=1)
+    with pytest.raises(EngineFailure, match="a rank has ended") as error:
+        LeadingMaker(None, ranks).copy(adapter, torch.device("cpu"))  # type: ignore[arg-type]
+    assert told == [error.value]

@@ -139,3 +139,19 @@ def test_tokens_that_end_a_character_and_begin_another_are_not_decoded_anew(
 @given(st.text("aé中🦜 ", max_size=30))
 def test_with_a_decoder_of_other_parts_text_is_whole_too(other_parts: Tokenizer, text: str) -> None:
     assert shown(other_parts, ids(other_parts, text.encode())) == text.replace("a", "b")
+
+
+def test_a_token_costs_no_more_late_in_an_answer(fallback: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    decode = fallback.decode
+
+    def counted(tokens: list[int]) -> str:
+        counts.append(len(tokens))
+        return decode(tokens)
+
+    monkeypatch.setattr(fallback, "decode", counted)
+    stream = TextStream(fallback, (), [1])
+    for _ in range(100):
+        stream.feed(1, may_stop=True)
+    assert counts
+    assert max(counts) < 20

@@ -1,7 +1,7 @@
 """Failpoints: places where a test can cause a fault that nothing from outside provokes, after etcd's gofail.
 
 They do nothing unless the process was started with `LORAREP_FAILPOINTS` naming a folder. A file there with a
-failpoint's name says how that failpoint acts, for as long as the file exists: `error`, `out-of-memory`,
+failpoint's name says how that failpoint acts, for as long as the file exists: `error`, `out-of-memory`, `panic`,
 `sleep SECONDS`, or `hold`, which waits until the file is gone. After the word `once` the first thread that passes
 removes the file. A failpoint that has acted leaves the file `NAME.reached`.
 """
@@ -13,6 +13,10 @@ import time
 from pathlib import Path
 
 _FOLDER = os.environ.get("LORAREP_FAILPOINTS")
+
+
+class Panic(BaseException):
+    """What a panic of a library in Rust becomes: no Exception."""
 
 
 def failpoint(name: str) -> None:
@@ -45,6 +49,8 @@ def _act(file: Path) -> None:
             import torch  # slow to import, and not needed by a server that has yet to open its port
 
             raise torch.OutOfMemoryError(f"failpoint {file.name}")
+        case "panic":
+            raise Panic(f"failpoint {file.name}")
         case "sleep":
             time.sleep(float(more[0]))
         case "hold":

@@ -108,6 +108,19 @@ def test_device_memory_that_is_short_while_loading_leaves_what_is_loaded(
     unload(server, "plain")
 
 
+def test_a_panic_while_loading_ends_that_load_alone(
+    server: Server, bystander: Bystander, failpoints: Failpoints
+) -> None:
+    """A library in Rust panics with what is no Exception."""
+    for stage in ("adapter", "load-compile"):
+        failpoints.set(stage, "once panic")
+        refused(lambda: load(server, "plain", "org/plain"), "INTERNAL", "the server's log")
+    failed = "lorarep_adapter_load_seconds_count{outcome=internal}{source=hub}"
+    assert server.metrics()[failed] == 2
+    assert load(server, "plain", "org/plain").tier == ON_DEVICE
+    unload(server, "plain")
+
+
 def test_the_bases_file_may_be_written_to_once_the_server_is_ready(
     server: Server, bystander: Bystander, world: World
 ) -> None:

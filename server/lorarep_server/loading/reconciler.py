@@ -174,7 +174,9 @@ class Reconciler:
             try:
                 await self._load(registry, name, entry)
                 return
-            except Exception as error:
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # libraries in Rust panic with what is no Exception
                 wait = self._record_failure(name, entry, error, pause)
             await asyncio.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -191,7 +193,7 @@ class Reconciler:
         entry.set_loaded(info)
         log.info("adapters file: %s is %s at %s", name, info.repository, info.commit)
 
-    def _record_failure(self, name: str, entry: _Entry, error: Exception, pause: float) -> float:
+    def _record_failure(self, name: str, entry: _Entry, error: BaseException, pause: float) -> float:
         """Records the error of an attempt. Returns the seconds until the next attempt."""
         status = status_of(error)
         entry.error = f"{status.code.name}: {status.text}"

@@ -123,7 +123,9 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         try:
             self._admit(task)
             return await work
-        except (Exception, asyncio.CancelledError) as error:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # libraries in Rust panic with what is no Exception
             work.close()  # work that was not admitted has not started
             if isinstance(error, asyncio.CancelledError) and self._ending:
                 status = status_of(Unavailable("the server has shut down"))

@@ -113,7 +113,7 @@ class Metrics:
             started, outcome = time.monotonic(), "ok"
             try:
                 return load()
-            except Exception as error:
+            except BaseException as error:  # libraries in Rust panic with what is no Exception
                 outcome = code_of(error).name.lower()
                 raise
             finally:

@@ -70,6 +70,15 @@ def multiply_in_blocks(module: nn.Module) -> None:
         module.forward = partial(_in_blocks, module.forward)
 
 
+def compute_row_by_row(module: nn.Module) -> None:
+    """Has a module of one tensor (..., rows, n) to another compute one row at a time."""
+    module.forward = partial(_row_by_row, module.forward)
+
+
+def _row_by_row(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([forward(row) for row in x.flatten(0, -2).split(1)]).view(x.shape)
+
+
 def _in_blocks(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     rows = x.flatten(0, -2)
     filled = F.pad(rows, (0, 0, 0, -len(rows) % BLOCK_ROWS))

@@ -24,7 +24,7 @@ from lorarep_runtime.model.compiled_adapter import EMBEDDING, HEAD, Ends
 from lorarep_runtime.model.cut import check_layers
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import Walk, find_layers
-from lorarep_runtime.model.linear import SharedLinear, linear_shapes, multiply_in_blocks, straighten
+from lorarep_runtime.model.linear import SharedLinear, compute_row_by_row, linear_shapes, multiply_in_blocks, straighten
 from lorarep_runtime.model.loader import share_weights
 from lorarep_runtime.model.model_config import kv_shape
 from lorarep_runtime.model.shard import Shard
@@ -44,6 +44,10 @@ def ends_of(model: PreTrainedModel) -> Ends:
     if isinstance(embedding, nn.Embedding):
         ends[EMBEDDING] = paths[embedding], (embedding.embedding_dim, embedding.num_embeddings)
     return ends
+
+
+DETERMINISTIC = {"llama", "mistral", "qwen2", "qwen3"}
+"""`model_type`s whose layers compute with their modules alone, and are known to be deterministic on a CPU then."""
 
 
 class WalkedModel:
@@ -146,8 +150,11 @@ class WalkedModel:
         """After the embedding: changes hidden states (1, rows, hidden) of tokens (1, rows) in place."""
         scale = getattr(embedding, "embed_scale", None)  # of families that scale within the module
         for rows, entry in self._embedded:
-            added = entry.A[:, given[0][0, rows]].T @ entry.B.T
-            hidden[0, rows] += added if scale is None else added * scale
+            at_once = 1 if self.walk.deterministic else rows.stop - rows.start
+            for begin in range(rows.start, rows.stop, at_once):
+                some = slice(begin, begin + at_once)
+                added = entry.A[:, given[0][0, some]].T @ entry.B.T
+                hidden[0, some] += added if scale is None else added * scale
 
     def _adapt_head(self, head: nn.Module, given: tuple[Tensor, ...], logits: Tensor) -> None:
         """After the head: changes logits (..., rows, vocab) of hidden states (..., rows, hidden) in place."""
@@ -170,17 +177,19 @@ class WalkedModel:
         """Has `forward` compute each row on a CPU bitwise the same, whatever other rows there are. It is slower then.
 
         Raises:
-            FailedPrecondition: layers multiply rows by more than linear modules, such as experts.
+            FailedPrecondition: the base is not of DETERMINISTIC.
         """
+        if self.config.model_type not in DETERMINISTIC:
+            raise FailedPrecondition(
+                f"a base of type {self.config.model_type!r} cannot be, only one of {', '.join(sorted(DETERMINISTIC))}",
+                field="deterministic",
+            )
         for layer in self.walk.layers:
-            if any(parameter.dim() > 1 for parameter in layer.parameters()):
-                raise FailedPrecondition(
-                    f"bases of type {self.config.model_type!r} cannot be: their layers have more than linear modules",
-                    field="deterministic",
-                )
             for module in layer.modules():
                 if isinstance(module, SharedLinear):
                     multiply_in_blocks(module)
+                elif not [*module.children(), *module.parameters()]:
+                    compute_row_by_row(module)  # activations: torch computes the ends of a thread's numbers otherwise
         multiply_in_blocks(self.model.get_output_embeddings())
         self.walk.deterministic = True
 

@@ -222,7 +222,9 @@ class GenerationResponse(_message.Message):
     stop_sequence: _builtins.str
     """The stop sequence encountered, iff stop_reason == STOP_SEQUENCE"""
     seed: _builtins.int
-    """Random seed used, not applicable for greedy requests"""
+    """Random seed used, not applicable for greedy requests. It gives the same random numbers; for the same tokens in 16
+    bits or on a GPU the server has to be deterministic (--deterministic).
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenInfo]:
         """Individual generated tokens and associated details, if requested"""

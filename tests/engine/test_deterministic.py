@@ -233,3 +233,21 @@ def test_what_cannot_be_deterministic_is_refused(base: Path, tmp_path: Path) -> 
         save_tokenizer(base)
     with pytest.raises(FailedPrecondition, match="deterministic"):
         engine_of(base, ("none", "float32"))
+
+
+if not GPU:
+
+    def test_activations_do_not_depend_on_the_number_of_rows(base: Path) -> None:
+        """torch gives each thread a part of all numbers, and computes the ends of parts otherwise than the rest."""
+        engine = engine_of(base, ("none", "float32"))
+        activation = engine.base.walk.layers[0].get_submodule("mlp.act_fn")
+        x = torch.randn(1, 64, 1000, generator=torch.Generator().manual_seed(0)) * 4
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            together, alone = activation(x), torch.cat([activation(x[:, i : i + 1]) for i in range(64)], 1)
+            plain = torch.nn.functional.silu(x)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(together, alone)
+        torch.testing.assert_close(together, plain)

@@ -143,15 +143,21 @@ def download(
     except (PermissionDenied, FailedPrecondition, InvalidArgument, Exhausted, DataLoss):
         raise  # what is beyond its bounds is not served from the cache either
     except Exception as error:  # of any class: the client fails in many ways over an answer that makes no sense
+        missing: Sequence[str] = ()
         with suppress(LocalEntryNotFoundError):
             folder = snapshot(local_files_only=True)
-            if part.kind != "base" or not missing_shards(folder):
+            missing = missing_shards(folder) if part.kind == "base" else ()
+            if not missing:
                 return folder
-        raise _translated(error, repository, revision) from error
+        raise _translated(error, repository, revision, missing) from error
 
 
-def _translated(error: Exception, repository: str, revision: str | None) -> LorarepError:
-    """The client's error as one of lorarep's."""
+def _translated(error: Exception, repository: str, revision: str | None, missing: Sequence[str] = ()) -> LorarepError:
+    """The client's error as one of lorarep's.
+
+    Args:
+        missing: files that the cache is known to lack.
+    """
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     at = repository if revision is None else f"{repository} at {revision}"
@@ -173,7 +179,8 @@ def _translated(error: Exception, repository: str, revision: str | None) -> Lora
         return Exhausted(f"{at}: the disk of the hub cache is full")
     if isinstance(error, OSError) and error.errno is not None:
         return FailedPrecondition(f"{at}: the hub cache cannot be used: {error}")
-    return Unavailable(f"{at}: the hub cannot be reached, and the cache does not hold all of it: {reason}")
+    lacks = f"lacks {missing[0]}" if missing else "does not hold all of it"
+    return Unavailable(f"{at}: the hub cannot be reached, and the cache {lacks}: {reason}")
 
 
 def _reporting_bar(progress: Progress | None) -> type[tqdm]:

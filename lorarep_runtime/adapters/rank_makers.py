@@ -97,15 +97,19 @@ class LeadingMaker(AdapterMaker):
         return adapter
 
     def _add_up(self, term: Tensor) -> Tensor:
-        terms = [term.cpu()]
-        for channel in self._ranks.loads:
-            part = self._take(channel)
-            if part is None:
-                raise self._ended[channel] or EngineFailure("the ranks do not make the same")
-            terms.append(torch.from_numpy(part))
-        total = terms[0]
-        for other in terms[1:]:  # in the order of the ranks
-            total = total + other
+        waiting: list[Channel] = []
+        try:
+            total = term.cpu()
+            for channel in self._ranks.loads:  # in the order of the ranks
+                part = self._take(channel)
+                if part is None:
+                    raise self._ended[channel] or EngineFailure("the ranks do not make the same")
+                waiting.append(channel)
+                total = total + torch.from_numpy(part)
+        except BaseException:
+            for channel in waiting:  # they have sent their terms, and send nothing more before they have an answer
+                self._send(channel, None)
+            raise
         for channel in self._ranks.loads:
             self._send(channel, total.numpy())
         return total.to(term.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 from lorarep_runtime import failpoints
-from lorarep_runtime.adapters.rank_makers import LeadingMaker
+from lorarep_runtime.adapters.maker import AdapterMaker
+from lorarep_runtime.adapters.rank_makers import FollowingMaker, LeadingMaker
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.engine.leading_decoder import LeadingDecoder
@@ -22,7 +25,7 @@ from lorarep_runtime.request import Event
 from tests.support.decoders import LateForward, LayerDecoder
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.models import save_adapter, save_base
-from tests.support.ranks import ThreadRanks, ranks_in_threads
+from tests.support.ranks import ThreadRanks, Turns, ranks_in_threads, thread_channels
 from tests.support.servers import wait_for
 
 MODULES = ["q_proj", "o_proj", "down_proj"]
@@ -93,6 +96,44 @@ def test_a_load_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(
     engine.adapters.load("dora", str(dora), trusted=True)
     assert len(answer(engine, "dora")) == 8
     assert_nothing_held(engine)
+
+
+@dataclass
+class Made:
+    """An adapter of one sum."""
+
+    total: float
+    number: int = 0
+
+
+@pytest.mark.parametrize("fails", [1, 3])
+def test_a_load_that_fails_on_one_of_four_ranks_leaves_no_other_waiting(
+    points: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """Those before it have sent their terms, and wait for the sum."""
+    monkeypatch.setattr(AdapterMaker, "compile", lambda *given: Made(given[-1].add_up(torch.ones(1)).item()))
+    base: Any = SimpleNamespace(shard=SimpleNamespace(cut=None), device=torch.device("cpu"))
+    pairs = [thread_channels(Turns()) for _ in range(3)]
+    others: list[Any] = [FollowingMaker(AdapterMaker(base), theirs, rank) for rank, (_, theirs) in enumerate(pairs, 1)]  # type: ignore[arg-type]
+    for other in others:
+        threading.Thread(target=other.run, daemon=True).start()
+    ranks: Any = SimpleNamespace(loads=[ours for ours, _ in pairs], check=lambda: None)
+    maker, ends = LeadingMaker(base, ranks), list[Any]()
+
+    def load() -> None:
+        for _ in range(2):
+            try:
+                ends.append(maker.compile(None, None))  # type: ignore[arg-type]
+            except RuntimeError as error:
+                ends.append(error)
+
+    (points / f"adapter-{fails}").write_text("once error")
+    threading.Thread(target=load, daemon=True).start()
+    wait_for(lambda: len(ends) == 2, "both loads to end", seconds=5)
+    assert isinstance(ends[0], RuntimeError)
+    assert [ends[1].total, *(made.total for other in others for made in other.adapters.values())] == [4.0] * 4
+    for ours, _ in pairs:
+        ours.close()
 
 
 def test_adapters_come_and_go_beside_a_stream_on_all_ranks(engine: Engine, base: Path, dora: Path) -> None:

@@ -197,7 +197,7 @@ class AdapterFiles:
                 self.disk.expect(repository_of(source), size)
 
         tokenizer = TOKENIZER_BYTES + TOKEN_BYTES * self.base.vocab_size
-        return Bounds(MAX_CONFIG_BYTES, tokenizer, look.most_file_bytes, make_room)
+        return Bounds(MAX_CONFIG_BYTES, tokenizer, look.most_file_bytes, make_room, self._limits.allow_repositories)
 
     def compile(self, checked: CheckedFiles, progress: Progress | None) -> Adapter:
         """Compiles checked files onto the base's device. Raises as `compile_adapter`."""

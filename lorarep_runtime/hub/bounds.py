@@ -40,12 +40,15 @@ class Bounds:
     """Most bytes of its weights, by the folder that holds its config. May raise a LorarepError."""
     make_room: Callable[[int], None]
     """Told of the bytes that are about to come; raises Exhausted where the disk has no room for them."""
+    allowed: Sequence[str]
+    """Patterns of what callers may name, as in `hub.snapshot.check_allowed`: no message speaks of other folders."""
 
 
-def resolve(api: HfApi, repository: str, revision: str | None, cache_dir: Path | None) -> str:
+def resolve(api: HfApi, repository: str, revision: str | None, part: Part, cache_dir: Path | None) -> str:
     """The commit of a revision, which is a branch, a tag, or a commit of one of them.
 
-    A commit that is in the cache is taken without asking: it has been resolved here, or an operator has fetched it.
+    A commit of which the cache has the part's weights is taken without asking: it has been resolved here, or an
+    operator has fetched it. Other parts of that commit may come from anybody.
 
     Raises:
         NotFound: no branch or tag has the name.
@@ -58,7 +61,7 @@ def resolve(api: HfApi, repository: str, revision: str | None, cache_dir: Path |
             f"{revision!r} may be a pull request; a branch, a tag or a commit of one is permitted", field="revision"
         )
     is_commit = _COMMIT.fullmatch(revision) is not None
-    if is_commit and snapshot_folder(repository, revision, cache_dir).is_dir():
+    if is_commit and _has_weights(snapshot_folder(repository, revision, cache_dir), part):
         return revision
     refs = api.list_repo_refs(repository)
     ours = [*refs.branches, *refs.tags]
@@ -83,7 +86,7 @@ def listed(api: HfApi, repository: str, commit: str, part: Part, cache_dir: Path
         FailedPrecondition: they are too many.
     """
     folder = snapshot_folder(repository, commit, cache_dir)
-    if any((folder / name).exists() for name in part.weights):
+    if _has_weights(folder, part):
         with suppress(CachedRepoTreeNotFoundError):
             return get_cached_repo_tree(repository, revision=commit, cache_dir=cache_dir)
     # Anew, as long as there are no weights: the client remembers a list, and a wrong one would be remembered too.
@@ -112,6 +115,10 @@ def check_weights(files: Sequence[RepoFile], part: Part, folder: Path, bounds: B
     weights = [file for file in files if file.path in part.weights and not (folder / file.path).exists()]
     if weights and (folder / part.config).exists():
         _check_size(weights, bounds.weights(folder / part.subfolder))
+
+
+def _has_weights(folder: Path, part: Part) -> bool:
+    return any((folder / name).exists() for name in part.weights)
 
 
 def _check_size(files: Sequence[RepoFile], most: int) -> None:

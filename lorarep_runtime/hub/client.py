@@ -42,7 +42,7 @@ from lorarep_runtime.errors import (
 )
 from lorarep_runtime.hub.bounds import Bounds, check_small, check_weights, listed, resolve
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remember_ref, snapshot_folder
-from lorarep_runtime.hub.files import Part, check_pointers, missing_shards
+from lorarep_runtime.hub.files import Part, check_listed, check_pointers, missing_shards
 from lorarep_runtime.hub.look import Look, look_at
 from lorarep_runtime.progress import Progress
 
@@ -94,7 +94,7 @@ def download(
 
     def bounded(bounds: Bounds) -> Path:
         # 1. The list, of a commit that cannot move any more.
-        commit = resolve(api, repository, revision, cache_dir)
+        commit = resolve(api, repository, revision, part, cache_dir)
         files = listed(api, repository, commit, part, cache_dir)
         check_small(files, part, bounds)
         # 2. The config, which says how large the weights may be.
@@ -106,6 +106,7 @@ def download(
         check_weights(files, part, folder, bounds)
         if look is not None:
             look_at(look, api, repository, part, folder, files)
+        check_listed({file.path for file in files}, part, repository, bounds.allowed)  # the look's reasons go first
         # 3. All files.
         coming = (file for file in files if part.wants(file.path) and not (folder / file.path).exists())
         bounds.make_room(sum(file.size for file in coming))
@@ -124,6 +125,8 @@ def download(
             files = None
         check_contents(folder, [file for file in files or () if file.path == part.config], known)
         look_at(look, api, repository, part, folder, files)
+        if files is not None:
+            check_listed({file.path for file in files}, part, repository)
         return folder.name
 
     def whole() -> Path:
@@ -140,8 +143,8 @@ def download(
 
     try:
         return bounded(bounds) if bounds else whole()
-    except (PermissionDenied, FailedPrecondition, InvalidArgument, Exhausted, DataLoss):
-        raise  # what is beyond its bounds is not served from the cache either
+    except (PermissionDenied, NotFound, FailedPrecondition, InvalidArgument, Exhausted, DataLoss):
+        raise  # what is beyond its bounds, or not there, is not served from the cache either
     except Exception as error:  # of any class: the client fails in many ways over an answer that makes no sense
         missing: Sequence[str] = ()
         with suppress(LocalEntryNotFoundError):

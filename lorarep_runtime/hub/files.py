@@ -18,6 +18,9 @@ Kind = Literal["base", "config", "adapter", "pickled"]
 """The part of a repository that is wanted: a base, a base's configuration without its weights, an adapter, or one whose
 weights are pickled, which no server asks for."""
 
+ADAPTERS: tuple[Kind, ...] = ("adapter", "pickled")
+MAX_ELSEWHERE = 5
+"""Most folders with an adapter that a message names."""
 TEMPLATE_FILES = ("chat_template.json", "*.jinja")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -184,6 +187,39 @@ def check_files(names: Collection[str], kind: Kind, source: str) -> None:
             f"{source}: is beside the weights of a base, which are served without an adapter in them alone",
             field=CONFIG["adapter"],
         )
+
+
+def check_listed(paths: Collection[str], part: Part, repository: str, allowed: Sequence[str] = ("*",)) -> None:
+    """Checks that the files that the Hub lists of a commit have weights and a configuration of a part.
+
+    Args:
+        paths: in the repository.
+        part: that is wanted.
+        repository: its id.
+        allowed: patterns, as for `permits`, of the folders of which the error may speak.
+
+    Raises:
+        FailedPrecondition: as `check_files`.
+        NotFound: weights or configuration are missing; it says which folders have an adapter.
+    """
+    try:
+        check_files(part.names(paths), part.kind, part.source(repository))
+    except NotFound as error:
+        end = f"/{CONFIG[part.kind]}"
+        folders = sorted(path.removesuffix(end) for path in paths if path.endswith(end))
+        found = [f"{repository}/{folder}" for folder in folders if any(permits(p, repository, folder) for p in allowed)]
+        if part.kind not in ADAPTERS or not found:
+            raise
+        raise NotFound(f"{error.message}; these have one: {', '.join(found[:MAX_ELSEWHERE])}") from error
+
+
+def permits(pattern: str, repository: str, subfolder: str) -> bool:
+    """Whether a pattern of the allow-list, as `hub.snapshot.check_allowed` describes them, permits a folder."""
+    organization, _, rest = pattern.partition("/")
+    name, slash, folders = rest.partition("/")
+    if not slash:
+        return fnmatchcase(repository, pattern)
+    return fnmatchcase(repository, f"{organization}/{name}") and fnmatchcase(subfolder, folders)
 
 
 def check_pointers(folder: Path, kind: Kind) -> None:

@@ -12,8 +12,8 @@ from typing import Protocol
 from huggingface_hub import HfApi, RepoFile, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
-from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound, first_line
-from lorarep_runtime.hub.files import Part, check_files, check_pointers
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line
+from lorarep_runtime.hub.files import Part, check_pointers
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,6 @@ def look_at(
     check_pointers(folder / part.subfolder, part.kind)
     most = look.config(folder / part.subfolder)
     weights = [file for file in files or () if file.path in part.weights]
-    if files is not None and not weights:
-        try:
-            check_files(part.names([file.path for file in files]), part.kind, part.source(repository))
-        except NotFound:
-            return  # which is said with more words after the download
     for file in weights if part.kind == "adapter" else ():
         if (folder / file.path).exists():
             continue

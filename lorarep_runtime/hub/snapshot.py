@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,21 +23,31 @@ from lorarep_runtime.errors import InvalidArgument, NotFound, PermissionDenied, 
 from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.cache import check_contents, known_blobs, remove_abandoned_parts
 from lorarep_runtime.hub.client import download
-from lorarep_runtime.hub.files import CONFIG, Kind, Part, check_files, check_links, check_pointers, check_shards
+from lorarep_runtime.hub.files import (
+    ADAPTERS,
+    CONFIG,
+    Kind,
+    Part,
+    check_files,
+    check_links,
+    check_listed,
+    check_pointers,
+    check_shards,
+    permits,
+)
 from lorarep_runtime.hub.look import Look
 from lorarep_runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 
-ADAPTERS: tuple[Kind, ...] = ("adapter", "pickled")
 LOCAL = "local"
 """The commit of a folder's snapshot."""
 _REVISION = re.compile(r"[^\s~^:?*\[\\\x00-\x1f\x7f/.][^\s~^:?*\[\\\x00-\x1f\x7f]{0,254}")  # git-check-ref-format
 
 _FOLDER = re.compile(r"[\w.-](?:[\w .,+=~()-]{0,126}[\w.,+=~()-])?")
 """A part of the path of a folder: no character that means something in a shell pattern."""
-MAX_SUBFOLDER, MAX_ELSEWHERE = 200, 5
-"""Most characters of a folder's path in its repository, and most such folders in a message."""
+MAX_SUBFOLDER = 200
+"""Most characters of a folder's path in its repository."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +124,7 @@ def fetch(
     if tree is None:
         check_files(_file_names(folder), kind, f"the cache of {source}")
     else:
-        paths = {file.path for file in tree}
-        try:
-            check_files(part.names(paths), kind, source)
-        except NotFound as error:
-            raise NotFound(f"{error.message}{_elsewhere(paths, kind, repository)}") from error
+        check_listed({file.path for file in tree}, part, repository, ("*",) if bounds is None else bounds.allowed)
         check_contents(whole, tree, known)
     check_pointers(folder, kind)
     if kind == "base":
@@ -129,15 +134,6 @@ def fetch(
 
 def _file_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
-
-
-def _elsewhere(paths: Collection[str], kind: Kind, repository: str) -> str:
-    """Where else a repository has adapters, for a message."""
-    end = f"/{CONFIG[kind]}"
-    found = sorted(path.removesuffix(end) for path in paths if path.endswith(end))
-    if kind not in ADAPTERS or not found:
-        return ""
-    return f"; these have one: {', '.join(f'{repository}/{folder}' for folder in found[:MAX_ELSEWHERE])}"
 
 
 def _listed(repository: str, commit: str, cache_dir: Path | None) -> Sequence[RepoFile] | None:
@@ -203,16 +199,8 @@ def check_allowed(source: str, patterns: Sequence[str]) -> None:
     """
     repository, subfolder = split_source(source)
     _check_repository(repository)
-    if not any(_permits(pattern, repository, subfolder) for pattern in patterns):
+    if not any(permits(pattern, repository, subfolder) for pattern in patterns):
         raise PermissionDenied(f"{source!r} is not on the allow-list", field="repository")
-
-
-def _permits(pattern: str, repository: str, subfolder: str) -> bool:
-    organization, _, rest = pattern.partition("/")
-    name, slash, folders = rest.partition("/")
-    if not slash:
-        return fnmatchcase(repository, pattern)
-    return fnmatchcase(repository, f"{organization}/{name}") and fnmatchcase(subfolder, folders)
 
 
 def _check_repository(repository: str) -> None:

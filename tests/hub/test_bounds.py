@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,16 @@ from lorarep_runtime.errors import (
 )
 from tests.support.hub_faults import FaultyHub
 from tests.support.repositories import ADAPTER, KIB, REPOSITORY, bounds, contents
+
+
+class AnyLook:
+    """A look that any adapter passes."""
+
+    def config(self, folder: Path) -> int:
+        return KIB
+
+    def header(self, file: Path) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -76,6 +87,33 @@ def test_a_pull_request_is_refused_by_name_and_by_commit(hub: FaultyHub, publish
     assert fetch(revision="refs/pr/1").commit == foreign  # an operator may
     with pytest.raises(PermissionDenied, match="revision"):
         fetch(revision="refs/pr/1", bounds=bounds())
+
+
+def test_weights_without_a_config_are_not_found_and_never_asked_for(hub: FaultyHub, publish, fetch) -> None:
+    """Nothing says how large they may be, and the budget of the disk counts repositories with a config alone."""
+    bare = {"adapter_model.safetensors": bytes(KIB + 1), "deep/adapter_model.safetensors": bytes(KIB + 1)}
+    publish(bare)
+    for source in (REPOSITORY, f"{REPOSITORY}/deep"):
+        for how in ({"bounds": bounds()}, {"look": AnyLook()}, {"bounds": bounds(), "look": AnyLook()}):
+            with pytest.raises(NotFound, match=rf"^{source}: has no adapter_config\.json$"):
+                fetch(source, **how)
+    assert hub.downloads() == []
+    publish({**bare, "deep/adapter_config.json": b"{}"})
+    with pytest.raises(NotFound, match=r"has no adapter_config\.json; these have one: org/name/deep$"):
+        fetch(bounds=bounds())
+
+
+def test_of_a_pull_request_that_an_operator_has_fetched_callers_reach_that_part_alone(
+    hub: FaultyHub, publish, fetch
+) -> None:
+    publish(ADAPTER)
+    foreign = publish({f"{folder}/{name}": ADAPTER[name] for folder in "ab" for name in ADAPTER}, branch="refs/pr/1")
+    fetch("org/name/a", "refs/pr/1")
+    hub.asked.clear()
+    with pytest.raises(PermissionDenied, match="revision"):
+        fetch("org/name/b", foreign, bounds=bounds())
+    assert hub.downloads() == []
+    assert fetch("org/name/a", foreign, bounds=bounds()).commit == foreign
 
 
 def test_a_commit_is_looked_for_among_the_latest_alone(hub: FaultyHub, publish, fetch) -> None:

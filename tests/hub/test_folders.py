@@ -56,6 +56,15 @@ def test_a_repository_says_which_of_its_folders_have_an_adapter(publish, fetch) 
             fetch(source)
 
 
+def test_callers_are_told_of_no_folder_that_they_may_not_name(publish, fetch) -> None:
+    publish(FOLDERS)
+    allowed = bounds(allow=("org/name/adapter*",))
+    with pytest.raises(NotFound, match=r"these have one: org/name/adapter$"):
+        fetch("org/name/adapters", bounds=allowed)
+    with pytest.raises(NotFound, match=r"has no adapter_model\.safetensors$"):
+        fetch("org/name/nothing", bounds=bounds(allow=("org/name/nothing",)))
+
+
 def test_bounds_are_of_the_folder_that_is_wanted(hub: FaultyHub, publish, fetch) -> None:
     publish(
         {**FOLDERS, "checkpoints/checkpoint-430/tokenizer.json": bytes(KIB + 1), "adapter_config.json": bytes(KIB + 1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,5 +43,5 @@ def contents(snapshot: Snapshot) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in snapshot.folder.iterdir()}
 
 
-def bounds(weights: int = KIB, room: list[int] | None = None) -> Bounds:
-    return Bounds(KIB, KIB, lambda folder: weights, (room if room is not None else []).append)
+def bounds(weights: int = KIB, room: list[int] | None = None, allow: Sequence[str] = ("*",)) -> Bounds:
+    return Bounds(KIB, KIB, lambda folder: weights, (room if room is not None else []).append, allow)

@@ -311,8 +311,8 @@ def compile_adapter(
                     a, b = copied_matrices(form, _on_device(read[0][0], device), end_weight(block.module))
                     to.A.copy_(a)
                     to.B.copy_(b)
-                    continue
-                _compile_run(form, read, scale, to, partial(norm_terms, layers, block.module), own)
+                else:
+                    _compile_run(form, read, scale, to, partial(norm_terms, layers, block.module), own)
                 done += len(run)
                 if progress is not None:
                     progress("compile", done, len(layout))

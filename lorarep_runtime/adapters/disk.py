@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CachedRepoInfo, CacheNotFound, scan_cache_dir
@@ -26,6 +26,13 @@ SHARE_AFTER = 0.9
 """Part of the budget that may be in use after a deletion, so that not every download deletes."""
 MODEL_CONFIG = CONFIG["base"]
 ADAPTER_CONFIG = CONFIG["adapter"]
+
+
+@dataclass(frozen=True, eq=False)
+class DiskLoad:
+    """One load of an adapter; several may be of one repository at a time."""
+
+    repository: str
 
 
 class DiskBudget:
@@ -45,27 +52,27 @@ class DiskBudget:
         self._lock = threading.Lock()
         self._reads: Counter[str] = Counter()
         self._reads_lock = threading.Lock()
-        self._coming: Counter[str] = Counter()
-        """Bytes that are being downloaded, by repository."""
+        self._coming: dict[DiskLoad, int] = {}
+        """Bytes that are being downloaded, by load."""
         self._held = {repo.repo_id: repo.size_on_disk for repo in self._scan()}
 
     @contextmanager
-    def staying(self, repository: str) -> Iterator[None]:
+    def staying(self, repository: str) -> Iterator[DiskLoad]:
         """Keeps a repository in the cache while its files are looked for or read."""
+        load = DiskLoad(repository)
         with self._reads_lock:
             self._reads[repository] += 1
         try:
-            yield
+            yield load
         finally:
             with self._reads_lock:
                 self._reads[repository] -= 1
-                is_last = not self._reads[repository]
-            if is_last:
+            if load in self._coming:  # no other thread adds it
                 with self._lock:
-                    self._coming.pop(repository, None)
+                    del self._coming[load]
 
-    def expect(self, repository: str, size: int) -> None:
-        """Counts bytes that are about to be downloaded while the repository is `staying`; others may go for them.
+    def expect(self, load: DiskLoad, size: int) -> None:
+        """Counts bytes that a load, of `staying`, is about to download; other repositories may go for them.
 
         Raises:
             Exhausted: the limit has no room for them beside what is in use.
@@ -73,36 +80,36 @@ class DiskBudget:
         if not size:
             return
         with self._lock:
-            others = self._coming.total() - self._coming[repository]
+            others = sum(self._coming.values()) - self._coming.get(load, 0)
             if others + size <= self._limit:
-                self._coming[repository] = size
+                self._coming[load] = size
                 if self._total <= self._limit:
                     return
                 self._trim()
                 if self._total <= self._limit:
                     return
-                del self._coming[repository]
+                del self._coming[load]
         raise Exhausted(
-            f"adapters' disk: {size} bytes of {repository} have no room within {self._limit}",
+            f"adapters' disk: {size} bytes of {load.repository} have no room within {self._limit}",
             field="adapter",
             retry_after=1.0,
         )
 
-    def added(self, snapshot: Snapshot) -> None:
-        """Counts a snapshot that has been found or downloaded; over the limit, the least recently used others go."""
+    def added(self, load: DiskLoad, snapshot: Snapshot) -> None:
+        """Counts what a load has found or downloaded; over the limit, the least recently used others go."""
         if snapshot.commit == LOCAL:
             return
         blobs = snapshot.cached / "blobs"
         with self._lock:
             self._held[snapshot.repository] = sum(map(_size, blobs.iterdir()))
-            self._coming.pop(snapshot.repository, None)
+            self._coming.pop(load, None)
             if self._total > self._limit:
                 self._trim()
 
     @property
     def _total(self) -> int:
         """Bytes that adapters take in the cache, and those that are being downloaded."""
-        return sum(self._held.values()) + self._coming.total()
+        return sum(self._held.values()) + sum(self._coming.values())
 
     def _scan(self) -> list[CachedRepoInfo]:
         """The adapters' repositories in the cache."""
@@ -116,7 +123,7 @@ class DiskBudget:
         info = scan_cache_dir(self._cache_dir)
         repos = [repo for repo in info.repos if _is_adapter(repo)]
         uses = self._uses()
-        held = sum(repo.size_on_disk for repo in repos) + self._coming.total()
+        held = sum(repo.size_on_disk for repo in repos) + sum(self._coming.values())
         deleted: list[CachedRepoInfo] = []
         for repo in sorted(repos, key=lambda x: (uses.get(x.repo_id) or 0, x.last_accessed)):
             if held <= self._limit * SHARE_AFTER:

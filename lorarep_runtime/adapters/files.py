@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorarep_runtime.adapters.compile import holds_copy
-from lorarep_runtime.adapters.disk import DiskBudget
+from lorarep_runtime.adapters.disk import DiskBudget, DiskLoad
 from lorarep_runtime.adapters.header import Header, base_copies, layout_of
 from lorarep_runtime.adapters.look import AdapterLook, Expected, fitting_header, naming_bases, other_base
 from lorarep_runtime.adapters.maker import AdapterMaker, Source
@@ -111,6 +111,8 @@ class AdapterFiles:
             LorarepError: as `hub.snapshot.fetch`, `AdapterConfig.parse`, `layout_of` and `checked_header`.
         """
         give_way()
+        if stack is not None:
+            self.named_stack(stack)  # before anything is asked for: a wrong name says nothing about the repository
         snapshot = self.fetch(source, revision, progress, stack=stack, trusted=trusted)
         if progress is not None:
             progress("check", 0, 0)
@@ -142,7 +144,7 @@ class AdapterFiles:
             log.warning(
                 "%s: LoRA-GA changed the base before training. It is served as PEFT loads it, over the base as it is; "
                 "unless it was saved with path_initial_model_for_weight_conversion, it misses that change",
-                snapshot.repository,
+                snapshot.source,
             )
 
     def fetch(
@@ -165,13 +167,13 @@ class AdapterFiles:
             LorarepError: as `hub.snapshot.fetch`; NotFound again, without another request to the Hub, for some seconds
                 after the Hub said so to anybody but an operator; Exhausted if the disk budget has no room.
         """
-        with nullcontext() if self.disk is None else self.disk.staying(repository_of(source)):
+        with nullcontext() if self.disk is None else self.disk.staying(repository_of(source)) as load:
             if not trusted:
                 self._absent.check(source, revision)
             look = AdapterLook(
                 lambda folder: self._expected(folder, stack, trusted), self.base.prefix, self.base.repository
             )
-            bounds = None if trusted else self._bounds(source, look)
+            bounds = None if trusted else self._bounds(load, look)
             try:
                 snapshot = fetch(
                     source,
@@ -183,18 +185,19 @@ class AdapterFiles:
                     look=look,
                 )
             except NotFound as error:
-                self._absent.add(source, revision, error)
+                if not trusted:  # an operator is told of folders that callers may not name
+                    self._absent.add(source, revision, error)
                 raise
-            if self.disk is not None:
-                self.disk.added(snapshot)
+            if self.disk is not None and load is not None:
+                self.disk.added(load, snapshot)
         return snapshot
 
-    def _bounds(self, source: str, look: AdapterLook) -> Bounds:
+    def _bounds(self, load: DiskLoad | None, look: AdapterLook) -> Bounds:
         """Most bytes of each file of an adapter that no operator has named."""
 
         def make_room(size: int) -> None:
-            if self.disk is not None:
-                self.disk.expect(repository_of(source), size)
+            if self.disk is not None and load is not None:
+                self.disk.expect(load, size)
 
         tokenizer = TOKENIZER_BYTES + TOKEN_BYTES * self.base.vocab_size
         return Bounds(MAX_CONFIG_BYTES, tokenizer, look.most_file_bytes, make_room, self._limits.allow_repositories)

@@ -50,15 +50,30 @@ def answered(engine: Engine, name: str) -> tuple[int, ...]:
 def test_the_limit_may_be_filled_to_its_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     budget = DiskBudget(tmp_path, 100, dict)
     monkeypatch.setattr(budget, "_trim", None)  # nothing has to leave
-    with budget.staying("org/a"), budget.staying("org/b"):
-        budget.expect("org/a", 60)
-        budget.expect("org/b", 40)
+    with budget.staying("org/a") as a, budget.staying("org/b") as b:
+        budget.expect(a, 60)
+        budget.expect(b, 40)
         with pytest.raises(Exhausted, match="41 bytes of org/b"):
-            budget.expect("org/b", 41)
+            budget.expect(b, 41)
     budget._held = {"org/old": 90}
     monkeypatch.setattr(budget, "_trim", lambda: budget._held.update({"org/old": 40}))
-    with budget.staying("org/a"):
-        budget.expect("org/a", 60)
+    with budget.staying("org/a") as a:
+        budget.expect(a, 60)
+
+
+def test_loads_of_one_repository_count_together_and_each_ends_its_own(tmp_path: Path) -> None:
+    budget = DiskBudget(tmp_path, 100, dict)
+    with budget.staying("org/a") as first:
+        budget.expect(first, 60)
+        with budget.staying("org/a") as second:
+            with pytest.raises(Exhausted, match="60 bytes of org/a"):
+                budget.expect(second, 60)
+            budget.expect(second, 40)
+        with budget.staying("org/b") as third, pytest.raises(Exhausted, match="41 bytes of org/b"):
+            budget.expect(third, 41)
+        with budget.staying("org/b") as third:
+            budget.expect(third, 40)
+    assert not budget._coming
 
 
 def test_the_least_recently_used_leave_the_cache_and_come_back(
@@ -215,5 +230,6 @@ def test_a_part_that_another_download_renames_costs_no_load(tmp_path: Path, monk
     listed = list(blobs.iterdir())
     (blobs / "part.incomplete").unlink()
     monkeypatch.setattr(Path, "iterdir", lambda path: iter(listed))
-    disk.added(Snapshot(folder, "org/a", "0"))
+    with disk.staying("org/a") as load:
+        disk.added(load, Snapshot(folder, "org/a", "0"))
     assert disk._held == {"org/a": 100}

@@ -28,6 +28,7 @@ from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greed
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import LAYERS, VOCAB, save_adapter, save_base
 from tests.support.operations import operations
+from tests.support.repositories import write
 
 MAP = [[0, 4], [2, 5]]
 MIX = [("one", 1.0), ("two", 0.5)]
@@ -267,6 +268,26 @@ def test_a_repository_that_is_not_there_is_asked_for_once_in_a_while(
     monkeypatch.setattr(files, "ABSENT_SECONDS", 0.0)
     engine.adapters._files._absent = files._Absent()
     engine.adapters.lease([("org/one", 1.0)]).release()
+
+
+def test_one_callers_stack_that_is_not_there_hides_no_repository_from_others(
+    base: Path, adapters: dict[str, Path], hub: FaultyHub, tmp_path: Path
+) -> None:
+    hub.publish("org/one", adapters["one"])
+    engine = engine_for(base, limits=AdapterLimits(allow_repositories=("org/*",)), cache_dir=tmp_path, kv_bytes=4 << 20)
+    with pytest.raises(NotFound, match="stack: 'misspelt' is none of"):
+        engine.adapters.load("one", "org/one", stack="misspelt")
+    assert hub.asked == []
+    engine.adapters.load("one", "org/one")
+
+
+def test_an_operators_answer_is_no_callers(base: Path, hub: FaultyHub, tmp_path: Path) -> None:
+    hub.publish("org/one", write(tmp_path / "one", {"hidden/adapter_config.json": b"{}"}))
+    limits = AdapterLimits(allow_repositories=("org/one/seen",))
+    engine = engine_for(base, limits=limits, cache_dir=tmp_path / "cache", kv_bytes=4 << 20)
+    for trusted, says in ((True, "org/one/hidden"), (False, "seen: has no adapter_model.safetensors")):
+        with pytest.raises(NotFound, match=rf"{says}$"):
+            engine.adapters.load("one", "org/one/seen", trusted=trusted)
 
 
 def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:

@@ -47,7 +47,7 @@ class LoadRequest:
 
     name: str
     repository: str
-    """A Hub repository id; a trusted request may also have a folder."""
+    """A Hub repository id, alone or with a folder there; a trusted request may also have a folder of this machine."""
     revision: str | None = None
     stack: str | None = None
     trusted: bool = False

@@ -223,5 +223,5 @@ class Follower:
             self._batch.leave_out(rows, slot)
 
     def end_prefill(self) -> None:
-        """Frees the pending pass, whose visits have all been launched."""
+        """Frees the pending pass: its visits have all been launched, or its sequences have all ended."""
         self._batch = self._pass = None

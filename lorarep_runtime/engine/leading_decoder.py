@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from lorarep_runtime.device.ranks import Ranks
 from lorarep_runtime.engine.messages import sent_spans
 from lorarep_runtime.engine.overlap import StepDecoder
 from lorarep_runtime.engine.prefill_pass import Forward
+from lorarep_runtime.errors import EngineFailure
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PageTable
 
@@ -67,7 +69,18 @@ class LeadingDecoder:
 
     def prefill(self, batch: Batch, /) -> Forward:
         self._ranks.tell("prefill", sent_spans(batch.spans))
-        batch.on_leave_out = lambda rows, slot: self._ranks.tell("leave_out", rows, slot)
+        left = len(batch.spans)
+
+        def leave_out(rows: slice, slot: int) -> None:
+            nonlocal left
+            left -= 1
+            with suppress(EngineFailure):  # where the ranks have failed, requests end all the same
+                if left:
+                    self._ranks.tell("leave_out", rows, slot)
+                else:  # nobody goes on with the pass
+                    self._ranks.tell("end_prefill")
+
+        batch.on_leave_out = leave_out
         with self._ranks.together():
             return _LeadingForward(self._own.prefill(batch), self._ranks)
 

@@ -238,21 +238,26 @@ class StepLoop:
 
     def _end(self, sequence: Sequence, event: Finished | LorarepError) -> None:
         """Gives back what a sequence holds and tells its caller the last event."""
-        self.scheduler.remove(sequence)
-        if self.prefill.is_computing(sequence):
-            self.prefill.drop(sequence)
-        elif sequence.is_unread:
-            self._releases.add([sequence.lease])
-        else:
-            self.overlap.release_adapter(sequence)
-        self.inbox.report_not_waiting([sequence])
-        self._record_use()
-        self._outputs.tell(sequence, event)
+        try:
+            self.scheduler.remove(sequence)
+            if self.prefill.is_computing(sequence):
+                self.prefill.drop(sequence)
+            elif sequence.is_unread:
+                self._releases.add([sequence.lease])
+            else:
+                self.overlap.release_adapter(sequence)
+            self.inbox.report_not_waiting([sequence])
+            self._record_use()
+        finally:  # nobody would end it again
+            self._outputs.tell(sequence, event)
 
     def _end_all(self, error: LorarepError) -> None:
         self._take_in()
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
-            self._end(sequence, error)
+            try:
+                self._end(sequence, error)
+            except Exception:
+                log.exception("what a request held could not be given back")
         self.overlap.release_adapters()
         self.prefill.release_adapters()
         self._releases.release_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,10 @@ from lorarep_runtime.adapters.rank_makers import FollowingMaker, LeadingMaker
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.engine.leading_decoder import LeadingDecoder
-from lorarep_runtime.errors import Cancelled, EngineFailure, FailedPrecondition
+from lorarep_runtime.engine.prefill_pass import SlicePacer
+from lorarep_runtime.errors import Cancelled, EngineFailure, FailedPrecondition, Unavailable
 from lorarep_runtime.model.base import Base
+from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.request import Event
 from tests.support.decoders import LateForward, LayerDecoder
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
@@ -200,6 +203,56 @@ def test_a_rank_that_fails_in_a_step_fails_the_engine(engine: Engine, points: Pa
     with pytest.raises(EngineFailure):
         answer(engine)
     assert engine.failure is not None
+
+
+@pytest.fixture
+def pending(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stream, and a pass over two prompts that is pending on both ranks."""
+    monkeypatch.setattr(SlicePacer, "visits", lambda self: 1)
+    _, theirs = leads(engine)
+    told: list[list[Event]] = []
+    passes: list[weakref.ref[Any]] = []
+
+    def prefill(batch: Batch, begin: Any = theirs.prefill) -> Any:
+        begun = begin(batch)
+        passes.append(weakref.ref(begun))
+        return begun
+
+    theirs.prefill = prefill  # type: ignore[method-assign]
+
+    def submit() -> int:
+        told.append([])
+        return engine.submit(greedy(new_tokens=40), engine.adapters.lease([], None), told[-1].append)
+
+    numbers = []
+    for count in (1, 2):
+        numbers += [submit() for _ in range(count)]
+        for _ in range(3):
+            engine.loop.step()
+    assert engine.loop.prefill.pending is not None
+    return SimpleNamespace(told=told, prompts=numbers[1:], passes=passes)
+
+
+@pytest.mark.parametrize("ends", ["a cancelled one", "all"])
+def test_all_are_told_where_a_rank_fails_while_a_pass_is_pending(engine: Engine, pending: Any, ends: str) -> None:
+    assert engine.ranks is not None
+    engine.ranks.fail(EngineFailure("rank 1 has ended"))
+    if ends == "all":
+        engine.loop.inbox.stop()
+        engine.loop.run()
+        assert [type(events[-1]) for events in pending.told] == [Unavailable] * 3
+    else:
+        engine.cancel(pending.prompts[0])
+        engine.loop.step()
+        assert isinstance(pending.told[1][-1], Cancelled)
+
+
+def test_a_pass_that_all_have_left_is_freed_on_all_ranks(engine: Engine, pending: Any) -> None:
+    for number in pending.prompts:
+        engine.cancel(number)
+    engine.loop.step()
+    assert held(engine)  # all has been done
+    assert pending.passes[-1]() is None
 
 
 def test_a_rank_that_cannot_load_the_base_is_told(base: Path, points: Path, monkeypatch: pytest.MonkeyPatch) -> None:

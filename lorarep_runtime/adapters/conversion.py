@@ -41,11 +41,15 @@ def convert(
         Where the adapter came from.
 
     Raises:
-        InvalidArgument: the folder is there and not empty.
+        InvalidArgument: the folder is there and not empty, or is a link, or "." or "..".
         FailedPrecondition: the config is not of an adapter that could be served, or the weights are not tensors alone,
             or take too much memory or time.
         LorarepError: as `hub.snapshot.fetch`.
     """
+    if out.is_symlink() or out.name in ("", ".."):
+        raise InvalidArgument(
+            f"{str(out)!r} is a link, or has no name of its own: give the path of a new folder", field="out"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidArgument(f"{str(out)!r} is there already, and not an empty folder", field="out")
     snapshot = fetch(source, revision, kind="pickled", cache_dir=cache_dir, progress=progress, look=_FieldsLook())
@@ -53,7 +57,8 @@ def convert(
         _rewrite(snapshot.folder / PICKLED_FILE, folder / WEIGHTS_FILE)
         for pattern in (CONFIG_FILE, *TOKENIZER_FILES):
             for file in snapshot.folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
     return snapshot
 
 

@@ -151,7 +151,10 @@ def most_header_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int
     """Most bytes of the header of a weights file with a layout, whichever program wrote it."""
     tensors = ((len(name) + ENTRY_BYTES) for name, _ in giving_way(_tensors(layout, prefix)))
     # Names of tensors that only training reads have up to as many bytes more.
-    return METADATA_BYTES + sum(tensors) * (1 + TRAINING_TENSORS * config.has_training_tensors)
+    most = METADATA_BYTES + sum(tensors) * (1 + TRAINING_TENSORS * config.has_training_tensors)
+    # A, B and E of modules of which AdaLoRA has left no rank are in the file, and empty.
+    pruned = (path for path in giving_way(config.pruned) if path.startswith(f"{prefix}.") and config.targets(path))
+    return most + sum(3 * (len(tensor_name(path, "lora_A")) + ENTRY_BYTES) for path in pruned)
 
 
 def most_file_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int:

@@ -300,10 +300,15 @@ class AdapterConfig:
         key = self._first("rank_pattern", self.rank_pattern, path)
         return self.r if key is None else self.rank_pattern[key]
 
+    @property
+    def pruned(self) -> Sequence[str]:
+        """Paths of the modules of which AdaLoRA has left no rank, as the config has them."""
+        return [path for path, rank in self.rank_pattern.items() if not rank] if self.peft_type == ADALORA else []
+
     def scaling(self, path: str) -> float:
         """The factor of B A x at a path: alpha/r (Hu et al., 2021), alpha/√r (Kalajdzievski, 2023), or AdaLoRA's."""
-        if self.peft_type == ADALORA:  # by the rank at first, also where less is left of it
-            return (self.lora_alpha if self.lora_alpha > 0 else self.r) / (self.r + ADALORA_EPSILON)
+        if self.peft_type == ADALORA:  # over the rank at first, also where less is left of it
+            return (self.lora_alpha if self.lora_alpha > 0 else self.rank(path)) / (self.r + ADALORA_EPSILON)
         key = self._first("alpha_pattern", self.alpha_pattern, path)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(path)

@@ -53,6 +53,9 @@ def refusal(file: Path, out: Path) -> str:
                 return f"has {name[:80]!r} as {tensor.layout} of {tensor.dtype}; {', '.join(DTYPES)} are supported"
         # Each by itself: safetensors has no tensors that share memory.
         save_file({name: tensor.detach().clone().contiguous() for name, tensor in found.items()}, out, {"format": "pt"})
+        mask = os.umask(0)
+        os.umask(mask)
+        out.chmod(0o666 & ~mask)  # safetensors lets the owner alone read it
     except Exception as error:  # of any class: the file is anybody's
         return f"cannot be read without running code of it, or does not fit: {str(error).strip().partition(chr(10))[0]}"
     return ""

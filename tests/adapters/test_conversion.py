@@ -128,6 +128,14 @@ def test_views_of_one_memory_are_written_each_by_itself(tmp_path: Path) -> None:
     assert torch.equal(found["c"], whole[0])
 
 
+def test_what_is_no_file_is_left_out_and_weights_have_the_modes_of_others(pickled: Path, tmp_path: Path) -> None:
+    (pickled / "old.model").mkdir()
+    convert(str(pickled), None, tmp_path / "out", None)
+    assert not (tmp_path / "out" / "old.model").exists()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_weights_that_take_too_much_are_refused_and_leave_nothing(pickled: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     torch.save({"a": expanded()}, pickled / PICKLED)
@@ -142,6 +150,12 @@ def test_what_would_be_refused_or_overwritten_is_told_before_anything_is_read(
     monkeypatch.setattr(conversion, "start_process", None)
     with pytest.raises(InvalidArgument, match=r"^out: .*not an empty folder"):
         convert(str(pickled), None, adapter, None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (".", "..", tmp_path / "link", tmp_path / "empty" / ".."):
+        with pytest.raises(InvalidArgument, match=r"^out: .* a new folder"):
+            convert(str(pickled), None, Path(out), None)
     with pytest.raises(FailedPrecondition, match="need no conversion"):
         convert(str(adapter), None, tmp_path / "out", None)
     config = json.loads((pickled / "adapter_config.json").read_text())

@@ -160,3 +160,19 @@ def test_any_writers_header_of_what_a_config_needs_is_within_the_limit() -> None
     text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, indent=1)
     config = AdapterConfig.parse({"peft_type": "LORA", "target_modules": ["down_proj"]}, AdapterLimits())
     assert len(text) < most_header_bytes(config, layout, "model.layers")
+
+
+def test_modules_that_adalora_has_pruned_have_names_in_the_header() -> None:
+    pruned = [f"model.layers.{position}.mlp.down_proj" for position in range(1, 500)]
+    last = 1 << 40
+    tensors = {
+        tensor_name(path, f"lora_{kind}"): {"dtype": "BF16", "shape": [0, 1 << 17], "data_offsets": [last, last]}
+        for path in pruned
+        for kind in "ABE"
+    }
+    pattern = {f"{path}.lora_E": [False] * 12 for path in (*pruned, *(f"elsewhere.{i}" for i in range(1000)))}
+    raw = {"peft_type": "ADALORA", "target_modules": ["down_proj"], "init_r": 12, "rank_pattern": pattern}
+    config = AdapterConfig.parse(raw, AdapterLimits())
+    layout = {(0, "mlp.down_proj"): Form(12, (8, 8), has_c=False, has_bias=False, has_e=True)}
+    most = most_header_bytes(config, layout, "model.layers")
+    assert len(json.dumps(tensors, indent=1)) < most < 2 * len(json.dumps(tensors))

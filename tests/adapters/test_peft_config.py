@@ -77,6 +77,15 @@ def test_modules_ranks_and_scalings_are_pefts(asked: dict[str, Any], tmp_path: P
         assert ours[path] == pytest.approx((rank, scaling)), path
 
 
+@pytest.mark.parametrize(("alpha", "factor"), [(9, 9), (0, 2), (-1, 2)])
+def test_adaloras_scaling_without_alpha_is_by_the_ranks_that_are_left(alpha: int, factor: int) -> None:
+    """As in PEFT's `AdaLoraLayer.update_layer`, where `resize_modules_by_rank_pattern` keeps the rank that divides."""
+    path = "model.layers.0.self_attn.q_proj"
+    kept = {f"{path}.lora_E": [True, False, True, False, False, False]}
+    raw = {**PLAIN, "peft_type": "ADALORA", "init_r": 6, "lora_alpha": alpha, "rank_pattern": kept}
+    assert AdapterConfig.parse(raw, LIMITS).scaling(path) == pytest.approx(factor / (6 + 1e-5))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

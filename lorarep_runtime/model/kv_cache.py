@@ -117,8 +117,8 @@ class PageTable:
         self._pool = pool
         self.pages: NDArray[np.int64] = np.empty((depth, 0), dtype=np.int64)
         """(depth, pages per position)."""
-        self._published: list[Column | None] = []
-        """The first columns, which can be found; None where another of the same key was there before."""
+        self._published: list[tuple[bytes, Column | None]] = []
+        """The first columns, which can be found by their keys; None where another of the same key was there before."""
 
     @property
     def depth(self) -> int:
@@ -150,20 +150,20 @@ class PageTable:
             return False
         if prefix:
             self._pool.prefixes.use(prefix)
-            self._published = list(prefix)
+            self._published = [(column.key, column) for column in prefix]
             self.pages = np.stack([column.pages for column in prefix], axis=1)
         return self.grow(tokens)
 
     def publish(self, keys: Sequence[bytes]) -> None:
         """Lets the next columns be found by their keys. Their tokens have been computed, and nobody writes to them."""
         for key in keys:
-            self._published.append(self._pool.prefixes.add(key, self.pages[:, len(self._published)]))
+            self._published.append((key, self._pool.prefixes.add(key, self.pages[:, len(self._published)])))
 
     def release(self) -> None:
         """Gives all pages back to the pool. Columns that can be found keep what they hold."""
-        own = [column is None for column in self._published] + [True] * (self.pages.shape[1] - len(self._published))
+        own = [column is None for _, column in self._published] + [True] * (self.pages.shape[1] - len(self._published))
         self._pool.give(self.pages[:, np.array(own, dtype=bool)])
-        self._pool.prefixes.release([column for column in self._published if column is not None])
+        self._pool.prefixes.release(self._published)
         self.pages, self._published = self.pages[:, :0], []
 
 

@@ -81,8 +81,6 @@ class PrefixCache:
             pages: (depth), its page at each position.
         """
         if key in self._columns:
-            if key in self._idle:
-                self._idle.move_to_end(key)
             return None
         column = self._columns[key] = Column(key, pages.copy())
         return column
@@ -95,12 +93,20 @@ class PrefixCache:
                 self.idle_pages -= len(column.pages)
             column.users += 1
 
-    def release(self, columns: Sequence[Column]) -> None:
-        """Ends a use of each of some columns of one sequence, in order. The last ones will be the first to go."""
-        for column in reversed(columns):
+    def release(self, columns: Sequence[tuple[bytes, Column | None]]) -> None:
+        """Ends a use of each of one sequence's columns. Of those without users, its last ones will be the first to go.
+
+        Args:
+            columns: in order, with their keys; None where the sequence had another than the one that can be found.
+        """
+        for key, column in reversed(columns):
+            if column is None:
+                if key in self._idle:
+                    self._idle.move_to_end(key)
+                continue
             column.users -= 1
             if not column.users:
-                self._idle[column.key] = column
+                self._idle[key] = column
                 self.idle_pages += len(column.pages)
 
     def evict(self, pages: int) -> NDArray[np.int64]:

@@ -128,6 +128,25 @@ def test_the_least_recently_used_go_first_and_ends_before_beginnings() -> None:
     assert gone == ["", "d", "cd", "cde", "bcde", "abcde"]
 
 
+def test_what_was_computed_twice_goes_from_its_end_too() -> None:
+    """Whether the second found the first's columns idle at once, or one by one as its answer grew."""
+    pool = pool_of(12)
+    first, second = (PageTable(pool, 2) for _ in range(2))
+    for table in (first, second):
+        assert table.begin([], 3 * PAGE_TOKENS)
+    keys = keys_of(text("abc"))
+    first.publish(keys)
+    first.release()
+    second.publish(keys[:2])
+    second.publish(keys[2:])
+    second.release()
+    gone = []
+    for pages in (6, 2, 2, 2):
+        pool.take(pages)
+        gone.append("".join(letter for letter in "abc" if not is_there(pool, "abc", letter)))
+    assert gone == ["", "c", "bc", "abc"]
+
+
 def is_there(pool: PagePool, words: str, letter: str) -> bool:
     key = keys_of(text(words))[words.index(letter)]
     return bool(pool.prefixes.find([key]))
@@ -213,17 +232,15 @@ def test_pages_are_whose_they_are_and_hold_what_was_computed(seed: int, monkeypa
                     for position, page in enumerate(sequence.table.pages[:, place]):
                         pool.key_pages[page] = mark(key, position)
             sequence.computed = len(grown)
-            for key in sequence.keys[sequence.table.published :]:
-                if (sequence.stack, key) in idle:
-                    idle.move_to_end((sequence.stack, key))
             sequence.table.publish(sequence.keys[sequence.table.published :])
         elif living:
             sequence = living.pop(dice.randrange(len(living)))
             mine = set(sequence.table.pages[0].tolist())
-            ended = [c for key in sequence.keys for c in pool.prefixes.find([key]) if int(c.pages[0]) in mine]
+            published = sequence.keys[: sequence.table.published]
+            ended = [column for key in published for column in pool.prefixes.find([key])]
             sequence.table.release()
             for column in reversed(ended):
-                if not column.users:
+                if (sequence.stack, column.key) in idle or (int(column.pages[0]) in mine and not column.users):
                     idle[sequence.stack, column.key] = None
                     idle.move_to_end((sequence.stack, column.key))
         pages = [set(sequence.table.pages.ravel().tolist()) for sequence in living]

@@ -157,6 +157,8 @@ class Scheduler:
                 continue
             if budget <= 0:
                 break
+            if not sequence.may_start(self.pool):  # asked in each step while it waits
+                break
             prefix = sequence.cached_prefix(self.pool)
             remaining = sequence.remaining - PAGE_TOKENS * len(prefix)
             count = self._share(remaining, budget, alone=not schedule.chosen)

@@ -41,6 +41,8 @@ class Sequence:
     first_token_at: float | None = None
     """`time.monotonic()` seconds of the answer's first token; None before it."""
 
+    found: int = 0
+    """Number of columns that were found when `cached_prefix` last looked."""
     cached_tokens: int = 0
     """Tokens of the prompt that were in the cache at the first admission."""
     is_unread: bool = False
@@ -80,7 +82,21 @@ class Sequence:
         """The pages of its first tokens that can be found, without those of the last token: it has to be computed."""
         if self.keys is None:
             return []
-        return pool.prefixes.find(self.keys.known[: (len(self.tokens) - 1) // PAGE_TOKENS])
+        prefix = pool.prefixes.find(self.keys.known[: self._most_found])
+        self.found = len(prefix)
+        return prefix
+
+    @property
+    def _most_found(self) -> int:
+        """Number of its columns that may be found: the last token has to be computed."""
+        return (len(self.tokens) - 1) // PAGE_TOKENS
+
+    def may_start(self, pool: PagePool) -> bool:
+        """Whether so many pages may be free as it needs. Unlike `cached_prefix` it looks at one column at most."""
+        more = self.keys.known[self.found : min(self.found + 1, self._most_found)] if self.keys is not None else []
+        if pool.prefixes.find(more):
+            return True
+        return self.table.missing(len(self.tokens)) - self.table.depth * self.found <= pool.free
 
     def start(self, prefix: Seq[Column]) -> bool:
         """Takes the pages of a prefix, and pages for all other tokens; False, with nothing taken, if too few are free.

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from lorarep_runtime.adapters.claim import Claim
+from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.errors import DataLoss, DeadlineExceeded
 from lorarep_runtime.model.batch import Batch
+from lorarep_runtime.model.prefix_cache import PrefixCache
 from lorarep_runtime.request import Finished
 from tests.support.loops import DEPTH, Counting, FreeLease, Loop
 from tests.support.operations import operations
@@ -150,6 +152,33 @@ def test_a_steps_cost_does_not_grow_with_the_requests_that_wait_for_an_adapter()
     cost = [operations(loop.loop.step) for loop in (few, many)]
     assert cost[1] < 1.2 * cost[0], cost
     assert LoadingLease.claims == 2, "one of those that wait asks for all"
+
+
+def test_a_step_looks_for_no_whole_prefix_while_there_is_no_room_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(pages=32 * DEPTH)
+    shared, others = (1,) * 10 * PAGE_TOKENS, (2,) * 20 * PAGE_TOKENS
+    loop.submit(prompt=(*shared, 3), new_tokens=1, caches=True)
+    loop.loop.step()
+    stream = loop.submit(prompt=others, new_tokens=8)
+    loop.loop.step()
+    number = loop.submit(prompt=shared + others[:-1], new_tokens=1, caches=True)
+    loop.loop.step()
+    looked: list[int] = []
+    find = PrefixCache.find
+
+    def counted(self: PrefixCache, keys: Any) -> Any:
+        looked.append(len(keys))
+        return find(self, keys)
+
+    monkeypatch.setattr(PrefixCache, "find", counted)
+    for _ in range(3):
+        loop.loop.step()
+    assert looked == [1, 1, 1]
+    while loop.loop.step():
+        pass
+    assert len(loop.tokens(stream)) == 8
+    assert isinstance(end := loop.answers[number][-1], Finished)
+    assert end.cached_tokens == len(shared)
 
 
 def test_stacks_that_would_make_a_step_long_take_turns_and_the_bases_own_is_in_every_step() -> None:

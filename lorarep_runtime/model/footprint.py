@@ -119,7 +119,7 @@ def footprint(
         layer_modules=[linear_shapes(layer) for layer in layers],
         prefix=prefix,
         dtype=dtype,
-        ends=ends_of(model),
+        ends=ends_of(model),  # a CPU's: a GPU refuses adapters of them
         family=config.model_type,
         page_bytes=kv_shape(config).page_bytes(dtype),
     )

@@ -70,6 +70,20 @@ def test_adapters_and_plan_are_those_of_the_engine(tmp_path: Path) -> None:
     assert {s["name"]: s["kv_bytes_per_token"] for s in counted["stacks"]}["a"] == 7 * 2 * 2 * 16 * 4
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_what_a_gpu_refuses_is_said_to_be_for_a_cpu(tmp_path: Path) -> None:
+    base = save_base("llama", tmp_path / "base")
+    named = {
+        name: save_adapter(base, tmp_path / name, r=2, target_modules=["q_proj", *more])
+        for name, more in {"inner": [], "head": ["lm_head"]}.items()
+    }
+    arguments = ["plan", "--base", str(base), *(f"--adapter={name}={folder}" for name, folder in named.items())]
+    text = CliRunner().invoke(main, arguments).stdout
+    assert text.count("served on a CPU alone") == 1
+    assert text.index("adapter head") < text.index("served on a CPU alone")
+    assert [row["cpu_only"] for row in plan(*arguments[1:])["adapters"]] == [False, True]
+
+
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Mistral-7B-v0.1's config and adapters of its shape, their numbers a hole in the file."""

@@ -151,6 +151,7 @@ def _adapter(
         "adapter_parameters": file_parameters(layout),
         "total_parameters": footprint.parameters + file_parameters(layout),
         "bytes": storage_bytes(layout, footprint.dtype),
+        "cpu_only": any(position < 0 for position, _ in layout),
     }
 
 
@@ -203,6 +204,7 @@ def render(counted: dict[str, Any]) -> str:
             f"adapter {row['name']} at {row['commit']}",
             f"  {row['positions']} positions, {row['adapter_parameters']:,} parameters, {row['bytes'] / gib:.3f} GiB",
             f"  {row['total_parameters']:,} parameters with the base",
+            *(["  served on a CPU alone: it has a head or an embedding"] if row["cpu_only"] else []),
             "",
         ]
     fits = f"sequences of {counted['tokens']} tokens in {counted['memory'] / gib:g} GiB"

@@ -31,7 +31,6 @@ from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.compiled_adapter import (
     Adapter,
     Block,
-    Form,
     Layout,
     adapter_of,
     allocate,
@@ -43,6 +42,7 @@ from lorarep_runtime.model.compiled_adapter import (
     whole_matrices,
 )
 from lorarep_runtime.model.cut import Cut, Part
+from lorarep_runtime.model.form import Form
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
-from lorarep_runtime.model.compiled_adapter import EMBEDDING, Ends, Form, Key, Layout
+from lorarep_runtime.model.compiled_adapter import EMBEDDING, Ends, Key, Layout
+from lorarep_runtime.model.form import Form
 from lorarep_runtime.model.stack import Stack
 
 FILE_PREFIX = "base_model.model."

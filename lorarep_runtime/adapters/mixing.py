@@ -12,7 +12,6 @@ from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
 from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.compiled_adapter import (
     Adapter,
-    Form,
     Key,
     adapter_of,
     allocate,
@@ -20,6 +19,7 @@ from lorarep_runtime.model.compiled_adapter import (
     entries_of,
     is_finite,
 )
+from lorarep_runtime.model.form import Form
 
 
 def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str]) -> Adapter:

@@ -24,7 +24,7 @@ from lorarep_runtime.adapters.peft_values import (
 )
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, shown
-from lorarep_runtime.model.compiled_adapter import Form
+from lorarep_runtime.model.form import Form
 from lorarep_runtime.model.stack import Stack, stack_from_ranges
 
 MAX_NAME = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, repeat
@@ -16,6 +16,7 @@ from torch import Tensor
 from lorarep_runtime.device.gil import giving_way
 from lorarep_runtime.integers import round_up
 from lorarep_runtime.kernels.entry_table import Entry, entry_table
+from lorarep_runtime.model.form import Form
 from lorarep_runtime.model.stack import Stack
 
 Key = tuple[int, str]
@@ -27,58 +28,6 @@ HEAD, EMBEDDING = -1, -2
 entries are paths in the model."""
 Ends = Mapping[int, tuple[str, tuple[int, int]]]
 """By `HEAD` and `EMBEDDING`, where adapters may adapt these: path and (out, in). An embedding's "in" is tokens."""
-
-
-class Form(NamedTuple):
-    """Shape and parts of one entry: an adapter's matrices for one module at one position."""
-
-    rank: int
-    shape: tuple[int, int]
-    """(out, in) of the base's weight."""
-    has_c: bool
-    """Whether it scales the output, as DoRA does."""
-    has_bias: bool
-    a_blocks: int = 1
-    """Blocks of which a file has A, which is block-diagonal then."""
-    b_blocks: int = 1
-    has_e: bool = False
-    """Whether a file has the factors of the ranks (AdaLoRA's singular values) beside A."""
-
-    is_embedding: bool = False
-    """Whether it is of an embedding."""
-    is_copy: bool = False
-    """Whether a file has a whole weight in place of the base's. Its difference from that is what A and B are."""
-
-    @property
-    def pieces(self) -> Sequence[tuple[int, ...]]:
-        """Shapes of an entry's tensors in memory: A, Bᵀ, c, bias."""
-        out, into = self.shape
-        return (self.rank, into), (self.rank, out), *[(out,)] * (self.has_c + self.has_bias)
-
-    @property
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Kinds and shapes of an entry's tensors in a file."""
-        out, into = self.shape
-        if self.is_copy or self.is_embedding:
-            yield from self._tensors_of_ends()
-            return
-        suffix = "" if self.has_e else ".weight"
-        yield f"lora_A{suffix}", (self.rank, into // self.a_blocks)
-        yield f"lora_B{suffix}", (out, self.rank // self.b_blocks)
-        if self.has_e:
-            yield "lora_E", (self.rank, 1)
-        if self.has_bias:
-            yield "lora_B.bias", (out,)
-        if self.has_c:
-            yield "lora_magnitude_vector", (out,)
-
-    def _tensors_of_ends(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        out, into = self.shape
-        if self.is_copy:
-            yield "weight", (into, out) if self.is_embedding else (out, into)
-        else:
-            yield "lora_embedding_A", (self.rank, into)
-            yield "lora_embedding_B", (out, self.rank)
 
 
 def whole_matrices(form: Form, tensors: Sequence[Tensor]) -> list[Tensor]:

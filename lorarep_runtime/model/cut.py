@@ -19,7 +19,8 @@ from transformers import PretrainedConfig
 
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.errors import FailedPrecondition
-from lorarep_runtime.model.compiled_adapter import Form, Layout
+from lorarep_runtime.model.compiled_adapter import Layout
+from lorarep_runtime.model.form import Form
 from lorarep_runtime.model.kv_cache import KVShape
 from lorarep_runtime.model.model_config import kv_shape
 from lorarep_runtime.model.packed import PACKED_MODULES

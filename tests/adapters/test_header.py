@@ -14,7 +14,7 @@ from lorarep_runtime.adapters.header import Header, most_header_bytes, read_head
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
-from lorarep_runtime.model.compiled_adapter import Form
+from lorarep_runtime.model.form import Form
 from tests.support.engines import engine_for
 from tests.support.models import save_adapter, save_base
 

@@ -124,7 +124,7 @@ def test_a_shard_of_any_name_that_does_not_come_is_unavailable_until_it_does(
         fetch(kind="base")
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(Unavailable, match=r"org/name: .*does not hold all of it"):
+        with pytest.raises(Unavailable, match=r"org/name: .*lacks odd-2.safetensors"):
             fetch(kind="base")
     hub.faulty = ""
     with pytest.raises(Unavailable, match=r"org/name: .*cannot answer for now"):

@@ -6,17 +6,16 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
-from lorarep_runtime.device.process import limit_memory
+from lorarep_runtime.device.process import end_with_parent, limit_memory
 
 
 def rewrite() -> None:
     """Reads a line that says which file, where to, in which time and memory, and writes one that says what is wrong."""
     file, out, seconds, most_bytes = json.loads(sys.stdin.readline())
     answers, sys.stdout = sys.stdout, sys.stderr
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     import safetensors.torch  # noqa: F401  # only now: these take seconds, and memory that is not the file's
     import torch  # noqa: F401
 
@@ -59,9 +58,3 @@ def refusal(file: Path, out: Path) -> str:
     except Exception as error:  # of any class: the file is anybody's
         return f"cannot be read without running code of it, or does not fit: {str(error).strip().partition(chr(10))[0]}"
     return ""
-
-
-def _end_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def end_process(process: Process) -> None:
     """Ends a process and waits for it."""
     process.kill()
     process.communicate()
+
+
+def end_with_parent() -> None:
+    """Has this process, started by `start_process`, end when its standard input does, however its parent ends."""
+    threading.Thread(target=_await_parents_end, daemon=True).start()
+
+
+def _await_parents_end() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def limit_memory(more: int) -> None:

@@ -88,6 +88,8 @@ class Engine:
             self.ranks = start_ranks(config.base)
         ranks = self.ranks
         self.base = Base(config.base, progress) if ranks is None else LeadingBase(config.base, ranks, progress)
+        if config.deterministic and self.base.device.type != "cuda":
+            self.base.make_deterministic()
         self.stacks: Mapping[str, Stack] = _named_stacks(config.stacks, self.base.layers)
         maker = AdapterMaker(self.base) if ranks is None else LeadingMaker(self.base, ranks)
         self.adapters = AdapterRegistry(self.base, self.stacks, config.adapters, config.base.cache_dir, maker)

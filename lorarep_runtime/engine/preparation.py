@@ -63,8 +63,6 @@ def make_decoder(
         FailedPrecondition: the base cannot be deterministic on its device.
     """
     if base.device.type != "cuda":
-        if sizes.deterministic:
-            base.make_deterministic()
         return None
     from lorarep_runtime.gpu.decoder import Decoder, can_decode  # imports triton
     from lorarep_runtime.gpu.warm_up import warm_up

@@ -30,9 +30,11 @@ class StackTurns:
         self._base: Stack = tuple(range(layers))
         self._most = LONGEST_PLAN * layers
         self._visits: dict[Stack, int] = {}
-        """Visits that each stack of the running sequences has had where not all had room. A new one has the fewest."""
+        """Visits that each stack of the running sequences has had where not all had room; of a new one, `_time`."""
         self._visits_over = 0
         """Those of all stacks together that are over the bound by themselves."""
+        self._time = 0
+        """Most visits that a stack had had when it was first in a step: who asks for nothing saves no turns up."""
         self._was_over = False
         """Whether the first of the last step was such a stack."""
         self._chosen: set[Stack] = set()
@@ -45,9 +47,7 @@ class StackTurns:
         """
         # Sequences of one adapter share a tuple, whose hash takes longer than its address.
         asking = set({id(stack): stack for stack in stacks}.values())
-        least = min((self._visits[stack] for stack in asking & self._visits.keys()), default=0)
-        self._visits = {stack: self._visits.get(stack, least) for stack in asking}
-        self._visits_over = max(self._visits_over, least)
+        self._visits = {stack: self._visits.get(stack, self._time) for stack in asking}
         if self._has_room_for(asking):
             self._chosen = asking
         else:
@@ -74,6 +74,8 @@ class StackTurns:
 
         first, *others = sorted(asking, key=turn)
         self._was_over = self._is_over(first)
+        self._time = max(self._time, self._visits_over if self._was_over else self._visits[first])
+        self._visits_over = max(self._visits_over, self._time)
         chosen = [first, *(asking & {self._base} - {first})]
         least = len(chosen)
         for stack in others[:MOST_TRIED]:

@@ -10,24 +10,6 @@ from lorarep_runtime.model.batch import View
 from lorarep_runtime.model.kv_cache import pages_of
 
 
-def attend_alone(
-    view: View,
-    q: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    tables: Tensor,
-    scores: Scores,
-) -> Tensor:
-    """`attend_pages` with each row alone, so that a row's result is bitwise the same whatever others there are."""
-
-    def one(row: Tensor, span: int, tokens: int) -> Tensor:
-        own = tables[span : span + 1, : pages_of(tokens)]
-        lengths = torch.tensor([tokens], device=q.device)
-        return paged_attention(row[None, None], key_pages, value_pages, own, lengths, scores)[0]
-
-    return torch.cat([one(row, *at) for row, at in zip(q, view.rows_alone, strict=True)])
-
-
 def attend_pages(
     view: View,
     q: Tensor,
@@ -35,6 +17,8 @@ def attend_pages(
     value_pages: Tensor,
     tables: Tensor,
     scores: Scores,
+    *,
+    alone: bool = False,
 ) -> Tensor:
     """Attention of the rows of a view to the pages of their spans, which hold their own keys and values already.
 
@@ -42,18 +26,25 @@ def attend_pages(
         q: (rows, heads, key_dim).
         key_pages, value_pages: (pages, page_tokens, kv_heads, key_dim) and (…, value_dim).
         tables: (spans, n) int64, the pages of each span at this visit.
+        alone: computes each row by itself, so that its result is bitwise the same whatever others there are.
 
     Returns:
         (rows, heads, value_dim).
     """
 
     pages = key_pages, value_pages
-    if view.prompts and has_flash(q, value_pages, scores):
+    if not alone and view.prompts and has_flash(q, value_pages, scores):
         return flash_attention(q, *pages, view.keys.slots(tables), view.row_bounds, view.keys.bounds, scores)
 
     def attend(rows: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
         return paged_attention(rows, *pages, tables, lengths, scores)
 
+    if alone:
+        rows = [
+            attend(row[None, None], tables[span : span + 1, : pages_of(tokens)], torch.tensor([tokens]).to(q.device))[0]
+            for row, (span, tokens) in zip(q, view.rows_alone, strict=True)
+        ]
+        return torch.cat(rows)
     if not view.prompts:
         return attend(q.unsqueeze(1), tables, view.lengths).squeeze(1)
     out = q.new_empty(*q.shape[:-1], value_pages.shape[-1])
@@ -61,6 +52,6 @@ def attend_pages(
         one = q[view.decode_rows].unsqueeze(1), tables[view.decodes, : view.decode_pages], view.lengths[view.decodes]
         out[view.decode_rows] = attend(*one).squeeze(1)
     for prompt in view.prompts:
-        rows, span = slice(prompt.start, prompt.stop), slice(prompt.span, prompt.span + 1)
-        out[rows] = attend(q[rows].unsqueeze(0), tables[span, : pages_of(prompt.length)], view.lengths[span])[0]
+        own, span = slice(prompt.start, prompt.stop), slice(prompt.span, prompt.span + 1)
+        out[own] = attend(q[own].unsqueeze(0), tables[span, : pages_of(prompt.length)], view.lengths[span])[0]
     return out

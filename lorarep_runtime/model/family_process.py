@@ -6,10 +6,9 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
-from lorarep_runtime.device.process import limit_memory
+from lorarep_runtime.device.process import end_with_parent, limit_memory
 from lorarep_runtime.failpoints import failpoint
 
 
@@ -18,7 +17,7 @@ def compare() -> None:
     folder, whole_seconds, seconds, most_bytes = json.loads(sys.stdin.readline())
     signal.setitimer(signal.ITIMER_REAL, whole_seconds)  # its signal ends the process
     answers, sys.stdout = sys.stdout, sys.stderr  # where a family's code may print
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     failpoint("compare")
     # Only now: they take seconds.
     from lorarep_runtime.model.family_comparison import refusal
@@ -36,9 +35,3 @@ def limit_comparison(seconds: float, most_bytes: int) -> None:
     """Limits what this process still does: its processor time, at whose end a signal ends it, and its memory."""
     limit_memory(most_bytes)
     signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
-def _end_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.eager import adapt as adapter_kernel
 from lorarep_runtime.kernels.eager.attention import Scores, write_pages
-from lorarep_runtime.model.attention import attend_alone, attend_pages
+from lorarep_runtime.model.attention import attend_pages
 from lorarep_runtime.model.batch import Batch, View
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.plan import Visit
@@ -149,8 +149,7 @@ class Walk:
         if view.rows is not None:
             slots, tables = slots[view.rows], tables[view.spans]
         write_pages(k, v, *pages, slots)
-        attend = attend_alone if self.deterministic else attend_pages
-        return attend(view, q, *pages, tables, scores)
+        return attend_pages(view, q, *pages, tables, scores, alone=self.deterministic)
 
 
 class HandOff(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.engine.stack_turns import StackTurns
 from lorarep_runtime.errors import DataLoss, DeadlineExceeded
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.prefix_cache import PrefixCache
+from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.request import Finished
 from tests.support.loops import DEPTH, Counting, FreeLease, Loop
 from tests.support.operations import operations
@@ -181,15 +184,20 @@ def test_a_step_looks_for_no_whole_prefix_while_there_is_no_room_for_the_rest(mo
     assert end.cached_tokens == len(shared)
 
 
-def test_stacks_that_would_make_a_step_long_take_turns_and_the_bases_own_is_in_every_step() -> None:
-    """Nobody chooses whose stacks a step has to walk for his token."""
-    visits: list[int] = []
+def counting(visits: list[int]) -> Callable[[Batch], Counting]:
+    """A forward pass that notes how many visits its plan has."""
 
     def forward(batch: Batch) -> Counting:
         visits.append(len(batch.plan.visits))
         return Counting(batch)
 
-    loop = Loop(256, forward, max_sequences=10)
+    return forward
+
+
+def test_stacks_that_would_make_a_step_long_take_turns_and_the_bases_own_is_in_every_step() -> None:
+    """Nobody chooses whose stacks a step has to walk for his token."""
+    visits: list[int] = []
+    loop = Loop(256, counting(visits), max_sequences=10)
     other = tuple(range(3, 3 + 3 * DEPTH))  # of the operator, and longer than the base
     deep = [tuple(range(10 * i, 10 * i + 4 * DEPTH)) for i in range(1, 9)]
     loop.submit(new_tokens=12)
@@ -206,15 +214,26 @@ def test_stacks_that_would_make_a_step_long_take_turns_and_the_bases_own_is_in_e
     loop.assert_nothing_held()
 
 
+def test_a_deep_stack_waits_for_no_visits_of_times_before_it() -> None:
+    """Stacks of an earlier time had visits that nobody owes to those of today."""
+    layers, most = 2, 16
+    turns, deep, short = StackTurns(layers), (0, 1) * most, (1, 0)
+
+    def steps_until(stack: Stack, others: Sequence[Stack]) -> int:
+        return next(step for step in range(10_000) if stack not in turns.begin_step([stack, *others]))
+
+    for _ in range(2_000):
+        turns.begin_step([deep, short])
+    assert steps_until((1, 1) * most, [(1, 0, 0)]) <= len(deep)
+    for _ in range(2_000):
+        turns.begin_step([(1, 0, 0), *((n % 2, *[0] * n) for n in range(5, 15))])
+    assert steps_until((0, 0) * most, [(1, 0, 0)]) <= len(deep)
+
+
 def test_stacks_that_are_too_deep_for_any_step_leave_as_many_visits_to_others() -> None:
     """Each of their steps is followed by one without them, and others are not as slow as they are."""
-    plans: list[int] = []
-
-    def forward(batch: Batch) -> Counting:
-        plans.append(len(batch.plan.visits))
-        return Counting(batch)
-
-    loop = Loop(4096, forward, max_sequences=10)
+    visits: list[int] = []
+    loop = Loop(4096, counting(visits), max_sequences=10)
     short = tuple(range(3, 3 + 2 * DEPTH))
     for i in range(6):
         deep = tuple((i + j * (i + 1)) % 50 for j in range(20 * DEPTH))
@@ -223,7 +242,7 @@ def test_stacks_that_are_too_deep_for_any_step_leave_as_many_visits_to_others() 
     base = loop.submit(new_tokens=40)
     while len(loop.tokens(innocent)) < 40:
         loop.loop.step()
-    over = [visits > 8 * DEPTH for visits in plans]
+    over = [count > 8 * DEPTH for count in visits]
     assert not any(one and other for one, other in pairwise(over))
     assert sum(over) <= 6 + 40 * len(short) // (20 * DEPTH)
     assert len(loop.tokens(base)) == 40

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.config import PAGE_TOKENS, AdapterLimits, BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.engine.offline import Completion
 from lorarep_runtime.errors import FailedPrecondition
-from lorarep_runtime.request import Event, Output, Request, Sampling, Stopping
+from lorarep_runtime.request import Request, Sampling, Stopping
 from tests.support.engines import assert_nothing_held
 from tests.support.models import save_adapter, save_base
 
@@ -115,7 +115,7 @@ def alone(engine: Engine, asked: list[Asked]) -> list[Completion]:
     return [answers(engine, [one])[0] for one in asked]
 
 
-def lease_for(engine: Engine, name: str | None):  # type: ignore[no-untyped-def]
+def lease_for(engine: Engine, name: str | None) -> Lease:
     return engine.adapters.lease([], "named") if name == "" else engine.adapters.lease([(name, 1.0)] if name else [])
 
 
@@ -150,30 +150,21 @@ def test_arriving_at_random_times_beside_loads(
 ) -> None:
     """Prompts are cut wherever steps are full; those of 48 tokens cut most."""
     engine = loaded(engine_of(base, form, max_step_tokens=max_step_tokens), adapters)
-    engine.start()
-    try:
-        dice, ended, streams = random.Random(1), threading.Semaphore(0), []
+    dice = random.Random(1)
+
+    def arriving() -> Iterator[tuple[Request, Lease]]:
         for request, name in asked:
-            events: list[Event] = []
-            streams.append(events)
-
-            def on_event(event: Event, events: list[Event] = events) -> None:
-                events.append(event)
-                if not isinstance(event, Output):
-                    ended.release()
-
-            engine.submit(request, lease_for(engine, name), on_event)
+            yield request, lease_for(engine, name)
             if dice.random() < 0.2:
                 engine.adapters.load("more", str(dice.choice([*adapters.values()])), trusted=True, replace=True)
             time.sleep(dice.expovariate(1 / 0.01))
-        for _ in streams:
-            ended.acquire()
+
+    engine.start()
+    try:
+        for one, other in zip(engine.generate(arriving()), alone, strict=True):
+            assert_same(one, other)
     finally:
         engine.stop()
-    for events, answer in zip(streams, alone, strict=True):
-        outputs = [event for event in events if isinstance(event, Output)]
-        assert tuple(token for output in outputs for token in output.tokens) == answer.tokens
-        assert tuple(logprob for output in outputs for logprob in output.logprobs) == answer.logprobs
 
 
 def test_after_preemption(

@@ -127,7 +127,7 @@ def _combine_shrink(
             own_maximum = tl.where(inside, own_maximum, 0.0)
             own_total = tl.load(sums + at + split, mask=present, other=0)
             own_value = tl.load(values + (at + split) * DIM + columns % DIM, mask=present, other=0)
-            # A split without tokens has no values: whatever lies present may be NaN.
+            # A split without tokens has no values: whatever lies there may be NaN.
             own_value = tl.where(own_maximum == float("-inf"), 0.0, own_value)
             maximum, total, value = merge(maximum, total, value, own_maximum, own_total, own_value)
     own_x = (value / tl.where(inside, total, 1.0)).to(dtype)

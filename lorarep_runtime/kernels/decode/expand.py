@@ -110,7 +110,7 @@ def _load_vector(entry, field: tl.constexpr, present, size, o, other: tl.constex
     return tl.load(vector + o, mask=o < tl.where(address != 0, size, 0), other=other).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["positions", "RANKS"])
+@triton.jit(do_not_specialize=["positions"])
 def _expand_rows(
     y,
     shrunk,
@@ -124,7 +124,7 @@ def _expand_rows(
     FIRST: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
-    RANKS,
+    RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):

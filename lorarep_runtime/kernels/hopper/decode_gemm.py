@@ -94,7 +94,7 @@ def decode_gemm(
     while at < len(x):
         left = len(x) - at
         launch = launch_config_for(bits, tiles, x.shape[1], left, modules, ranks, deterministic=deterministic)
-        count = min(len(x) - at, 8 * launch.eights)
+        count = min(left, 8 * launch.eights)
         places = places_for(launch, tiles, x.shape[1], count, modules)
         arguments = GemmArguments(
             weights=weights.data_ptr(),

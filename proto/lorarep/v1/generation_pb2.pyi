@@ -185,7 +185,8 @@ class AdapterRef(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name of a loaded adapter, or a repository that the server's allow-list permits: "organization/repository" or
-    "organization/repository@revision", also with a folder, "organization/repository/folder". A repository that is not loaded yet is loaded first, and the call waits.
+    "organization/repository@revision", also with a folder, "organization/repository/folder". A repository that is not
+    loaded yet is loaded first, and the call waits.
     """
     weight: _builtins.float
     """The factor on the adapter's change to the base; any finite number. Default: 1."""

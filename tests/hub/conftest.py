@@ -8,9 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import (
-    file_download,
-)
+from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 
 from lorarep_runtime.hub import snapshot

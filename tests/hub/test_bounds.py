@@ -7,12 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorarep_runtime.errors import (
-    DataLoss,
-    FailedPrecondition,
-    NotFound,
-    PermissionDenied,
-)
+from lorarep_runtime.errors import DataLoss, FailedPrecondition, NotFound, PermissionDenied
 from tests.support.hub_faults import FaultyHub
 from tests.support.repositories import ADAPTER, KIB, REPOSITORY, bounds, contents
 

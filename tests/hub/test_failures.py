@@ -14,21 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import (
-    RepoFile,
-    constants,
-    get_cached_repo_tree,
-    hf_hub_download,
-)
+from huggingface_hub import RepoFile, constants, get_cached_repo_tree, hf_hub_download
 from huggingface_hub.utils import _http
 
-from lorarep_runtime.errors import (
-    DataLoss,
-    Exhausted,
-    NotFound,
-    PermissionDenied,
-    Unavailable,
-)
+from lorarep_runtime.errors import DataLoss, Exhausted, NotFound, PermissionDenied, Unavailable
 from lorarep_runtime.hub import cache, files, snapshot
 from lorarep_runtime.hub.files import file_digest
 from tests.support.hub_faults import FaultyHub

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorarep_runtime.errors import (
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    PermissionDenied,
-)
+from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from lorarep_runtime.hub.snapshot import LOCAL, Snapshot, check_allowed
 from tests.support.hub_faults import FaultyHub
 from tests.support.repositories import ADAPTER, BASE, KIB, REPOSITORY, bounds, contents, write
@@ -28,11 +23,10 @@ FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("how", [{}, {"bounds": True}], ids=["operator", "caller"])
-def test_a_folder_of_a_repository_is_fetched_beside_others(hub: FaultyHub, publish, fetch, how: dict) -> None:
+@pytest.mark.parametrize("is_caller", [False, True], ids=["operator", "caller"])
+def test_a_folder_of_a_repository_is_fetched_beside_others(hub: FaultyHub, publish, fetch, is_caller: bool) -> None:
     commit = publish(FOLDERS)
-    if how:
-        how = {"bounds": bounds()}
+    how = {"bounds": bounds()} if is_caller else {}
     found = fetch("org/name/checkpoints/checkpoint-430", "main", **how)
     assert contents(found) == {
         "adapter_config.json": b'{"r": 4}',

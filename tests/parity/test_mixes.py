@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Embedding, Linear
 
 from tests.support.engines import PROMPT, engine_for
 from tests.support.models import load_base, reference_logits, save_adapter, save_base, stack_of, without_replication
@@ -21,7 +21,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "bias": {"lora_bias": True},
     "patterns": PATTERNS,
     "dora of patterns": {**PATTERNS, "use_dora": True, "use_rslora": True},
+    "ends": {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
+    "dora head": {"target_modules": ["lm_head"], "use_dora": True},
 }
+
+# PEFT warns that it saves the base's embedding beside an adapter of it.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def weigh(model: PeftModel, adapter: str, weight: float) -> None:
@@ -31,6 +36,8 @@ def weigh(model: PeftModel, adapter: str, weight: float) -> None:
             dora = adapter in module.lora_magnitude_vector
             change = module.lora_magnitude_vector[adapter] if dora else module.lora_B[adapter]
             change.register_forward_hook(lambda _module, _inputs, output: weight * output)
+        elif isinstance(module, Embedding) and adapter in module.lora_embedding_B:
+            module.lora_embedding_B[adapter].data *= weight
 
 
 @pytest.mark.parametrize(
@@ -41,6 +48,7 @@ def weigh(model: PeftModel, adapter: str, weight: float) -> None:
         [("lora", -0.8), ("dora", 0.3), ("bias", 1.7), ("dora", 0.6)],
         [("dora", 0.4)],
         [("patterns", 1.0), ("dora of patterns", -0.6), ("lora", 0.5)],
+        [("ends", 0.5), ("lora", 0.9), ("dora head", 1.4), ("ends", -0.7)],
     ],
     ids=str,
 )
@@ -49,7 +57,7 @@ def test_a_mix_is_pefts_with_each_change_weighed(parts: list[tuple[str, float]],
     folders = {}
     for i, (kind, _) in enumerate(parts):
         asked = dict(r=3 + i, lora_alpha=6, target_modules=["q_proj", "down_proj"], layer_replication=MAP)
-        folders[str(i)] = save_adapter(base, tmp_path / str(i), seed=i, **asked, **KINDS[kind])
+        folders[str(i)] = save_adapter(base, tmp_path / str(i), seed=i, **{**asked, **KINDS[kind]})
     engine = engine_for(base, adapters=folders, kv_bytes=1 << 20)
     lease = engine.adapters.lease([(str(i), weight) for i, (_, weight) in enumerate(parts)])
     stacked = physically_stacked(load_base(base), stack_of(MAP))

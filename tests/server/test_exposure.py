@@ -15,14 +15,7 @@ from lorarep_server.auth import ROLES, TokenAuth, check_exposure, check_roles, r
 from lorarep_server.config import ServerConfig
 
 from lorarep_runtime.errors import InvalidArgument
-from tests.support.secured import (
-    ADMIN,
-    BASE_FLAGS,
-    OK,
-    PERMISSION_DENIED,
-    bearer,
-    check,
-)
+from tests.support.secured import ADMIN, BASE_FLAGS, OK, PERMISSION_DENIED, bearer, check
 from tests.support.servers import lorarep, serving
 
 

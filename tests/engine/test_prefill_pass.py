@@ -276,7 +276,8 @@ if torch.cuda.is_available():
     ) -> None:
         adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
         config = BaseConfig(str(base), dtype="bfloat16", device="cuda")
-        engine = Engine(EngineConfig(config, scheduler=SchedulerConfig(kv_bytes=64 << 20, max_step_tokens=32)))
+        limits = SchedulerConfig(kv_bytes=64 << 20, max_step_tokens=32, prefix_cache=False)  # all is computed twice
+        engine = Engine(EngineConfig(config, scheduler=limits))
         engine.adapters.load("a", str(adapter), trusted=True)
         prompt = replace(greedy(new_tokens=4), prompt=PROMPT * 5)
         monkeypatch.setattr(engine.loop.overlap.decoder, "rows_with_prompts", lambda decoding: 0)
@@ -290,6 +291,8 @@ if torch.cuda.is_available():
 
         monkeypatch.setattr(PrefillPass, "launch_visits", slow)
         engine.loop.step()
+        assert engine.loop.prefill.pending is None
+        assert not caller.tokens
         engine.cancel(caller.id)
         engine.loop.step()
         assert isinstance(caller.events[-1], Cancelled)

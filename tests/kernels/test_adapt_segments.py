@@ -9,7 +9,7 @@ from lorarep_runtime.kernels.entry_table import ReferenceRows, entry_table, shri
 from lorarep_runtime.kernels.prefill.adapt_segments import SegmentTiles, adapt_segments
 from tests.support.decode_rows import DEPTH, DEVICE, MULTIPLIED, TOLERANCE, nan, one_by_one, randn, random_adapter
 
-SIZES = (200, 80, 24)
+SIZES = (704, 80, 24)  # the first takes two programs
 BOUNDS = [(3, 67), (67, 70), (70, 134), (140, 150)]
 """Of tiles; rows between them have no adapter."""
 ADAPTERS = [0, 0, 1, 2]

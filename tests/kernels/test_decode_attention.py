@@ -9,7 +9,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lorarep_runtime.kernels.attention_config import Attention
-from lorarep_runtime.kernels.decode.attention import Cache, attend, attend_reference, attend_whole, chunks_of
+from lorarep_runtime.kernels.decode import attention
+from lorarep_runtime.kernels.decode.attention import BLOCKS, Cache, attend, attend_reference, attend_whole, chunks_of
 from lorarep_runtime.kernels.decode.combine import Partials, combine_shrink, combine_shrink_reference
 from lorarep_runtime.kernels.decode.store import store, store_reference
 from tests.support.decode_rows import (
@@ -149,6 +150,17 @@ def test_keys_and_values_are_stored_before_any_row_attends(dtype: torch.dtype, w
     check(
         layer(6, 2, 16, k_norm=randn(16, dtype=dtype), q_norm=randn(16, dtype=dtype)), dtype, whole=whole, stored=True
     )
+
+
+@pytest.mark.parametrize("dtype", MULTIPLIED)
+@pytest.mark.parametrize("rows", BLOCKS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_blocks_of_any_number_of_rows(
+    dtype: torch.dtype, rows: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "BLOCKS", {0: BLOCKS[rows]})
+    check(layer(), dtype, splits=1 if whole else 4, whole=whole)
 
 
 @pytest.mark.parametrize("dtype", MULTIPLIED)

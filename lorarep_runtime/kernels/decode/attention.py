@@ -22,8 +22,11 @@ from lorarep_runtime.kernels.rotary import rotated_reference
 
 SIZES = ("WIDTH", "PART", "BLOCK", "MODULES", "FIRST", "COUNT", "RANKS", "RANK_BLOCK")
 """Sizes of shrunk, from `shrink_options`."""
-MANY_ROWS = 64
-"""Rows from which smaller programs, of which more are resident at once, are faster: a fifth on an H200."""
+BLOCKS = {128: (32, 1, False), 64: (32, 2, True), 0: (64, 4, True)}
+"""Tokens of a block, warps, and whether blocks are loaded ahead: by the least rows of a step. The fastest on an H200.
+
+With more rows, smaller programs are faster, of which more are resident at once.
+"""
 LEAST_CHUNK, MOST_CHUNKS = 128, 32
 """Least tokens of a chunk, a multiple of the tokens of a block, and most chunks of a sequence."""
 LEAST_HEADS = 16
@@ -124,7 +127,7 @@ def _launch(
     chunked: bool = False,
 ) -> None:
     block_dim = triton.next_power_of_2(layer.head_dim)
-    many = len(qkv) >= MANY_ROWS and not chunked
+    block, warps, ahead = BLOCKS[0] if chunked else next(b for rows, b in BLOCKS.items() if len(qkv) >= rows)
     attend_kernel[(len(qkv), layer.kv_heads, splits)](
         qkv,
         layer.q_norm,
@@ -150,12 +153,13 @@ def _launch(
         DIM=layer.head_dim,
         BLOCK_DIM=block_dim,
         PAGE=cache.key_pages.shape[1],
-        BLOCK_TOKENS=32 if many else 64,
+        BLOCK_TOKENS=block,
         CHUNK=LEAST_CHUNK if chunked else None,
         MOST_CHUNKS=MOST_CHUNKS,
+        AHEAD=ahead,
         PDL=pdl,
-        num_warps=(2 if many else 4) * (2 if block_dim > 128 else 1),
-        num_stages=1,  # the kernel loads ahead itself
+        num_warps=warps * (2 if block_dim > 128 else 1),
+        num_stages=1,  # the kernel loads ahead itself, or not at all
         launch_pdl=pdl,
     )
 

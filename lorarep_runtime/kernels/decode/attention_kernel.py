@@ -2,6 +2,9 @@
 
 With CHUNK, sums do not depend on the number of splits: a sequence is summed in chunks whose length is a function of its
 own length alone, and chunks are merged one after the other by `merge`, here or in `combine`.
+
+With AHEAD, keys and values are loaded a block ahead, and page numbers two. Without it fewer registers are needed, so
+that more programs hide each other's loads.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from lorarep_runtime.kernels.rotary import rotated
 def _load_block(
     key_pages,
     value_pages,
-    table,
+    block_pages,
     head,
     start,
     stop,
@@ -34,13 +37,19 @@ def _load_block(
     PAGE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Keys and values (BLOCK_TOKENS, BLOCK_DIM) of tokens from `start` on; 0 at and beyond `stop`."""
+    """Keys and values (BLOCK_TOKENS, BLOCK_DIM) of tokens from `start` on, in their pages; 0 at and beyond `stop`."""
     t = start + tl.arange(0, BLOCK_TOKENS)
-    page = tl.load(table + t // PAGE, mask=t < stop, other=0).to(tl.int64)
-    at = ((page * PAGE + t % PAGE) * KV_HEADS + head) * DIM
+    at = ((block_pages.to(tl.int64) * PAGE + t % PAGE) * KV_HEADS + head) * DIM
     mask = (t < stop)[:, None] & (d < DIM)[None, :]
     at = at[:, None] + d[None, :]
     return tl.load(key_pages + at, mask=mask, other=0), tl.load(value_pages + at, mask=mask, other=0)
+
+
+@triton.jit
+def _pages(table, start, stop, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
+    """Pages (BLOCK_TOKENS) of the tokens from `start` on."""
+    t = start + tl.arange(0, BLOCK_TOKENS)
+    return tl.load(table + t // PAGE, mask=t < stop, other=0)
 
 
 @triton.jit(do_not_specialize=["positions", "depth", "pages", "splits"])  # each kind of number would be compiled anew
@@ -87,6 +96,7 @@ def attend_kernel(
     BLOCK_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
     MOST_CHUNKS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -116,7 +126,12 @@ def attend_kernel(
     if STORED:
         await_previous(PDL)  # it has stored the tokens of other rows of this sequence
     # Else tokens were stored in earlier steps: no need to wait for the kernel before to load them.
-    k, v = _load_block(key_pages, value_pages, table, kv_head, start, cached, d, KV_HEADS, DIM, PAGE, BLOCK_TOKENS)
+    if AHEAD:
+        block_pages = _pages(table, start, cached, PAGE, BLOCK_TOKENS)
+        k, v = _load_block(
+            key_pages, value_pages, block_pages, kv_head, start, cached, d, KV_HEADS, DIM, PAGE, BLOCK_TOKENS
+        )
+        block_pages = _pages(table, start + BLOCK_TOKENS, cached, PAGE, BLOCK_TOKENS)
     if WHOLE:
         columns, inside = part_columns(kv_head, WIDTH, PART, BLOCK)
         addresses, ranks = entries_of_row(adapters, row, position, MODULES, FIRST, COUNT)
@@ -159,9 +174,27 @@ def attend_kernel(
         whole_total = tl.zeros([BLOCK_HEADS], tl.float32)
         whole_value = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
     for block in range(start, cached, BLOCK_TOKENS):
-        keys, vals = k, v
-        ahead = block + BLOCK_TOKENS
-        k, v = _load_block(key_pages, value_pages, table, kv_head, ahead, cached, d, KV_HEADS, DIM, PAGE, BLOCK_TOKENS)
+        if AHEAD:
+            keys, vals, next_block = k, v, block + BLOCK_TOKENS
+            k, v = _load_block(
+                key_pages,
+                value_pages,
+                block_pages,
+                kv_head,
+                next_block,
+                cached,
+                d,
+                KV_HEADS,
+                DIM,
+                PAGE,
+                BLOCK_TOKENS,
+            )
+            block_pages = _pages(table, block + 2 * BLOCK_TOKENS, cached, PAGE, BLOCK_TOKENS)
+        else:
+            block_pages = _pages(table, block, cached, PAGE, BLOCK_TOKENS)
+            keys, vals = _load_block(
+                key_pages, value_pages, block_pages, kv_head, block, cached, d, KV_HEADS, DIM, PAGE, BLOCK_TOKENS
+            )
         t = block + tl.arange(0, BLOCK_TOKENS)
         if CHUNK is not None:  # noqa: SIM102, one is known when the kernel is compiled
             if (block > start) & ((block - start) % chunk == 0):

@@ -139,6 +139,9 @@ def _expand_rows(
     position = tl.load(positions + row)
     table = tl.load(adapters + row)
     present = (table != 0) & (position >= 0)
+    if residual is None and bias is None:  # noqa: SIM102, one is known when the kernel is compiled
+        if not present:
+            return
     entry = table.to(tl.pointer_type(tl.int64)) + (position * MODULES + FIRST + module) * ENTRY_FIELDS
     B = tl.multiple_of(tl.load(entry + FIELD_B, mask=present, other=0).to(tl.pointer_type(dtype)), 16)
     rank = tl.load(entry + FIELD_RANK, mask=present, other=0).to(tl.int32)

@@ -3,7 +3,8 @@
 //
 // Each of WARPS warps has a tile, 16 outputs (nf4.py). It makes wgmma's A operand in registers: it looks up, scales and rounds
 // half a chunk of 64 columns while the tensor cores multiply the half before. More warps hide more of each other's look-ups.
-// The B operand is x. TMA copies it to shared memory, AHEAD chunks before it is multiplied.
+// The B operand is x. Another warp has TMA copy it to shared memory, as many chunks ahead as there are stages; so all that the
+// others do is the same in all of their threads, and the compiler keeps addresses in uniform registers.
 #include "nf4.cuh"
 #include "wgmma.cuh"
 
@@ -13,8 +14,9 @@
 #define TABLE_AT 32768   // address of the table of pairs, a multiple of 32768: lookup() ors an index into it
 #define STAGES_AT 65536  // address of the stages: chunks of x, ROWS rows each
 #define STAGES ((228 * 1024 - STAGES_AT) / STAGE_BYTES)
-#define AHEAD (STAGES - 2)
 #define DEPTH (ROWS == 128 && WARPS == 16 ? 3 : 4)  // chunks of its tile that a warp loads ahead, into registers
+
+#define REGISTERS (WARPS == 16 ? 112 : 240)  // of a thread that multiplies, once the others have given theirs
 
 constexpr int EIGHTS = ROWS / 8, HALVES = ROWS > 128 ? 2 : 1;  // ROWS / 8; wgmma instructions for ROWS rows
 
@@ -38,7 +40,7 @@ struct GemmArguments {
     int rows, tiles, chunks, stride;  // rows of x; the weight's tiles and chunks; the stride of y's rows, in numbers
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __grid_constant__ TensorMap map, GemmArguments args) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 128) prefill_gemm(const __grid_constant__ TensorMap map, GemmArguments args) {
     extern __shared__ char shared[];
     const u32 base = u32(__cvta_generic_to_shared(shared));
     const u32 full = base, empty = base + STAGES * 8, table = base - RESERVED + TABLE_AT, x = base - RESERVED + STAGES_AT;
@@ -57,10 +59,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
         }
         fence_barrier_init();
     }
-    for (int entry = warp; entry < 256; entry += WARPS)
+    for (int entry = warp; entry < 256; entry += WARPS + 4)
         store_shared(table + (entry * 32 + lane) * 4, pack_bf16(NF4[entry >> 4], NF4[entry & 15]));
     __syncthreads();
     launch_dependents();
+
+    if (warp >= WARPS) {
+        // A thread behind those that multiply fetches x. It refills a stage when all of them have multiplied its chunk. Its three
+        // neighbours are there because registers change hands by four warps.
+        give_registers<24>();
+        await_previous_kernel();
+        if (threadIdx.x == WARPS * 32)
+            for (int chunk = 0, stage = 0, parity = 1; chunk < chunks; chunk++) {
+                if (chunk >= STAGES) await_own(empty + stage * 8, parity);
+                fetch_tensor<STAGE_BYTES>(x + stage * STAGE_BYTES, map, (begin + chunk) * CHUNK, first_row, full + stage * 8);
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+        return;
+    }
+    take_registers<REGISTERS>();
 
     const u64 policy = evict_first_policy();
     const i64 tile = min(first_tile + warp, args.tiles - 1);
@@ -79,20 +96,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
         load(d, 0, d < left);
     }
 
-    // Thread 0 refills a stage when all warps have multiplied its chunk: at the second chunk behind it.
-    auto fetch = [&](int chunk) {
-        const int stage = chunk % STAGES;
-        if (chunk >= STAGES) await_own(empty + stage * 8, chunk / STAGES - 1 & 1);
-        fetch_tensor<STAGE_BYTES>(x + stage * STAGE_BYTES, map, (begin + chunk) * CHUNK, first_row, full + stage * 8);
-    };
-    await_previous_kernel();
-    if (threadIdx.x == 0)
-        for (int chunk = 0; chunk < min(AHEAD, chunks); chunk++) fetch(chunk);
-
     u32 place = table + lane * 4;
     hide(place);  // lookups must not precede the table
     float sums[HALVES][EIGHTS / HALVES][4] = {};
-    int stage = 0, before = -1, next = AHEAD;
+    int stage = 0, before = -1;
     u32 parity = 0;
     // Makes A for half of chunk d of DEPTH.
     auto look_up = [&](u32 (&own)[8], int d, int half, const Scale& g0, const Scale& g8) {
@@ -112,12 +119,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
                 wgmma(sums[half_rows], own + k * 4, from + half_rows * 1024 + (half * 2 + k) * 2, true);
         commit_wgmma();
     };
-    // Gives back the stage of the chunk before, and fetches a chunk into a stage that has been given back.
-    auto pass_on = [&] {
-        if (lane == 0 && before >= 0) arrive(empty + before * 8);
-        if (threadIdx.x == 0 && next < chunks) fetch(next);
-        next++;
-    };
     u32 a[2][8];
     auto multiply = [&](int d, bool more) {
         const Scale g0(scale[d].x), g8(scale[d].y);
@@ -126,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) prefill_gemm(const __gr
         await_own(full + stage * 8, parity);
         begin_half(a[0], 0, from);
         await_wgmma<1>();  // all products of the chunk before are complete
-        pass_on();
+        if (lane == 0 && before >= 0) arrive(empty + before * 8);
         look_up(a[1], d, 1, g0, g8);
         begin_half(a[1], 1, from);
         await_wgmma<1>();

@@ -250,3 +250,11 @@ __device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
+
+// Four warps keep COUNT registers for each of their threads, and leave the others to the CTA.
+template <int COUNT>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+
+// Four warps have COUNT registers for each of their threads, as soon as others have left them.
+template <int COUNT>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }

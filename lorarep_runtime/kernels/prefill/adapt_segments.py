@@ -32,7 +32,9 @@ MOST_PARTS = 16
 RANK_BLOCK: tl.constexpr = tl.constexpr(32)
 """Ranks, of all packed modules one after the other, that a shrinking program takes."""
 OUTPUTS: tl.constexpr = tl.constexpr(128)
-"""Outputs that an expanding program takes."""
+"""Outputs that an expanding program takes at once."""
+BLOCKS: tl.constexpr = tl.constexpr(4)
+"""Blocks of so many outputs that it takes, one after the other."""
 RANK_STEP: tl.constexpr = tl.constexpr(16)
 """Ranks that an expanding program multiplies at once."""
 ANY = ["bounds", "adapters", "positions", "first_row", "rows", "modules", "first"]
@@ -88,7 +90,7 @@ def adapt_segments(
         tiles.ranks,
         **SHRINK,
     )
-    _expand[(count, sum(triton.cdiv(size, OUTPUTS.value) for size in sizes))](
+    _expand[(count, sum(triton.cdiv(size, OUTPUTS.value * BLOCKS.value) for size in sizes))](
         y,
         shrunk,
         *given,
@@ -174,6 +176,23 @@ def _vector(entry, field: tl.constexpr, o, size, other: tl.constexpr, dtype: tl.
     return tl.load(vector + o, mask=o < tl.where(address != 0, size, 0), other=other).to(tl.float32)
 
 
+@triton.jit
+def _sum_parts(shrunk, start, rank, inside, parts, stride, ROWS: tl.constexpr):
+    """Some ranks of A x, fp32 (ROWS, RANK_STEP), of partial sums that are `stride` numbers apart."""
+    j = start + tl.arange(0, RANK_STEP)
+    sums = tl.zeros((ROWS, RANK_STEP), tl.float32)
+    for part in range(parts):
+        sums += tl.load(shrunk + part * stride + j[None, :], mask=inside[:, None] & (j < rank)[None, :], other=0)
+    return sums
+
+
+@triton.jit
+def _load_ranks(B, start, rank, o, size):
+    """Some ranks of Bᵀ, (RANK_STEP, OUTPUTS)."""
+    j = start + tl.arange(0, RANK_STEP)
+    return tl.load(B + j[:, None] * size + o[None, :], mask=(j < rank)[:, None] & (o < size)[None, :], other=0)
+
+
 @triton.jit(do_not_specialize=[*ANY, "size_2", "size_3", "parts", "count", "ranks"])
 def _expand(
     y,
@@ -197,7 +216,7 @@ def _expand(
     tile, block = tl.program_id(0), tl.program_id(1)
     dtype = y.dtype.element_ty
     row, inside, some = _rows_of_tile(bounds, tile, first_row, rows, ROWS)
-    blocks_1, blocks_2 = tl.cdiv(size_1, OUTPUTS), tl.cdiv(size_2, OUTPUTS)
+    blocks_1, blocks_2 = tl.cdiv(size_1, OUTPUTS * BLOCKS), tl.cdiv(size_2, OUTPUTS * BLOCKS)
     module = (block >= blocks_1).to(tl.int32) + (block >= blocks_1 + blocks_2).to(tl.int32)
     size = tl.where(module == 0, size_1, tl.where(module == 1, size_2, size_3))
     block -= tl.where(module == 0, 0, tl.where(module == 1, blocks_1, blocks_1 + blocks_2))
@@ -205,24 +224,22 @@ def _expand(
     total = size_1 + size_2 + size_3
     if ALIGNED:  # 16 bytes are loaded at once
         size, offset, total = tl.multiple_of(size, 8), tl.multiple_of(offset, 8), tl.multiple_of(total, 8)
-    o = block * OUTPUTS + tl.arange(0, OUTPUTS)
     entry = _entry(adapters, positions, tile, modules, first + module)
     rank = tl.load(entry + FIELD_RANK).to(tl.int32)
     if some & (rank > 0):
         B = tl.multiple_of(tl.load(entry + FIELD_B).to(tl.pointer_type(dtype)), 16)
         own_shrunk = shrunk + ((row * parts) * count + module)[:, None] * ranks
-        sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
-        for start in range(0, rank, RANK_STEP):
-            j = start + tl.arange(0, RANK_STEP)
-            known = j < rank
-            own = tl.zeros((ROWS, RANK_STEP), tl.float32)
-            for p in range(parts):
-                at = own_shrunk + (p * count) * ranks + j[None, :]
-                own += tl.load(at, mask=inside[:, None] & known[None, :], other=0)
-            B_block = tl.load(B + j[:, None] * size + o[None, :], mask=known[:, None] & (o < size)[None, :], other=0)
-            sums = tl.dot(own.to(dtype), B_block, sums, input_precision="ieee")
-        to = y + row[:, None] * total + (offset + o)[None, :]
-        both = inside[:, None] & (o < size)[None, :]
-        adapted = tl.load(to, mask=both, other=0).to(tl.float32) * _vector(entry, FIELD_C, o, size, 1.0, dtype)[None, :]
-        adapted += sums + _vector(entry, FIELD_BIAS, o, size, 0.0, dtype)[None, :]
-        tl.store(to, adapted.to(dtype), mask=both)
+        # The first ranks, often all, are added up once for all blocks: parts take longer to read than y.
+        first_ranks = _sum_parts(own_shrunk, 0, rank, inside, parts, count * ranks, ROWS).to(dtype)
+        for start_output in range(block * OUTPUTS * BLOCKS, tl.minimum((block + 1) * OUTPUTS * BLOCKS, size), OUTPUTS):
+            o = start_output + tl.arange(0, OUTPUTS)
+            B_block = _load_ranks(B, 0, rank, o, size)
+            sums = tl.dot(first_ranks, B_block, tl.zeros((ROWS, OUTPUTS), tl.float32), input_precision="ieee")
+            for start in range(RANK_STEP, rank, RANK_STEP):
+                own = _sum_parts(own_shrunk, start, rank, inside, parts, count * ranks, ROWS).to(dtype)
+                sums = tl.dot(own, _load_ranks(B, start, rank, o, size), sums, input_precision="ieee")
+            to = y + row[:, None] * total + (offset + o)[None, :]
+            both = inside[:, None] & (o < size)[None, :]
+            c, bias = _vector(entry, FIELD_C, o, size, 1.0, dtype), _vector(entry, FIELD_BIAS, o, size, 0.0, dtype)
+            adapted = tl.load(to, mask=both, other=0).to(tl.float32) * c[None, :]
+            tl.store(to, (adapted + (sums + bias[None, :])).to(dtype), mask=both)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -80,12 +80,15 @@ class LoadQueue:
         """
         Args:
             metrics: counts the duration and the outcome of each load.
-            threads: most loads at a time.
-            max_waiting: most loads that wait for a thread.
+            threads: most loads at a time, not counting those that all callers have left.
+            max_waiting: most others, which wait or which all callers have left.
         """
         self._metrics = metrics
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="lorarep-load")
         self._max_loads = threads + max_waiting
+        self._slots = asyncio.Semaphore(threads)
+        """One for each load that runs and that somebody waits for."""
+        # An abandoned load has given its slot back, but has its thread until the Hub answers or its time is up.
+        self._threads = ThreadPoolExecutor(self._max_loads, thread_name_prefix="lorarep-load")
         self._shared: dict[Hashable, _Load[Any]] = {}
         """Loads that new callers can join, by key."""
         self._unfinished: set[_Load[Any]] = set()
@@ -126,7 +129,8 @@ class LoadQueue:
     ) -> T:
         """Runs `load` in a thread, or joins the running load of the same key. Returns and raises as `load`.
 
-        When the last of its callers is cancelled, the load ends at its next report of progress.
+        When the last of its callers is cancelled, another load takes its turn, and the load ends at its next report
+        of progress.
 
         Args:
             report: told of the state of the load when it has changed, at most every `REPORT_SECONDS`.
@@ -163,11 +167,11 @@ class LoadQueue:
             )
         shared: _Load[T] = _Load(names)
         timed = self._metrics.timed_load(source, partial(load, shared.progress))
-        shared.begin(self._threads.submit(timed))
+        shared.result = asyncio.create_task(shared.work(self._slots, self._threads, timed))
         self._shared[key] = shared
         self._unfinished.add(shared)
 
-        def ended(result: asyncio.Future[T]) -> None:
+        def ended(result: asyncio.Task[T]) -> None:
             self._unfinished.discard(shared)
             self._forget(key, shared)
             if not result.cancelled():
@@ -188,13 +192,18 @@ class _Load(Generic[T]):
         self.names = names
         self.callers = 0
         self.state = LoadState()
-        self.result: asyncio.Future[T]
-        self._work: Future[T]
+        self.result: asyncio.Task[T]
+        self._begun = False
+        self._left = asyncio.get_running_loop().create_future()
         self._abandoned = False
 
-    def begin(self, work: Future[T]) -> None:
-        self._work = work
-        self.result = asyncio.wrap_future(work)
+    async def work(self, slots: asyncio.Semaphore, threads: Executor, load: Callable[[], T]) -> T:
+        """Runs the load in a thread, as soon as there is a slot, which it has until it ends or is abandoned."""
+        async with slots:
+            self._begun = True
+            done = asyncio.get_running_loop().run_in_executor(threads, load)
+            await asyncio.wait((done, self._left), return_when=asyncio.FIRST_COMPLETED)
+        return await done
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Sets the state. Can be called from any thread. Raises Cancelled once the load is abandoned."""
@@ -205,7 +214,10 @@ class _Load(Generic[T]):
 
     def abandon(self) -> None:
         self._abandoned = True
-        self._work.cancel()  # if no thread has started it
+        if self._begun:
+            self._left.set_result(None)
+        else:
+            self.result.cancel()
 
     async def follow(self, report: Report) -> None:
         """Reports the state until the load ends."""

@@ -1,13 +1,17 @@
-"""A server's end waits for its last call, and for no longer."""
+"""A server's end waits for its last call, and for no longer; long messages are parsed beside the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import pytest
+from lorarep_server.api import openai
 from lorarep_server.errors import Status
-from lorarep_server.requests.admission import Admission
+from lorarep_server.requests.admission import LONG_MESSAGE, Admission
 
 UNUSED: Any = None
 
@@ -30,3 +34,39 @@ def test_the_end_waits_for_the_last_call_and_no_longer() -> None:
         assert await admission.finished(10)
 
     asyncio.run(calls())
+
+
+def test_long_messages_are_parsed_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over gRPC and over HTTP: parsing one takes seconds, in which all streams would stand still."""
+    parsed_in: dict[int, threading.Thread] = {}
+
+    def parse(*given: Any) -> None:
+        parsed_in[len(given[-1])] = threading.current_thread()
+
+    async def answer(request: Any, context: Any) -> None:
+        assert request is None
+
+    async def body(request: bytes, most: int) -> bytes:
+        return request
+
+    monkeypatch.setattr(openai, "_parsed", parse)
+    monkeypatch.setattr(openai, "_body", body)
+    server = SimpleNamespace(_frontend=SimpleNamespace(engine=lambda: SimpleNamespace(max_tokens=1)))
+    own = SimpleNamespace(
+        response_streaming=False, request_deserializer=parse, response_serializer=None, unary_unary=answer
+    )
+
+    async def calls() -> None:
+        details: Any = SimpleNamespace(method="/lorarep.v1.Adapters/ListAdapters")
+        handler = await Admission(2, UNUSED, UNUSED).intercept_service(lambda _: asyncio.sleep(0, own), details)
+        for short in (True, False):
+            for extra, call in ((0, lambda data: handler.unary_unary(data, None)), (1, via_http)):
+                data = bytes(LONG_MESSAGE + extra + (-2 if short else 2))
+                await call(data)
+                assert (parsed_in[len(data)] is threading.current_thread()) == short
+
+    def via_http(data: Any) -> Any:
+        return openai.OpenAI._parsed(server, UNUSED, data)  # type: ignore[arg-type]
+
+    asyncio.run(calls())
+    assert len(parsed_in) == 4

@@ -58,8 +58,10 @@ def run(rows: int, tokens: int, device: str) -> None:
     def noise(*size: int) -> Tensor:
         return torch.randn(size, device=device, dtype=dtype)
 
+    keys, values = (noise(len(numbered), PAGE_TOKENS, KV_HEADS, DIM) for _ in range(2))
     cache = attention.Cache(
-        *(noise(len(numbered), PAGE_TOKENS, KV_HEADS, DIM) for _ in range(2)),
+        keys,
+        values,
         numbered.view(rows, POSITIONS, pages),
         torch.arange(rows, device=device, dtype=torch.int32),
         torch.full((rows,), tokens, device=device, dtype=torch.int32),

@@ -20,6 +20,7 @@ from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.layer_walk import find_layers
 from lorarep_runtime.model.model_config import model_class, trained_tokens
+from lorarep_runtime.model.own_attention import own_attention
 from lorarep_runtime.model.physical_stack import stacked
 from lorarep_runtime.model.shrunk_config import LAYERS, shrunk_configs
 from lorarep_runtime.model.stack import Stack
@@ -77,10 +78,10 @@ def _plain_model(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     for small in shrunk_configs(config, _first_layers(config)):
         try:
             with torch.device("meta"):
-                parameters = sum(p.numel() for p in _from_config(small, "eager").parameters())
+                parameters = sum(p.numel() for p in _from_config(small).parameters())
             if parameters > MOST_PARAMETERS:
                 raise FailedPrecondition(f"even a small model of it has {parameters:,} parameters")
-            model = _from_config(small, "eager")
+            model = _from_config(small)
             _randomize(model)
             logits = model(input_ids=torch.arange(1, 5).unsqueeze(0), use_cache=False).logits
             if not logits.isfinite().all():
@@ -96,7 +97,7 @@ def _first_layers(config: PretrainedConfig) -> int:
     """How many of the first layers have one of each kind: configs say by many names which layers have experts."""
     try:
         with torch.device("meta"):
-            layers, _ = find_layers(_from_config(config, "eager"))
+            layers, _ = find_layers(_from_config(config))
     except Exception:  # the small model will say why
         return LAYERS
     kinds = [repr(layer) for layer in layers]
@@ -130,10 +131,13 @@ def _walked(
     return [torch.cat(rows) for rows in logits]
 
 
-def _from_config(config: PretrainedConfig, attention: str) -> Any:
+def _from_config(config: PretrainedConfig, attention: str = "eager") -> Any:
     # The config is the model's own from then on.
     model = model_class(config).from_config(
-        copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        copy.deepcopy(config),
+        dtype=torch.float32,
+        attn_implementation=own_attention(config) or attention,
+        trust_remote_code=False,
     )
     return model.float().eval().requires_grad_(False)
 

@@ -27,8 +27,20 @@ if TYPE_CHECKING:
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a layer is called with besides its hidden states: by place, and by name."""
-WALK = "_lorarep_walk"
+_WALK = "_lorarep_walk"
 """The attribute by which a layer's modules find their walk."""
+
+
+def walk_of(module: nn.Module) -> Walk:
+    """The walk that a module of a layer belongs to.
+
+    Raises:
+        FailedPrecondition: it belongs to none.
+    """
+    walk: Walk | None = getattr(module, _WALK, None)
+    if walk is None:
+        raise FailedPrecondition(f"{type(module).__name__} attends outside of the decoder's layers", field="base")
+    return walk
 
 
 def find_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
@@ -50,15 +62,20 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
 class Walk:
     """The layers of a base, and the visit that is being computed. One forward pass at a time."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], *, in_tuples: bool = False) -> None:
+        """
+        Args:
+            in_tuples: whether the model takes hidden states out of a tuple that each layer returns.
+        """
         self.layers = layers
+        self.in_tuples = in_tuples
         self.hand_offs = nn.ModuleList(HandOff(self, i) for i in range(len(layers)))
         """Modules that take the layers' places in the model."""
         self.deterministic = False
         """Whether adapters and attention compute each row alone."""
         for layer in layers:
             for module in layer.modules():
-                object.__setattr__(module, WALK, self)
+                object.__setattr__(module, _WALK, self)
         self._arguments: list[Arguments] = []
         self._attended: bool
         self._batch: Batch
@@ -160,8 +177,9 @@ class HandOff(nn.Module):
         object.__setattr__(self, "_walk", walk)  # nn.Module would take the walk's layers for its own
         self._layer = layer
 
-    def forward(self, hidden_states: Tensor, *placed: Any, **named: Any) -> Tensor:
-        return self._walk.hand_in(self._layer, hidden_states, (placed, named))
+    def forward(self, hidden_states: Tensor, *placed: Any, **named: Any) -> Tensor | tuple[Tensor, None]:
+        hidden = self._walk.hand_in(self._layer, hidden_states, (placed, named))
+        return (hidden, None) if self._walk.in_tuples else hidden
 
     def __getattr__(self, name: str) -> Any:
         # Models read attributes of their layers, such as the attention kind.

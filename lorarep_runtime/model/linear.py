@@ -87,14 +87,18 @@ def _in_blocks(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def straighten(layer: nn.Module) -> None:
-    """Replaces the linear modules of a layer whose weights lie transposed (GPT-2's Conv1D) with plain ones."""
+    """Replaces linear modules of a layer that are a family's own with plain ones.
+
+    GPT-2's Conv1D has its weight transposed. FalconLinear computes W x + b, and rounds before it adds b.
+    """
     from transformers.pytorch_utils import Conv1D
 
     for name, module in list(layer.named_modules()):
-        if isinstance(module, Conv1D):
-            into, out = module.weight.shape
-            plain = nn.Linear(into, out, device="meta")
-            plain.weight = nn.Parameter(module.weight.data.T.contiguous(), requires_grad=False)
+        is_transposed = isinstance(module, Conv1D)
+        if is_transposed or type(module).__name__ == "FalconLinear":
+            weight = module.weight.data.T.contiguous() if is_transposed else module.weight.data
+            plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            plain.weight = nn.Parameter(weight, requires_grad=False)
             plain.bias = module.bias
             layer.set_submodule(name, plain)
 

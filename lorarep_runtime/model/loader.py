@@ -24,6 +24,7 @@ from lorarep_runtime.hub.files import INDEX, WEIGHTS
 from lorarep_runtime.model.layer_walk import Walk
 from lorarep_runtime.model.linear import SharedLinear, linear_modules
 from lorarep_runtime.model.model_config import model_class
+from lorarep_runtime.model.own_attention import own_attention
 from lorarep_runtime.model.packed import pack_layers
 from lorarep_runtime.model.shard import Shard
 from lorarep_runtime.model.transformers_attention import ATTENTION
@@ -94,7 +95,7 @@ def load_model(
             dtype="auto" if dtype is None else dtype,
             # Each tensor is quantized as it is read, so the unquantized model is never whole in memory.
             device_map={"": torch.device("cpu") if mapped else device},
-            attn_implementation=ATTENTION,
+            attn_implementation=own_attention(config) or ATTENTION,
             quantization_config=quantization,
             local_files_only=True,
             use_safetensors=True,

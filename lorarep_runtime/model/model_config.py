@@ -106,6 +106,12 @@ def _own_quantization(own: dict[str, object], config: BaseConfig) -> Quantizatio
     return kind
 
 
+LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")
+"""Names of the tokens of the longest sequence that a base was trained on."""
+UNLIMITED = {"bloom": 2048}
+"""Tokens of the longest sequence of families that compute any, and whose configs need not say it: as in training."""
+
+
 def trained_tokens(config: PretrainedConfig) -> int:
     """Tokens of the longest sequence that a base serves.
 
@@ -116,7 +122,9 @@ def trained_tokens(config: PretrainedConfig) -> int:
         FailedPrecondition: the config does not say it.
     """
     text = config.get_text_config()
-    limit = _number(text, "max_position_embeddings")
+    name = next((name for name in LENGTHS if getattr(text, name, None) is not None), None)
+    limit = UNLIMITED.get(text.model_type, 0) if name is None else 0
+    limit = limit or _number(text, name or LENGTHS[0])
     rope = getattr(text, "rope_parameters", None) or {}
     for parameters in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         if parameters.get("rope_type") in ("dynamic", "longrope"):
@@ -135,7 +143,9 @@ def kv_shape(config: PretrainedConfig) -> KVShape:
     if rotated := getattr(text, "qk_rope_head_dim", None):  # DeepSeek's latent attention
         return KVShape(heads, _number(text, "qk_nope_head_dim") + rotated, _number(text, "v_head_dim"))
     kv_heads: int = getattr(text, "num_key_value_heads", None) or heads
-    if getattr(text, "multi_query", False):  # GPTBigCode
+    if getattr(text, "new_decoder_architecture", False):  # Falcon
+        kv_heads = _number(text, "num_kv_heads")
+    elif getattr(text, "multi_query", False):  # Falcon, GPTBigCode
         kv_heads = 1
     head_dim: int = getattr(text, "head_dim", None) or _number(text, "hidden_size") // heads
     return KVShape(kv_heads, head_dim, head_dim)

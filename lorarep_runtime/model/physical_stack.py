@@ -21,8 +21,9 @@ def stacked(model: Any, stack: Sequence[int]) -> Any:
         shared = {id(tensor): tensor for tensor in (*layers[layer].parameters(), *layers[layer].buffers())}
         copied = copy.deepcopy(layers[layer], shared)
         for module in copied.modules():
-            if hasattr(module, "layer_idx"):
-                object.__setattr__(module, "layer_idx", position)
+            for name in ("layer_idx", "layer_id"):
+                if hasattr(module, name):
+                    object.__setattr__(module, name, position)
         copies.append(copied)
     model.set_submodule(path, nn.ModuleList(copies))
     choose_layers(config, stack)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.eager.attention import Scores, varlen_attention
-from lorarep_runtime.model.layer_walk import WALK
-
-if TYPE_CHECKING:
-    from lorarep_runtime.model.layer_walk import Walk
+from lorarep_runtime.model.layer_walk import walk_of
 
 ATTENTION = "lorarep"
 """Name under which `transformers` finds lorarep's attention. It has no mask function: the walk applies windows."""
@@ -66,10 +63,7 @@ def _attention(
         raise FailedPrecondition(
             f"{type(module).__name__} wants {wanted}, which paged attention does not know", field="base"
         )
-    walk: Walk | None = getattr(module, WALK, None)
-    if walk is None:
-        raise FailedPrecondition(f"{type(module).__name__} attends outside of the decoder's layers", field="base")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = walk.attend(q, k, v, Scores(scale, sliding_window, softcap, s_aux))
+    out = walk_of(module).attend(q, k, v, Scores(scale, sliding_window, softcap, s_aux))
     return out.unsqueeze(0), None

@@ -27,6 +27,7 @@ from lorarep_runtime.model.layer_walk import Walk, find_layers
 from lorarep_runtime.model.linear import SharedLinear, compute_row_by_row, linear_shapes, multiply_in_blocks, straighten
 from lorarep_runtime.model.loader import share_weights
 from lorarep_runtime.model.model_config import kv_shape
+from lorarep_runtime.model.own_attention import take_attention
 from lorarep_runtime.model.shard import Shard
 from lorarep_runtime.model.weights import Weight
 
@@ -81,7 +82,7 @@ class WalkedModel:
         """What of each layer this rank computes; None is all."""
         if shard is not None:
             check_layers(layers, self.layer_modules, self.config)
-        self.walk = Walk(list(layers))
+        self.walk = Walk(list(layers), in_tuples=take_attention(model))
         model.set_submodule(self.prefix, self.walk.hand_offs)
         self.weights: Sequence[Mapping[str, Weight]] = share_weights(model, self.walk, self.dtype, device, shard)
         """For each layer the shared weights by module path, such as "self_attn.q_proj": of this rank's parts."""

@@ -38,11 +38,9 @@ REPLICATED = {"deepseek_v3", "minicpm3", "nemotron"}
 """Families whose layers PEFT itself can replicate."""
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "diffllama": (dict(), "its layers attend more than once"),
-    "xglm": (dict(), "its layers have an attention of their own"),
+    "big_bird": (dict(is_decoder=True), "its layers have an attention of their own"),
     "bert": (dict(), "wants a mask of its own"),
     "bart": (dict(), "no list of"),
-    "falcon": (dict(), "'lorarep'"),
-    "bloom": (dict(), "IndexError"),
     "rwkv": (dict(), "AttributeError"),
     "llama": (dict(is_causal=False), "its logits differ from transformers'"),
     "gemma3_text": (dict(use_bidirectional_attention=True), "wants a mask of its own"),

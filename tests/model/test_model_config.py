@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, Phi3Config
+from transformers import BloomConfig, LlamaConfig, MptConfig, Phi3Config, PretrainedConfig
 
 from lorarep_runtime.config import BaseConfig
 from lorarep_runtime.errors import DataLoss, FailedPrecondition, InvalidArgument
@@ -39,6 +39,15 @@ YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_posit
 def test_a_base_is_served_as_long_as_its_frequencies_stay(rope: dict[str, Any], expected: int) -> None:
     config = LlamaConfig(**SHAPE)
     config.rope_parameters = rope
+    assert trained_tokens(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [(BloomConfig(), 2048), (BloomConfig(seq_length=512), 512), (MptConfig(max_seq_len=64), 64)]
+)
+def test_a_base_without_position_embeddings_is_served_as_long_as_it_was_trained(
+    config: PretrainedConfig, expected: int
+) -> None:
     assert trained_tokens(config) == expected
 
 

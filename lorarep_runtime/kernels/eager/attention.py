@@ -20,6 +20,10 @@ WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 """torch's attention backends without cuDNN. cuDNN compiles a plan for each new shape, which takes 0.1 s or longer."""
 
 
+Bias = Callable[[int], Tensor]
+"""From a number of tokens to (heads, tokens) fp32, for the keys at the first places of a sequence."""
+
+
 class Scores(NamedTuple):
     """How queries score keys."""
 
@@ -32,6 +36,8 @@ class Scores(NamedTuple):
     sinks: Tensor | None = None
     """(heads), a further score of each head, which takes its part of the softmax and has no value (gpt-oss); None is
     none."""
+    bias: Bias | None = None
+    """What is added to each key's score, by its place (ALiBi, Press et al., 2022); None is 0."""
 
 
 def write_pages(keys: Tensor, values: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor) -> None:
@@ -105,6 +111,7 @@ def has_flash(queries: Tensor, value_pages: Tensor, scores: Scores) -> bool:
         and queries.shape[-1] % 8 == 0
         and scores.softcap is None
         and scores.sinks is None
+        and scores.bias is None
     )
 
 
@@ -140,7 +147,7 @@ def paged_attention(
     Returns:
         (sequences, rows, heads, value_dim), in the dtype of the queries.
     """
-    scale, window, softcap, sinks = scores
+    scale, window, softcap, sinks, bias = scores
     sequences, rows, heads, key_dim = queries.shape
     kv_heads = key_pages.shape[2]
     tokens = tables.shape[1] * key_pages.shape[1]
@@ -157,7 +164,7 @@ def paged_attention(
     seen = key <= query
     if window is not None:
         seen &= key > query - window
-    if softcap is None and sinks is None:
+    if softcap is None and sinks is None and bias is None:
         with sdpa_kernel(WITHOUT_PLANS) if queries.is_cuda else nullcontext():
             return F.scaled_dot_product_attention(
                 queries.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=scale, enable_gqa=True
@@ -168,6 +175,8 @@ def paged_attention(
     found = torch.matmul(q, keys.transpose(2, 3)).mul_(scale).view(sequences, kv_heads, rows, group, tokens)
     if softcap is not None:
         found = found.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        found = found + bias(tokens).view(kv_heads, 1, group, tokens)
     found.masked_fill_(~seen[:, None, :, None, :], float("-inf"))
     if sinks is not None:
         own = sinks.to(found.dtype).view(kv_heads, 1, group, 1).expand(*found.shape[:-1], 1)

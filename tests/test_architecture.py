@@ -26,6 +26,7 @@ PUBLIC = {
     "lorarep_runtime.model.compiled_adapter",
     "lorarep_runtime.model.footprint",
     "lorarep_runtime.model.model_config",
+    "lorarep_runtime.model.own_attention",
     "lorarep_runtime.model.physical_stack",
     "lorarep_runtime.model.plan",
     "lorarep_runtime.model.stack",

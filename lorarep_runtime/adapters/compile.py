@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Header, path_of, tensor_name
+from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Header, file_path, path_of, tensor_name
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.adapters.weights_file import WeightsFile
 from lorarep_runtime.device.gil import give_way, giving_way
@@ -293,7 +293,10 @@ def compile_adapter(
     done = 0
     with weights.opened() as file:
         starts = _starts(file, header)
-        places = {key: _place(paths[key], form, config, header, starts) for key, form in giving_way(layout.items())}
+        places = {
+            key: _place(file_path(prefix, key, form), form, config.scaling(paths[key]), header, starts)
+            for key, form in giving_way(layout.items())
+        }
         blocks = blocks_of(held, sorted(layout, key=lambda key: places[key].starts))
         storage = allocate(blocks, dtype, device)
         for block in blocks:
@@ -349,8 +352,8 @@ def holds_copy(weights: WeightsFile, header: Header, name: str, tensor: Tensor) 
     return True
 
 
-def _place(path: str, form: Form, config: AdapterConfig, header: Header, starts: Mapping[str, int]) -> _Place:
+def _place(path: str, form: Form, scale: float, header: Header, starts: Mapping[str, int]) -> _Place:
     """Where a file has the entry of the module at a path; starts: offset of each tensor of the file."""
     names = [tensor_name(path, kind) for kind, _ in form.tensors]
     dtypes = tuple(DTYPES[header[name].dtype] for name in names)
-    return _Place(config.scaling(path), dtypes, tuple(starts[name] for name in names))
+    return _Place(scale, dtypes, tuple(starts[name] for name in names))

@@ -243,7 +243,8 @@ class AdapterFiles:
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits, family)
         with naming_bases(config, self.base.repository):
             walked = self._walked(config, stack, trusted=trusted)
-            return config, walked, layout_of(config, walked, self.base.layer_modules, self.base.prefix, self.base.ends)
+            modules, parameters = self.base.layer_modules, self.base.layer_parameters
+            return config, walked, layout_of(config, walked, modules, parameters, self.base.prefix, self.base.ends)
 
     def _walked(self, config: AdapterConfig, name: str | None, *, trusted: bool) -> Stack:
         """The stack that an adapter is for: its own, or the named one, which may not contradict its config."""

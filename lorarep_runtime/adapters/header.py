@@ -19,7 +19,7 @@ from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
 from lorarep_runtime.model.compiled_adapter import EMBEDDING, Ends, Key, Layout
-from lorarep_runtime.model.form import Form
+from lorarep_runtime.model.form import Form, ParameterShape
 from lorarep_runtime.model.stack import Stack
 
 FILE_PREFIX = "base_model.model."
@@ -67,12 +67,12 @@ def checked_header(file: Path, config: AdapterConfig, layout: Layout, prefix: st
             dtype that is no float.
     """
     header = read_header(file, most_header_bytes(config, layout, prefix))
-    expected = dict(giving_way(_tensors(layout, prefix)))
+    expected = dict(giving_way(expected_tensors(layout, prefix)))
     if not header.keys() >= expected.keys():
         header = _renamed(header, prefix)
     unknown = header.keys() - expected.keys() - base_copies(layout, header).keys()
     if surplus := {name for name in giving_way(unknown) if not _is_unused(name, header[name], config, prefix)}:
-        raise FailedPrecondition(_why_surplus(min(surplus), prefix), field=min(surplus))
+        raise FailedPrecondition(_why_surplus(min(surplus), prefix, config), field=min(surplus))
     for name, shape in giving_way(expected.items()):
         if name not in header:
             raise FailedPrecondition("is missing in the file", field=name)
@@ -122,11 +122,16 @@ def _renamed(header: Header, prefix: str) -> Header:
     return names if len(names) == len(header) else header  # none may have two names
 
 
-def _why_surplus(name: str, prefix: str) -> str:
+def _why_surplus(name: str, prefix: str, config: AdapterConfig) -> str:
     if name.endswith(".bias") and ".lora_" not in name:
         return (
             "is trained in place of the base's, which all adapters share: train with bias='none', or merge the "
             "adapter and serve the merged model as a base"
+        )
+    if config.old_experts is not None:
+        return (
+            "is of a module that PEFT leaves out, as its name in target_modules means experts or a router: merge the "
+            "adapter where it was trained, and serve the merged model as a base"
         )
     if name.startswith(f"{FILE_PREFIX}{prefix}."):
         return "is in the file, and nothing in the config speaks of it"
@@ -150,7 +155,7 @@ def _is_unused(name: str, info: TensorInfo, config: AdapterConfig, prefix: str) 
 
 def most_header_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int:
     """Most bytes of the header of a weights file with a layout, whichever program wrote it."""
-    tensors = ((len(name) + ENTRY_BYTES) for name, _ in giving_way(_tensors(layout, prefix)))
+    tensors = ((len(name) + ENTRY_BYTES) for name, _ in giving_way(expected_tensors(layout, prefix)))
     # Names of tensors that only training reads have up to as many bytes more.
     most = METADATA_BYTES + sum(tensors) * (1 + TRAINING_TENSORS * config.has_training_tensors)
     # A, B and E of modules of which AdaLoRA has left no rank are in the file, and empty.
@@ -161,7 +166,7 @@ def most_header_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int
 def most_file_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int:
     """Most bytes of a weights file with a layout: in the widest dtype."""
     widest = max(dtype.itemsize for dtype in DTYPES.values())
-    numbers = sum(math.prod(shape) for _, shape in giving_way(_tensors(layout, prefix)))
+    numbers = sum(math.prod(shape) for _, shape in giving_way(expected_tensors(layout, prefix)))
     numbers += sum(math.prod(form.shape) for (position, _), form in giving_way(layout.items()) if position < 0)
     if config.has_training_tensors:
         numbers += sum(f.rank * (f.rank + 1) + f.shape[1] + TRAINING_NUMBERS for f in giving_way(layout.values()))
@@ -218,6 +223,7 @@ def layout_of(
     config: AdapterConfig,
     stack: Stack,
     layer_modules: Sequence[Mapping[str, tuple[int, int]]],
+    layer_parameters: Sequence[Mapping[str, ParameterShape]],
     prefix: str,
     ends: Ends,
 ) -> Layout:
@@ -227,11 +233,12 @@ def layout_of(
         config: the adapter's.
         stack: the layers that the file's layer numbers count.
         layer_modules: for each layer (out, in) of its linear modules, by their paths there.
+        layer_parameters: for each layer the parameters of experts and routers that may be adapted.
         prefix: path of the list of layers, such as "model.layers".
         ends: the model's head and embedding, as far as they may be adapted.
 
     Raises:
-        FailedPrecondition: the config targets no module, or saves one that is no end.
+        FailedPrecondition: the config targets no module or no parameter, or saves a module that is no end.
         InvalidArgument: a pattern of the config cannot be matched.
     """
     layout: dict[Key, Form] = {}
@@ -240,6 +247,17 @@ def layout_of(
         path = f"{prefix}.{position}.{module}"
         if config.targets(path) and (form := config.form(path, matrix)).rank:
             layout[position, module] = form
+    if config.target_parameters:
+        linear = len(layout)
+        for position, layer in giving_way(enumerate(stack)):
+            forms = config.parameter_forms(f"{prefix}.{position}", layer_parameters[layer])
+            layout.update(((position, path), form) for path, form in forms.items())
+        if len(layout) == linear:
+            raise FailedPrecondition(
+                "match no weights of experts or of a router, which are adapted on a CPU alone: train linear modules "
+                "instead, or merge the adapter and serve the merged model as a base",
+                field="target_parameters",
+            )
     for position, (path, shape) in ends.items():
         if (end := config.end_form(path, shape, is_embedding=position == EMBEDDING)) is not None:
             layout[position, path] = end
@@ -249,17 +267,22 @@ def layout_of(
     return layout
 
 
-def _tensors(layout: Layout, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_tensors(layout: Layout, prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the tensors of a weights file with a layout."""
-    for (position, module), form in layout.items():
+    for key, form in layout.items():
         for kind, shape in form.tensors:
-            yield tensor_name(path_of(prefix, (position, module)), kind), shape
+            yield tensor_name(file_path(prefix, key, form), kind), shape
 
 
 def path_of(prefix: str, key: Key) -> str:
     """The path of an entry's module in the model; prefix: of the list of layers."""
     position, module = key
     return module if position < 0 else f"{prefix}.{position}.{module}"
+
+
+def file_path(prefix: str, key: Key, form: Form) -> str:
+    """The path of the module that a file's tensors of an entry are of; prefix: of the list of layers."""
+    return path_of(prefix, key if form.file_module is None else (key[0], form.file_module))
 
 
 def tensor_name(path: str, kind: str) -> str:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
@@ -39,15 +40,19 @@ def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str])
     if any(block.form.is_copy for adapter, _ in parts for block in adapter.blocks):
         raise FailedPrecondition("one has a head or an embedding of its own, which are not mixed", field="adapters")
     sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
+    experts: dict[Key, int] = {}
     for adapter, share in parts:
         for key, entry in entries_of(adapter.storage, adapter.blocks).items():
             sources[key].append((entry, share))
+        for block in adapter.blocks:
+            experts.update(((position, block.module), block.form.experts) for position in block.positions)
     layout = {
         key: Form(
-            sum(entry.A.shape[0] for entry, _ in found),
+            sum(entry.A.shape[0] for entry, _ in found) // max(1, experts[key]),
             (found[0][0].B.shape[0], found[0][0].A.shape[1]),
             any(entry.c is not None for entry, _ in found),
             any(entry.bias is not None for entry, _ in found),
+            experts=experts[key],
         )
         for key, found in sources.items()
     }
@@ -57,6 +62,9 @@ def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str])
     for key, found in sources.items():
         give_way()
         entry = entries[key]
+        if experts[key]:
+            _mix_experts(entry, found, experts[key])
+            continue
         torch.cat([part.A for part, _ in found], out=entry.A)
         # In fp32, and cast once: c, and the change of each part, scaled by the c of all parts after it.
         after, columns = torch.ones(entry.B.shape[0], device=storage.device), entry.B.shape[1]
@@ -78,3 +86,13 @@ def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str])
         raise InvalidArgument(f"the weight {largest:g} makes the mix infinite in {storage.dtype}", field="adapters")
     parameters = sum(adapter.parameters for adapter, _ in parts)
     return adapter_of(first.stack, storage, blocks, modules, parameters)
+
+
+def _mix_experts(entry: Entry, found: Sequence[tuple[Entry, float]], experts: int) -> None:
+    """Writes an entry of experts: for each of them, the ranks of all parts."""
+
+    def together(matrices: Sequence[Tensor]) -> Tensor:
+        return torch.cat([matrix.unflatten(0, (experts, -1)) for matrix in matrices], 1).flatten(0, 1)
+
+    entry.A.copy_(together([part.A for part, _ in found]))
+    entry.B.T.copy_(together([part.B.T.float() * share for part, share in found]))

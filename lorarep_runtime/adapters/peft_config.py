@@ -11,6 +11,8 @@ from typing import Any
 
 import regex
 
+from lorarep_runtime.adapters.block_diagonal import BlockDiagonal
+from lorarep_runtime.adapters.expert_targets import OLD_EXPERTS, OldExperts, Targets, converted, file_modules
 from lorarep_runtime.adapters.peft_fields import ADALORA, check_fields, default_targets
 from lorarep_runtime.adapters.peft_values import (
     boolean,
@@ -24,7 +26,7 @@ from lorarep_runtime.adapters.peft_values import (
 )
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, shown
-from lorarep_runtime.model.form import Form
+from lorarep_runtime.model.form import Form, ParameterShape
 from lorarep_runtime.model.stack import Stack, stack_from_ranges
 
 MAX_NAME = 256
@@ -35,45 +37,6 @@ ADALORA_EPSILON = 1e-5
 """PEFT adds it to the rank that it divides by."""
 MATCHING_SECONDS = 10.0
 """Time limit for all matches of one adapter's patterns."""
-
-
-@dataclass(frozen=True)
-class BlockDiagonal:
-    """BD-LoRA: modules whose A or B is block-diagonal, with the blocks alone in the file."""
-
-    nblocks: int
-    target_modules_bd_a: tuple[str, ...]
-    """Parts of the paths of modules with a block-diagonal A."""
-    target_modules_bd_b: tuple[str, ...]
-    match_strict: bool
-    """Whether each module has to be among them."""
-
-    @classmethod
-    def parse(cls, raw: Any) -> BlockDiagonal | None:
-        """Checks the value of `use_bdlora`. Raises InvalidArgument, also for keys that nobody knows."""
-        fields = dict(mapping("use_bdlora", raw or None))
-        if raw is None or raw is False:
-            return None
-        block = cls(
-            nblocks=integer("use_bdlora", fields.pop("nblocks", 1), 1, 1 << 16),
-            target_modules_bd_a=strings("use_bdlora", fields.pop("target_modules_bd_a", None)),
-            target_modules_bd_b=strings("use_bdlora", fields.pop("target_modules_bd_b", None)),
-            match_strict=boolean("use_bdlora", fields.pop("match_strict", True)),
-        )
-        if fields:
-            raise InvalidArgument(f"has {shown(min(fields))}, which nobody knows", field="use_bdlora")
-        return block
-
-    def blocks(self, path: str) -> tuple[int, int]:
-        """Number of blocks of A and of B of the module at a path.
-
-        Raises:
-            InvalidArgument: both are block-diagonal, or none although `match_strict` asks for one.
-        """
-        a, b = (any(part in path for part in parts) for parts in (self.target_modules_bd_a, self.target_modules_bd_b))
-        if (a and b) or (self.match_strict and not a and not b):
-            raise InvalidArgument(f"names {path} for {'both' if a else 'neither'} of A and B", field="use_bdlora")
-        return self.nblocks if a else 1, self.nblocks if b else 1
 
 
 @dataclass(frozen=True)
@@ -88,6 +51,10 @@ class AdapterConfig:
     """A regular expression that matches whole paths of modules, or the names that such paths end in."""
     exclude_modules: str | tuple[str, ...]
     """Modules that are not adapted although they are targets, in the same form."""
+    target_parameters: tuple[str, ...]
+    """Names that the paths of parameters of experts and routers end in."""
+    old_experts: OldExperts | None
+    """How its file has these, where they were modules when it was trained."""
     layers_to_transform: tuple[int, ...]
     """Positions that are adapted; empty means all."""
     layers_pattern: tuple[str, ...]
@@ -143,6 +110,8 @@ class AdapterConfig:
             lora_alpha=number("lora_alpha", raw.get("lora_alpha", 8)),
             target_modules=targets if isinstance(targets, str) else strings("target_modules", targets),
             exclude_modules=excluded if isinstance(excluded, str) else strings("exclude_modules", excluded),
+            target_parameters=strings("target_parameters", raw.get("target_parameters")),
+            old_experts=None,
             layers_to_transform=tuple(
                 integer("layers_to_transform", layer, 0, limits.max_positions) for layer in items(layers)
             ),
@@ -172,11 +141,38 @@ class AdapterConfig:
         for field in ("layers_pattern", *([] if adaptive else ["rank_pattern"]), "alpha_pattern"):
             # PEFT puts them into another expression, where a flag for the whole one, such as (?i), is an error.
             check_expressions(field, getattr(config, field), "({})")
-        if not config.target_modules:
+        if not config.target_modules and not config.target_parameters:
             raise InvalidArgument("names no module", field="target_modules")
         if config.layers_pattern and layers is None:
             raise InvalidArgument("needs layers_to_transform", field="layers_pattern")
-        return config
+        return config._converted(OLD_EXPERTS.get(family or ""))
+
+    def _converted(self, old: OldExperts | None) -> AdapterConfig:
+        """The config with parameters as targets in place of the modules that they were, if it names such modules.
+
+        Raises:
+            FailedPrecondition: it adapts them by more than LoRA, or only a part of a parameter.
+        """
+        names = self.target_modules
+        if isinstance(names, str) and old is not None and names.lower() == ALL_LINEAR:
+            names = tuple(old.parameters)
+        if old is None or self.peft_type == ADALORA or isinstance(names, str):
+            return self
+        given = Targets(names, self.target_parameters, self.rank_pattern, self.alpha_pattern)
+        found = converted(given, old, self.r, self.lora_alpha)
+        if found == given:
+            return self
+        for field in ("use_dora", "lora_bias", "use_bdlora"):
+            if getattr(self, field):
+                raise FailedPrecondition("is not supported for the modules of experts or routers", field=field)
+        return replace(
+            self,
+            target_modules=self.target_modules if isinstance(self.target_modules, str) else found.modules,
+            target_parameters=found.parameters,
+            rank_pattern=found.ranks,
+            alpha_pattern=found.alphas,
+            old_experts=old,
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -207,7 +203,9 @@ class AdapterConfig:
             return False
         names = self.target_modules
         if isinstance(names, str):
-            return names.lower() == ALL_LINEAR or self._names("target_modules", names, path)
+            if names.lower() == ALL_LINEAR:
+                return self.old_experts is None or path.rpartition(".")[2] not in self.old_experts.parameters
+            return self._names("target_modules", names, path)
         if path in names:  # as in PEFT, where layers_to_transform selects among paths that end in a name
             return True
         if not self._names("target_modules", names, path):
@@ -220,6 +218,29 @@ class AdapterConfig:
             if found is not None:
                 return int(found["position"]) in self.layers_to_transform
         return False
+
+    def parameter_forms(self, prefix: str, parameters: Mapping[str, ParameterShape]) -> dict[str, Form]:
+        """The entries of a layer's parameters, by their paths there.
+
+        Args:
+            prefix: path of the layer.
+            parameters: those that may be adapted.
+        """
+        names = self.target_parameters
+        targeted = [path for path in parameters if self._names("target_parameters", names, f"{prefix}.{path}")]
+        files = file_modules(targeted, self.old_experts)
+        return {
+            path: Form(
+                self.rank(f"{prefix}.{path}"),
+                parameters[path].shape,
+                has_c=False,
+                has_bias=False,
+                experts=parameters[path].experts,
+                expert_modules=files[path][1],
+                file_module=files[path][0],
+            )
+            for path in targeted
+        }
 
     def end_form(self, path: str, shape: tuple[int, int], *, is_embedding: bool) -> Form | None:
         """The entry of the model's head or embedding, if it has one.

@@ -32,6 +32,7 @@ CONSUMED = {
     "r",
     "rank_pattern",
     "target_modules",
+    "target_parameters",
     "task_type",
     "use_bdlora",
     "use_dora",
@@ -72,7 +73,6 @@ REFUSED = {
     "arrow_config": "Arrow chooses among other adapters for each token: serve those by their names, or as a mix",
     "kasa_config": "KaSA changes the base's own weights: merge the adapter, and serve the merged model as a base",
     "megatron_config": "its layers are Megatron's: convert the adapter to the modules of transformers",
-    "target_parameters": "train linear modules instead, or merge the adapter and serve the merged model as a base",
     "trainable_token_indices": "merge the adapter, and serve the merged model as a base",
     "use_qalora": "QALoRA pools its inputs in groups: merge the adapter, and serve the merged model as a base",
 }
@@ -146,15 +146,19 @@ def _check_init(init: object) -> None:
 
 
 def _check_variants(raw: Mapping[str, Any]) -> None:
-    """Refuses what PEFT refuses: two variants of LoRA at once, or one that AdaLoRA does not know."""
+    """Refuses what PEFT refuses: two variants of LoRA at once, or one that AdaLoRA or parameters do not know."""
     init = raw.get("init_lora_weights", True)
     on = [field for field in VARIANTS if raw.get(field) not in (None, False)]
     if raw["peft_type"] == ADALORA:
         if raw.get("use_dora"):
             raise InvalidArgument(f"does not go with {ADALORA}", field="use_dora")
+        if raw.get("target_parameters"):
+            raise InvalidArgument(f"does not go with {ADALORA}", field="target_parameters")
         return  # it ignores the others
     if init == "mica":
         on.append("init_lora_weights")
+    if raw.get("target_parameters") and (own := [*on, *(["lora_bias"] if raw.get("lora_bias") else [])]):
+        raise InvalidArgument("does not go with target_parameters", field=own[0])
     if len(on) > 1:
         raise InvalidArgument(f"does not go with {on[0]}", field=on[1])
     if raw.get("lora_bias") and (raw.get("use_dora") or not isinstance(init, bool)):

@@ -36,10 +36,23 @@ def whole_matrices(form: Form, tensors: Sequence[Tensor]) -> list[Tensor]:
     Args:
         tensors: in the order of `Form.tensors`; A may be written to.
     """
+    if form.experts:
+        return _matrices_of_experts(form, tensors)
     a, b, *rest = tensors
     if form.has_e:
         a *= rest.pop()
     return [_block_diagonal(a, form.a_blocks), _block_diagonal(b, form.b_blocks), *rest]
+
+
+def _matrices_of_experts(form: Form, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A (..., experts · rank, in) and B (..., out, experts · rank) of what a file holds, expert by expert."""
+    if not form.expert_modules:
+        a, b = tensors  # B has all experts' first ranks first
+        return [a, b.unflatten(-1, (form.rank, form.experts)).mT.flatten(-2)]
+    parts = len(form.expert_modules)
+    pairs = torch.cat(tuple(tensors[1::2]), -2).unflatten(-2, (form.experts, -1))
+    b = _block_diagonal(pairs, parts)  # (..., experts, out, rank)
+    return [torch.cat(tuple(tensors[::2]), -2), b.transpose(-3, -2).flatten(-2)]
 
 
 def _block_diagonal(blocks: Tensor, count: int) -> Tensor:

@@ -13,6 +13,8 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.integers import ceil_div
 from lorarep_runtime.model.compiled_adapter import Ends
+from lorarep_runtime.model.experts import adaptable_parameters
+from lorarep_runtime.model.form import ParameterShape
 from lorarep_runtime.model.kv_cache import pages_of
 from lorarep_runtime.model.layer_walk import find_layers
 from lorarep_runtime.model.linear import linear_shapes, straighten
@@ -43,6 +45,8 @@ class Footprint:
     """Bytes by their use: base_weights, quantization_constants, embeddings_and_head and workspace."""
     layer_modules: Sequence[Mapping[str, tuple[int, int]]]
     """For each layer (out, in) of its linear modules, by their paths there."""
+    layer_parameters: Sequence[Mapping[str, ParameterShape]]
+    """For each layer the parameters of experts and routers that adapters may adapt on a CPU."""
     prefix: str
     """Path of the list of layers, such as "model.layers"."""
     dtype: torch.dtype
@@ -117,6 +121,7 @@ def footprint(
             "workspace": _bytes({id(b): b for b in model.buffers()}.values()),
         },
         layer_modules=[linear_shapes(layer) for layer in layers],
+        layer_parameters=[adaptable_parameters(layer) for layer in layers],
         prefix=prefix,
         dtype=dtype,
         ends=ends_of(model),  # a CPU's: a GPU refuses adapters of them

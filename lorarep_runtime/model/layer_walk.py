@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.eager import adapt as adapter_kernel
+from lorarep_runtime.kernels.eager.adapt import Slice
 from lorarep_runtime.kernels.eager.attention import Scores, write_pages
 from lorarep_runtime.model.attention import attend_pages
 from lorarep_runtime.model.batch import Batch, View
@@ -135,7 +136,7 @@ class Walk:
             y: (rows, out), which is returned.
             bias: (out), the base's own; None is 0.
         """
-        slices = self._view.slices(self._visit, module)
+        slices = self.slices(module)
         if self.deterministic:
             for s in slices:
                 for row in range(s.start, s.stop):
@@ -143,6 +144,10 @@ class Walk:
         elif slices:
             adapter_kernel.adapt(x, y, slices)
         return y if bias is None else y.add_(bias)
+
+    def slices(self, module: str) -> list[Slice]:
+        """What the adapters of the rows at this visit have for a module or a parameter of its layer."""
+        return self._view.slices(self._visit, module)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """Stores keys and values of the rows at this visit and attends.

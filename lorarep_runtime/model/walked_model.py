@@ -22,6 +22,8 @@ from lorarep_runtime.kernels.entry_table import Entry
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.compiled_adapter import EMBEDDING, HEAD, Ends
 from lorarep_runtime.model.cut import check_layers
+from lorarep_runtime.model.experts import adapt_experts, adaptable_parameters
+from lorarep_runtime.model.form import ParameterShape
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import Walk, find_layers
 from lorarep_runtime.model.linear import SharedLinear, compute_row_by_row, linear_shapes, multiply_in_blocks, straighten
@@ -84,6 +86,12 @@ class WalkedModel:
             check_layers(layers, self.layer_modules, self.config)
         self.walk = Walk(list(layers), in_tuples=take_attention(model))
         model.set_submodule(self.prefix, self.walk.hand_offs)
+        self.layer_parameters: Sequence[Mapping[str, ParameterShape]] = [{} for _ in layers]
+        """For each layer the parameters of experts and routers that adapters may adapt: on a CPU, of one rank."""
+        if device.type == "cpu" and shard is None:
+            self.layer_parameters = [adaptable_parameters(layer) for layer in layers]
+            for layer in layers:
+                adapt_experts(layer)
         self.weights: Sequence[Mapping[str, Weight]] = share_weights(model, self.walk, self.dtype, device, shard)
         """For each layer the shared weights by module path, such as "self_attn.q_proj": of this rank's parts."""
         whole = kv_shape(self.config)

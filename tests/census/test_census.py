@@ -52,7 +52,8 @@ def verdict(folder: Path, family: str) -> str:
         base = base_of(family)
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), AdapterLimits(), base.family)
         fetch(str(folder), None, kind="adapter", cache_dir=None)
-        layout = layout_of(config, config.stack(base.layers), base.layer_modules, base.prefix, base.ends)
+        stack, modules, parameters = config.stack(base.layers), base.layer_modules, base.layer_parameters
+        layout = layout_of(config, stack, modules, parameters, base.prefix, base.ends)
         checked_header(folder / WEIGHTS_FILE, config, layout, base.prefix)
     except LorarepError as error:
         return str(error)
@@ -74,13 +75,20 @@ def write_header(file: Path, tensors: Mapping[str, tuple[int, ...]], dtype: str)
         opened.truncate(8 + len(text) + at)
 
 
+def old_experts(case: dict[str, Any]) -> dict[str, list[int]]:
+    """(out, in) of modules of experts, by their paths in a layer; "*" stands for the number of each of four."""
+    found = {name.replace("*", str(i)): shape for name, shape in case.get("experts", {}).items() for i in range(4)}
+    return dict(sorted(found.items()))
+
+
 def tensors_of(case: dict[str, Any], base: Footprint) -> dict[str, tuple[int, ...]]:
     """What PEFT would have written for the modules of a case, by the names of its time."""
     tensors: dict[str, tuple[int, ...]] = {}
     prefix, kinds = case.get("prefix", base.prefix), case.get("kinds", ["lora_A.weight", "lora_B.weight"])
     for position in range(case.get("positions", LAYERS)):
-        shapes = base.layer_modules[position % LAYERS]
-        for module, rank in case["modules"].items():
+        shapes = {**base.layer_modules[position % LAYERS], **old_experts(case)}
+        ranks = {**case["modules"], **dict.fromkeys(old_experts(case), 8)}
+        for module, rank in ranks.items():
             out, into = shapes[module]
             for kind in kinds:
                 shapes_of = {"lora_A": (rank, into), "lora_B": (out, rank), "lora_E": (rank, 1)}

@@ -28,6 +28,13 @@ QWEN_VISION = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, o
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 FULL = dict(num_key_value_heads=4)
+LATENT = dict(
+    **dict(
+        q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, first_k_dense_replace=1
+    ),
+    **dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16, **FULL),
+)
+"""DeepSeek's attention and experts, behind a layer without any."""
 HEADS_16 = dict(num_attention_heads=16, num_key_value_heads=16, hidden_size=64)
 CLIPPED = dict(clip_qkv=0.5, alibi_bias_max=4)
 FALCON = "query_key_value|dense|dense_h_to_4h|dense_4h_to_h"
@@ -41,6 +48,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "falcon": (dict(ffn_hidden_size=48), FALCON),
     "falcon, alibi": (dict(alibi=True, bias=True, multi_query=False, parallel_attn=False, **HEADS_16), FALCON),
     "falcon, grouped": (dict(new_decoder_architecture=True, num_kv_heads=2), FALCON),
+    "deepseek_v3": (LATENT, "o_proj|kv_b_proj|q_a_proj"),
     "gemma": (dict(head_dim=16), LLAMA),
     "glm": (dict(head_dim=8), "(q|k|v|o|down)_proj|gate_up_proj"),
     "gpt2": (dict(n_embd=32, n_layer=LAYERS, n_head=4, **FULL), "c_attn|c_proj|c_fc"),

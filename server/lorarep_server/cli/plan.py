@@ -138,7 +138,8 @@ def _adapter(
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), AdapterLimits(), footprint.family)
         with naming_bases(config, base):
             stack = config.stack(footprint.layers)
-            return config, stack, layout_of(config, stack, footprint.layer_modules, footprint.prefix, footprint.ends)
+            modules, parameters = footprint.layer_modules, footprint.layer_parameters
+            return config, stack, layout_of(config, stack, modules, parameters, footprint.prefix, footprint.ends)
 
     look = AdapterLook(expected, footprint.prefix, base)
     snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress, look=look)
@@ -151,7 +152,7 @@ def _adapter(
         "adapter_parameters": file_parameters(layout),
         "total_parameters": footprint.parameters + file_parameters(layout),
         "bytes": storage_bytes(layout, footprint.dtype),
-        "cpu_only": any(position < 0 for position, _ in layout),
+        "cpu_only": any(position < 0 or form.file_module for (position, _), form in layout.items()),
     }
 
 
@@ -204,7 +205,7 @@ def render(counted: dict[str, Any]) -> str:
             f"adapter {row['name']} at {row['commit']}",
             f"  {row['positions']} positions, {row['adapter_parameters']:,} parameters, {row['bytes'] / gib:.3f} GiB",
             f"  {row['total_parameters']:,} parameters with the base",
-            *(["  served on a CPU alone: it has a head or an embedding"] if row["cpu_only"] else []),
+            *(["  served on a CPU alone: it has a head, an embedding, experts or a router"] if row["cpu_only"] else []),
             "",
         ]
     fits = f"sequences of {counted['tokens']} tokens in {counted['memory'] / gib:g} GiB"

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from lorarep_runtime.adapters.header import FILE_PREFIX
 from lorarep_runtime.adapters.peft_config import AdapterConfig
+from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.compiled_adapter import whole_matrices
 from lorarep_runtime.model.model_config import model_class
+from lorarep_runtime.model.own_attention import own_attention
 from lorarep_runtime.model.physical_stack import stacked
 
 
@@ -46,7 +48,7 @@ class Reference:
             base.folder,
             dtype=base.dtype,
             device_map={"": base.device},
-            attn_implementation="eager",
+            attn_implementation=own_attention(base.config) or "eager",
             local_files_only=True,
             **own,
         ).eval()
@@ -100,7 +102,13 @@ def _under_peft(model: Any, adapter: Path) -> Any:
 
 
 def _merge(model: nn.Module, adapter: Path, config: AdapterConfig) -> None:
-    """Merges an adapter into a model's weights in fp32. Each merged module gets its own copy of the weights."""
+    """Merges an adapter into a model's weights in fp32. Each merged module gets its own copy of the weights.
+
+    Raises:
+        FailedPrecondition: it adapts experts or routers.
+    """
+    if config.target_parameters:
+        raise FailedPrecondition("are verified with PEFT alone, which is not installed", field="target_parameters")
     tensors = load_file(adapter / "adapter_model.safetensors")
     for path in sorted({name.removeprefix(FILE_PREFIX).partition(".lora_")[0] for name in tensors}):
         module = model.get_submodule(path)

@@ -36,7 +36,7 @@ from lorarep_runtime.model.model_config import read_model_config
 from lorarep_runtime.model.transformers_attention import register_attention
 
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->"
-MOST_SHOWN = 110
+MOST_SHOWN = 150
 """Characters of a reason in the table."""
 FIELDS = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 64},

@@ -19,6 +19,7 @@ from lorarep_runtime.errors import FailedPrecondition, LorarepError, first_line
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.layer_walk import find_layers
+from lorarep_runtime.model.linear import SharedLinear
 from lorarep_runtime.model.model_config import model_class, trained_tokens
 from lorarep_runtime.model.own_attention import own_attention
 from lorarep_runtime.model.physical_stack import stacked
@@ -46,14 +47,29 @@ def refusal(config: PretrainedConfig) -> str:
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             return _refusal(config)
+    except LorarepError as error:
+        return error.message
     # Whatever a family's code raises in small, it would raise for each request.
     except Exception as error:
-        if isinstance(error, LorarepError):
-            return error.message
-        return f"its code fails in small with {type(error).__name__}: {first_line(error)}"
+        return _why_not_walked(error)
+
+
+def _why_not_walked(error: Exception) -> str:
+    """What an error of a family's code says that computes with lorarep's parts."""
+    if isinstance(error, KeyError) and error.args == (ATTENTION,):
+        return "its attention is one of a list of its own, and not of transformers' attention interface"
+    if isinstance(error, AttributeError) and isinstance(error.obj, SharedLinear):
+        return f"its code reads {error.name!r} of a linear module, and does not only compute with it"
+    return f"its code does not compute over pages: {_told(error)}"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _refusal(config: PretrainedConfig) -> str:
+    if config.is_encoder_decoder:
+        return "it is an encoder with a decoder, and only decoders alone are served"
     trained_tokens(config)
     plain, small = _plain_model(config)
     layers = plain.config.get_text_config().num_hidden_layers
@@ -80,7 +96,9 @@ def _plain_model(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
             with torch.device("meta"):
                 parameters = sum(p.numel() for p in _from_config(small).parameters())
             if parameters > MOST_PARAMETERS:
-                raise FailedPrecondition(f"even a small model of it has {parameters:,} parameters")
+                raise FailedPrecondition(
+                    f"even a small model of it has {parameters:,} parameters, over {MOST_PARAMETERS:,}"
+                )
             model = _from_config(small)
             _randomize(model)
             logits = model(input_ids=torch.arange(1, 5).unsqueeze(0), use_cache=False).logits
@@ -89,8 +107,12 @@ def _plain_model(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
             return model, small
         except Exception as error:  # a field was shrunk that others depend on
             reason = reason or error
+    if isinstance(reason, LorarepError):
+        raise reason
+    if isinstance(reason, ImportError):
+        raise FailedPrecondition(f"transformers needs a package for it that is not installed: {first_line(reason)}")
     assert reason is not None
-    raise reason
+    raise FailedPrecondition(f"transformers computes no small model of it from tokens alone: {_told(reason)}")
 
 
 def _first_layers(config: PretrainedConfig) -> int:

@@ -106,6 +106,8 @@ class Walk:
         Returns:
             hidden; after the last layer, the output of the whole plan.
         """
+        if hidden.dim() != 3:
+            raise FailedPrecondition("it expects a tuple of each layer, as with an attention of its own", field="base")
         self._arguments[layer] = arguments
         return self._run(hidden) if layer == len(self.layers) - 1 else hidden
 
@@ -161,10 +163,17 @@ class Walk:
             (rows, heads, value_dim).
 
         Raises:
-            FailedPrecondition: the layer attends for the second time at this visit, which has pages for one time.
+            FailedPrecondition: the layer attends for the second time at this visit, which has pages for one time; or
+                its keys or values have another shape than those of all pages.
         """
         if self._attended:
             raise FailedPrecondition("its layers attend more than once", field="base")
+        for kind, given, paged in zip(("keys", "values"), (k, v), self._pool.tensors, strict=True):
+            if given.shape[1:] != paged.shape[2:]:
+                found, said = ("×".join(map(str, shape)) for shape in (given.shape[1:], paged.shape[2:]))
+                raise FailedPrecondition(
+                    f"its layers have {kind} of {found} numbers a token, and its config says {said}", field="base"
+                )
         self._attended = True
         view, pages = self._view, self._pool.tensors
         slots, tables = self._batch.slots[self._index], self._batch.tables[self._index]

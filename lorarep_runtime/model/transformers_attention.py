@@ -58,7 +58,9 @@ def _attention(
     unknown = [
         name for name, given in others.items() if name not in NO_EFFECT and given is not None and given is not False
     ]
-    if attention_mask is not None or unknown or not getattr(module, "is_causal", True):
+    if not getattr(module, "is_causal", True):
+        raise FailedPrecondition(f"{type(module).__name__} attends to later tokens, too (is_causal)", field="base")
+    if attention_mask is not None or unknown:
         wanted = ", ".join(unknown) or "a mask of its own"
         raise FailedPrecondition(
             f"{type(module).__name__} wants {wanted}, which paged attention does not know", field="base"

@@ -11,6 +11,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -56,7 +57,10 @@ def _has_experts(module: nn.Module) -> bool:
 
 
 def _is_router(module: nn.Module) -> bool:
-    return "router" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
+    """Whether a module is a router that chooses for each row by itself, from hidden states and biases alone."""
+    if "router" not in type(module).__name__.lower() or not isinstance(getattr(module, "weight", None), nn.Parameter):
+        return False
+    return all(name.endswith("bias") for name in list(signature(module.forward).parameters)[1:])
 
 
 def _experts(
@@ -121,7 +125,7 @@ def _adapted(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, entrie
     return out
 
 
-def _router(module: Any, path: str, plain: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+def _router(module: Any, path: str, plain: Callable[..., Any], hidden: Tensor, *biases: Any) -> Any:
     """The router of a layer, for all rows of a visit.
 
     Args:
@@ -129,6 +133,7 @@ def _router(module: Any, path: str, plain: Callable[[Tensor], Any], hidden: Tens
         path: of the weight in its layer.
         plain: the family's own code.
         hidden: (rows, hidden) or (1, rows, hidden).
+        biases: what else it is called with.
 
     Returns:
         What the family's code does: a tensor (rows, ...), or several.
@@ -138,12 +143,12 @@ def _router(module: Any, path: str, plain: Callable[[Tensor], Any], hidden: Tens
     """
     segments = {(s.start, s.stop): s for s in walk_of(module).slices(path)}
     if not segments:
-        return plain(hidden)
+        return plain(hidden, *biases)
     x = hidden.flatten(0, -2)
     parts = []
     for rows, entry in _all_rows(segments, len(x)):
         weights = {} if entry is None else {"weight": module.weight + entry.B @ entry.A}
-        found = torch.func.functional_call(module, weights, (x[rows],))
+        found = torch.func.functional_call(module, weights, (x[rows], *biases))
         parts.append((found,) if isinstance(found, Tensor) else found)
         if any(not isinstance(t, Tensor) or len(t) != len(x[rows]) for t in parts[-1]):
             raise FailedPrecondition(f"{path} is of a router that does not choose row by row", field="adapters")

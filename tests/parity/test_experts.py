@@ -31,10 +31,8 @@ from tests.support.models import load_base, reference_logits
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROMPT = (5, 250, 17, 90, 3, 201)
 ROUTERS = {
-    "mixtral": "gate.weight",
-    "qwen3_moe": "gate.weight",
+    **dict.fromkeys(("deepseek_v3", "minimax_m2", "mixtral", "qwen3_moe"), "gate.weight"),
     "gpt_oss": "router.weight",
-    "deepseek_v3": "gate.weight",
 }
 OLD = {"mixtral": ("block_sparse_moe", ("w1", "w3"), "w2"), "qwen3_moe": ("mlp", ("gate_proj", "up_proj"), "down_proj")}
 """Of families whose experts were modules once: their path in a layer, those of gate and up, and of down."""

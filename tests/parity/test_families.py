@@ -60,6 +60,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "gpt_oss": (dict(head_dim=16, num_local_experts=4, sliding_window=8), "(q|k|v|o)_proj"),
     "gptj": (dict(n_embd=32, n_layer=LAYERS, n_head=4, rotary_dim=4, **FULL), "(q|k|v|out)_proj|fc_in|fc_out"),
     "granite": (dict(), LLAMA),
+    "minimax_m2": (dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2), "(q|k|v|o)_proj"),
     "mixtral": (dict(num_local_experts=4), "(q|k|v|o)_proj"),
     "mpt": (dict(max_seq_len=64, **FULL), "Wqkv|(out|up|down)_proj"),
     "mpt, clipped": (

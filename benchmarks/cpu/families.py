@@ -4,13 +4,15 @@
 
 Each family is compared with `transformers` as before a base of it is loaded, in a process of its own, with the same
 limits. Models of texts and images are compared on texts. A base may have another config than the default one, and so
-another verdict. `--write` puts the table between its two marks in a file.
+another verdict. `--write` puts the table between its two marks in a file. Where families are named, those that are not
+keep what the file says.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
@@ -130,6 +132,14 @@ def table(verdicts: Collection[Verdict]) -> str:
     return "\n".join([*lines, "| refused | why |", "|---|---|", *rows]) + "\n"
 
 
+def verdicts_in(text: str) -> list[Verdict]:
+    """The verdicts of a table, with their reasons as they are shown."""
+    served = re.findall(r"^Served.*?: (.*)\.$", text, re.MULTILINE)
+    refused = re.findall(r"^\| (\S+) \| (.*) \|$", text, re.MULTILINE)
+    rows = [Verdict(family, why.replace("\\|", "|")) for family, why in refused if family != "refused"]
+    return [*(Verdict(family, "") for line in served for family in line.split(", ")), *rows]
+
+
 def _reason(verdict: Verdict) -> str:
     return first_line(ValueError(verdict.refusal))[:MOST_SHOWN].replace("|", "\\|")
 
@@ -147,7 +157,10 @@ def main() -> None:
     if arguments.write:
         text = arguments.write.read_text()
         before, _, rest = text.partition(BEGIN)
-        after = rest.partition(END)[2]
+        old, _, after = rest.partition(END)
+        if arguments.families:
+            verdicts += [one for one in verdicts_in(old) if one.family not in arguments.families]
+            verdicts.sort(key=lambda one: one.family)
         arguments.write.write_text(f"{before}{BEGIN}\n{table(verdicts)}\n{END}{after}")
 
 

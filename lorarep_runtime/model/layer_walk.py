@@ -51,13 +51,16 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
         FailedPrecondition: the model has none.
     """
     count = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    # Some families give their head the name by which `transformers` finds a decoder.
+    roots = (model.get_decoder(), model)
+    found = ([m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) == count] for root in roots)
+    lists = next(filter(None, found), None)
     paths = {id(module): path for path, module in model.named_modules()}
     if not lists:
         raise FailedPrecondition(f"{type(model).__name__} has no list of {count} decoder layers", field="base")
     # Layers may hold lists of as many modules.
-    found = min(lists, key=lambda module: paths[id(module)].count("."))
-    return found, paths[id(found)]
+    layers = min(lists, key=lambda module: paths[id(module)].count("."))
+    return layers, paths[id(layers)]
 
 
 class Walk:

@@ -67,6 +67,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
         dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=6, max_seq_len=64, attn_config=CLIPPED),
         "Wqkv|out_proj",
     ),
+    "modernbert-decoder": (dict(local_attention=8, **FULL), "(q|k|v)_proj|Wo|Wi"),
     "olmo2": (dict(), LLAMA),
     "opt": (dict(ffn_dim=48, word_embed_proj_dim=32, **FULL), "(q|k|v|out)_proj|fc1|fc2"),
     "phi": (FULL, "(q|k|v)_proj|dense|fc1|fc2"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorarep_runtime.kernels.eager.attention import Bias, Scores
 from lorarep_runtime.model.layer_walk import walk_of
+from lorarep_runtime.model.transformers_attention import ATTENTION
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -37,6 +38,8 @@ def take_attention(model: PreTrainedModel) -> bool:
     own = _FAMILIES.get(model.config.get_text_config().model_type)
     if own is None:
         return False
+    if not own.reads_mask:
+        model.config.get_text_config()._attn_implementation = ATTENTION
     for module in model.modules():
         if type(module).__name__ == own.module:
             module.forward = partial(own.forward, module)
@@ -132,13 +135,15 @@ class _Own(NamedTuple):
     """Name of the attention that they have to be made with."""
     in_tuples: bool = True
     """Whether layers return hidden states in a tuple."""
+    reads_mask: bool = False
+    """Whether the model computes with a mask before its layers, which otherwise is not made."""
 
 
 _FAMILIES = {
     "bloom": _Own("BloomAttention", _bloom),
     "falcon": _Own("FalconAttention", _falcon, "sdpa"),  # its "eager" adds the biases of ALiBi twice
     "gpt_neo": _Own("GPTNeoSelfAttention", _gpt_neo),
-    "mpt": _Own("MptAttention", _mpt),
+    "mpt": _Own("MptAttention", _mpt, reads_mask=True),
     "xglm": _Own("XGLMAttention", _xglm, in_tuples=False),
 }
 """By `model_type`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cpu.families import Verdict, table, verdicts_in
 from benchmarks.gpu.goals import Figures, print_all
 from benchmarks.gpu.timeline import Work, timeline, works
 from benchmarks.results import report
@@ -76,3 +77,10 @@ def test_the_results_page_names_files_that_exist() -> None:
     files = [report.FOLDER / link if link else ROOT / path for link, path in names]
     assert files
     assert [file for file in files if not file.exists()] == []
+
+
+def test_verdicts_on_families_are_read_back_from_their_table() -> None:
+    verdicts = [Verdict("bart", "an encoder | and a decoder"), Verdict("llama", ""), Verdict("llava", "")]
+    shown = table(verdicts)
+    assert sorted(verdicts_in(shown), key=lambda one: one.family) == verdicts
+    assert table(verdicts_in(shown)) == shown

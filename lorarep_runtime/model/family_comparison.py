@@ -97,7 +97,7 @@ def _plain_model(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
                 parameters = sum(p.numel() for p in _from_config(small).parameters())
             if parameters > MOST_PARAMETERS:
                 raise FailedPrecondition(
-                    f"even a small model of it has {parameters:,} parameters, over {MOST_PARAMETERS:,}"
+                    f"even a small model of it, to be compared, has {parameters:,} parameters, over {MOST_PARAMETERS:,}"
                 )
             model = _from_config(small)
             _randomize(model)

@@ -25,6 +25,8 @@ GROUPS = 2
 """Groups of experts, of which one is chosen from."""
 WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "expert_dim")
 """How the names of inner widths end."""
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
+"""Names of the number of key heads."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of the number of experts."""
 EXPERTS_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
@@ -88,12 +90,12 @@ def _shrink_heads(config: Any) -> None:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or heads <= HEADS:
         return
-    kv_heads = getattr(config, "num_key_value_heads", None)
     # A multiple of 16, as products of experts need it, where the dimension of heads is a field of its own.
     config.hidden_size = round_up(config.hidden_size * HEADS // heads, 1 if config.hidden_size % heads == 0 else 16)
     config.num_attention_heads = HEADS
-    if kv_heads:
-        config.num_key_value_heads = HEADS if kv_heads == heads else min(kv_heads, HEADS // 2)
+    for name in KEY_HEADS:
+        if kv_heads := getattr(config, name, None):
+            setattr(config, name, HEADS if kv_heads == heads else min(kv_heads, HEADS // 2))
 
 
 def _shrink_widths(config: Any) -> None:
@@ -131,6 +133,9 @@ def _shrink_encoder(config: Any) -> None:
     for name in DEPTHS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, 1)
-    heads, width = getattr(config, "num_heads", None), getattr(config, "hidden_size", None)
+    # Qwen2-VL's embed_dim is the width of its layers, and its hidden_size that of the decoder.
+    name = "embed_dim" if isinstance(getattr(config, "embed_dim", None), int) else "hidden_size"
+    heads, width = getattr(config, "num_heads", None), getattr(config, name, None)
     if isinstance(heads, int) and isinstance(width, int) and heads > HEADS and width % heads == 0:
-        config.num_heads, config.hidden_size = HEADS, width // heads * HEADS
+        config.num_heads = HEADS
+        setattr(config, name, width // heads * HEADS)

@@ -16,13 +16,16 @@ from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, LorarepError
 from lorarep_runtime.hub.snapshot import fetch
+from lorarep_runtime.model.family_comparison import refusal
 from lorarep_runtime.model.footprint import Footprint, footprint
 from lorarep_runtime.model.model_config import read_model_config
+from lorarep_runtime.model.transformers_attention import register_attention
 from tests.parity.test_families import FAMILIES as OTHERS
 from tests.parity.test_families import LAYERS, config_of
 from tests.support.models import FAMILIES
 
 CENSUS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("adapters.json").read_text())
+BASES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("bases.json").read_text())
 VERSIONS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("versions.json").read_text())
 LEAST = 60
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -127,3 +130,10 @@ def test_a_base_that_cannot_be_served_is_refused_by_its_config(
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(FailedPrecondition, match=why.replace("[", r"\[")):
         footprint(read_model_config(tmp_path), None)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_as_it_is_published_is_served(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BASES[name]))
+    register_attention()
+    assert refusal(read_model_config(tmp_path)) == ""

@@ -40,9 +40,15 @@ from lorarep_runtime.model.transformers_attention import register_attention
 BEGIN, END = "<!-- families: begin -->\n", "<!-- families: end -->"
 MOST_SHOWN = 150
 """Characters of a reason in the table."""
-FIELDS = {
+ROPE = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5, mrope_section=[8, 12, 12])
+"""GLM-4.1V's."""
+FIELDS: dict[str, dict[str, object]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_routed_experts": 64},
     "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "n_shared_experts": 2},
+    "glm46v": {"text_config": {"rope_parameters": ROPE}},
+    "glm4v": {"text_config": {"rope_parameters": ROPE}},
+    "glm4v_moe": {"text_config": {"rope_parameters": ROPE, "head_dim": 128}},
+    "glmga": {"text_config": {"rope_parameters": ROPE}},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128},

@@ -108,10 +108,11 @@ def test_the_folder_itself_is_the_gpu_overlay(overlay: str, objects: Objects) ->
 def test_everything_finds_the_pods(overlay: str, objects: Objects) -> None:
     kinds = ["ConfigMap", "ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "Service", "Service", "StatefulSet"]
     scaled = [] if overlay == "cpu" else ["HorizontalPodAutoscaler"]
-    routed = [*crds.MODELS, "Deployment", "Role", "RoleBinding", "Service", "ServiceAccount"]
+    routed = [*crds.MODELS, "ClusterRoleBinding", "Deployment", "Role", "RoleBinding", "Service", "ServiceAccount"]
     assert sorted(kind for kind, _ in objects) == sorted(kinds + scaled + routed * (overlay == "gateway"))
     stateful = objects["StatefulSet", "lorarep"]["spec"]
-    labels = stateful["template"]["metadata"]["labels"]
+    labels = stateful["selector"]["matchLabels"]
+    assert labels.items() <= stateful["template"]["metadata"]["labels"].items()
     assert labels
     for name in ("lorarep", stateful["serviceName"]):
         assert objects["Service", name]["spec"]["selector"] == labels

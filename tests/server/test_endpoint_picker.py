@@ -1,6 +1,6 @@
-"""The metrics that the endpoint picker of the Gateway API Inference Extension reads.
+"""The metrics that llm-d-router's endpoint picker reads, which the Gateway API Inference Extension's has become.
 
-Its model server protocol: gauges of queued requests and of KV memory in use, and one sample whose labels name
+Its metric protocol: gauges of queued requests and of KV memory in use, and one sample whose labels name
 the adapters of running and of waiting requests, joined by commas, and whose value is the time it was taken. Of several
 samples the picker takes the latest, so a second one would hide the first.
 """
@@ -19,7 +19,8 @@ from tests.support.callers import request, stream
 from tests.support.servers import SECONDS, Server, serving, wait_for
 from tests.support.world import World
 
-QUEUED, KV_USAGE, LORA_INFO = "lorarep_requests_waiting", "lorarep_kv_usage_ratio", "lorarep_lora_requests_info"
+QUEUED, RUNNING = "lorarep_requests_waiting", "lorarep_requests_running"
+KV_USAGE, LORA_INFO = "lorarep_kv_usage_ratio", "lorarep_lora_requests_info"
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,11 @@ class AdapterRegistry:
         """All adapters that have a name, in the order of their names."""
         return [item.info() for item in sorted(self._all_named(), key=lambda item: item.name)]
 
+    def in_memory(self) -> Sequence[AdapterInfo]:
+        """Those of them that device or host memory holds."""
+        held = [item for item, _ in self.residency.taken()]
+        return [item.info() for item in held if isinstance(item, Revision) and item.is_findable]
+
     def tiers(self) -> Mapping[Tier, int]:
         """How many adapters with a name are in each memory."""
         return Counter(item.tier for item in self._all_named())
@@ -275,7 +280,7 @@ class AdapterRegistry:
         All that requests hold without a name is under "(leaving)".
         """
         held: dict[str, int] = {}
-        for item in self.residency.on_device():
+        for item in [item for item, (device, _) in self.residency.taken() if device]:
             name = "(leaving)" if not item.is_findable else "(mixes)" if isinstance(item, Mix) else item.label
             held[name] = held.get(name, 0) + item.size
         return held

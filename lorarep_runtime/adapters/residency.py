@@ -142,8 +142,9 @@ class Residency:
         self.version = 0
         """Changes whenever there may be more room than before."""
         self._limits = limits
-        self._transfers = Transfers(device, copy)
-        self._occupancy = Occupancy(limits, self._transfers.host_size)
+        self.transfers = Transfers(device, copy)
+        """The threads that load and copy; its own listeners are told of each load."""
+        self._occupancy = Occupancy(limits, self.transfers.host_size)
         self._tick = 0
         self._listeners: list[Callable[[], None]] = []
 
@@ -253,12 +254,10 @@ class Residency:
         with self.changed:
             return any(item.users for item in self._occupancy.on_device())
 
-    def on_device(self) -> list[Resident]:
-        """All that take device memory."""
+    def taken(self) -> list[tuple[Resident, tuple[int, int]]]:
+        """All that take device or host memory, and the bytes of both, at one moment."""
         with self.changed:
-            taken = self._occupancy.taken()
-        # By what was taken then: one may leave, and another come in its place, meanwhile.
-        return [item for item, (device, _) in taken if device]
+            return self._occupancy.taken()
 
     @property
     def host_bytes(self) -> int:
@@ -300,7 +299,7 @@ class Residency:
             victim.begin_leaving()
         reservation = self._occupancy.reserve(item, victims, sources)
         bring = partial(self._bring, item, reservation, victims, for_claim, progress)
-        self._transfers.submit(item, partial(self._load_in_thread, item, item.begin_load(), reservation, bring))
+        self.transfers.submit(item, partial(self._load_in_thread, item, item.begin_load(), reservation, bring))
         return True
 
     def _give_back(self, sources: Sequence[Resident]) -> None:
@@ -348,7 +347,7 @@ class Residency:
             while True:
                 try:
                     failpoint("adapter")
-                    return self._transfers.to_device(item, progress)
+                    return self.transfers.to_device(item, progress)
                 except RuntimeError as error:
                     # Others than us may hold the device's memory: only taking memory shows that it is short.
                     if not is_out_of_memory(error):
@@ -385,7 +384,7 @@ class Residency:
             if item.copy is None:
                 with self.changed:
                     reserved = self._occupancy.reserve_host(adapter)
-                copy = self._transfers.to_host(adapter) if reserved else None
+                copy = self.transfers.to_host(adapter) if reserved else None
         finally:
             with self.changed:
                 self._occupancy.release_host(reserved)

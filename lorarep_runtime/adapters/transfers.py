@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from threadpoolctl import threadpool_limits
 
-from lorarep_runtime.adapters.resident import Resident
+from lorarep_runtime.adapters.resident import Resident, Tier
 from lorarep_runtime.errors import EngineFailure
 from lorarep_runtime.integers import next_power_of_two
 from lorarep_runtime.model.compiled_adapter import Adapter, copied_to
@@ -38,6 +39,14 @@ class Transfers:
         self._copying = ThreadPoolExecutor(COPY_THREADS, "lorarep-copy", initializer=run_loops_serially)
         # One stream for all threads: libraries keep tens of megabytes for each stream that they have worked on.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._listeners: list[Callable[[Tier, float], None]] = []
+
+    def subscribe(self, listener: Callable[[Tier, float], None]) -> None:
+        """Has `listener` called, in any thread, for each adapter that has come to the device.
+
+        It gets the tier that the adapter came from and the seconds that this took. Mixes do not count.
+        """
+        self._listeners.append(listener)
 
     def submit(self, item: Resident, work: Callable[[], None]) -> None:
         """Has a thread do the work of loading an item. Those with a host copy wait for no compilation."""
@@ -51,9 +60,13 @@ class Transfers:
             LorarepError: it cannot be made.
             RuntimeError: memory is short (see `is_out_of_memory`), or the device fails.
         """
+        started, copy = time.monotonic(), item.copy
         with self._own_stream():
-            copy = item.copy
-            return item.make(progress) if copy is None else self._copy(copy, self._device)
+            adapter = item.make(progress) if copy is None else self._copy(copy, self._device)
+        if not item.sources:
+            for listener in self._listeners:
+                listener("disk" if copy is None else "host", time.monotonic() - started)
+        return adapter
 
     def to_host(self, adapter: Adapter) -> Adapter | None:
         """A copy in host memory; None, and a line in the log, where the host has no memory for it."""

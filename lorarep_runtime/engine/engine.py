@@ -115,6 +115,8 @@ class Engine:
         self._stats = StatsRecorder(self.pool.total)
         self._thread: threading.Thread | None = None
         self.loop = self.make_loop(self._decoder(progress))
+        self.adapter_bytes = config.adapters.device_bytes or _free_bytes(self.base)
+        """Device bytes for adapters: the configuration's, or all that was free once the rest had been made."""
         self._other_ranks = [] if ranks is None else ranks.ask("held_bytes")
         """Bytes by their use on each other rank, before there were adapters."""
         self.adapters.residency.subscribe(self._inbox.announce_adapter)
@@ -299,14 +301,18 @@ def _most_sequences(pool: PagePool, deepest: int) -> int:
     return max(LEAST_SEQUENCES, min(MOST_SEQUENCES, pool.total // (deepest * pages_of(USUAL_TOKENS))))
 
 
+def _free_bytes(base: Base) -> int:
+    """Bytes that nothing has taken, on the rank that has the fewest."""
+    others = base.ranks.ask("free_bytes") if isinstance(base, LeadingBase) else []
+    return min([free_bytes(base), *others])
+
+
 def _page_pool(base: Base, wanted: int | None, deepest: int) -> PagePool:
     """The pages of the KV cache, in `wanted` bytes, or in as many as the device has to spare."""
     if wanted is None:
         wanted = CPU_KV_BYTES
         if base.device.type == "cuda":
-            others = base.ranks.ask("free_bytes") if isinstance(base, LeadingBase) else []
-            free = min([free_bytes(base), *others])
-            wanted = int(free * ACCELERATOR_KV_SHARE)
+            wanted = int(_free_bytes(base) * ACCELERATOR_KV_SHARE)
     pages = wanted // base.kv_shape.page_bytes(base.dtype)
     if pages < deepest:
         raise InvalidArgument(

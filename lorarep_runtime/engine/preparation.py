@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from lorarep_runtime.adapters.compile import load_kernels
@@ -40,7 +41,9 @@ def prepare_device(base: Base) -> None:
 
 
 def free_bytes(base: Base) -> int:
-    """Bytes of the GPU that nothing has taken."""
+    """Bytes of the device that nothing has taken; on a CPU, those of the whole machine."""
+    if base.device.type != "cuda":
+        return psutil.virtual_memory().available
     return torch.cuda.mem_get_info(base.device)[0]
 
 

@@ -182,6 +182,7 @@ class App:
         thread = ThreadPoolExecutor(1, thread_name_prefix="lorarep-start")
         loop = asyncio.get_running_loop()
         engine = await loop.run_in_executor(thread, self._load_engine)
+        engine.adapters.residency.transfers.subscribe(self._metrics.brought)
         for adapter in self._config.adapters:
             request = LoadRequest(adapter.name, adapter.source, adapter.revision, trusted=True)
             load = partial(request.run, engine.adapters, self._progress)

@@ -295,7 +295,7 @@ def test_idle_mixes_do_not_pile_up(engine: Engine) -> None:
         lease = engine.adapters.lease([("one", 1.0), ("two", 1.0 + i)])
         lease.wait()
         lease.release()
-    mixes = {item.label for item in engine.adapters.residency.on_device()} - {"one", "two"}
+    mixes = {item.label for item, _ in engine.adapters.residency.taken()} - {"one", "two"}
     assert len(mixes) == MAX_IDLE_MIXES + 1
     assert "1·one + 1·two" not in mixes
     assert engine.adapters.held_bytes().keys() == {"one", "two", "(mixes)"}

@@ -1,8 +1,9 @@
 """The metrics that llm-d-router's endpoint picker reads, which the Gateway API Inference Extension's has become.
 
-Its metric protocol: gauges of queued requests and of KV memory in use, and one sample whose labels name
-the adapters of running and of waiting requests, joined by commas, and whose value is the time it was taken. Of several
-samples the picker takes the latest, so a second one would hide the first.
+Its protocol (docs/plugin-metric-protocol.md): gauges of queued requests and of KV memory in use, and one sample whose
+labels name the adapters of running and of waiting requests, joined by commas, and whose value is the time it was taken.
+Of several samples the picker takes the latest, so a second one would hide the first. A later picker (llm-d-router's pull
+request 2792) reads the adapters in memory, too, each with its level, and the time that it took to bring some there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 from lorarep.v1 import adapters_pb2
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.callers import request, stream
@@ -33,9 +35,28 @@ class View:
     taken: float
 
 
-def view(server: Server) -> View:
+def families_of(server: Server) -> dict[str, Metric]:
     with urllib.request.urlopen(server.metrics_url, timeout=SECONDS) as response:
-        families = {f.name: f for f in text_string_to_metric_families(response.read().decode())}
+        return {family.name: family for family in text_string_to_metric_families(response.read().decode())}
+
+
+def loaded(server: Server) -> dict[str, tuple[str, str, str]]:
+    """Level, pin and rank of each adapter in memory."""
+    samples = families_of(server)["lorarep_lora_adapter_loaded"].samples
+    assert {sample.value for sample in samples} <= {1}
+    found = {s.labels["adapter_name"]: (s.labels["level"], s.labels["pinned"], s.labels["rank"]) for s in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+def loads(server: Server, transition: str) -> float:
+    """The number of adapters that have come to the device."""
+    samples = families_of(server)["lorarep_lora_adapter_load_seconds"].samples
+    return sum(s.value for s in samples if s.name.endswith("_count") and s.labels["transition"] == transition)
+
+
+def view(server: Server) -> View:
+    families = families_of(server)
     assert {families[name].type for name in (QUEUED, KV_USAGE, LORA_INFO)} == {"gauge"}
     (queued,), (usage,), (info,) = (families[name].samples for name in (QUEUED, KV_USAGE, LORA_INFO))
 
@@ -54,8 +75,9 @@ def view(server: Server) -> View:
 
 @pytest.fixture(scope="module")
 def narrow(world: World) -> Iterator[Server]:
-    """A server that runs one request at a time."""
+    """A server that runs one request at a time. Its memory has room for two adapters, or a little more."""
     flags = [*world.flags(), "--max-sequences=1", "--allow-repository=org/*", "--adapter=lora=org/lora"]
+    flags += ["--adapter-bytes=44KiB", "--adapter-host-bytes=1MiB"]
     with serving(flags, world.env) as server:
         yield server.wait_ready()
 
@@ -63,7 +85,13 @@ def narrow(world: World) -> Iterator[Server]:
 @pytest.mark.usefixtures("slow_steps")
 def test_adapters_come_and_go(narrow: Server) -> None:
     idle = view(narrow)
-    assert (idle.queued, idle.kv_usage, idle.most, idle.running, idle.waiting) == (0, 0, 1, set(), set())
+    assert (idle.queued, idle.kv_usage, idle.most, idle.running, idle.waiting) == (
+        0,
+        0,
+        1,
+        set(),
+        set(),
+    )  # room for one as large as this
 
     first = stream(narrow, request("x", "lora", new_tokens=500))
     next(m for m in first if m.chunk.token_ids)
@@ -89,3 +117,28 @@ def test_adapters_come_and_go(narrow: Server) -> None:
     narrow.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="hot"), timeout=SECONDS)
     gone = view(narrow)
     assert (gone.queued, gone.kv_usage, gone.running, gone.waiting) == (0, 0, set(), set())
+
+
+def test_residency_and_room_are_those_of_adapters_not_of_requests(narrow: Server) -> None:
+    assert loaded(narrow) == {"lora": ("gpu", "false", "4")}
+    before = loads(narrow, "load")
+    load = adapters_pb2.LoadAdapterRequest(name="hot", repository="org/dora", pinned=True)
+    list(narrow.adapters.LoadAdapter(load, timeout=SECONDS))
+    assert loaded(narrow) == {"lora": ("gpu", "false", "4"), "hot": ("gpu", "true", "3")}
+    assert view(narrow).most == 2  # of their mean size, in 44 KiB
+
+    # An idle one leaves for another, and stays in host memory. Names are those that requests have.
+    narrow.generation.Generate(request("x", "org/plain", new_tokens=1))
+    assert loaded(narrow) == {
+        "lora": ("cpu", "false", "4"),
+        "hot": ("gpu", "true", "3"),
+        "org/plain": ("gpu", "false", "2"),
+    }
+    assert (loads(narrow, "load"), loads(narrow, "activate")) == (before + 2, 0)
+
+    narrow.generation.Generate(request("x", "lora", new_tokens=1))
+    assert loaded(narrow)["lora"][0] == "gpu"
+    assert (loads(narrow, "load"), loads(narrow, "activate")) == (before + 2, 1)
+
+    narrow.adapters.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="hot"), timeout=SECONDS)
+    assert "hot" not in loaded(narrow)

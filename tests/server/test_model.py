@@ -45,6 +45,7 @@ METRICS = {
     "adapters_desired{state=failed}",
     "adapter_load_seconds_count{outcome=ok}{source=hub}",
     "adapter_evictions_total",
+    "lora_adapter_load_seconds_count{transition=load}",
 }
 
 

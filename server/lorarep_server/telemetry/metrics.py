@@ -1,7 +1,8 @@
 """Prometheus metrics: histograms of finished requests, and the engine's counts, which are read when they are scraped.
 
-Names have the prefix `lorarep_`. The metrics of queue, KV memory and adapters follow the model server protocol of the
-Gateway API Inference Extension (its proposal 003), so that its scheduler can choose among servers.
+Names have the prefix `lorarep_`. The metrics of queue, KV memory and adapters mean what llm-d-router's protocol for
+model servers says (its docs/plugin-metric-protocol.md), so that it can choose among servers. Residency and times of
+loads have the names and labels that vLLM's pull request 54830 gives them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lorarep_runtime.request import Finished
 from lorarep_server.errors import code_of
 
 if TYPE_CHECKING:
+    from lorarep_runtime.adapters.revision import AdapterInfo
     from lorarep_runtime.engine.engine import Engine
 
 T = TypeVar("T")
@@ -31,6 +33,9 @@ REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 PHASE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 LOAD_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+
+LEVELS = {"device": "gpu", "host": "cpu"}
+"""vLLM's names of tiers."""
 
 
 _counted: ContextVar[list[str]] = ContextVar("counted")
@@ -52,6 +57,12 @@ class Metrics:
         self._decode = histogram("decode_seconds", "First token to last.", REQUEST_SECONDS)
         self._load = histogram(
             "adapter_load_seconds", "Loads of adapters, checks included.", LOAD_SECONDS, ("source", "outcome")
+        )
+        self._transition = histogram(
+            "lora_adapter_load_seconds",
+            "Adapters that came to the device: from their files (load), or from host memory (activate).",
+            PHASE_SECONDS,
+            ("transition",),
         )
         self._ended = Counter(
             "lorarep_requests_finished", "Requests by what ended them.", ("reason",), registry=registry
@@ -77,6 +88,14 @@ class Metrics:
         self._decode.observe(times.decode)
         if finished.completion_tokens > 1:
             self._token.observe(times.decode / (finished.completion_tokens - 1))
+
+    def brought(self, tier: str, seconds: float) -> None:
+        """Counts an adapter that has come to the device.
+
+        Args:
+            tier: where it came from, "disk" or "host".
+        """
+        self._transition.labels("activate" if tier == "host" else "load").observe(seconds)
 
     def failed(self, code: StatusCode) -> None:
         """Counts a request that ended with an error."""
@@ -166,14 +185,44 @@ class EngineCollector(Collector):
         yield _counter("adapter_evictions", "Adapters that left device memory for others.", evictions)
         host_bytes = engine.adapters.residency.host_bytes
         yield _gauge("adapter_host_bytes", "Host memory of copies of adapters.", host_bytes)
-        info = GaugeMetricFamily(
-            "lorarep_lora_requests_info",
-            "Adapters of running and waiting requests; the value is the time of this snapshot.",
-            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-        )
-        names = ",".join(stats.running_adapters), ",".join(stats.waiting_adapters)
-        info.add_metric((str(most), *names), time.time())
-        yield info
+        yield _residency(engine.adapters.in_memory())
+        room = _most_adapters(engine.adapter_bytes, ledger.adapters)
+        yield _lora_requests_info(room, stats.running_adapters, stats.waiting_adapters)
+
+
+def _most_adapters(room: int, held: Mapping[str, int]) -> int:
+    """The number of adapters that device memory has room for, if they are as large as those that are there.
+
+    Args:
+        room: bytes for adapters.
+        held: bytes of each adapter on the device, by its name; labels of several are in brackets.
+    """
+    sizes = [size for name, size in held.items() if not name.startswith("(")]
+    return max(1, room * len(sizes) // sum(sizes)) if sizes else 1
+
+
+def _lora_requests_info(most: int, running: Iterable[str], waiting: Iterable[str]) -> Metric:
+    """One sample, whose labels have the adapters' names as requests have them."""
+    info = GaugeMetricFamily(
+        "lorarep_lora_requests_info",
+        "Adapters of running and waiting requests; the value is the time of this snapshot.",
+        labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+    )
+    info.add_metric((str(most), ",".join(running), ",".join(waiting)), time.time())
+    return info
+
+
+def _residency(adapters: Iterable[AdapterInfo]) -> Metric:
+    """A sample for each adapter in memory. Mixes have none: callers choose their weights."""
+    family = GaugeMetricFamily(
+        "lorarep_lora_adapter_loaded",
+        "1 for each adapter in memory: on the device (gpu, also where that is a CPU), or in host memory alone (cpu).",
+        labels=("adapter_name", "level", "pinned", "rank"),
+    )
+    for adapter in adapters:
+        if level := LEVELS.get(adapter.tier):
+            family.add_metric((adapter.name, level, str(adapter.pinned).lower(), str(adapter.rank)), 1)
+    return family
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

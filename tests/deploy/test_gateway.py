@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from tests.deploy.test_manifests import DEPLOY, Objects, render
 from tests.server.test_endpoint_picker import KV_USAGE, LORA_INFO, QUEUED, RUNNING
 from tests.support import crds
+from tests.support.picker_config import EndpointPickerConfig, Extractor, Source
 
 P = TypeVar("P")
 ENGINE = "llm-d.ai/engine-type"
@@ -44,11 +45,11 @@ def flags(picker: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.fixture
-def config(flags: dict[str, str]) -> crds.EndpointPickerConfig:
-    return crds.EndpointPickerConfig.model_validate(yaml.safe_load(flags["config-text"]))
+def config(flags: dict[str, str]) -> EndpointPickerConfig:
+    return EndpointPickerConfig.model_validate(yaml.safe_load(flags["config-text"]))
 
 
-def the(kind: type[P], config: crds.EndpointPickerConfig) -> P:
+def the(kind: type[P], config: EndpointPickerConfig) -> P:
     """The only plugin of a kind."""
     (plugin,) = (plugin for plugin in config.plugins if isinstance(plugin, kind))
     return plugin
@@ -116,12 +117,12 @@ def test_the_picker_may_read_what_it_needs(objects: Objects) -> None:
 
 
 def test_the_picker_reads_the_metrics_that_the_server_has(
-    objects: Objects, ports: dict[str, int], flags: dict[str, str], config: crds.EndpointPickerConfig
+    objects: Objects, ports: dict[str, int], flags: dict[str, str], config: EndpointPickerConfig
 ) -> None:
     assert set(flags) == {"pool-name", "pool-namespace", "tracing", "config-text"}  # metrics have no flags any more
     assert flags["pool-name"] == objects["InferencePool", "lorarep"]["metadata"]["name"]
-    assert the(crds.Source, config).parameters.port == ports["metrics"]
-    extractor = the(crds.Extractor, config).parameters
+    assert the(Source, config).parameters.port == ports["metrics"]
+    extractor = the(Extractor, config).parameters
     (engine,) = extractor.engine_configs
     specs = (engine.queued_requests_spec, engine.running_requests_spec, engine.kv_usage_spec, engine.lora_spec)
     assert specs == (QUEUED, RUNNING, KV_USAGE, LORA_INFO)
@@ -136,7 +137,7 @@ def test_the_picker_reads_the_metrics_that_the_server_has(
     } in rules
 
 
-def test_the_picker_scores_by_adapter_first(config: crds.EndpointPickerConfig) -> None:
+def test_the_picker_scores_by_adapter_first(config: EndpointPickerConfig) -> None:
     (profile,) = config.scheduling_profiles
     weights = {plugin.plugin_ref: plugin.weight for plugin in profile.plugins if plugin.plugin_ref.endswith("-scorer")}
     assert {plugin.type for plugin in config.plugins if plugin.type.endswith("-scorer")} == set(weights)
@@ -163,7 +164,7 @@ def test_a_configuration_that_the_picker_would_not_start_with_is_found(
 ) -> None:
     assert old in flags["config-text"]
     with pytest.raises(ValidationError, match=error):
-        crds.EndpointPickerConfig.model_validate(yaml.safe_load(flags["config-text"].replace(old, new)))
+        EndpointPickerConfig.model_validate(yaml.safe_load(flags["config-text"].replace(old, new)))
 
 
 def test_what_serves_is_the_gpu_overlay(objects: Objects) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -229,6 +232,32 @@ def test_the_pod_asks_for_the_disk_and_the_threads_that_it_uses(pod: dict[str, A
     field = threads["valueFrom"]["resourceFieldRef"]
     assert field == {"resource": "requests.cpu", "divisor": "1"}
     assert int(requests["cpu"]) >= 1
+
+
+def images_of(objects: Objects) -> list[str]:
+    """The images of all pods, also of those that KServe makes."""
+    things = [thing for thing in objects.values() if "spec" in thing]
+    specs = [thing["spec"].get("template", thing)["spec"] for thing in things]
+    return [container["image"] for spec in specs for container in spec.get("containers", ())]
+
+
+@pytest.mark.parametrize("folder", ["overlays/gpu", "overlays/gateway", "overlays/tensor-parallel", "kserve"])
+def test_the_component_names_every_image_by_digest(folder: str, tmp_path: Path) -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    included = {"resources": folder, "components": "components/digest"}
+    site = {name: [os.path.relpath(DEPLOY / path, tmp_path)] for name, path in included.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(site))
+    pinned, loose = render(tmp_path), render(DEPLOY / folder)
+    names = {image.split(":")[0] for image in images_of(loose)}
+    assert names
+    assert all(re.fullmatch(r"[\w-]+@sha256:[0-9a-f]{64}", image) for image in images_of(pinned))
+    assert {image.split("@")[0] for image in images_of(pinned)} == names
+    # Nothing else differs, and nothing else is there.
+    text = json.dumps(list(loose.values()))
+    for by_tag, by_digest in zip(images_of(loose), images_of(pinned), strict=True):
+        text = text.replace(f'"{by_tag}"', f'"{by_digest}"')
+    assert json.loads(text) == list(pinned.values())
 
 
 def test_an_air_gapped_pod_reaches_nothing(overlay: str, objects: Objects) -> None:

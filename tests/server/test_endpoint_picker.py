@@ -2,8 +2,8 @@
 
 Its protocol (docs/plugin-metric-protocol.md): gauges of queued requests and of KV memory in use, and one sample whose
 labels name the adapters of running and of waiting requests, joined by commas, and whose value is the time it was taken.
-Of several samples the picker takes the latest, so a second one would hide the first. A later picker (llm-d-router's pull
-request 2792) reads the adapters in memory, too, each with its level, and the time that it took to bring some there.
+Of several samples the picker takes the latest, so a second one would hide the first. A later picker (pull request 2792
+of llm-d-router) reads the adapters in memory, too, each with its level, and the time that it took to bring some there.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Schemas of resources that Kubernetes' own schemas lack: the fields that the overlays use, and their neighbours.
+"""Schemas of resources that Kubernetes' own schemas lack: the fields that the manifests use, and their neighbours.
 
-They state what the public definitions say, and what those who read the resources check beyond them:
+They state what the public definitions say:
 
 - `Gateway`, `HTTPRoute`: the Gateway API's v1.6.1, standard channel.
 - `InferencePool`: the Gateway API Inference Extension's v1.6.0.
-- `EndpointPickerConfig`: `apix/config/v1alpha1`, the loader and the plugins of llm-d-router v0.10.
+- `ServingRuntime`, `InferenceService`: KServe's v0.20. Their containers and volumes are those of Kubernetes' pods.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
@@ -30,7 +30,8 @@ class Strict(BaseModel):
 
 class Metadata(Strict):
     name: Subdomain
-    namespace: Label
+    namespace: Label | None = None
+    annotations: dict[str, str] = {}
 
 
 class Reference(Strict):
@@ -141,116 +142,67 @@ class InferencePool(Strict):
     spec: InferencePoolSpec
 
 
-# llm-d-router's endpoint picker.
-
-MetricSpec = Annotated[str, Field(pattern=r'^([a-zA-Z_:][a-zA-Z0-9_:]*(\{(\w+="?[^",}]*"?,?)*\})?)?$')]
-"""A metric, and labels that its sample has; nothing is a metric that the engine lacks."""
-ENGINES = frozenset({"vllm", "sglang", "trtllm-serve", "triton-tensorrt-llm", "triton"})
-"""Those that the extractor knows by itself."""
+# KServe.
 
 
-class Engine(Strict):
-    """Names of an engine's metrics. The extractor skips what has none."""
-
-    name: Annotated[str, Field(min_length=1)]
-    queued_requests_spec: MetricSpec = ""
-    running_requests_spec: MetricSpec = ""
-    kv_usage_spec: MetricSpec = Field("", alias="kvUsageSpec")
-    lora_spec: MetricSpec = ""
-    cache_info_spec: MetricSpec = ""
+class ModelFormat(Strict):
+    name: str
+    version: str | None = None
 
 
-class ExtractorParameters(Strict):
-    engine_label_key: str = "llm-d.ai/engine-type"
-    default_engine: str = "vllm"
-    engine_configs: list[Engine] = []
-
-    @model_validator(mode="after")
-    def _default_is_known(self) -> ExtractorParameters:
-        names = [engine.name for engine in self.engine_configs]
-        if len(set(names)) < len(names) or "default" in names:
-            raise ValueError(f"engines {names} have a name twice, or the reserved one")
-        if self.default_engine not in ENGINES.union(names):
-            raise ValueError(f"defaultEngine {self.default_engine!r} is none of engineConfigs")
-        return self
+class SupportedModelFormat(ModelFormat):
+    auto_select: bool = False
+    priority: Annotated[int, Field(ge=1)] | None = None
 
 
-class SourceParameters(Strict):
-    scheme: Literal["http", "https"] = "http"
-    path: str = "/metrics"
-    port: Port | None = None
-    interval: Annotated[str, Field(pattern=r"^([0-9.]+(ms|s|m|h))*$")] = ""
-    insecure_skip_verify: bool = True
+class ServingRuntimeSpec(Strict):
+    supported_model_formats: list[SupportedModelFormat]
+    protocol_versions: list[str] = []
+    annotations: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    containers: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    volumes: list[dict[str, Any]] = []
 
 
-class Source(Strict):
-    name: str | None = None
-    type: Literal["metrics-data-source"]
-    parameters: SourceParameters = SourceParameters()
+class ServingRuntime(Strict):
+    api_version: Literal["serving.kserve.io/v1alpha1"]
+    kind: Literal["ServingRuntime"]
+    metadata: Metadata
+    spec: ServingRuntimeSpec
 
 
-class Extractor(Strict):
-    name: str | None = None
-    type: Literal["core-metrics-extractor"]
-    parameters: ExtractorParameters = ExtractorParameters()
+class StorageUri(Strict):
+    uri: Annotated[str, Field(pattern=r"^(hf|pvc|s3|gs|https?|oci)://.+")]
+    mount_path: Annotated[str, Field(pattern=r"^/[^.]+$", max_length=255)] = "/mnt/models"
 
 
-class PlainPlugin(Strict):
-    """A plugin without parameters."""
+class PredictorModel(Strict):
+    """What a service adds to its runtime's container. Its arguments follow the runtime's."""
 
-    name: str | None = None
-    type: Literal[
-        "kv-cache-utilization-scorer",
-        "lora-affinity-scorer",
-        "max-score-picker",
-        "openai-parser",
-        "passthrough-parser",
-        "queue-scorer",
-        "single-profile-handler",
-    ]
+    runtime: str | None = None
+    model_format: ModelFormat
+    args: list[str] = []
+    resources: dict[str, Any] = {}
 
 
-Plugin = Annotated[Source | Extractor | PlainPlugin, Field(discriminator="type")]
+class Predictor(Strict):
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Annotated[int, Field(ge=0)] | None = None
+    termination_grace_period_seconds: int | None = None
+    security_context: dict[str, Any] = {}
+    storage_uris: Annotated[list[StorageUri], Field(min_length=1)]
+    model: PredictorModel
 
 
-class PluginReference(Strict):
-    plugin_ref: str
-    weight: float | None = None
+class InferenceServiceSpec(Strict):
+    predictor: Predictor
 
 
-class SchedulingProfile(Strict):
-    name: Annotated[str, Field(min_length=1)]
-    plugins: list[PluginReference]
-
-
-class ParserReference(Strict):
-    plugin_ref: str
-
-
-class RequestHandler(Strict):
-    parsers: list[ParserReference] = []
-
-
-class EndpointPickerConfig(Strict):
-    """The configuration of the endpoint picker, which decodes it strictly and ends where it does not fit."""
-
-    api_version: Literal["llm-d.ai/v1alpha1"]
-    kind: Literal["EndpointPickerConfig"]
-    plugins: list[Plugin]
-    scheduling_profiles: Annotated[list[SchedulingProfile], Field(min_length=1, max_length=1)]
-    """`single-profile-handler` knows one alone."""
-    request_handler: RequestHandler = RequestHandler()
-
-    @model_validator(mode="after")
-    def _references_are_defined(self) -> EndpointPickerConfig:
-        names = [plugin.name or plugin.type for plugin in self.plugins]
-        if len(set(names)) < len(names):
-            raise ValueError(f"plugins {names} have a name twice")
-        used = [reference.plugin_ref for profile in self.scheduling_profiles for reference in profile.plugins]
-        parsers = [reference.plugin_ref for reference in self.request_handler.parsers]
-        if lost := {*used, *parsers}.difference(names):
-            raise ValueError(f"pluginRef {sorted(lost)} is none of the plugins")
-        return self
+class InferenceService(Strict):
+    api_version: Literal["serving.kserve.io/v1beta1"]
+    kind: Literal["InferenceService"]
+    metadata: Metadata
+    spec: InferenceServiceSpec
 
 
 MODELS: Mapping[str, type[Strict]] = {model.__name__: model for model in (Gateway, HTTPRoute, InferencePool)}

@@ -15,6 +15,8 @@ TARGET ?= cuda
 # The image below it. A digest pins it: python:3.12-slim@sha256:...
 BASE   ?= python:3.12-slim
 
+# Tests that need processors to themselves.
+RAY    := tests/deploy/test_ray.py
 # Tests without servers, browsers, images, GPU kernels, or long comparisons with other libraries.
 FAST   := $(addprefix tests/,text model device adapters engine test_architecture.py)
 # Tests of what each library is used for: tokenizers, the Hub, weights of all kinds, every protocol of a server, traces.
@@ -23,7 +25,7 @@ USES   := $(addprefix tests/,text/test_tokenizer.py hub model/test_linear.py par
 LOWEST := .venv/lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-slow test-lowest coverage check format proto lock image
+.PHONY: help demo test test-fast test-slow test-ray test-lowest coverage check format proto lock image
 
 help: ## Lists the targets.
 	@sed -En 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 12
@@ -32,13 +34,17 @@ demo: .venv/installed ## Serves a small base and adapters, and shows them stream
 	$(BIN)/lorarep demo
 
 # Each test runs once. The fast ones are traced, for their coverage; tracing would slow those with deadlines.
-test: coverage test-slow ## Runs all tests.
+test: coverage test-slow test-ray ## Runs all tests.
 
 test-fast: .venv/installed ## Runs the tests that need no server, browser or image.
 	$(BIN)/pytest $(FAST)
 
-test-slow: .venv/installed tests/clients/node_modules ## Runs the tests that test-fast leaves out.
-	$(BIN)/pytest $(addprefix --ignore=,$(FAST))
+test-slow: .venv/installed tests/clients/node_modules ## Runs the tests that test-fast leaves out, but for those of Ray.
+	$(BIN)/pytest $(addprefix --ignore=,$(FAST) $(RAY))
+
+# Last and alone: Ray gives its own processes half a minute to start.
+test-ray: .venv/installed ## Runs the tests of Ray.
+	$(BIN)/pytest -n 0 $(RAY)
 
 # All but torch, whose builds are too large, and what only tests need: those are found in the other environment.
 test-lowest: .venv/installed ## Runs some tests with the lowest versions that pyproject.toml admits.

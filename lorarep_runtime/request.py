@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, in the order of vLLM: penalties, temperature, min-p, top-k, top-p."""
+    """How the next token is chosen, in the order of vLLM: allowed tokens, bias, penalties, temperature, min-p, top-k,
+    top-p."""
 
     temperature: float = 0.0
     """0 is greedy."""
@@ -24,6 +30,10 @@ class Sampling:
     """Subtracted once from the logit of every token in the answer (OpenAI)."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once for each time that it is in the answer (OpenAI)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, each once, and what is added to the logit of each (OpenAI)."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The tokens that may come; none are all."""
     seed: int | None = None
     """Seed of the random numbers; None draws one. In fp32 on a CPU, the same seed, prompt and parameters give the same
     tokens whatever else is in the batch; in 16 bits and on a GPU, up to rounding."""
@@ -51,6 +61,10 @@ class Request:
     stopping: Stopping = Stopping()
     logprobs: int | None = None
     """Number of likeliest tokens to report with each chosen one; None reports nothing, 0 the chosen one alone."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for each token of the prompt but the first. No page is found in the prefix cache then."""
+    special_tokens: bool = False
+    """Whether the answer's text has the texts of special tokens."""
     cache_salt: str = ""
     """Requests share cached pages of keys and values only with those of the same salt."""
     deadline: float | None = None
@@ -78,6 +92,42 @@ class TokenLogprob:
     """The likeliest tokens and their log-probabilities, best first."""
 
 
+@dataclass(frozen=True, eq=False)
+class PromptLogprobs:
+    """The log-probabilities of a prompt's tokens but the first, packed, as there may be many."""
+
+    tokens: NDArray[np.int64]
+    """(n), the prompt's tokens from its second on."""
+    logprobs: NDArray[np.float32]
+    """(n), of each token after those before it; NaN where the logits are no finite numbers."""
+    ranks: NDArray[np.int64]
+    """(n), the place of each token among all; 1 is the likeliest."""
+    top_tokens: NDArray[np.int64]
+    """(n, k), the likeliest tokens at each place, best first."""
+    top_logprobs: NDArray[np.float32]
+    """(n, k), of these."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __iter__(self) -> Iterator[TokenLogprob]:
+        for token, logprob, rank, *top in zip(*(array.tolist() for array in self._arrays), strict=True):
+            yield TokenLogprob(token, logprob, rank, tuple(zip(*top, strict=True)))
+
+    def part(self, start: int, stop: int) -> PromptLogprobs:
+        """Those of the places [start, stop)."""
+        return PromptLogprobs(*(array[start:stop] for array in self._arrays))
+
+    @classmethod
+    def joined(cls, parts: Sequence[PromptLogprobs]) -> PromptLogprobs:
+        """Those of parts that follow one another. There is at least one."""
+        return cls(*map(np.concatenate, zip(*(part._arrays for part in parts), strict=True)))
+
+    @property
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.tokens, self.logprobs, self.ranks, self.top_tokens, self.top_logprobs
+
+
 @dataclass(frozen=True)
 class Output:
     """The tokens that one step adds to an answer.
@@ -88,6 +138,8 @@ class Output:
     tokens: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
+    """Those of the prompt, with the first token of an answer whose request asks for them."""
 
 
 @dataclass(frozen=True)

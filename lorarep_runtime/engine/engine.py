@@ -33,6 +33,7 @@ from lorarep_runtime.engine.outputs import Outputs
 from lorarep_runtime.engine.overlap import StepDecoder, StepOverlap
 from lorarep_runtime.engine.prefill_pass import SlicedPrefill, WholeForward
 from lorarep_runtime.engine.preparation import DecoderSizes, free_bytes, make_decoder, prepare_device
+from lorarep_runtime.engine.prompt_scores import most_rows
 from lorarep_runtime.engine.sampler import SamplerState
 from lorarep_runtime.engine.scheduler import Scheduler
 from lorarep_runtime.engine.sequence import Sequence
@@ -143,7 +144,14 @@ class Engine:
             decoder: computes decode steps and prefill passes; None leaves both to the base's own layers.
         """
         base, pool = self.base, self.pool
-        scheduler = Scheduler(self.config.scheduler, pool, self.adapters.residency, self.max_sequences, base.layers)
+        scheduler = Scheduler(
+            self.config.scheduler,
+            pool,
+            self.adapters.residency,
+            self.max_sequences,
+            base.layers,
+            most_rows(base.vocab_size),
+        )
         forward = (lambda batch: WholeForward(base, pool, batch)) if decoder is None else decoder.prefill
         return StepLoop(
             self._inbox,
@@ -155,8 +163,9 @@ class Engine:
         )
 
     def check(self, request: Request) -> None:
-        """Refuses what `submit` would refuse on any stack. Raises InvalidArgument, with the field's name."""
+        """Refuses what `submit` would refuse on any stack. Raises as `submit`, with the field's name."""
         validate(request, self.base.vocab_size)
+        self._check_scoring(request)
         validate_length(request, 1, max_tokens=self.max_tokens, total_pages=self.pool.total)
 
     def submit(self, request: Request, lease: Lease, on_event: Callable[[Event], None]) -> int:
@@ -167,8 +176,9 @@ class Engine:
 
         Raises:
             InvalidArgument: a field is out of its range, or prompt and answer are too long.
+            FailedPrecondition: log-probabilities of the prompt are wanted, and are not deterministic here.
             Exhausted: the queue is full.
-            Unavailable: the engine stops or has failed. In all three cases the lease stays the caller's.
+            Unavailable: the engine stops or has failed. In all cases the lease stays the caller's.
         """
         depth = len(lease.stack)
         validate_length(
@@ -179,13 +189,16 @@ class Engine:
             total_pages=self.pool.total,
         )
         validate(request, self.base.vocab_size)
+        self._check_scoring(request)
         ends = self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids  # configs may name any number
         sequence = Sequence(
             id=next(self._ids),
             request=request,
             lease=lease,
             sampler=SamplerState(request, frozenset(t for t in ends if 0 <= t < self.base.vocab_size)),
-            text=TextStream(lease.tokenizer, request.stopping.stop, request.prompt),
+            text=TextStream(
+                lease.tokenizer, request.stopping.stop, request.prompt, special_tokens=request.special_tokens
+            ),
             on_event=on_event,
             table=PageTable(self.pool, depth),
             tokens=list(request.prompt),
@@ -193,6 +206,14 @@ class Engine:
         )
         self._inbox.submit(sequence)
         return sequence.id
+
+    def _check_scoring(self, request: Request) -> None:
+        if request.prompt_logprobs is not None and self.config.deterministic and self.loop.overlap.decoder is not None:
+            raise FailedPrecondition(
+                "prompts are rows of captured steps, which have the logits of the last one alone: a server that is not "
+                "deterministic gives them",
+                field="prompt_logprobs",
+            )
 
     def _prefix_keys(self, request: Request, lease: Lease) -> PrefixKeys | None:
         """The keys of a prompt's pages, hashed here and not in the step loop's thread; None without a prefix cache."""

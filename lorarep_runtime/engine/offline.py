@@ -16,7 +16,7 @@ from lorarep_runtime.errors import Exhausted
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
-from lorarep_runtime.request import Event, Finished, Output, Request, TokenLogprob
+from lorarep_runtime.request import Event, Finished, Output, PromptLogprobs, Request, TokenLogprob
 
 Submit = Callable[[Request, Lease, Callable[[Event], None]], int]
 """`Engine.submit`."""
@@ -30,6 +30,7 @@ class Completion:
     text: str
     logprobs: tuple[TokenLogprob, ...]
     finished: Finished
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def generate(submit: Submit, loop: StepLoop | None, requests: Iterable[tuple[Request, Lease]]) -> list[Completion]:
@@ -73,6 +74,7 @@ def _completion(events: Seq[Event]) -> Completion:
         text="".join(part.text for part in parts),
         logprobs=tuple(p for part in parts for p in part.logprobs),
         finished=last,
+        prompt_logprobs=parts[0].prompt_logprobs,
     )
 
 

@@ -6,6 +6,8 @@ import logging
 import time
 from typing import NamedTuple
 
+import numpy as np
+
 from lorarep_runtime.engine.sampler import NO_TOKEN, Sampled
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.engine.stats import StatsRecorder
@@ -41,14 +43,15 @@ class Outputs:
             LorarepError: the sequence's tokenizer, which may be its adapter's, fails.
             FailedPrecondition: there is no token, as the sequence's logits are no finite numbers.
         """
-        if sampled.token == NO_TOKEN:
+        prompt_logprobs = sequence.take_prompt_logprobs()
+        if sampled.token == NO_TOKEN or (prompt_logprobs is not None and np.isnan(prompt_logprobs.logprobs).any()):
             raise _overflow(sequence.lease.names)
         now = time.monotonic()
         self._stats.record_token(sequence)
         sequence.append(sampled.token, now)
         effect = _apply_stop_rules(sequence, sampled.token)
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        self.tell(sequence, Output((sampled.token,), effect.text, logprobs))
+        self.tell(sequence, Output((sampled.token,), effect.text, logprobs, prompt_logprobs))
         if effect.reason is None:
             return None
         prompt_tokens = len(sequence.request.prompt)

@@ -92,6 +92,8 @@ class StepOverlap:
         rest: list[Chosen] = []
         for sequence, count in chosen:
             (decoding if sequence.computed and sequence.remaining == 1 else rest).append((sequence, count))
+        if any(sequence.needs_prompt_logits for sequence, _ in rest):  # steps have the logits of last tokens alone
+            return decoding, rest
         first = were_first([sequence for sequence, _ in decoding], [sequence for sequence, _ in rest])
         room = self.decoder.rows_with_prompts(len(decoding) if first else 0) - len(decoding)
         most = max(room, min(PASS_TOKENS, FEW_STEPS * room)) if self._scheduler.config.chunked_prefill else room

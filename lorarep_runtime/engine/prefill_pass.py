@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.device.timer import DeviceTimer
+from lorarep_runtime.engine.prompt_scores import score
 from lorarep_runtime.engine.sampler import Sampled, sample
 from lorarep_runtime.engine.scheduler import Scheduler, were_first
 from lorarep_runtime.engine.sequence import Sequence
@@ -131,16 +132,38 @@ class PrefillPass:
             for i, end in zip(self._batch.order, ends, strict=True)
             if self.sequences[i].remaining == self._counts[i]
         ]
-        rows = torch.tensor([row for _, row in ready], dtype=torch.int64, device=self._batch.device)
+        scored = [self._rows_to_score(k) for k in range(len(self.sequences))]
+        rows = [row for _, row in ready] + [row for of_one in scored for row in of_one]
         # Called even where no logits are wanted: `WholeForward` computes here.
-        logits = self._forward.logits(rows)
+        logits = self._forward.logits(torch.tensor(rows, dtype=torch.int64, device=self._batch.device))
         for sequence, count in zip(self.sequences, self._counts, strict=True):
             sequence.mark_computed(count)
-            sequence.is_unread = not ready  # else sampling waits for the device
+            sequence.is_unread = not rows  # else sampling and scoring wait for the device
+        self._score(logits[len(ready) :], scored)
         if not ready:
             return []
         sequences = [sequence for sequence, _ in ready]
-        return list(zip(sequences, sample(logits, [s.sampler for s in sequences]), strict=True))
+        return list(zip(sequences, sample(logits[: len(ready)], [s.sampler for s in sequences]), strict=True))
+
+    def _rows_to_score(self, k: int) -> range:
+        """The rows of the batch's span k whose logits are of a token of the prompt that has to be scored."""
+        sequence, count = self.sequences[self._batch.order[k]], self._counts[self._batch.order[k]]
+        own = sequence.rows_to_score(count)
+        first = int(self._batch.starts[k]) - sequence.computed
+        return range(first + own.start, first + own.stop) if own else own
+
+    def _score(self, logits: Tensor, scored: Seq[range]) -> None:
+        """Adds the log-probabilities of prompts' tokens to their sequences.
+
+        Args:
+            logits: (rows, vocab) fp32, of the rows of `scored`, one span after the other.
+        """
+        for k, some in enumerate(logits.split([len(rows) for rows in scored])):
+            sequence = self.sequences[self._batch.order[k]]
+            if len(some) and sequence not in self._ended:
+                tokens = sequence.tokens[sequence.scored : sequence.scored + len(some)]
+                sequence.prompt_parts.append(score(some, tokens, sequence.request.prompt_logprobs or 0))
+                sequence.scored += len(some)
 
     def drop(self, sequence: Sequence) -> None:
         """Gives back the pages of a sequence that has ended. The pass writes to the spare slot instead."""

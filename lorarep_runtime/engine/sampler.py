@@ -43,6 +43,9 @@ class SamplerState:
         self.stop_ids = frozenset(request.stopping.stop_token_ids)
         """Tokens with which the caller ends it."""
         self._ends = torch.tensor(sorted(self.eos_ids | self.stop_ids), dtype=torch.int64)
+        self._biased = torch.tensor([token for token, _ in request.sampling.logit_bias], dtype=torch.int64)
+        self._bias = torch.tensor([bias for _, bias in request.sampling.logit_bias], dtype=torch.float32)
+        self._allowed = torch.tensor(request.sampling.allowed_token_ids, dtype=torch.int64)
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         self.counts: dict[int, int] = {}
         """Number of times that each token is in the answer."""
@@ -75,6 +78,16 @@ class SamplerState:
         self._ends = _on(device, self._ends)
         return self._ends
 
+    def bias(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens, int64, and what is added to their logits, fp32, on a device."""
+        self._biased, self._bias = _on(device, self._biased), _on(device, self._bias)
+        return self._biased, self._bias
+
+    def allowed(self, device: torch.device) -> Tensor:
+        """Tokens that may come, int64 on a device; none are all."""
+        self._allowed = _on(device, self._allowed)
+        return self._allowed
+
     def uniform(self, unread: int) -> float:
         """The random number in [0, 1) of the token that comes after `unread` others.
 
@@ -101,14 +114,16 @@ class SamplerState:
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is the next one."""
-        return self.is_plain and self.request.sampling.temperature == 0
+        s = self.request.sampling
+        return self.is_plain and s.temperature == 0 and not s.logit_bias and not s.allowed_token_ids
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """The next token of each row. A row's result does not depend on the other rows.
 
-    Scores are processed in the order of vLLM: penalties, end tokens that may not come yet, temperature, min-p, top-k,
-    top-p. `transformers` has min-p last, which keeps the tokens that top-p takes from all that min-p would drop, too.
+    Scores are processed in the order of vLLM: allowed tokens, bias, penalties, end tokens that may not come yet,
+    temperature, min-p, top-k, top-p. `transformers` has min-p last, which keeps the tokens that top-p takes from all
+    that min-p would drop, too.
 
     Args:
         logits: (rows, vocab) fp32; left as they are.
@@ -173,8 +188,13 @@ def _parameters(state: SamplerState, vocab: int, unread: int) -> tuple[float, ..
 
 
 def _penalize(scores: Tensor, state: SamplerState) -> None:
-    """Applies penalties to a row's scores (vocab), and rules out end tokens where the answer must go on."""
+    """Changes a row's scores (vocab) by allowed tokens, bias, penalties, and end tokens where the answer must go on."""
     sampling, device = state.request.sampling, scores.device
+    if sampling.allowed_token_ids:
+        allowed = state.allowed(device)
+        scores.copy_(torch.full_like(scores, -math.inf).index_copy_(0, allowed, scores[allowed]))
+    if sampling.logit_bias:
+        scores.index_add_(0, *state.bias(device))
     if sampling.repetition_penalty != 1:
         seen = state.seen(device)
         own = scores[seen]

@@ -56,12 +56,19 @@ class Scheduler:
     """The sequences that wait and those that hold pages. The step loop's thread alone touches it."""
 
     def __init__(
-        self, config: SchedulerConfig, pool: PagePool, residency: Residency, max_sequences: int, layers: int
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        residency: Residency,
+        max_sequences: int,
+        layers: int,
+        scored_rows: int = CPU_STEP_TOKENS,
     ) -> None:
         """
         Args:
             max_sequences: most sequences in one step, whatever the config says.
             layers: of the base.
+            scored_rows: most tokens in one step of prompts whose log-probabilities are wanted.
         """
         self.config = config
         self.pool = pool
@@ -69,6 +76,7 @@ class Scheduler:
         default = CPU_STEP_TOKENS if pool.key_pages.device.type == "cpu" else STEP_TOKENS
         self._max_step_tokens = config.max_step_tokens or default
         self._max_sequences = max_sequences
+        self._scored_rows = self._scored_rows_left = scored_rows
         self._turns = StackTurns(layers)
         self.waiting = WaitingQueue()
         self.running: dict[Sequence, None] = {}
@@ -121,6 +129,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Chooses the sequences of the next step, takes their pages and admits waiting ones."""
         schedule = Schedule()
+        self._scored_rows_left = self._scored_rows
         budget = self._continue_running(schedule, self._max_step_tokens)
         if not self._prefilling:
             self._admit(schedule, budget)
@@ -138,11 +147,12 @@ class Scheduler:
         for sequence in sorted(free, key=lambda s: s.remaining > 1):
             if late and sequence.lease.stack in late:
                 continue
-            if sequence in self.running and (count := self._share(sequence.remaining, budget, alone=not chosen)):
+            if sequence in self.running and (
+                count := self._share(sequence, sequence.remaining, budget, alone=not chosen)
+            ):
                 if not self._make_room(sequence, count, schedule):
                     continue
-                chosen[sequence] = count
-                budget -= count
+                budget -= self._choose(sequence, count, schedule)
         return budget
 
     def _admit(self, schedule: Schedule, budget: int) -> None:
@@ -161,7 +171,7 @@ class Scheduler:
                 break
             prefix = sequence.cached_prefix(self.pool)
             remaining = sequence.remaining - PAGE_TOKENS * len(prefix)
-            count = self._share(remaining, budget, alone=not schedule.chosen)
+            count = self._share(sequence, remaining, budget, alone=not schedule.chosen)
             # Room for the whole prompt, or it would be preempted half-way.
             if not count or not sequence.start(prefix):
                 break
@@ -169,8 +179,7 @@ class Scheduler:
             self.running[sequence] = None
             schedule.admitted.append(sequence)
             if self._turns.joins(sequence.lease.stack):  # else its turn comes in the next step
-                schedule.chosen[sequence] = count
-                budget -= count
+                budget -= self._choose(sequence, count, schedule)
         if self._has_room:
             self._passing.clear()
 
@@ -265,8 +274,17 @@ class Scheduler:
         steps = len(sequence.tokens) // self._max_step_tokens + 1 + sequence.most_left
         return steps <= _most_left([other for other in self._next_to_end if other in self.running])
 
-    def _share(self, remaining: int, budget: int, *, alone: bool) -> int:
+    def _choose(self, sequence: Sequence, count: int, schedule: Schedule) -> int:
+        """Chooses a sequence with its next `count` tokens, and returns this count."""
+        schedule.chosen[sequence] = count
+        if sequence.needs_prompt_logits:
+            self._scored_rows_left -= count
+        return count
+
+    def _share(self, sequence: Sequence, remaining: int, budget: int, *, alone: bool) -> int:
         """Number of a sequence's remaining tokens that go into the rest of the step."""
+        if sequence.needs_prompt_logits:
+            remaining = min(remaining, self._scored_rows_left)
         if self.config.chunked_prefill:
             return min(remaining, budget)
         # Prompts stay whole; one that is longer than a step gets a step of its own.

@@ -13,7 +13,7 @@ from lorarep_runtime.engine.sampler import SamplerState
 from lorarep_runtime.model.batch import Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.prefix_cache import Column, PrefixKeys
-from lorarep_runtime.request import Event, Request
+from lorarep_runtime.request import Event, PromptLogprobs, Request
 from lorarep_runtime.text.detokenizer import TextStream
 
 
@@ -45,6 +45,10 @@ class Sequence:
     """Number of columns that were found when `cached_prefix` last looked."""
     cached_tokens: int = 0
     """Tokens of the prompt that were in the cache at the first admission."""
+    prompt_parts: list[PromptLogprobs] = field(default_factory=list)
+    """Log-probabilities of the prompt's tokens so far, in order, until the caller has them."""
+    scored: int = 1
+    """Number of tokens of the prompt whose log-probabilities are known. The first one has none."""
     is_unread: bool = False
     """Whether the device may still compute its prompt, as nobody has waited for the pass."""
 
@@ -68,6 +72,25 @@ class Sequence:
         """Largest value that `computed` can reach: nothing follows the last token of the longest answer."""
         return len(self.request.prompt) + self.request.stopping.max_new_tokens - 1
 
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether log-probabilities of its prompt are wanted, and some are not known yet."""
+        return self.request.prompt_logprobs is not None and self.scored < len(self.request.prompt)
+
+    def rows_to_score(self, count: int) -> range:
+        """Which of its next `count` tokens have the logits of a token of the prompt whose log-probability is wanted.
+
+        They are indices of tokens of the sequence; each has the logits of the token after it.
+        """
+        if not self.needs_prompt_logits:
+            return range(0)
+        return range(self.scored - 1, min(self.computed + count, len(self.request.prompt) - 1))
+
+    def take_prompt_logprobs(self) -> PromptLogprobs | None:
+        """Those of the whole prompt, for its caller, who gets them once; None where they are not wanted."""
+        parts, self.prompt_parts = self.prompt_parts, []
+        return PromptLogprobs.joined(parts) if parts else None
+
     def span(self, count: int) -> Span:
         """The next `count` tokens, as a batch takes them."""
         return Span(
@@ -88,8 +111,8 @@ class Sequence:
 
     @property
     def _most_found(self) -> int:
-        """Number of its columns that may be found: the last token has to be computed."""
-        return (len(self.tokens) - 1) // PAGE_TOKENS
+        """Number of columns that may be found: the last token has to be computed, and each whose logits are wanted."""
+        return 0 if self.needs_prompt_logits else (len(self.tokens) - 1) // PAGE_TOKENS
 
     def may_start(self, pool: PagePool) -> bool:
         """Whether so many pages may be free as it needs. Unlike `cached_prefix` it looks at one column at most."""

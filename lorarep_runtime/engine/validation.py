@@ -9,7 +9,12 @@ from lorarep_runtime.errors import InvalidArgument, TooLong
 from lorarep_runtime.request import Request, Sampling, Stopping
 
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Most log-probabilities of a prompt, with those of the likeliest tokens: each is a number and a text to its caller."""
 MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 1024
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 1024
 MAX_STOP_CHARACTERS = 1024
@@ -24,18 +29,35 @@ def validate(request: Request, vocab_size: int) -> None:
     """
     if not request.prompt:
         raise InvalidArgument("has no tokens", field="prompt")
-    count = len(request.stopping.stop_token_ids)
-    if count > MAX_STOP_TOKENS:
-        raise InvalidArgument(f"{count} tokens are over the limit of {MAX_STOP_TOKENS}", field="stop_token_ids")
-    for field, tokens in (("prompt", request.prompt), ("stop_token_ids", request.stopping.stop_token_ids)):
+    sampling, stopping = request.sampling, request.stopping
+    for field, tokens, most in (
+        ("stop_token_ids", stopping.stop_token_ids, MAX_STOP_TOKENS),
+        ("logit_bias", [token for token, _ in sampling.logit_bias], MAX_BIASED_TOKENS),
+        ("allowed_token_ids", sampling.allowed_token_ids, MAX_ALLOWED_TOKENS),
+        ("prompt", request.prompt, len(request.prompt)),
+    ):
+        if len(tokens) > most:
+            raise InvalidArgument(f"{len(tokens)} tokens are over the limit of {most}", field=field)
         for token in tokens:
             if not 0 <= token < vocab_size:
                 raise InvalidArgument(f"token {token} is not one of the base's {vocab_size}", field=field)
-    _validate_sampling(request.sampling)
-    _validate_stopping(request.stopping)
+    _validate_sampling(sampling)
+    _validate_stopping(stopping)
     _within("logprobs", request.logprobs or 0, 0, min(MAX_LOGPROBS, vocab_size))
+    _validate_prompt_logprobs(request, vocab_size)
     if (length := len(request.cache_salt)) > MAX_SALT_CHARACTERS:
         raise InvalidArgument(f"{length} characters are over the limit of {MAX_SALT_CHARACTERS}", field="cache_salt")
+
+
+def _validate_prompt_logprobs(request: Request, vocab_size: int) -> None:
+    if (top := request.prompt_logprobs) is None:
+        return
+    _within("prompt_logprobs", top, 0, min(MAX_LOGPROBS, vocab_size))
+    if (count := len(request.prompt) * (1 + top)) > MAX_PROMPT_LOGPROBS:
+        raise InvalidArgument(
+            f"{count} of {len(request.prompt)} tokens are over the limit of {MAX_PROMPT_LOGPROBS}",
+            field="prompt_logprobs",
+        )
 
 
 def _validate_sampling(sampling: Sampling) -> None:
@@ -46,6 +68,8 @@ def _validate_sampling(sampling: Sampling) -> None:
     _within("repetition_penalty", sampling.repetition_penalty, 0, math.inf, above=True)
     _within("presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     _within("frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    for _, bias in sampling.logit_bias:
+        _within("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
     if sampling.seed is not None:
         _within("seed", sampling.seed, 0, 2**63 - 1)
 

@@ -64,7 +64,8 @@ def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapp
     Args:
         template: of any origin.
         messages: each with "role" and "content".
-        variables: others of the template by name, such as "eos_token", as JSON has them.
+        variables: others of the template by name, such as "eos_token", as JSON has them; and, as `transformers` has
+            them, `add_generation_prompt`, which is true if it is not there, and `continue_final_message`.
 
     Raises:
         InvalidArgument: the template refuses the messages, takes too much time or memory, or has done so a while ago
@@ -156,7 +157,7 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)  # its signal ends the process
         try:
             (text,), _ = render_jinja_template(
-                conversations=[messages], chat_template=template, add_generation_prompt=True, **variables
+                conversations=[messages], chat_template=template, **{"add_generation_prompt": True, **variables}
             )
             if len(text) > MAX_CHARACTERS:
                 raise ValueError(f"it makes over {MAX_CHARACTERS} characters")

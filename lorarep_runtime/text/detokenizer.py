@@ -27,10 +27,19 @@ class TextStream:
         tokenizer: of the request.
         stop: strings that end the answer, also where one is the text of a special token, which has none in the answer.
         prompt: tokens before the answer, which the first pieces depend on.
+        special_tokens: whether the text has the texts of special tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        *,
+        special_tokens: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._special_texts = tokenizer.special_texts if special_tokens else {}
         self._stop = stop
         self._stop_tokens = {tokenizer.special_token(text): text for text in stop}
         self._bytes = tokenizer.token_bytes
@@ -73,6 +82,8 @@ class TextStream:
 
     def _decode(self, token: int) -> str:
         """The text that a token adds; "" inside a character."""
+        if (special := self._special_texts.get(token)) is not None:
+            return self._utf8_end() + special
         own = self._bytes.of(token)
         if own is None:
             # Bytes before it that are no character never become one.

@@ -58,11 +58,12 @@ class Tokenizer:
         other.chat_template, other._trusted = template, trusted
         return other
 
-    def encode(self, text: str, longest: int | None = None) -> list[int]:
+    def encode(self, text: str, longest: int | None = None, *, adds_special_tokens: bool = True) -> list[int]:
         """Tokens of a text, with the special tokens that the tokenizer adds.
 
         Args:
             text: any text.
+            adds_special_tokens: whether it adds any; only for texts that are not cut.
             longest: most tokens; a longer text keeps its last tokens and the special ones.
 
         Raises:
@@ -70,7 +71,7 @@ class Tokenizer:
         """
         with foreign_code("it cannot encode a text"):
             if longest is None:
-                return list(self._tokenizer.encode(text))
+                return list(self._tokenizer.encode(text, add_special_tokens=adds_special_tokens))
             # The tokenizer's own truncation would be a setting that all threads share.
             encoded = self._tokenizer(text, return_special_tokens_mask=True)
         tokens, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
@@ -100,13 +101,19 @@ class Tokenizer:
         messages: Sequence[Mapping[str, str]],
         most_characters: int | None = None,
         arguments: Mapping[str, Any] | None = None,
+        *,
+        asks_for_answer: bool = True,
+        continues_last: bool = False,
     ) -> list[int]:
         """Tokens of a conversation in the chat template's form, up to where the next answer begins.
 
         Args:
-            messages: each with "role" and "content", and perhaps others that templates read, such as "name".
+            messages: each with "role" and "content", and perhaps others that templates read, such as "name". The role
+                "developer", OpenAI's newer one, is "system" to a template that does not name it.
             most_characters: of the text that the template writes; None is any number.
             arguments: further variables of the template, as JSON has them.
+            asks_for_answer: whether the template writes what an answer begins with (`add_generation_prompt`).
+            continues_last: whether the text ends within the last message (`continue_final_message`).
 
         Raises:
             FailedPrecondition: there is no template, or of several none is the default.
@@ -120,6 +127,11 @@ class Tokenizer:
             raise FailedPrecondition(f"the tokenizer has no chat template{named}", field="prompt.chat")
         if not messages:
             raise InvalidArgument("has no messages", field="prompt.chat")
+        if asks_for_answer and continues_last:
+            raise InvalidArgument("contradicts continue_final_message", field="prompt.chat.add_generation_prompt")
+        if "developer" not in self.chat_template:
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        ends = {"add_generation_prompt": asks_for_answer, "continue_final_message": continues_last}
         arguments = arguments or {}
         if taken := arguments.keys() & self._template_variables:
             raise InvalidArgument(f"{min(taken)} cannot be set", field="prompt.chat.template_arguments")
@@ -128,12 +140,12 @@ class Tokenizer:
                 text = self._tokenizer.apply_chat_template(
                     list(messages),
                     chat_template=self.chat_template,
-                    add_generation_prompt=True,
                     tokenize=False,
+                    **ends,
                     **arguments,
                 )
             else:
-                variables = {**self._tokenizer.special_tokens_map, **arguments}
+                variables = {**self._tokenizer.special_tokens_map, **ends, **arguments}
                 text = chat_template.render(self.chat_template, messages, variables)
         if most_characters is not None and len(text) > most_characters:
             raise TooLong(
@@ -159,6 +171,11 @@ class Tokenizer:
         with foreign_code("it cannot decode an answer"):
             text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
+
+    @cached_property
+    def special_texts(self) -> Mapping[int, str]:
+        """The texts of special tokens, by their ids."""
+        return {number: text for text, number in self._special_tokens.items()}
 
     def special_token(self, text: str) -> int | None:
         """The special token that a text is, if it is one. `decode` leaves them out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +173,22 @@ def leads(engine: Engine) -> tuple[LayerDecoder, LayerDecoder]:
     follower.decoder = decoders[1]
     engine.loop = engine.make_loop(LeadingDecoder(decoders[0], engine.ranks))
     return decoders
+
+
+@pytest.mark.parametrize("decoder", [False, True], ids=["general", "captured"])
+def test_prompts_have_the_log_probabilities_of_one_process(
+    engine: Engine, base: Path, dora: Path, decoder: bool
+) -> None:
+    if decoder:
+        leads(engine)
+    alone, request = engine_for(base), replace(greedy(new_tokens=2), prompt_logprobs=2)
+    scored = []
+    for each in (alone, engine):
+        each.adapters.load("dora", str(dora), trusted=True)
+        answer = each.generate([(request, each.adapters.lease([("dora", 1.0)]))])[0]
+        scored.append(answer.prompt_logprobs)
+    assert scored[0].logprobs == pytest.approx(scored[1].logprobs, abs=1e-4)
+    assert len(scored[0]) == len(PROMPT) - 1
 
 
 @pytest.mark.parametrize("rows", [0, 24])

@@ -13,6 +13,8 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -40,6 +42,10 @@ def state(sampling: Sampling, answer: tuple[int, ...] = (), **stopping: object) 
 def expected(logits: Tensor, sampling: Sampling, answer: tuple[int, ...]) -> Tensor:
     """Probabilities (vocab) by `transformers`, in vLLM's order: its own has min-p last."""
     processors = LogitsProcessorList()
+    if sampling.allowed_token_ids:
+        processors.append(SuppressTokensLogitsProcessor(sorted({*range(VOCAB)} - {*sampling.allowed_token_ids})))
+    if sampling.logit_bias:
+        processors.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in sampling.logit_bias]))
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     processors.append(TemperatureLogitsWarper(sampling.temperature))
@@ -62,6 +68,8 @@ def expected(logits: Tensor, sampling: Sampling, answer: tuple[int, ...]) -> Ten
         Sampling(temperature=1.0, min_p=0.1),
         Sampling(temperature=1.2, repetition_penalty=1.8),
         Sampling(temperature=1.5, top_k=12, top_p=0.8, min_p=0.05, repetition_penalty=1.3),
+        Sampling(temperature=1.0, logit_bias=((5, 2.5), (7, -100.0), (20, 1.0)), repetition_penalty=1.8),
+        Sampling(temperature=1.0, allowed_token_ids=(30, 4, 11), logit_bias=((4, 1.0), (5, 100.0))),
     ],
     ids=str,
 )
@@ -105,6 +113,18 @@ def test_presence_and_frequency_penalties_are_openais() -> None:
     assert chosen(presence_penalty=1.0) == 10  # 3.0, 2.2, 2.9
     assert chosen(presence_penalty=1.2) == 30  # 2.8, 2.0, 2.9
     assert chosen(presence_penalty=-2.0) == 10
+
+
+def test_bias_and_allowed_tokens_change_the_likeliest_one() -> None:
+    logits = random_logits(1, rows=3)
+    first, second = logits[0].topk(2).indices.tolist()
+    biased = Sampling(logit_bias=((second, 100.0),))
+    allowed = Sampling(allowed_token_ids=(9, second))
+    states = [state(biased), state(Sampling()), state(allowed)]
+    assert [each.is_greedy for each in states] == [False, True, False]
+    assert all(each.is_plain for each in states)
+    got = [one.token for one in sample(logits[[0, 0, 0]], states)]
+    assert got == [second, first, second]
 
 
 def test_a_repetition_penalty_looks_at_a_prompt_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
@@ -97,6 +98,35 @@ def test_usage_timings_reason_and_logprobs(server: Server) -> None:
         assert (place.token_id, place.logprob) == (place.top[0].token_id, place.top[0].logprob)
     revision = answer.adapters[0]
     assert (revision.name, revision.repository, len(revision.commit)) == ("lora", "org/lora", 40)
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_transformers(server: Server, world: World) -> None:
+    tokens = [37 * i % 250 for i in range(60)]
+    expected = reference_logits(reference(world.base, None, stack_of(None)), tokens).log_softmax(-1)
+    wanted = request(tokens, new_tokens=2, prompt_logprobs=2)
+    whole = server.generation.Generate(wanted)
+    assert [place.token_id for place in whole.prompt_logprobs] == tokens[1:]
+    for place, row in zip(whole.prompt_logprobs, expected, strict=False):
+        assert place.logprob == pytest.approx(row[place.token_id].item(), abs=1e-4)
+        assert [each.logprob for each in place.top] == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    first, prompt, *chunks, last = stream(server, wanted)
+    assert (first.HasField("started"), last.HasField("finished")) == (True, True)
+    assert list(prompt.prompt.logprobs) == list(whole.prompt_logprobs)
+    assert all(message.HasField("chunk") for message in chunks)
+    assert whole.usage.cached_tokens == 0
+
+
+def test_a_bias_decides_between_tokens(server: Server) -> None:
+    def answer(**sampling: Any) -> list[int]:
+        return list(server.generation.Generate(request(PROMPT, sampling=pb.Sampling(**sampling))).token_ids)
+
+    assert answer(logit_bias={65: 100}) == [65] * 12
+    assert answer(allowed_token_ids=[66]) == [66] * 12
+    assert 65 not in answer(logit_bias={65: -100})
+    for field, value in (("logit_bias", {65: 101.0}), ("logit_bias", {272: 1.0}), ("allowed_token_ids", [272])):
+        with pytest.raises(grpc.RpcError, match=field) as error:
+            answer(**{field: value})
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_an_answer_of_unset_length_takes_what_the_prompt_leaves(server: Server) -> None:

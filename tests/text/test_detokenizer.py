@@ -155,3 +155,20 @@ def test_a_token_costs_no_more_late_in_an_answer(fallback: Tokenizer, monkeypatc
         stream.feed(1, may_stop=True)
     assert counts
     assert max(counts) < 20
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_texts_of_special_tokens_are_there_where_they_are_wanted(
+    of_bytes: Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    """As `transformers` decodes them."""
+    if kind == "bytes":
+        tokenizer, tokens = of_bytes, [104, 258, 105, 195, 257, 105]
+    else:
+        fast = Fast(models.WordLevel({"</s>": 0, "\u2581one": 1, "\u2581two": 2}))
+        fast.decoder = decoders.Metaspace()
+        tokenizer, tokens = saved(tmp_path, fast), [1, 2, 0, 1, 0, 0, 2]
+    for special in (False, True):
+        text = TextStream(tokenizer, special_tokens=special)
+        streamed = "".join(text.feed(token)[0] for token in tokens) + text.finish()
+        assert streamed == tokenizer._tokenizer.decode(tokens, skip_special_tokens=not special)

@@ -225,6 +225,33 @@ def test_of_several_named_templates_the_default_one_is_used(tmp_path: Path, as_l
         tokenizer.chat(chat)
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_conversation_may_end_otherwise_than_with_a_question(tokenizer: Tokenizer, trusted: bool) -> None:
+    """As `transformers` writes it."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    own = tokenizer.with_chat_template(template, trusted=trusted)
+    told = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}]
+    for asks, continues in ((True, False), (False, False), (False, True)):
+        expected = own._tokenizer.apply_chat_template(
+            told,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=asks,
+            continue_final_message=continues,
+        )
+        got = own.chat(told, asks_for_answer=asks, continues_last=continues)
+        assert own.decode(got) == expected
+    assert expected.endswith("Well")
+    with pytest.raises(InvalidArgument) as error:
+        own.chat(told, continues_last=True)
+    assert error.value.field == "prompt.chat.add_generation_prompt"
+    assert own.decode(own.chat([{"role": "developer", "content": "x"}])) == "<system>x;<a>"
+    knows = own.with_chat_template("{% if messages[0].role == 'developer' %}yes{% endif %}", trusted=trusted)
+    assert knows.decode(knows.chat([{"role": "developer", "content": "x"}])) == "yes"
+
+
 def test_a_template_cannot_reach_python(tokenizer: Tokenizer) -> None:
     hostile = tokenizer.with_chat_template("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(InvalidArgument, match=r"prompt\.chat"):

@@ -26,57 +26,63 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blorarep/v1/generation.proto\x12\nlorarep.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"p\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.lorarep.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.lorarep.v1.ChatH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"f\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.lorarep.v1.ChatMessage\x12\x33\n\x12template_arguments\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\":\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xcc\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xa4\x01\n\x08Stopping\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens\"\x85\x02\n\x0fGenerateRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.lorarep.v1.Prompt\x12(\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x16.lorarep.v1.AdapterRef\x12\x12\n\x05stack\x18\x03 \x01(\tH\x00\x88\x01\x01\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.lorarep.v1.Sampling\x12&\n\x08stopping\x18\x05 \x01(\x0b\x32\x14.lorarep.v1.Stopping\x12\x15\n\x08logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x07 \x01(\tB\x08\n\x06_stackB\x0b\n\t_logprobs\"\x87\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.lorarep.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.lorarep.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.lorarep.v1.Usage\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.lorarep.v1.Timings\x12-\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x1b.lorarep.v1.AdapterRevision\"E\n\x15GenerateStreamRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.lorarep.v1.GenerateRequest\"\xb5\x01\n\x16GenerateStreamResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.lorarep.v1.GenerationStartedH\x00\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.lorarep.v1.GenerationChunkH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.lorarep.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"Y\n\x11GenerationStarted\x12-\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1b.lorarep.v1.AdapterRevision\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"^\n\x0fGenerationChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.lorarep.v1.TokenLogprob\"\x8d\x01\n\x12GenerationFinished\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.lorarep.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.lorarep.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.lorarep.v1.Timings\"d\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.lorarep.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x8b\x01\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"S\n\x0f\x41\x64\x61pterRevision\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrepository\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"_\n\x0fTokenizeRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.lorarep.v1.Prompt\x12(\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x16.lorarep.v1.AdapterRef\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r*\xa1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1b\n\x17\x46INISH_REASON_END_TOKEN\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x04\x32\xfc\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.lorarep.v1.GenerateRequest\x1a\x1c.lorarep.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.lorarep.v1.GenerateStreamRequest\x1a\".lorarep.v1.GenerateStreamResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.lorarep.v1.TokenizeRequest\x1a\x1c.lorarep.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blorarep/v1/generation.proto\x12\nlorarep.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"p\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.lorarep.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.lorarep.v1.ChatH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc4\x01\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.lorarep.v1.ChatMessage\x12\x33\n\x12template_arguments\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\n \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x0b \x01(\x08\x42\x18\n\x16_add_generation_prompt\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\":\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xd2\x03\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x37\n\nlogit_bias\x18\t \x03(\x0b\x32#.lorarep.v1.Sampling.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\n \x03(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xa4\x01\n\x08Stopping\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens\"\xcf\x02\n\x0fGenerateRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.lorarep.v1.Prompt\x12(\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x16.lorarep.v1.AdapterRef\x12\x12\n\x05stack\x18\x03 \x01(\tH\x00\x88\x01\x01\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.lorarep.v1.Sampling\x12&\n\x08stopping\x18\x05 \x01(\x0b\x32\x14.lorarep.v1.Stopping\x12\x15\n\x08logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x1c\n\x0fprompt_logprobs\x18\n \x01(\rH\x02\x88\x01\x01\x12\x16\n\x0especial_tokens\x18\x0b \x01(\x08\x42\x08\n\x06_stackB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xba\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.lorarep.v1.TokenLogprob\x12/\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x18.lorarep.v1.FinishReason\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.lorarep.v1.Usage\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.lorarep.v1.Timings\x12-\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x1b.lorarep.v1.AdapterRevision\x12\x31\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x18.lorarep.v1.TokenLogprob\"E\n\x15GenerateStreamRequest\x12,\n\x07request\x18\x01 \x01(\x0b\x32\x1b.lorarep.v1.GenerateRequest\"\xdf\x01\n\x16GenerateStreamResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.lorarep.v1.GenerationStartedH\x00\x12(\n\x06prompt\x18\n \x01(\x0b\x32\x16.lorarep.v1.PromptPartH\x00\x12,\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1b.lorarep.v1.GenerationChunkH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.lorarep.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"Y\n\x11GenerationStarted\x12-\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1b.lorarep.v1.AdapterRevision\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"8\n\nPromptPart\x12*\n\x08logprobs\x18\x01 \x03(\x0b\x32\x18.lorarep.v1.TokenLogprob\"^\n\x0fGenerationChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.lorarep.v1.TokenLogprob\"\x8d\x01\n\x12GenerationFinished\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.lorarep.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.lorarep.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.lorarep.v1.Timings\"d\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.lorarep.v1.TopLogprob\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x8b\x01\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"S\n\x0f\x41\x64\x61pterRevision\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrepository\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"_\n\x0fTokenizeRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.lorarep.v1.Prompt\x12(\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x16.lorarep.v1.AdapterRef\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r*\xa1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1b\n\x17\x46INISH_REASON_END_TOKEN\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x04\x32\xfc\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.lorarep.v1.GenerateRequest\x1a\x1c.lorarep.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.lorarep.v1.GenerateStreamRequest\x1a\".lorarep.v1.GenerateStreamResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.lorarep.v1.TokenizeRequest\x1a\x1c.lorarep.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorarep.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2697
-  _globals['_FINISHREASON']._serialized_end=2858
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=3151
+  _globals['_FINISHREASON']._serialized_end=3312
   _globals['_PROMPT']._serialized_start=105
   _globals['_PROMPT']._serialized_end=217
   _globals['_TOKENIDS']._serialized_start=219
   _globals['_TOKENIDS']._serialized_end=242
-  _globals['_CHAT']._serialized_start=244
-  _globals['_CHAT']._serialized_end=346
-  _globals['_CHATMESSAGE']._serialized_start=348
-  _globals['_CHATMESSAGE']._serialized_end=406
-  _globals['_ADAPTERREF']._serialized_start=408
-  _globals['_ADAPTERREF']._serialized_end=466
-  _globals['_SAMPLING']._serialized_start=469
-  _globals['_SAMPLING']._serialized_end=801
-  _globals['_STOPPING']._serialized_start=804
-  _globals['_STOPPING']._serialized_end=968
-  _globals['_GENERATEREQUEST']._serialized_start=971
-  _globals['_GENERATEREQUEST']._serialized_end=1232
-  _globals['_GENERATERESPONSE']._serialized_start=1235
-  _globals['_GENERATERESPONSE']._serialized_end=1498
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=1500
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=1569
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1572
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1753
-  _globals['_GENERATIONSTARTED']._serialized_start=1755
-  _globals['_GENERATIONSTARTED']._serialized_end=1844
-  _globals['_GENERATIONCHUNK']._serialized_start=1846
-  _globals['_GENERATIONCHUNK']._serialized_end=1940
-  _globals['_GENERATIONFINISHED']._serialized_start=1943
-  _globals['_GENERATIONFINISHED']._serialized_end=2084
-  _globals['_TOKENLOGPROB']._serialized_start=2086
-  _globals['_TOKENLOGPROB']._serialized_end=2186
-  _globals['_TOPLOGPROB']._serialized_start=2188
-  _globals['_TOPLOGPROB']._serialized_end=2249
-  _globals['_USAGE']._serialized_start=2251
-  _globals['_USAGE']._serialized_end=2331
-  _globals['_TIMINGS']._serialized_start=2334
-  _globals['_TIMINGS']._serialized_end=2473
-  _globals['_ADAPTERREVISION']._serialized_start=2475
-  _globals['_ADAPTERREVISION']._serialized_end=2558
-  _globals['_TOKENIZEREQUEST']._serialized_start=2560
-  _globals['_TOKENIZEREQUEST']._serialized_end=2655
-  _globals['_TOKENIZERESPONSE']._serialized_start=2657
-  _globals['_TOKENIZERESPONSE']._serialized_end=2694
-  _globals['_GENERATIONSERVICE']._serialized_start=2861
-  _globals['_GENERATIONSERVICE']._serialized_end=3113
+  _globals['_CHAT']._serialized_start=245
+  _globals['_CHAT']._serialized_end=441
+  _globals['_CHATMESSAGE']._serialized_start=443
+  _globals['_CHATMESSAGE']._serialized_end=501
+  _globals['_ADAPTERREF']._serialized_start=503
+  _globals['_ADAPTERREF']._serialized_end=561
+  _globals['_SAMPLING']._serialized_start=564
+  _globals['_SAMPLING']._serialized_end=1030
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=861
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=909
+  _globals['_STOPPING']._serialized_start=1033
+  _globals['_STOPPING']._serialized_end=1197
+  _globals['_GENERATEREQUEST']._serialized_start=1200
+  _globals['_GENERATEREQUEST']._serialized_end=1535
+  _globals['_GENERATERESPONSE']._serialized_start=1538
+  _globals['_GENERATERESPONSE']._serialized_end=1852
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1854
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1923
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1926
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2149
+  _globals['_GENERATIONSTARTED']._serialized_start=2151
+  _globals['_GENERATIONSTARTED']._serialized_end=2240
+  _globals['_PROMPTPART']._serialized_start=2242
+  _globals['_PROMPTPART']._serialized_end=2298
+  _globals['_GENERATIONCHUNK']._serialized_start=2300
+  _globals['_GENERATIONCHUNK']._serialized_end=2394
+  _globals['_GENERATIONFINISHED']._serialized_start=2397
+  _globals['_GENERATIONFINISHED']._serialized_end=2538
+  _globals['_TOKENLOGPROB']._serialized_start=2540
+  _globals['_TOKENLOGPROB']._serialized_end=2640
+  _globals['_TOPLOGPROB']._serialized_start=2642
+  _globals['_TOPLOGPROB']._serialized_end=2703
+  _globals['_USAGE']._serialized_start=2705
+  _globals['_USAGE']._serialized_end=2785
+  _globals['_TIMINGS']._serialized_start=2788
+  _globals['_TIMINGS']._serialized_end=2927
+  _globals['_ADAPTERREVISION']._serialized_start=2929
+  _globals['_ADAPTERREVISION']._serialized_end=3012
+  _globals['_TOKENIZEREQUEST']._serialized_start=3014
+  _globals['_TOKENIZEREQUEST']._serialized_end=3109
+  _globals['_TOKENIZERESPONSE']._serialized_start=3111
+  _globals['_TOKENIZERESPONSE']._serialized_end=3148
+  _globals['_GENERATIONSERVICE']._serialized_start=3315
+  _globals['_GENERATIONSERVICE']._serialized_end=3567
 # @@protoc_insertion_point(module_scope)

@@ -82,9 +82,9 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """GenerateStream sends the answer as it is generated: one `started`, any number of `chunk`, one `finished`. A caller
-        that reads too slowly for longer than the server allows loses its stream with RESOURCE_EXHAUSTED. Nobody else
-        waits.
+        """GenerateStream sends the answer as it is generated: one `started`, any number of `chunk`, one `finished`; and any
+        number of `prompt` before the first chunk, if that is asked for. A caller that reads too slowly for longer than the
+        server allows loses its stream with RESOURCE_EXHAUSTED. Nobody else waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

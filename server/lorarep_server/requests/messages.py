@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,16 @@ from google.protobuf.message import Message
 from lorarep.v1 import adapters_pb2, generation_pb2
 
 from lorarep_runtime.errors import InvalidArgument, TooLong
-from lorarep_runtime.request import Finished, FinishReason, Output, Request, Sampling, Stopping
+from lorarep_runtime.request import (
+    Finished,
+    FinishReason,
+    Output,
+    PromptLogprobs,
+    Request,
+    Sampling,
+    Stopping,
+    TokenLogprob,
+)
 from lorarep_server.requests.message_bounds import most_bytes
 
 if TYPE_CHECKING:
@@ -50,6 +59,8 @@ STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
 
 MAX_ARGUMENT_BYTES = 16 << 10
 """Most bytes of the arguments of a chat template."""
+PLACES_OF_A_PART = 1024
+"""Most tokens of a prompt whose log-probabilities are in one message of a stream."""
 UNSET = "one of text, token_ids and chat has to be set"
 
 
@@ -77,7 +88,10 @@ def prompt_tokens(
                 raise InvalidArgument("has no messages", field="prompt.chat")
             # What the template leaves out does not count.
             most, arguments = most_characters(tokenizer, max_tokens), template_arguments(prompt.chat)
-            return tuple(tokenizer.chat([_message(m) for m in prompt.chat.messages], most, arguments))
+            chat, continues = prompt.chat, prompt.chat.continue_final_message
+            asks = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continues
+            told = [_message(message) for message in chat.messages]
+            return tuple(tokenizer.chat(told, most, arguments, asks_for_answer=asks, continues_last=continues))
         case _:
             raise InvalidArgument(UNSET, field="prompt")
 
@@ -182,6 +196,8 @@ def runtime_request(
         sampling=Sampling(**_given(request.sampling)),
         stopping=stopping,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
+        prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
+        special_tokens=request.special_tokens,
         cache_salt=request.cache_salt,
         deadline=deadline,
     )
@@ -189,10 +205,14 @@ def runtime_request(
 
 def _given(message: Message) -> dict[str, Any]:
     """The fields of a message that are set; the runtime's dataclasses have the same names."""
-    return {
-        field.name: tuple(value) if field.is_repeated else value  # type: ignore[attr-defined]
-        for field, value in message.ListFields()
-    }
+    return {field.name: _value(value) for field, value in message.ListFields()}
+
+
+def _value(value: Any) -> Any:
+    """A field's value; a map is pairs."""
+    if isinstance(value, MutableMapping):
+        return tuple(value.items())
+    return tuple(value) if isinstance(value, MutableSequence) else value
 
 
 def chunk(outputs: Sequence[Output], tokenizer: Tokenizer) -> generation_pb2.GenerationChunk:
@@ -200,20 +220,29 @@ def chunk(outputs: Sequence[Output], tokenizer: Tokenizer) -> generation_pb2.Gen
     return generation_pb2.GenerationChunk(
         text="".join(output.text for output in outputs),
         token_ids=[token for output in outputs for token in output.tokens],
-        logprobs=[
-            generation_pb2.TokenLogprob(
-                token_id=place.token,
-                logprob=place.logprob,
-                text=tokenizer.token_text(place.token),
-                top=[
-                    generation_pb2.TopLogprob(token_id=token, logprob=logprob, text=tokenizer.token_text(token))
-                    for token, logprob in place.top
-                ],
-            )
-            for output in outputs
-            for place in output.logprobs
+        logprobs=[token_logprob(place, tokenizer) for output in outputs for place in output.logprobs],
+    )
+
+
+def token_logprob(place: TokenLogprob, tokenizer: Tokenizer) -> generation_pb2.TokenLogprob:
+    """The message of a token's log-probability."""
+    text_of = tokenizer.token_text
+    return generation_pb2.TokenLogprob(
+        token_id=place.token,
+        logprob=place.logprob,
+        text=text_of(place.token),
+        top=[
+            generation_pb2.TopLogprob(token_id=token, logprob=logprob, text=text_of(token))
+            for token, logprob in place.top
         ],
     )
+
+
+def prompt_parts(outputs: Sequence[Output]) -> Iterator[PromptLogprobs]:
+    """The log-probabilities of a prompt, in parts that fit into a message each, where outputs have them."""
+    for output in outputs:
+        if (scored := output.prompt_logprobs) is not None:
+            yield from (scored.part(at, at + PLACES_OF_A_PART) for at in range(0, len(scored), PLACES_OF_A_PART))
 
 
 def generation_finished(finished: Finished) -> generation_pb2.GenerationFinished:

@@ -162,14 +162,16 @@ class Tokenizer:
         parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
         return {"messages", *parameters, *self._tokenizer.special_tokens_map}
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, without the special ones.
+    def decode(self, tokens: Sequence[int], *, special_tokens: bool = False) -> str:
+        """Text of tokens, with or without the special ones.
 
         Raises:
             FailedPrecondition: the tokenizer cannot decode them.
         """
         with foreign_code("it cannot decode an answer"):
-            text = self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = self._tokenizer.decode(
+                list(tokens), skip_special_tokens=not special_tokens, clean_up_tokenization_spaces=False
+            )
         return str(text)
 
     @cached_property

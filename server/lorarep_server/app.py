@@ -18,16 +18,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
 from lorarep_runtime.errors import Unavailable
+from lorarep_server.api.grpc_adapters import AdapterService
 from lorarep_server.api.grpc_health import HealthService
 from lorarep_server.api.grpc_services import OWN_SERVICES, add_services
 from lorarep_server.api.openai import OpenAI
+from lorarep_server.api.openai_bodies import Bodies
 from lorarep_server.api.status_page import StatusPage
+from lorarep_server.api.vllm_routes import VllmRoutes
 from lorarep_server.auth import TokenAuth, check_exposure
 from lorarep_server.config import ServerConfig
 from lorarep_server.hosts import HostCheck, host_checks
 from lorarep_server.loading.load_queue import LoadQueue, LoadRequest
 from lorarep_server.loading.reconciler import Reconciler
-from lorarep_server.ports import Ports
+from lorarep_server.ports import Ports, scraper
 from lorarep_server.requests.admission import Admission
 from lorarep_server.requests.frontend import Frontend
 from lorarep_server.requests.message_bounds import MessageBounds
@@ -162,8 +165,20 @@ class App:
         return ports
 
     def _openai_application(self, token_auth: TokenAuth | None, hosts: HostCheck | None) -> web.Application:
+        config = self._config
         page = StatusPage(self.engine, self._reconciler, self._metrics)
-        return OpenAI(self._frontend, self._reconciler, self._admission, token_auth, hosts, page).application()
+        bodies = Bodies(lambda: self.engine().max_tokens, ignores_unknown=config.ignore_unknown_fields)
+        others = VllmRoutes(
+            self._frontend,
+            AdapterService(self.engine, self._load_queue, self._reconciler),
+            self._admission,
+            bodies,
+            lambda: self._health.is_serving(READINESS[0]),
+            scraper(self._metrics_registry) if config.openai_metrics else None,
+        )
+        return OpenAI(
+            self._frontend, self._reconciler, self._admission, token_auth, hosts, page, bodies, others
+        ).application()
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Waits for the work; False if the server is told to end before the work is done."""

@@ -54,6 +54,14 @@ ROLES: Mapping[str, Role] = {
 }
 """The role that each RPC needs. An RPC that is not in the table is refused to everybody."""
 
+HTTP_ROLES: Mapping[str, Role] = {
+    "/health": Role.ANYONE,
+    "/ping": Role.ANYONE,
+    "/v1/load_lora_adapter": Role.ADMINISTER,
+    "/v1/unload_lora_adapter": Role.ADMINISTER,
+}
+"""The role that each path of the HTTP API needs. All others need GENERATE, but for the status page's own files."""
+
 TOKEN_LINE = re.compile(rb"(generate|administer)[ \t]+([!-~]+)")
 
 

@@ -23,6 +23,10 @@ class ServerConfig:
     """Second address of grpc.health.v1, in plain text, for probes without TLS. Unset: there is none."""
     openai_listen: str | None = None
     """Address of OpenAI's HTTP API and the status page, with the tokens and the TLS of gRPC. Unset: not served."""
+    openai_metrics: bool = False
+    """Whether metrics are at /metrics of that address, too. They need a token to generate there, if calls need any."""
+    ignore_unknown_fields: bool = False
+    """Whether unknown fields of requests to OpenAI's API are ignored, and logged, instead of refused."""
     traces_endpoint: str | None = None
     """URL of a collector of traces, OTLP over gRPC, such as "http://collector:4317". Unset: no traces."""
     tls_certificate: Path | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -130,16 +130,12 @@ class Ports:
         Raises:
             InvalidArgument: the address cannot be used.
         """
-        scraper = ThreadPoolExecutor(1, thread_name_prefix="lorarep-metrics")
+        answer = scraper(registry)
 
         async def scrape(request: web.Request) -> web.Response:
             if hosts is not None and (refusal := hosts.refusal(request)) is not None:
                 return web.Response(text=refusal.text, status=403)
-            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-            metrics = await asyncio.get_running_loop().run_in_executor(scraper, encode, registry)
-            response = web.Response(body=metrics, headers={"Content-Type": content_type})
-            response.enable_compression()
-            return response
+            return await answer(request)
 
         application = web.Application()
         application.router.add_get("/{path:.*}", scrape)
@@ -188,6 +184,20 @@ class Ports:
             await server.stop(patience)
         for port in self._http_ports:
             await port.close()
+
+
+def scraper(registry: CollectorRegistry) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """A handler that answers with Prometheus metrics, which are collected in a thread of its own."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="lorarep-metrics")
+
+    async def scrape(request: web.Request) -> web.Response:
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        metrics = await asyncio.get_running_loop().run_in_executor(thread, encode, registry)
+        response = web.Response(body=metrics, headers={"Content-Type": content_type})
+        response.enable_compression()
+        return response
+
+    return scrape
 
 
 def _half(number: int) -> int:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from aiohttp import web
 from lorarep.v1 import generation_pb2
-from lorarep_server.api import openai
+from lorarep_server.api import openai_bodies
 from lorarep_server.connections import ConnectionLimit
 from lorarep_server.http_port import HttpPort
 
@@ -98,12 +98,12 @@ def test_a_connection_too_many_is_closed_at_once() -> None:
 
 
 def test_a_body_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(openai_bodies, "BODY_SECONDS", 0.2)
     ended: list[DeadlineExceeded] = []
 
     async def read(request: web.Request) -> web.Response:
         try:
-            await openai._body(request, 1000)
+            await openai_bodies._body(request, 1000)
         except DeadlineExceeded as error:
             ended.append(error)
         return web.Response()

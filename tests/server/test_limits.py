@@ -18,7 +18,8 @@ from fmaas import generation_pb2 as fmaas_pb2
 from lorarep.v1 import generation_pb2_grpc
 from lorarep.v1.generation_pb2 import GenerateStreamRequest, TokenizeRequest
 from lorarep_server.api.grpc_fmaas import FmaasService
-from lorarep_server.api.openai import OpenAI, _collect
+from lorarep_server.api.openai import OpenAI
+from lorarep_server.api.openai_choices import collect
 from lorarep_server.api.openai_requests import CompletionRequest
 from lorarep_server.app import App
 from lorarep_server.requests.event_stream import EventStream
@@ -166,6 +167,8 @@ def test_a_request_has_no_more_prompts_than_may_wait_for_one_adapter() -> None:
     assert App._message_bounds(served).max_prompts == 3
     http = SimpleNamespace(_frontend=served)
     assert len(OpenAI._to_generates(http, CompletionRequest(model="x", prompt=["x"] * 3), {})) == 3
+    with pytest.raises(InvalidArgument, match=r"^n: 4 .* limit of 3$"):
+        OpenAI._to_generates(http, CompletionRequest(model="x", prompt=["x"] * 2, n=2), {})
     with pytest.raises(InvalidArgument, match=r"^prompt: 4 .* limit of 3$"):
         OpenAI._to_generates(http, CompletionRequest(model="x", prompt=["x"] * 4), {})
     batch = fmaas_pb2.BatchedGenerationRequest(requests=[fmaas_pb2.GenerationRequest(text="x")] * 4)
@@ -179,7 +182,7 @@ def test_a_whole_answer_may_take_longer_to_write_than_a_reader_may() -> None:
         events = EventStream(max_unread=100, patience=0.02)
         events.put(Finished(FinishReason.LENGTH, 1, 0, Timings(0, 0, 0)))
         response = SimpleNamespace(choice=lambda outputs, finished: time.sleep(0.2))
-        await _collect(response, events)
+        await collect(response, events)
         assert events.too_slow is None
 
     asyncio.run(answer())

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 from lorarep.v1 import generation_pb2 as pb
-from lorarep_server.api.openai import _send, _stream
+from lorarep_server.api.openai_choices import send, stream_choice
 from lorarep_server.api.openai_errors import json_response
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
 from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse, Identity
@@ -212,6 +212,10 @@ def test_values_at_the_ends_of_their_ranges_mean_what_clients_mean(
     [
         dict(bad_words=[], use_beam_search=False, skip_special_tokens=True, include_stop_str_in_output=False),
         dict(return_token_ids=False, return_tokens_as_token_ids=False, priority=0, prompt_logprobs=None),
+        dict(unheard_of=None, guided_json={}, mm_processor_kwargs={}, kv_transfer_params="", truncation="auto"),
+        dict(length_penalty=1.0, early_stopping=False, spaces_between_special_tokens=True, request_id="x"),
+        dict(n=1, adapters=[], allowed_token_ids=[], stop="", stream_options={"include_usage": False}),
+        dict(user="me", store=True, metadata={"run": "5"}, service_tier="flex"),
         dict(
             safety_identifier="me", prompt_cache_key="mine", stream=True, stream_options={"include_obfuscation": False}
         ),
@@ -240,7 +244,7 @@ def test_json_has_no_nan_and_no_infinity(tmp_path: Path, chat: bool) -> None:
     with pytest.raises(ValueError, match="JSON"):
         json_response(response.whole([response.choice([Output((65,), "a", (nan,))], FINISHED)], [FINISHED]))
     with pytest.raises(ValueError, match="JSON"):
-        asyncio.run(_send(Sent(), {"logprob": math.nan}))
+        asyncio.run(send(Sent(), {"logprob": math.nan}))
 
 
 class Sent:
@@ -263,7 +267,7 @@ def test_the_role_comes_with_the_first_token_and_not_before() -> None:
 async def role_and_first_token() -> None:
     sent, events = Sent(), EventStream(max_unread=10, patience=60)
     response = ChatResponse(ChatRequest(model="base", messages=[]), None, Identity())
-    streaming = asyncio.create_task(_stream(sent, response, events))
+    streaming = asyncio.create_task(stream_choice(sent, response, events))
     for _ in range(10):
         await asyncio.sleep(0.001)
     assert sent.chunks == []

@@ -13,7 +13,7 @@ from lorarep.v1 import adapters_pb2, adapters_pb2_grpc
 
 from lorarep_runtime.errors import FailedPrecondition, NotFound
 from lorarep_server.loading.adapters_file import DesiredAdapter
-from lorarep_server.loading.load_queue import LoadQueue, LoadRequest, LoadState
+from lorarep_server.loading.load_queue import LoadQueue, LoadRequest, LoadState, Report
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests import messages
 
@@ -35,21 +35,38 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async def report(state: LoadState) -> None:
             await context.write(adapters_pb2.LoadAdapterResponse(progress=messages.load_progress(state)))
 
+        info = await self.load(request, report)
+        await context.write(adapters_pb2.LoadAdapterResponse(adapter=self._message(info)))
+
+    async def load(self, request: adapters_pb2.LoadAdapterRequest, report: Report | None = None) -> AdapterInfo:
+        """Loads an adapter for a caller, for any protocol. Raises LorarepError, as `LoadQueue.load`."""
         registry = self._engine().adapters
         entry = self._reconciler.get(request.name)
-        load_request = _load_request(request, entry)
-        info = await self._load_queue.load(registry, load_request, report)
+        info = await self._load_queue.load(registry, _load_request(request, entry), report)
         if entry is not None:
             self._reconciler.set_loaded(entry, info)
-        await context.write(adapters_pb2.LoadAdapterResponse(adapter=self._message(info)))
+        return info
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
     ) -> adapters_pb2.UnloadAdapterResponse:
-        if self._reconciler.get(request.name) is not None:
-            raise FailedPrecondition(f"{request.name!r} is the adapters file's: take it out there", field="name")
-        await asyncio.to_thread(self._engine().adapters.unload, request.name)
+        await self.unload(request.name)
         return adapters_pb2.UnloadAdapterResponse()
+
+    async def unload(self, name: str) -> None:
+        """Takes a name away for a caller, for any protocol.
+
+        Raises:
+            FailedPrecondition: it is the adapters file's.
+            NotFound: no adapter has it.
+        """
+        if self._reconciler.get(name) is not None:
+            raise FailedPrecondition(f"{name!r} is the adapters file's: take it out there", field="name")
+        await asyncio.to_thread(self._engine().adapters.unload, name)
+
+    async def has(self, name: str) -> bool:
+        """Whether an adapter has a name."""
+        return await asyncio.to_thread(self._engine().adapters.__contains__, name)
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Any

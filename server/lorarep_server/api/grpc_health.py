@@ -21,6 +21,10 @@ class HealthService(health.aio.HealthServicer):  # type: ignore[name-defined]
         self._listed[service] = status
         await super().set(service, status)
 
+    def is_serving(self, service: str) -> bool:
+        """Whether a name's status is SERVING."""
+        return self._listed.get(service) == health_pb2.HealthCheckResponse.SERVING
+
     async def List(self, request: health_pb2.HealthListRequest, context: Any) -> health_pb2.HealthListResponse:
         statuses = {
             name: health_pb2.HealthCheckResponse(status=status) for name, status in sorted(self._listed.items())

@@ -37,6 +37,7 @@ FIELDS: Mapping[str, str] = {
     "stack": "model",
     "prompt.chat": "messages",
     "prompt.chat.template_arguments": "chat_template_kwargs",
+    "prompt.chat.add_generation_prompt": "add_generation_prompt",
     "min_new_tokens": "min_tokens",
 }
 """OpenAI's names of fields by lorarep's own, where the two differ."""
@@ -53,13 +54,18 @@ def error_response(status: Status, fields: Mapping[str, str] = FIELDS) -> web.Re
     Args:
         fields: OpenAI's names of fields, by lorarep's own.
     """
-    headers = {}
-    if milliseconds := dict(status.metadata).get(RETRY_HINT):
-        headers = {"Retry-After": str(math.ceil(int(milliseconds) / 1000)), "Retry-After-Ms": milliseconds}
+    headers = retry_headers(status)
     if status.code is StatusCode.UNAUTHENTICATED:
         headers["WWW-Authenticate"] = "Bearer"
     code, *_ = HTTP.get(status.code, (500,))
     return json_response(error_body(status, fields), status=code, headers=headers)
+
+
+def retry_headers(status: Status) -> dict[str, str]:
+    """The headers that say when another attempt makes sense, where the status says so."""
+    if milliseconds := dict(status.metadata).get(RETRY_HINT):
+        return {"Retry-After": str(math.ceil(int(milliseconds) / 1000)), "Retry-After-Ms": milliseconds}
+    return {}
 
 
 def error_body(status: Status, fields: Mapping[str, str]) -> dict[str, Any]:

@@ -1,48 +1,31 @@
-"""OpenAI's JSON requests, and their translation into lorarep.v1's. Unknown fields are refused."""
+"""OpenAI's JSON requests, and their translation into lorarep.v1's."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from lorarep.v1 import generation_pb2
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
-from lorarep_runtime.errors import InvalidArgument, first_line, shown
-
-UInt32 = Annotated[int, Field(ge=0, lt=1 << 32)]
-Int64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
-Name = Annotated[str, Field(max_length=256)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
-"""An empty list."""
-MOST_DEPTH = 16
-"""Most objects and lists in each other: protobuf, whose messages are three for each, takes 100 messages."""
-T = TypeVar("T")
-Listed = Annotated[list[T], Field(fail_fast=True, max_length=1 << 20)]
-"""A list that is checked up to its first wrong item: reports of a million items would block the server for seconds."""
+from lorarep_runtime.errors import InvalidArgument, first_line
+from lorarep_server.api.openai_fields import (
+    MOST_CHOICES,
+    MOST_DEPTH,
+    Content,
+    Int64,
+    Listed,
+    Message,
+    Name,
+    Nothing,
+    StreamOptions,
+    Token,
+    UInt32,
+    WeightedAdapter,
+)
 
 SAMPLING = set(generation_pb2.Sampling.DESCRIPTOR.fields_by_name)
 """Sampling fields that have the same name in OpenAI's API and in lorarep.v1."""
-
-
-class Message(BaseModel):
-    """A JSON object of a request: types are not converted, unknown fields are refused, and null means unset."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
-
-
-class StreamOptions(Message):
-    """The options of a streamed response."""
-
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-    continuous_usage_stats: Literal[False] = False
 
 
 class GenerationRequest(Message, ABC):
@@ -65,13 +48,13 @@ class GenerationRequest(Message, ABC):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: Int64 | None = None
-    n: Literal[1] = 1
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] = {}
-    store: Literal[False] = False
-    metadata: Annotated[dict[str, Any], Field(max_length=0)] = {}
-    service_tier: Literal["auto", "default"] = "auto"
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
+    logit_bias: Annotated[dict[Token, float], Field(max_length=1024)] = {}
+    # These do not change the answer.
+    store: bool = False
+    metadata: dict[str, Any] = {}
+    service_tier: str = "auto"
     user: str = ""
-    """The user that the request is for. It does not change the answer."""
     safety_identifier: str = ""
     prompt_cache_key: str = ""
     # vLLM's own fields
@@ -82,15 +65,24 @@ class GenerationRequest(Message, ABC):
     min_tokens: UInt32 | None = None
     ignore_eos: bool = False
     stop_token_ids: Annotated[Listed[UInt32], Field(max_length=1024)] = []
+    allowed_token_ids: Annotated[Listed[UInt32], Field(max_length=1024)] = []
     bad_words: Nothing = []
     use_beam_search: Literal[False] = False
-    skip_special_tokens: Literal[True] = True
-    include_stop_str_in_output: Literal[False] = False
-    return_token_ids: Literal[False] = False
-    return_tokens_as_token_ids: Literal[False] = False
+    early_stopping: Literal[False] = False
+    length_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0
+    spaces_between_special_tokens: Literal[True] = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    prompt_logprobs: UInt32 | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     priority: Literal[0] = 0
+    request_id: str = ""
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """Requests share cached pages of prompts only with those of the same salt."""
+    # lorarep's own
+    adapters: Listed[WeightedAdapter] = []
+    """Adapters of which an answer is computed together, where `model` names the base or a stack."""
 
     @field_validator("seed")
     @classmethod
@@ -103,26 +95,44 @@ class GenerationRequest(Message, ABC):
     def _keep_all(cls, top_k: int) -> int:
         return max(top_k, 0)
 
+    @field_validator("stop")
+    @classmethod
+    def _nothing_stops(cls, stop: str | list[str]) -> str | list[str]:
+        return stop or []
+
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> GenerationRequest:
-        if self.stream_options is not None and not self.stream:
+    def _of_a_stream(self) -> GenerationRequest:
+        options = self.stream_options
+        if options is not None and not self.stream and (options.include_usage or options.continuous_usage_stats):
             raise InvalidArgument("is for stream alone", field="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidArgument("is not for stream, as in vLLM", field="prompt_logprobs")
         return self
 
     def length(self) -> tuple[str, int | None]:
         """Name and value of the field that limits the answer's tokens."""
         return "max_tokens", self.max_tokens
 
-    def to_generate(self, prompt: generation_pb2.Prompt, **target: Any) -> generation_pb2.GenerateRequest:
-        """The request of one of its prompts in lorarep.v1's terms.
+    @property
+    def choices(self) -> int:
+        """Number of answers to compute to each prompt."""
+        return self.n
+
+    def to_generate(
+        self, prompt: generation_pb2.Prompt, choice: int = 0, **target: Any
+    ) -> generation_pb2.GenerateRequest:
+        """The request of one answer to one of its prompts in lorarep.v1's terms.
 
         Args:
             prompt: one of `to_prompts`.
+            choice: number of the answer among those to this prompt. The first one alone has what is of the prompt.
             target: the adapters or the stack, as fields of GenerateRequest.
         """
         sampling = self.model_dump(include=SAMPLING)
         if self.top_p == 0:  # of the likeliest tokens, those that are needed to have any probability
             sampling |= {"top_p": None, "top_k": 1}
+        if self.seed is not None:
+            sampling["seed"] = (self.seed + choice) % (1 << 63)  # as in vLLM
         return generation_pb2.GenerateRequest(
             prompt=prompt,
             sampling=generation_pb2.Sampling(**sampling),
@@ -134,6 +144,8 @@ class GenerationRequest(Message, ABC):
                 ignore_eos=self.ignore_eos,
             ),
             logprobs=self.to_logprobs(),
+            prompt_logprobs=self.to_prompt_logprobs() if choice == 0 else None,
+            special_tokens=not self.skip_special_tokens,
             cache_salt=self.cache_salt or "",
             **target,
         )
@@ -144,7 +156,16 @@ class GenerationRequest(Message, ABC):
 
     @abstractmethod
     def to_logprobs(self) -> int | None:
-        """Number of log-probabilities at each position; None if none are requested."""
+        """Number of log-probabilities at each position; None if none are needed."""
+
+    @property
+    @abstractmethod
+    def shown_logprobs(self) -> int | None:
+        """Number of log-probabilities at each position that the caller wants to see; None if none."""
+
+    def to_prompt_logprobs(self) -> int | None:
+        """Number of log-probabilities at each position of the prompt; None if none are needed."""
+        return self.prompt_logprobs
 
 
 class CompletionRequest(GenerationRequest):
@@ -154,10 +175,30 @@ class CompletionRequest(GenerationRequest):
 
     prompt: str | Listed[int] | Listed[str] | Listed[Listed[int]]
     logprobs: UInt32 | None = None
-    best_of: Literal[1] = 1
-    echo: Literal[False] = False
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    echo: bool = False
     suffix: Literal[""] = ""
     add_special_tokens: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _best_of_all(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidArgument(f"is less than the {self.n} of n", field="best_of")
+        if self.stream and self.choices > self.n:
+            raise InvalidArgument("is not for stream: the best are known at the end", field="best_of")
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.best_of or self.n
+
+    @property
+    def is_echo_alone(self) -> bool:
+        """Whether the prompt is all that the answer has. A token is computed behind it and dropped."""
+        return self.echo and self.max_tokens == 0
+
+    def length(self) -> tuple[str, int | None]:
+        return "max_tokens", 1 if self.is_echo_alone else self.max_tokens
 
     def to_prompts(self) -> list[generation_pb2.Prompt]:
         if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
@@ -165,7 +206,16 @@ class CompletionRequest(GenerationRequest):
         return [_prompt(self.prompt)]  # type: ignore[arg-type]
 
     def to_logprobs(self) -> int | None:
+        # The best are those whose tokens are the likeliest.
+        return 0 if self.logprobs is None and self.choices > self.n else self.logprobs
+
+    @property
+    def shown_logprobs(self) -> int | None:
         return self.logprobs
+
+    def to_prompt_logprobs(self) -> int | None:
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
 
 def _prompt(prompt: str | list[int]) -> generation_pb2.Prompt:
@@ -174,31 +224,6 @@ def _prompt(prompt: str | list[int]) -> generation_pb2.Prompt:
     if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in prompt):
         raise InvalidArgument("not all of it are tokens", field="prompt")
     return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=prompt))
-
-
-class TextPart(Message):
-    """A text part of a chat message's content."""
-
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, given: Any) -> Any:
-        kind = given.get("type") if isinstance(given, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise PydanticCustomError("part", "a part of type {kind}: only text is supported", {"kind": shown(kind)})
-        return given
-
-
-def _content_kind(content: Any) -> str:
-    return "its parts" if isinstance(content, list) else "its text"
-
-
-Content = Annotated[
-    Annotated[str, Tag("its text")] | Annotated[Listed[TextPart], Tag("its parts")], Discriminator(_content_kind)
-]
-"""The content of a chat message. Told apart by its type, so that an error is about the kind that it is."""
 
 
 class ChatMessage(Message):
@@ -246,8 +271,11 @@ class ChatRequest(GenerationRequest):
     verbosity: Literal["medium"] = "medium"
     # vLLM's own fields
     chat_template_kwargs: dict[Name, Any] = {}
-    add_generation_prompt: Literal[True] = True
-    continue_final_message: Literal[False] = False
+    reasoning_effort: Name | None = None
+    """OpenAI's own; a variable of the chat template, as in vLLM."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    include_reasoning: Literal[True] = True
     add_special_tokens: Literal[False] = False
     documents: Nothing = []
     echo: Literal[False] = False
@@ -265,9 +293,9 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _without_contradiction(self) -> ChatRequest:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise InvalidArgument("is max_completion_tokens by another name", field="max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidArgument("is for logprobs alone", field="top_logprobs")
         return self
 
@@ -288,12 +316,22 @@ class ChatRequest(GenerationRequest):
             )
             for message in self.messages
         ]
-        chat = generation_pb2.Chat(messages=messages)
+        asks = self.add_generation_prompt
+        chat = generation_pb2.Chat(
+            messages=messages,
+            add_generation_prompt=None if asks and not self.continue_final_message else asks,
+            continue_final_message=self.continue_final_message,
+        )
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         try:
-            chat.template_arguments.update(self.chat_template_kwargs)
+            chat.template_arguments.update(effort | self.chat_template_kwargs)
         except (ValueError, OverflowError, RecursionError) as error:
             raise InvalidArgument(first_line(error), field="chat_template_kwargs") from error
         return [generation_pb2.Prompt(chat=chat)]
 
     def to_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def shown_logprobs(self) -> int | None:
+        return self.to_logprobs()

@@ -161,6 +161,16 @@ FILE = HomePath(dir_okay=False)
     show_default="nowhere",
     help="Where OpenAI's HTTP API is served, and a page to look at.",
 )
+@option(
+    "--openai-metrics/--no-openai-metrics",
+    default=ServerConfig.openai_metrics,
+    help="Serve metrics there, too, at /metrics.",
+)
+@option(
+    "--ignore-unknown-fields/--refuse-unknown-fields",
+    default=ServerConfig.ignore_unknown_fields,
+    help="Log unknown fields of requests to OpenAI's API, and go on, instead of refusing the request.",
+)
 @option("--traces-endpoint", metavar="URL", show_default="nowhere", help="Where traces are sent, as OTLP over gRPC.")
 @option("--tls-certificate", type=FILE, help="PEM file of the certificate chain; read again when it changes.")
 @option("--tls-key", type=FILE, help="PEM file of its key.")

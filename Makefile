@@ -39,7 +39,7 @@ test: coverage test-slow test-ray ## Runs all tests.
 test-fast: .venv/installed ## Runs the tests that need no server, browser or image.
 	$(BIN)/pytest $(FAST)
 
-test-slow: .venv/installed tests/clients/node_modules ## Runs the tests that test-fast leaves out, but for those of Ray.
+test-slow: .venv/installed tests/clients/node_modules tests/clients/.venv/installed ## Runs the tests that test-fast leaves out, but for those of Ray.
 	$(BIN)/pytest $(addprefix --ignore=,$(FAST) $(RAY))
 
 # Last and alone: Ray gives its own processes half a minute to start.
@@ -90,4 +90,12 @@ image: ## Builds the image; TARGET is cuda or cpu.
 
 tests/clients/node_modules: tests/clients/package-lock.json .venv/installed
 	$(BIN)/npm ci --prefix tests/clients --ignore-scripts --no-audit --no-fund --silent
+	touch $@
+
+# Clients in Python have an environment of their own. What it lacks, it finds in the other one.
+tests/clients/.venv/installed: tests/clients/requirements.txt .venv/installed
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(@D)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import site; print(*site.getsitepackages())")')" \
+	  > $$(echo $(@D)/lib/python3*/site-packages)/parent.pth
+	VIRTUAL_ENV=$(@D) $(UV) --requirement $<
 	touch $@

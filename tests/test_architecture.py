@@ -39,7 +39,7 @@ PUBLIC = {
 MOST_LINES = 400
 CODE = {".py", ".cu", ".cuh", ".js", ".html"}
 FOLDERS = ("lorarep_runtime", "server", "benchmarks", "tests")
-GENERATED = {"node_modules"}
+GENERATED = {"node_modules", ".venv"}
 
 
 def imported(file: Path) -> Iterator[str]:

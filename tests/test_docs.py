@@ -38,7 +38,7 @@ def anchors(document: Path) -> set[str]:
 def sources() -> str:
     """All Python code of the runtime, the server and the tests."""
     files = [file for folder in ("lorarep_runtime", "server", "tests") for file in (ROOT / folder).rglob("*.py")]
-    return "\n".join(file.read_text() for file in files if "node_modules" not in file.parts)
+    return "\n".join(file.read_text() for file in files if not {"node_modules", ".venv"} & {*file.parts})
 
 
 def quoted(document: Path) -> set[str]:

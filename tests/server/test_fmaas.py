@@ -146,6 +146,24 @@ def test_the_prompt_is_given_back_where_it_is_asked_for(server: Server) -> None:
     assert [info.text for info in response.input_tokens] == ["a", "Ġ", "b"]
 
 
+@pytest.mark.parametrize("generated", [True, False])
+def test_details_may_be_of_the_prompt(server: Server, generated: bool) -> None:
+    wanted = dict(token_logprobs=True, token_ranks=True, top_n_tokens=3, input_tokens=True, generated_tokens=generated)
+    params = parameters(response=wanted)
+    expected = server.generation.Generate(request(PROMPT, "lora", prompt_logprobs=3)).prompt_logprobs
+    for response in (
+        whole(server, adapter_id="lora", params=params),
+        next(iter(streamed(server, adapter_id="lora", params=params))),
+    ):
+        first, *infos = response.input_tokens
+        assert first == pb.TokenInfo(text=PROMPT[0])
+        for info, place in zip(infos, expected, strict=True):
+            assert info.logprob == pytest.approx(place.logprob, abs=1e-5)
+            assert [top.logprob for top in info.top_tokens] == pytest.approx([t.logprob for t in place.top], abs=1e-5)
+            assert info.rank == 1 or info.logprob < info.top_tokens[0].logprob
+    assert bool(whole(server, adapter_id="lora", params=params).tokens) == generated
+
+
 def test_a_stop_is_told_and_is_the_texts_end_if_wanted(server: Server) -> None:
     text = whole(server, params=parameters(60)).text
     stop = text[10:13]
@@ -262,7 +280,7 @@ def test_the_model_is_described(server: Server) -> None:
         (dict(stopping=dict(max_new_tokens=4, min_new_tokens=5)), "INVALID_ARGUMENT", "min_new_tokens"),
         (dict(stopping=dict(stop_sequences=[""])), "INVALID_ARGUMENT", "stop_sequences"),
         (dict(response=dict(token_logprobs=True)), "INVALID_ARGUMENT", "token_logprobs"),
-        (dict(response=dict(token_ranks=True, input_tokens=True)), "INVALID_ARGUMENT", "token_ranks"),
+        (dict(response=dict(token_ranks=True)), "INVALID_ARGUMENT", "token_ranks"),
         (dict(response=dict(generated_tokens=True, top_n_tokens=11)), "INVALID_ARGUMENT", "top_n_tokens"),
         (dict(text=""), "INVALID_ARGUMENT", "text"),
         (dict(text="x" * 512), "INVALID_ARGUMENT", "text"),

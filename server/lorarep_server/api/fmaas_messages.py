@@ -62,12 +62,8 @@ def check(params: pb.Parameters, max_tokens: int) -> None:
     if response.top_n_tokens > MAX_TOP_N:
         raise InvalidArgument(f"{response.top_n_tokens} is over the limit of {MAX_TOP_N}", field="top_n_tokens")
     for detail in ("token_logprobs", "token_ranks", "top_n_tokens"):
-        if not getattr(response, detail):
-            continue
-        if response.input_tokens:
-            raise InvalidArgument("is not supported for input_tokens", field=detail)
-        if not response.generated_tokens:
-            raise InvalidArgument("is for generated_tokens", field=detail)
+        if getattr(response, detail) and not (response.input_tokens or response.generated_tokens):
+            raise InvalidArgument("is for input_tokens and generated_tokens", field=detail)
 
 
 def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_pb2.GenerateRequest:
@@ -85,16 +81,21 @@ def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_p
         sampling.top_p = given.top_p or 1
         if given.HasField("seed"):
             sampling.seed = given.seed
-    has_details = response.token_logprobs or response.token_ranks or response.top_n_tokens
+    details = response.top_n_tokens if _has_details(response) else None
     return generation_pb2.GenerateRequest(
         prompt=generation_pb2.Prompt(text=text),
         sampling=sampling,
         stopping=generation_pb2.Stopping(
             min_new_tokens=params.stopping.min_new_tokens, stop=params.stopping.stop_sequences
         ),
-        logprobs=response.top_n_tokens if has_details else None,
+        logprobs=details if response.generated_tokens else None,
+        prompt_logprobs=details if response.input_tokens else None,
         **target,
     )
+
+
+def _has_details(response: pb.ResponseOptions) -> bool:
+    return bool(response.token_logprobs or response.token_ranks or response.top_n_tokens)
 
 
 class ResponseBuilder:
@@ -107,14 +108,27 @@ class ResponseBuilder:
         self._last = 0
         """The last token so far."""
 
-    def begin(self, request: generation_pb2.GenerateRequest, prompt: Sequence[int]) -> pb.GenerationResponse:
-        """The first message; it describes the prompt."""
+    @property
+    def begins_late(self) -> bool:
+        """Whether the first message has log-probabilities of the prompt, which come with the first token."""
+        return self._params.response.input_tokens and _has_details(self._params.response)
+
+    def begin(
+        self, request: generation_pb2.GenerateRequest, prompt: Sequence[int], outputs: Sequence[Output] = ()
+    ) -> pb.GenerationResponse:
+        """The first message; it describes the prompt.
+
+        Args:
+            outputs: the first ones, if the message begins late.
+        """
         response = self._params.response
+        scored = [place for output in outputs for place in output.prompt_logprobs or ()]
         return pb.GenerationResponse(
             input_token_count=len(prompt),
             text=request.prompt.text if response.input_text else "",
             seed=request.sampling.seed,
-            input_tokens=self._infos(prompt) if response.input_tokens else (),
+            # The first token has no log-probability.
+            input_tokens=self._infos(prompt, [None, *scored] if scored else ()) if response.input_tokens else (),
         )
 
     def part(self, outputs: Sequence[Output], finished: Finished | None) -> pb.GenerationResponse:
@@ -149,10 +163,12 @@ class ResponseBuilder:
                 if not stopping.HasField("include_stop_sequence") or stopping.include_stop_sequence:
                     message.text += finished.stop
 
-    def _infos(self, tokens: Sequence[int], places: Sequence[TokenLogprob] = ()) -> list[pb.TokenInfo]:
+    def _infos(self, tokens: Sequence[int], places: Sequence[TokenLogprob | None] = ()) -> list[pb.TokenInfo]:
         infos = [pb.TokenInfo(text=piece) for piece in self._tokenizer.pieces(tokens)]
         wanted = self._params.response
         for info, place in zip(infos, places, strict=False):  # there are no places if no details are wanted
+            if place is None:
+                continue
             if wanted.token_logprobs:
                 info.logprob = place.logprob
             if wanted.token_ranks:

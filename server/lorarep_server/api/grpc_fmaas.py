@@ -75,10 +75,15 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
                 time_limit=stopping.time_limit_millis / 1000 or None,
             ) as (admitted, events):
                 response = fmaas_messages.ResponseBuilder(params, admitted.tokenizer)
-                await send(response.begin(generate, admitted.prompt))
+                has_begun = not response.begins_late
+                if has_begun:
+                    await send(response.begin(generate, admitted.prompt))
                 finished = None
                 while finished is None:
                     outputs, finished = await events.take()
+                    if not has_begun:
+                        await send(await asyncio.to_thread(response.begin, generate, admitted.prompt, outputs))
+                        has_begun = True
                     await send(response.part(outputs, finished))
         except DeadlineExceeded as late:
             if response is None or not stopping.time_limit_millis or context.time_remaining() == 0:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Most log-probabilities of a prompt, with those of the likeliest tokens: each is a number and a text to its caller."""
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -6,11 +6,9 @@ import math
 
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.errors import InvalidArgument, TooLong
-from lorarep_runtime.request import Request, Sampling, Stopping
+from lorarep_runtime.request import MAX_PROMPT_LOGPROBS, Request, Sampling, Stopping
 
 MAX_LOGPROBS = 20
-MAX_PROMPT_LOGPROBS = 1 << 18
-"""Most log-probabilities of a prompt, with those of the likeliest tokens: each is a number and a text to its caller."""
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024

@@ -162,6 +162,9 @@ def test_details_may_be_of_the_prompt(server: Server, generated: bool) -> None:
             assert [top.logprob for top in info.top_tokens] == pytest.approx([t.logprob for t in place.top], abs=1e-5)
             assert info.rank == 1 or info.logprob < info.top_tokens[0].logprob
     assert bool(whole(server, adapter_id="lora", params=params).tokens) == generated
+    with pytest.raises(grpc.RpcError, match=r"input_tokens: .* over the limit") as error:
+        server.fmaas.Generate(batch(*["x" * 400] * 170, params=params), timeout=SECONDS)
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_stop_is_told_and_is_the_texts_end_if_wanted(server: Server) -> None:

@@ -89,12 +89,16 @@ def tasks(folder: Path, base: Path) -> None:
     assert len(documents) > 2
     data = folder / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, documents[:4])))
-    common = dict(dataset_path="json", dataset_kwargs={"data_files": {"test": str(data)}}, test_split="test")
+    common: dict[str, Any] = dict(
+        dataset_path="json", dataset_kwargs={"data_files": {"test": str(data)}}, test_split="test"
+    )
     common |= dict(doc_to_text="{{question}}", target_delimiter="")
     means = dict(aggregation="mean", higher_is_better=True)
-    choices = dict(output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="{{label}}")
+    choices: dict[str, Any] = dict(
+        output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="{{label}}"
+    )
     choices |= dict(metric_list=[dict(metric=metric, **means) for metric in ("acc", "acc_norm")])
-    completions = dict(
+    completions: dict[str, Any] = dict(
         output_type="generate_until", doc_to_target="{{answer}}", metric_list=[dict(metric="exact_match", **means)]
     )
     completions |= dict(generation_kwargs=dict(until=["\n"], max_gen_toks=12, do_sample=False))
@@ -105,7 +109,7 @@ def tasks(folder: Path, base: Path) -> None:
 def test_the_figures_of_lm_eval_are_those_with_transformers(server: Server, world: World, tmp_path: Path) -> None:
     tasks(tmp_path, world.base)
     api = dict(model="org/base", base_url=f"{url(server)}/completions", tokenizer=str(world.base), max_length=512)
-    models = {
+    models: dict[str, Any] = {
         "local-completions": dict(api, num_concurrent=2, max_retries=1),
         "hf": dict(pretrained=str(world.base), dtype="float32", device="cpu", batch_size=1),
     }

@@ -149,8 +149,15 @@ def test_prompt_logprobs_are_as_vllm_has_them(client: openai.OpenAI, scores: tor
     for token, place in zip(where.prompt_token_ids[1:], where.prompt_logprobs[1:], strict=True):
         assert place[str(token)].keys() == {"logprob", "rank", "decoded_token"}
     assert sum(len(choice.token_ids) for choice in choices) == answer.usage.completion_tokens
-    with pytest.raises(openai.BadRequestError, match="prompt_logprobs"):
-        client.completions.create(model="lora", prompt="x", stream=True, extra_body=dict(prompt_logprobs=1))
+    many = dict(prompt=[TOKENS * 10] * 9, n=4)  # more of them than one prompt may have
+    for asked, field in (
+        (dict(stream=True, extra_body=dict(prompt_logprobs=1)), "prompt_logprobs"),
+        (dict(extra_body=dict(prompt_logprobs=20), **many), "prompt_logprobs"),
+        (dict(echo=True, logprobs=20, **many), "logprobs"),
+    ):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.completions.create(**{"model": "lora", "prompt": "x", "max_tokens": 2, **asked})
+        assert error.value.param == field
 
 
 def test_adapters_by_name_and_weight_are_those_of_grpc(server: Server, client: openai.OpenAI) -> None:

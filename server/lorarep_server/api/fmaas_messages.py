@@ -24,6 +24,7 @@ FIELDS: Mapping[str, str] = {
     "stack": "adapter_id",
     "prompt": "text",
     "prompt and max_new_tokens": "text",
+    "prompt_logprobs": "input_tokens",
     "longest": "truncate_input_tokens",
     "offsets": "return_offsets",
     "stop": "stop_sequences",
@@ -81,7 +82,8 @@ def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_p
         sampling.top_p = given.top_p or 1
         if given.HasField("seed"):
             sampling.seed = given.seed
-    details = response.top_n_tokens if _has_details(response) else None
+    has_details = response.token_logprobs or response.token_ranks or response.top_n_tokens
+    details = response.top_n_tokens if has_details else None
     return generation_pb2.GenerateRequest(
         prompt=generation_pb2.Prompt(text=text),
         sampling=sampling,
@@ -94,10 +96,6 @@ def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_p
     )
 
 
-def _has_details(response: pb.ResponseOptions) -> bool:
-    return bool(response.token_logprobs or response.token_ranks or response.top_n_tokens)
-
-
 class ResponseBuilder:
     """Builds the messages of one response. Each message has the count of the tokens so far."""
 
@@ -108,18 +106,13 @@ class ResponseBuilder:
         self._last = 0
         """The last token so far."""
 
-    @property
-    def begins_late(self) -> bool:
-        """Whether the first message has log-probabilities of the prompt, which come with the first token."""
-        return self._params.response.input_tokens and _has_details(self._params.response)
-
     def begin(
         self, request: generation_pb2.GenerateRequest, prompt: Sequence[int], outputs: Sequence[Output] = ()
     ) -> pb.GenerationResponse:
         """The first message; it describes the prompt.
 
         Args:
-            outputs: the first ones, if the message begins late.
+            outputs: the first ones, which have log-probabilities of the prompt if they are wanted.
         """
         response = self._params.response
         scored = [place for output in outputs for place in output.prompt_logprobs or ()]

@@ -21,6 +21,7 @@ from fmaas import generation_pb2_grpc
 from lorarep_runtime.errors import DeadlineExceeded, InvalidArgument, LorarepError
 from lorarep_server.api import fmaas_messages
 from lorarep_server.requests.frontend import Frontend, call_context
+from lorarep_server.requests.message_bounds import ScoredPrompts
 
 
 class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
@@ -35,12 +36,13 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
             if count > most:
                 raise InvalidArgument(f"{count} are over the limit of {most}", field="requests")
             responses: list[list[pb.GenerationResponse]] = [[] for _ in request.requests]
+            scored = ScoredPrompts()
 
             async def generate(text: str, parts: list[pb.GenerationResponse]) -> None:
                 async def keep(part: pb.GenerationResponse) -> None:
                     parts.append(part)
 
-                await self._generate(request, text, context, keep)
+                await self._generate(request, text, context, keep, scored)
 
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -52,7 +54,7 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GenerateStream(self, request: pb.SingleGenerationRequest, context: Any) -> None:
         with _fmaas_field_names():
-            await self._generate(request, request.request.text, context, context.write)
+            await self._generate(request, request.request.text, context, context.write, ScoredPrompts())
 
     async def _generate(
         self,
@@ -60,12 +62,14 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
         text: str,
         context: Any,
         send: Callable[[pb.GenerationResponse], Awaitable[None]],
+        scored: ScoredPrompts,
     ) -> None:
-        """Sends the messages of one text's response."""
+        """Sends the messages of one text's response. All prompts of the call are added to `scored`."""
         params, limit = request.params, self._frontend.engine().max_tokens
         fmaas_messages.check(params, limit)
         generate = fmaas_messages.to_generate(params, text, **await self._target(request))
         stopping, response = params.stopping, None
+        begin: Callable[..., pb.GenerationResponse] | None = None
         try:
             async with self._frontend.generate(
                 generate,
@@ -75,19 +79,23 @@ class FmaasService(generation_pb2_grpc.GenerationServiceServicer):
                 time_limit=stopping.time_limit_millis / 1000 or None,
             ) as (admitted, events):
                 response = fmaas_messages.ResponseBuilder(params, admitted.tokenizer)
-                has_begun = not response.begins_late
-                if has_begun:
+                if generate.HasField("prompt_logprobs"):
+                    scored.add(len(admitted.prompt), generate.prompt_logprobs)
+                    begin = partial(response.begin, generate, admitted.prompt)  # they come with the first token
+                else:
                     await send(response.begin(generate, admitted.prompt))
                 finished = None
                 while finished is None:
                     outputs, finished = await events.take()
-                    if not has_begun:
-                        await send(await asyncio.to_thread(response.begin, generate, admitted.prompt, outputs))
-                        has_begun = True
+                    if begin is not None:
+                        await send(await asyncio.to_thread(begin, outputs))
+                        begin = None
                     await send(response.part(outputs, finished))
         except DeadlineExceeded as late:
             if response is None or not stopping.time_limit_millis or context.time_remaining() == 0:
                 raise
+            if begin is not None:
+                await send(begin())
             await send(response.time_is_up(late.text))
 
     async def Tokenize(self, request: pb.BatchedTokenizeRequest, context: Any) -> pb.BatchedTokenizeResponse:

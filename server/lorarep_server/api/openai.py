@@ -40,6 +40,7 @@ from lorarep_server.hosts import HostCheck
 from lorarep_server.loading.reconciler import Reconciler
 from lorarep_server.requests.admission import Admission
 from lorarep_server.requests.frontend import Frontend
+from lorarep_server.requests.message_bounds import ScoredPrompts
 
 log = logging.getLogger(__name__)
 
@@ -195,11 +196,14 @@ class OpenAI:
             fields["max_new_tokens"] = fields["prompt and max_new_tokens"] = parsed.length()[0]
             fields["prompt"] = parsed.prompt_field
             fields["logprobs"] = parsed.logprobs_field
+            if parsed.prompt_logprobs is None:
+                fields["prompt_logprobs"] = parsed.logprobs_field  # those of an echo
             if parsed.adapters:
                 fields["adapter"] = fields["adapters"] = fields["repository"] = "adapters"
             target = await self._target(parsed)
             generates = await asyncio.to_thread(self._to_generates, parsed, target)
             identity, all_admitted = Identity(), asyncio.Barrier(len(generates))
+            scored = ScoredPrompts()
             prompts = [SharedPrompt() for _ in range(0, len(generates), parsed.choices)]
 
             async def answer(index: int, choice: int, generate: generation_pb2.GenerateRequest) -> Answer:
@@ -210,6 +214,8 @@ class OpenAI:
                     admitted,
                     events,
                 ):
+                    if not choice:
+                        scored.add(len(admitted.prompt), parsed.to_prompt_logprobs(), parsed.n)
                     text = generate.prompt.text
                     response = builder(parsed, admitted.tokenizer, identity, index, admitted.prompt, text)
                     is_first_of_several = parsed.choices > 1 and not choice

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fmaas import generation_pb2 as fmaas_pb2
 
 from lorarep_runtime.errors import InvalidArgument, TooLong
+from lorarep_runtime.request import MAX_PROMPT_LOGPROBS
 from lorarep_server.config import MAX_MESSAGE
 
 BYTES_OF_A_TOKEN = 64
@@ -73,6 +74,33 @@ class MessageBounds:
                 raise InvalidArgument(f"{prompts} and more are over the limit of {self.max_prompts}", field="requests")
             if size > (most := most_bytes(self.max_tokens)):
                 raise TooLong(f"{size} bytes of one are over the limit of {most}", field="requests")
+
+
+class ScoredPrompts:
+    """Counts the log-probabilities of prompts that one call is answered with: a batch has no more than one prompt."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, tokens: int, top: int | None, copies: int = 1) -> None:
+        """Adds a prompt of a call.
+
+        Args:
+            tokens: of the prompt.
+            top: number of the likeliest tokens at each place; None adds nothing.
+            copies: how often the answer has them.
+
+        Raises:
+            InvalidArgument: they are too many.
+        """
+        if top is None:
+            return
+        self._count += tokens * (1 + top) * copies
+        if self._count > MAX_PROMPT_LOGPROBS:
+            raise InvalidArgument(
+                f"{self._count} of all prompts and answers are over the limit of {MAX_PROMPT_LOGPROBS}",
+                field="prompt_logprobs",
+            )
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int]]:

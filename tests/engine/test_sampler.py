@@ -68,8 +68,12 @@ def expected(logits: Tensor, sampling: Sampling, answer: tuple[int, ...]) -> Ten
         Sampling(temperature=1.0, min_p=0.1),
         Sampling(temperature=1.2, repetition_penalty=1.8),
         Sampling(temperature=1.5, top_k=12, top_p=0.8, min_p=0.05, repetition_penalty=1.3),
-        Sampling(temperature=1.0, logit_bias=((5, 2.5), (7, -100.0), (20, 1.0)), repetition_penalty=1.8),
-        Sampling(temperature=1.0, allowed_token_ids=(30, 4, 11), logit_bias=((4, 1.0), (5, 100.0))),
+        Sampling(
+            temperature=1.0,
+            allowed_token_ids=(30, 4, 11, 5, 7, 20),
+            logit_bias=((5, 2.5), (7, -100.0), (4, 1.0), (8, 100.0)),
+            repetition_penalty=1.8,
+        ),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.device.staging import moved
+from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Request, TokenLogprob
 
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
@@ -34,7 +35,11 @@ class Sampled:
 
 
 class SamplerState:
-    """The state of a request that, with its logits, determines its next token."""
+    """The state of a request that, with its logits, determines its next token.
+
+    Raises:
+        InvalidArgument: no token may come.
+    """
 
     def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
         self.request = request
@@ -43,6 +48,9 @@ class SamplerState:
         self.stop_ids = frozenset(request.stopping.stop_token_ids)
         """Tokens with which the caller ends it."""
         self._ends = torch.tensor(sorted(self.eos_ids | self.stop_ids), dtype=torch.int64)
+        allowed = {*request.sampling.allowed_token_ids}
+        if allowed and request.stopping.min_new_tokens and not allowed - self.eos_ids - self.stop_ids:
+            raise InvalidArgument("all of them end the answer, which min_new_tokens forbids", field="allowed_token_ids")
         self._biased = torch.tensor([token for token, _ in request.sampling.logit_bias], dtype=torch.int64)
         self._bias = torch.tensor([bias for _, bias in request.sampling.logit_bias], dtype=torch.float32)
         self._allowed = torch.tensor(request.sampling.allowed_token_ids, dtype=torch.int64)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lorarep_runtime.engine.sampler import NO_TOKEN, SamplerState, checked, choose, sample
+from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Request, Sampling, Stopping
 
 VOCAB = 50
@@ -129,6 +130,12 @@ def test_bias_and_allowed_tokens_change_the_likeliest_one() -> None:
     assert all(each.is_plain for each in states)
     got = [one.token for one in sample(logits[[0, 0, 0]], states)]
     assert got == [second, first, second]
+    ends = Sampling(allowed_token_ids=(2, 9))
+    for stopping in (dict(min_new_tokens=1, stop_token_ids=(9,)), dict(min_new_tokens=2, stop_token_ids=(9, 5))):
+        with pytest.raises(InvalidArgument, match="allowed_token_ids"):
+            state(ends, **stopping)
+    assert sample(logits[[0]], [state(ends, min_new_tokens=1)])[0].token == 9
+    state(ends, stop_token_ids=(9,))
 
 
 def test_a_repetition_penalty_looks_at_a_prompt_once() -> None:

@@ -20,6 +20,7 @@ from lorarep_server.api.openai_bodies import Bodies
 from lorarep_server.api.openai_choices import (
     Answer,
     SharedPrompt,
+    Taken,
     best,
     collect,
     send,
@@ -169,11 +170,11 @@ class OpenAI:
 
     def _to_generates(
         self, parsed: GenerationRequest, target: Mapping[str, Any]
-    ) -> list[tuple[int, generation_pb2.GenerateRequest]]:
-        """A request in lorarep.v1's terms for each answer, prompt by prompt, and its number among those to the prompt.
+    ) -> list[generation_pb2.GenerateRequest]:
+        """A request in lorarep.v1's terms for the first answer to each prompt.
 
         Raises:
-            InvalidArgument: there are too many.
+            InvalidArgument: there are too many prompts or answers.
         """
         prompts, most = parsed.to_prompts(), self._frontend.engine().config.scheduler.max_prompts
         if len(prompts) > most:
@@ -182,8 +183,7 @@ class OpenAI:
             raise InvalidArgument(
                 f"{count} answers are over the limit of {most}", field="n" if parsed.choices == parsed.n else "best_of"
             )
-        choices = range(parsed.choices)
-        return [(choice, parsed.to_generate(prompt, choice, **target)) for prompt in prompts for choice in choices]
+        return [parsed.to_generate(prompt, **target) for prompt in prompts]
 
     async def _generate(
         self, request: web.Request, kind: type[GenerationRequest], builder: type[GenerationResponse[Any]]
@@ -202,24 +202,26 @@ class OpenAI:
                 fields["adapter"] = fields["adapters"] = fields["repository"] = "adapters"
             target = await self._target(parsed)
             generates = await asyncio.to_thread(self._to_generates, parsed, target)
-            identity, all_admitted = Identity(), asyncio.Barrier(len(generates))
-            scored = ScoredPrompts()
-            prompts = [SharedPrompt() for _ in range(0, len(generates), parsed.choices)]
+            identity, all_admitted = Identity(), asyncio.Barrier(len(generates) * parsed.choices)
+            scored, prompts = ScoredPrompts(), [SharedPrompt() for _ in generates]
 
-            async def answer(index: int, choice: int, generate: generation_pb2.GenerateRequest) -> Answer:
-                shared = prompts[index // parsed.choices]
+            async def answer(index: int) -> Answer:
+                number, choice = divmod(index, parsed.choices)
+                generate, shared = generates[number], prompts[number]
                 if choice:
                     await shared.is_computed.wait()
+                    generate = parsed.to_generate(shared.tokens, choice, **target)
                 async with self._frontend.generate(generate, request.headers, new_tokens=parsed.unset_tokens) as (
                     admitted,
                     events,
                 ):
+                    text = generates[number].prompt.text
+                    response = builder(parsed, admitted.tokenizer, identity, index, admitted.prompt, text)
+                    first: Taken = [], None
                     if not choice:
                         scored.add(len(admitted.prompt), parsed.to_prompt_logprobs(), parsed.n)
-                    text = generate.prompt.text
-                    response = builder(parsed, admitted.tokenizer, identity, index, admitted.prompt, text)
-                    is_first_of_several = parsed.choices > 1 and not choice
-                    first = await take_first(events, shared) if is_first_of_several else ([], None)
+                        if parsed.choices > 1:
+                            first = await take_first(events, shared, admitted.prompt)
                     response.prompt_logprobs = shared.logprobs
                     if not parsed.stream:
                         return await collect(response, events, first)
@@ -229,7 +231,7 @@ class OpenAI:
                     await all_admitted.wait()
                     return await stream_choice(stream, response, events, first)
 
-            answers = await together([answer(index, *each) for index, each in enumerate(generates)])
+            answers = await together([answer(index) for index in range(len(generates) * parsed.choices)])
             response, ends = answers[0].response, [each.end for each in answers]
             if not parsed.stream:
                 whole = response.whole(list(best(parsed, answers)), ends)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from lorarep.v1 import generation_pb2
 
 from lorarep_runtime.errors import Cancelled
 from lorarep_runtime.request import Finished, Output, PromptLogprobs
@@ -27,6 +28,8 @@ class SharedPrompt:
 
     is_computed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the other answers may begin."""
+    tokens: generation_pb2.Prompt = field(default_factory=generation_pb2.Prompt)
+    """Its tokens, so that a text is not tokenized again for each answer; once it is computed."""
     logprobs: PromptLogprobs | None = None
 
 
@@ -52,9 +55,15 @@ async def together(answers: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answe
     return [task.result() for task in tasks]
 
 
-async def take_first(events: EventStream, shared: SharedPrompt) -> Taken:
-    """The first events of an answer, whose prompt is computed then for the other answers to it."""
+async def take_first(events: EventStream, shared: SharedPrompt, prompt: Sequence[int]) -> Taken:
+    """The first events of an answer, whose prompt is computed then for the other answers to it.
+
+    Args:
+        prompt: its tokens.
+    """
     outputs, finished = await events.take()
+    tokens = generation_pb2.TokenIds(ids=prompt)
+    shared.tokens = generation_pb2.Prompt(token_ids=tokens)
     for output in outputs:
         shared.logprobs = shared.logprobs or output.prompt_logprobs
     shared.is_computed.set()

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from lorarep_server.api import openai
+from lorarep_server.api import openai_bodies
 from lorarep_server.errors import Status
 from lorarep_server.requests.admission import LONG_MESSAGE, Admission
 
@@ -41,17 +41,18 @@ def test_long_messages_are_parsed_beside_the_event_loop(monkeypatch: pytest.Monk
     parsed_in: dict[int, threading.Thread] = {}
 
     def parse(*given: Any) -> None:
-        parsed_in[len(given[-1])] = threading.current_thread()
+        (data,) = (one for one in given if isinstance(one, bytes))
+        parsed_in[len(data)] = threading.current_thread()
 
     async def answer(request: Any, context: Any) -> None:
         assert request is None
 
-    async def body(request: bytes, most: int) -> bytes:
-        return request
+    async def body(request: Any, most: int) -> bytes:
+        return request.data
 
-    monkeypatch.setattr(openai, "_parsed", parse)
-    monkeypatch.setattr(openai, "_body", body)
-    server = SimpleNamespace(_frontend=SimpleNamespace(engine=lambda: SimpleNamespace(max_tokens=1)))
+    monkeypatch.setattr(openai_bodies, "_parsed", parse)
+    monkeypatch.setattr(openai_bodies, "_body", body)
+    bodies = openai_bodies.Bodies(lambda: 1, ignores_unknown=False)
     own = SimpleNamespace(
         response_streaming=False, request_deserializer=parse, response_serializer=None, unary_unary=answer
     )
@@ -66,7 +67,7 @@ def test_long_messages_are_parsed_beside_the_event_loop(monkeypatch: pytest.Monk
                 assert (parsed_in[len(data)] is threading.current_thread()) == short
 
     def via_http(data: Any) -> Any:
-        return openai.OpenAI._parsed(server, UNUSED, data)  # type: ignore[arg-type]
+        return bodies.read(UNUSED, SimpleNamespace(content_type="application/json", data=data))
 
     asyncio.run(calls())
     assert len(parsed_in) == 4

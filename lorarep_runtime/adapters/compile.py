@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorarep_runtime.adapters.header import DTYPES, FILE_PREFIX, Header, file_path, path_of, tensor_name
-from lorarep_runtime.adapters.peft_config import AdapterConfig
+from lorarep_runtime.adapters.header import DTYPES, Header, file_path, path_of, tensor_name
+from lorarep_runtime.adapters.peft_config import FILE_PREFIX, AdapterConfig
 from lorarep_runtime.adapters.weights_file import WeightsFile
 from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import FailedPrecondition
@@ -35,8 +35,6 @@ from lorarep_runtime.model.compiled_adapter import (
     adapter_of,
     allocate,
     blocks_of,
-    copied_matrices,
-    entries_of,
     file_parameters,
     is_finite,
     whole_matrices,
@@ -47,7 +45,7 @@ from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 
 COPY_BYTES = 4 << 20
-"""Bytes of a file that are compared with the base's at a time."""
+"""Bytes of rows of a file that are read at a time."""
 MAX_RUN_ELEMENTS = 5 << 17
 """Most elements of a run's largest tensor, so that computing with it takes little memory."""
 
@@ -261,7 +259,6 @@ def compile_adapter(
     prefix: str,
     modules: Sequence[str],
     norm_terms: NormTerms,
-    end_weight: Callable[[str], Tensor],
     dtype: torch.dtype,
     device: torch.device,
     sharing: Sharing | None = None,
@@ -277,7 +274,6 @@ def compile_adapter(
         prefix: path of the list of layers, such as "model.layers".
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
         norm_terms: `Base.norm_terms`, for DoRA's norms.
-        end_weight: the base's own weight of its head or embedding, (vocab, hidden), by its path.
         dtype, device: of the activations.
         sharing: where other ranks compile the rest of it.
         progress: told of entries, as stage "compile".
@@ -300,6 +296,11 @@ def compile_adapter(
         blocks = blocks_of(held, sorted(layout, key=lambda key: places[key].starts))
         storage = allocate(blocks, dtype, device)
         for block in blocks:
+            if block.form.rows is not None:
+                for position, rows in zip(block.positions, block.pieces(storage)[0], strict=True):
+                    _read_rows(file, places[position, block.module], block.form, rows)
+                done += len(block.positions)
+                continue
             whole = block.entries(storage)
             found = [places[position, block.module] for position in block.positions]
             form = layout[block.positions[0], block.module]
@@ -310,46 +311,62 @@ def compile_adapter(
                 to = Entry._make(None if views is None else views[part] for views in whole)
                 give_way()
                 read, scale = _read(file, found[part], form), found[run.start].scale
-                if form.is_copy:
-                    a, b = copied_matrices(form, _on_device(read[0][0], device), end_weight(block.module))
-                    to.A.copy_(a)
-                    to.B.copy_(b)
-                else:
-                    _compile_run(form, read, scale, to, partial(norm_terms, layers, block.module), own)
+                _compile_run(form, read, scale, to, partial(norm_terms, layers, block.module), own)
                 done += len(run)
                 if progress is not None:
                     progress("compile", done, len(layout))
     give_way()
     if not is_finite(storage):
-        entries = entries_of(storage, blocks)
-        bad = next(key for key in layout if not all(t.isfinite().all() for t in entries[key] if t is not None))
+        entries = ((block, i) for block in blocks for i in range(len(block.positions)))
+        bad = next(
+            (block.positions[i], block.module)
+            for block, i in entries
+            if not all(piece[i].isfinite().all() for piece in block.pieces(storage))
+        )
         raise FailedPrecondition(f"holds NaN or infinity, or does in {dtype}", field=f"{FILE_PREFIX}{paths[bad]}")
     give_way()
     return adapter_of(stack, storage, blocks, modules, file_parameters(layout))
 
 
 def holds_copy(weights: WeightsFile, header: Header, name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of a file is, in the dtype of one in memory, the same.
+    """Whether the first rows of a tensor of a file are, in the dtype of one in memory, the same.
 
     Args:
-        tensor: (rows, columns), of the shape that the header says.
+        tensor: (rows, columns); the header says as many columns.
 
     Raises:
         DataLoss: the file cannot be read, or is written to meanwhile.
     """
     dtype = DTYPES[header[name].dtype]
-    rows, columns = tensor.shape
-    at_once = max(1, COPY_BYTES // (columns * dtype.itemsize))
     with weights.opened() as file:
         start = _starts(file, header)[name]
-        for first in giving_way(range(0, rows, at_once)):
-            own = tensor[first : first + at_once]
-            read = torch.empty(own.numel() * dtype.itemsize, dtype=torch.uint8)
-            _fill([read.numpy().data], file, start + first * columns * dtype.itemsize)
-            give_way()
-            if not torch.equal(read.view(dtype).view_as(own).to(own), own):
-                return False
-    return True
+        return all(torch.equal(read.to(own), own) for own, read in _by_rows(file, start, dtype, tensor))
+
+
+def _read_rows(file: int, place: _Place, form: Form, to: Tensor) -> None:
+    """Reads rows of a head or an embedding; to: (rows, hidden), where they are written."""
+    dtype = place.dtypes[0]
+    first = form.rows.start if isinstance(form.rows, range) else 0
+    start = place.starts[0] + first * to.shape[1] * dtype.itemsize
+    for own, read in _by_rows(file, start, dtype, to):
+        own.copy_(read)
+
+
+def _by_rows(file: int, start: int, dtype: torch.dtype, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a tensor (rows, columns), some at a time, and as many of a file.
+
+    Args:
+        start: offset of the first byte in the file.
+        dtype: of the file's tensor.
+    """
+    width = tensor.shape[1] * dtype.itemsize
+    at_once = max(1, COPY_BYTES // width)
+    for first in giving_way(range(0, len(tensor), at_once)):
+        own = tensor[first : first + at_once]
+        read = torch.empty(own.numel() * dtype.itemsize, dtype=torch.uint8)
+        _fill([read.numpy().data], file, start + first * width)
+        give_way()
+        yield own, read.view(dtype).view_as(own)
 
 
 def _place(path: str, form: Form, scale: float, header: Header, starts: Mapping[str, int]) -> _Place:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from lorarep_runtime.adapters.compile import holds_copy
 from lorarep_runtime.adapters.disk import DiskBudget, DiskLoad
-from lorarep_runtime.adapters.header import Header, base_copies, layout_of
-from lorarep_runtime.adapters.look import AdapterLook, Expected, fitting_header, naming_bases, other_base
+from lorarep_runtime.adapters.ends import MAX_FOREIGN_TOKENS, MAX_NEW_TOKENS
+from lorarep_runtime.adapters.header import Expected, Header, layout_of, tensor_name
+from lorarep_runtime.adapters.look import AdapterLook, fitting_header, naming_bases, other_base
 from lorarep_runtime.adapters.maker import AdapterMaker, Source
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.adapters.weights_file import WeightsFile
@@ -26,7 +27,7 @@ from lorarep_runtime.hub.bounds import Bounds
 from lorarep_runtime.hub.files import TEMPLATE_FILES, TOKENIZER_FILES, file_digest
 from lorarep_runtime.hub.snapshot import Snapshot, fetch, repository_of
 from lorarep_runtime.model.base import Base
-from lorarep_runtime.model.compiled_adapter import Adapter, Layout
+from lorarep_runtime.model.compiled_adapter import Adapter, Layout, vocabulary_of
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
@@ -118,21 +119,32 @@ class AdapterFiles:
             progress("check", 0, 0)
         weights = WeightsFile.at(snapshot.folder / WEIGHTS_FILE)
         expected = self._expected(snapshot.folder, stack, trusted)
-        header = fitting_header(weights.path, expected, self.base.prefix, self.base.repository)
-        config, walked, layout = expected
-        self._check_copies(weights, header, layout)
+        header, layout = fitting_header(weights.path, expected, self.base.prefix, self.base.repository)
+        layout = self._with_own_rows(weights, header, layout)
+        config, walked = expected.config, expected.stack
         self._tell(snapshot, config)
         return CheckedFiles(snapshot, weights, config, header, layout, walked, self._hashing.submit(_digest, weights))
 
-    def _check_copies(self, weights: WeightsFile, header: Header, layout: Layout) -> None:
-        """Checks that what a file has of the base is the base's."""
-        for name, path in base_copies(layout, header).items():
-            if not holds_copy(weights, header, name, self.base.end_weight(path)):
+    def _with_own_rows(self, weights: WeightsFile, header: Header, layout: Layout) -> Layout:
+        """A layout with those rows of whole heads and embeddings that are not in the file as the base has them.
+
+        Raises:
+            FailedPrecondition: there are others in the place of the base's, and DoRA's norms would have to be theirs.
+        """
+        found = dict(layout)
+        for (position, path), form in layout.items():
+            if position >= 0 or not isinstance(form.rows, range):
+                continue
+            own, name = self.base.end_weight(position)[: form.tokens], tensor_name(path, "weight")
+            same = holds_copy(weights, header, name, own)
+            found[position, path] = form._replace(rows=range(len(own) if same else 0, form.tokens))
+            if same and form.tokens == self.base.vocab_size:
+                del found[position, path]
+            elif not same and any(p == position and other.has_c for (p, _), other in layout.items()):
                 raise FailedPrecondition(
-                    "is another than the base's, which all adapters share: merge the adapter and serve the merged "
-                    "model as a base",
-                    field=name,
+                    "is another than the base's, over which DoRA's norms are: train with use_dora=False", field=name
                 )
+        return found
 
     def _tell(self, snapshot: Snapshot, config: AdapterConfig) -> None:
         """Logs what an adapter's config says about its training that is not as the server has it."""
@@ -202,12 +214,17 @@ class AdapterFiles:
         tokenizer = TOKENIZER_BYTES + TOKEN_BYTES * self.base.vocab_size
         return Bounds(MAX_CONFIG_BYTES, tokenizer, look.most_file_bytes, make_room, self._limits.allow_repositories)
 
+    def vocab_size(self, layout: Layout) -> int:
+        """Number of tokens of the vocabulary of an adapter with a layout."""
+        own = vocabulary_of(layout)
+        return self.base.vocab_size if own is None else own
+
     def compile(self, checked: CheckedFiles, progress: Progress | None) -> Adapter:
         """Compiles checked files onto the base's device. Raises as `compile_adapter`."""
         source = Source(checked.weights, checked.config, checked.header, checked.layout, checked.stack)
         return self.maker.compile(source, progress)
 
-    def tokenizer(self, folder: Path, *, trusted: bool) -> Tokenizer:
+    def tokenizer(self, folder: Path, rows: int, *, trusted: bool) -> Tokenizer:
         """The tokenizer of an adapter's requests.
 
         It is the adapter's own, if the folder has any file of one; else the base's, with the adapter's chat template if
@@ -215,6 +232,7 @@ class AdapterFiles:
 
         Args:
             folder: holds the adapter's files.
+            rows: tokens of the adapter's vocabulary.
             trusted: as for `AdapterRegistry.load`.
 
         Raises:
@@ -222,7 +240,7 @@ class AdapterFiles:
         """
         template = folder / TEMPLATE_FILE
         if any(any(folder.glob(name)) for name in TOKENIZER_FILES if name not in TEMPLATE_FILES):
-            return self.base.tokenizer.adapters_own(folder, self.base.vocab_size, trusted=trusted)
+            return self.base.tokenizer.adapters_own(folder, rows, trusted=trusted)
         if template.exists():
             try:
                 text = template.read_text(encoding="utf-8")
@@ -241,10 +259,23 @@ class AdapterFiles:
         """What the config in a folder says: itself, the stack that it is for, and the entries of its weights."""
         family = self.base.config.model_type
         config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), self._limits, family)
+        self._check_invocation(config.alora_invocation_tokens)
         with naming_bases(config, self.base.repository):
             walked = self._walked(config, stack, trusted=trusted)
             modules, parameters = self.base.layer_modules, self.base.layer_parameters
-            return config, walked, layout_of(config, walked, modules, parameters, self.base.prefix, self.base.ends)
+            layout = layout_of(config, walked, modules, parameters, self.base.prefix, self.base.ends)
+            more = MAX_NEW_TOKENS if trusted else MAX_FOREIGN_TOKENS
+            return Expected(config, walked, layout, self.base.ends, more)
+
+    def _check_invocation(self, tokens: tuple[int, ...]) -> None:
+        """Checks that sequences can have the tokens from which on an aLoRA computes. Raises FailedPrecondition."""
+        if not tokens:
+            return
+        field = "alora_invocation_tokens"
+        if not self.base.is_general:
+            raise FailedPrecondition("aLoRA is served on a CPU alone, by one process", field=field)
+        if max(tokens) >= self.base.vocab_size:
+            raise FailedPrecondition(f"{max(tokens)} is none of the base's {self.base.vocab_size} tokens", field=field)
 
     def _walked(self, config: AdapterConfig, name: str | None, *, trusted: bool) -> Stack:
         """The stack that an adapter is for: its own, or the named one, which may not contradict its config."""

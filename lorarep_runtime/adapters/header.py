@@ -15,15 +15,14 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorarep_runtime.adapters.peft_config import AdapterConfig
+from lorarep_runtime.adapters.ends import MAX_NEW_TOKENS, UNREAD_WEIGHTS, EndEntries
+from lorarep_runtime.adapters.peft_config import FILE_PREFIX, AdapterConfig
 from lorarep_runtime.device.gil import give_way, giving_way
 from lorarep_runtime.errors import DataLoss, FailedPrecondition
-from lorarep_runtime.model.compiled_adapter import EMBEDDING, Ends, Key, Layout
-from lorarep_runtime.model.form import Form, ParameterShape
+from lorarep_runtime.model.compiled_adapter import Key, Layout, vocabulary_of
+from lorarep_runtime.model.form import Ends, Form, ParameterShape
 from lorarep_runtime.model.stack import Stack
 
-FILE_PREFIX = "base_model.model."
-"""PEFT puts it before the path of each module."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of weights, by their names in safetensors files."""
 
@@ -54,33 +53,56 @@ Header = Mapping[str, TensorInfo]
 """All tensors of a file by name, in the order in which they lie there without gaps."""
 
 
-def checked_header(file: Path, config: AdapterConfig, layout: Layout, prefix: str) -> Header:
-    """The tensors of an adapter's weights file: those of its layout, and none else that matters at inference.
+class Expected(NamedTuple):
+    """What an adapter's config says of its file."""
+
+    config: AdapterConfig
+    stack: Stack
+    """The stack that the weights are for."""
+    layout: Layout
+    """The entries, as the config alone promises them."""
+    ends: Ends
+    """The base's head and embedding, as far as they may be adapted."""
+    most_new_tokens: int = MAX_NEW_TOKENS
+    """By which the vocabulary may be larger than the base's."""
+
+
+def checked_header(file: Path, expected: Expected, prefix: str) -> tuple[Header, Layout]:
+    """The tensors of an adapter's weights file, and the entries that they are: none else that matters at inference.
 
     Args:
         file: in the safetensors format.
-        config, layout, prefix: as `layout_of` takes and returns them.
+        prefix: path of the list of layers, such as "model.layers".
 
     Raises:
         DataLoss: as `read_header`.
         FailedPrecondition: as `read_header`, or naming a tensor that is missing, surplus, of another shape or of a
             dtype that is no float.
     """
-    header = read_header(file, most_header_bytes(config, layout, prefix))
-    expected = dict(giving_way(expected_tensors(layout, prefix)))
-    if not header.keys() >= expected.keys():
+    config = expected.config
+    header = read_header(file, most_header_bytes(config, expected.layout, prefix))
+    if not header.keys() >= dict(giving_way(expected_tensors(expected.layout, prefix))).keys():
         header = _renamed(header, prefix)
-    unknown = header.keys() - expected.keys() - base_copies(layout, header).keys()
-    if surplus := {name for name in giving_way(unknown) if not _is_unused(name, header[name], config, prefix)}:
+    shapes = {name.removeprefix(FILE_PREFIX): info.shape for name, info in giving_way(header.items())}
+    ends = EndEntries(config, expected.ends, shapes)
+    layout = {key: form for key, form in giving_way(expected.layout.items()) if key[0] >= 0}
+    layout |= ends.entries(expected.most_new_tokens)
+    tensors = dict(giving_way(expected_tensors(layout, prefix)))
+    unknown = header.keys() - tensors.keys()
+    if surplus := {
+        name
+        for name in giving_way(unknown)
+        if not _is_unused(name, header[name], config, prefix) and not ends.is_unread(name.removeprefix(FILE_PREFIX))
+    }:
         raise FailedPrecondition(_why_surplus(min(surplus), prefix, config), field=min(surplus))
-    for name, shape in giving_way(expected.items()):
+    for name, shape in giving_way(tensors.items()):
         if name not in header:
             raise FailedPrecondition("is missing in the file", field=name)
         if header[name].shape != shape:
             raise FailedPrecondition(f"has the shape {header[name].shape}, the config says {shape}", field=name)
         if header[name].dtype not in DTYPES:
             raise FailedPrecondition(f"is of type {header[name].dtype}; {', '.join(DTYPES)} are supported", field=name)
-    return header
+    return header, layout
 
 
 def read_header(file: Path, most_bytes: int) -> Header:
@@ -163,11 +185,18 @@ def most_header_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int
     return most + sum(3 * (len(tensor_name(path, "lora_A")) + ENTRY_BYTES) for path in pruned)
 
 
-def most_file_bytes(config: AdapterConfig, layout: Layout, prefix: str) -> int:
-    """Most bytes of a weights file with a layout: in the widest dtype."""
+def most_file_bytes(expected: Expected, layout: Layout, prefix: str) -> int:
+    """Most bytes of a weights file with a layout: in the widest dtype.
+
+    Args:
+        layout: as the config promises it, or as `checked_header` gave it for the file.
+    """
+    config = expected.config
     widest = max(dtype.itemsize for dtype in DTYPES.values())
     numbers = sum(math.prod(shape) for _, shape in giving_way(expected_tensors(layout, prefix)))
-    numbers += sum(math.prod(form.shape) for (position, _), form in giving_way(layout.items()) if position < 0)
+    tokens = vocabulary_of(layout)
+    # What of the base's PEFT saves beside that.
+    numbers += sum(UNREAD_WEIGHTS * tokens * end.hidden for _, end in expected.ends if tokens is not None)
     if config.has_training_tensors:
         numbers += sum(f.rank * (f.rank + 1) + f.shape[1] + TRAINING_NUMBERS for f in giving_way(layout.values()))
     return 8 + most_header_bytes(config, layout, prefix) + numbers * widest
@@ -208,17 +237,6 @@ def _header(start: _Start) -> Header:
     return header
 
 
-def base_copies(layout: Layout, header: Header) -> Mapping[str, str]:
-    """Tensors of a file that PEFT saves of an adapted head or embedding: the base's own weights, by their paths."""
-    found = {}
-    for (position, path), form in giving_way(layout.items()):
-        info = header.get(tensor_name(path, "base_layer.weight")) if position < 0 else None
-        shape = form.shape[::-1] if form.is_embedding else form.shape
-        if info is not None and not form.is_copy and info.shape == shape and info.dtype in DTYPES:
-            found[tensor_name(path, "base_layer.weight")] = path
-    return found
-
-
 def layout_of(
     config: AdapterConfig,
     stack: Stack,
@@ -238,7 +256,7 @@ def layout_of(
         ends: the model's head and embedding, as far as they may be adapted.
 
     Raises:
-        FailedPrecondition: the config targets no module or no parameter, or saves a module that is no end.
+        FailedPrecondition: the config targets no module or no parameter, or as `EndEntries`.
         InvalidArgument: a pattern of the config cannot be matched.
     """
     layout: dict[Key, Form] = {}
@@ -258,10 +276,7 @@ def layout_of(
                 "instead, or merge the adapter and serve the merged model as a base",
                 field="target_parameters",
             )
-    for position, (path, shape) in ends.items():
-        if (end := config.end_form(path, shape, is_embedding=position == EMBEDDING)) is not None:
-            layout[position, path] = end
-    config.check_saved([path for path, _ in ends.values()], any(position < 0 for position, _ in layout))
+    layout |= EndEntries(config, ends, {}).entries(0)
     if not layout:
         raise FailedPrecondition("match no linear layer of the decoder", field="target_modules")
     return layout

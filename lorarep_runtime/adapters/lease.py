@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.residency import Hold
@@ -13,6 +13,9 @@ from lorarep_runtime.model.compiled_adapter import Adapter
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.text.tokenizer import Tokenizer
 
+NEVER = 1 << 62
+"""An index beyond any sequence's tokens."""
+
 
 class Lease:
     """A request's hold on the adapter that it computes with, and its stack and tokenizer.
@@ -22,32 +25,48 @@ class Lease:
     Args:
         stack: the layers that the request walks.
         tokenizer: the adapters' own, or the base's.
+        vocab_size: number of tokens of the adapter's own vocabulary, or of the base's.
         names: the adapters, as requested.
         adapters: the revisions behind the names, in the same order.
         contents: what the adapters compute, in the same order: `Revision.content` and the weight of each.
         hold: the hold on the revision or mix, which the lease takes over; None is the stack without adapters.
+        invocation: tokens from whose last place on the adapter computes (aLoRA, Greenewald et al., 2025); the base does
+            before, or everywhere if they are nowhere. Empty is from the first token on.
     """
 
     def __init__(
         self,
         stack: Stack,
         tokenizer: Tokenizer,
+        vocab_size: int,
         names: tuple[str, ...] = (),
         adapters: tuple[AdapterInfo, ...] = (),
         contents: tuple[tuple[str, float], ...] = (),
         hold: Hold[Resident] | None = None,
+        invocation: tuple[int, ...] = (),
     ) -> None:
         self.stack = stack
         self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
         self.names = names
         self.adapters = adapters
         self.contents = contents
+        self._invocation = invocation
         self._hold = hold
 
     @property
     def adapter(self) -> Adapter | None:
         """The adapter on the device, or None for the stack without adapters. Only after a claim that was READY."""
         return None if self._hold is None else self._hold.adapter
+
+    def first_adapted(self, prompt: Sequence[int]) -> int:
+        """Index of the first token that the adapter computes, of a prompt and its answer; `NEVER` is none."""
+        if not self._invocation:
+            return 0
+        # As texts, backwards: `str.find` takes linear time for any of them, and `str.rfind` does not.
+        text, call = ("".join(map(chr, reversed(tokens))) for tokens in (prompt, self._invocation))
+        behind = text.find(call)
+        return NEVER if behind < 0 else len(text) - len(call) - behind
 
     @property
     def has_claim(self) -> bool:

@@ -6,14 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorarep_runtime.adapters.header import Header, checked_header, most_file_bytes, most_header_bytes
+from lorarep_runtime.adapters.header import Expected, Header, checked_header, most_file_bytes, most_header_bytes
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, shown
 from lorarep_runtime.model.compiled_adapter import Layout
-from lorarep_runtime.model.stack import Stack
-
-Expected = tuple[AdapterConfig, Stack, Layout]
-"""A config, the stack that it is for, and the entries that it promises."""
 
 
 class AdapterLook:
@@ -30,6 +26,8 @@ class AdapterLook:
         self._prefix = prefix
         self._base = base
         self._found: Expected | None = None
+        self._layout: Layout | None = None
+        """The entries that the header has, once it has been seen."""
 
     def expected(self, folder: Path) -> Expected:
         """What the config in a folder says, found once. Raises as `expected` does."""
@@ -38,21 +36,24 @@ class AdapterLook:
         return self._found
 
     def config(self, folder: Path) -> int:
-        config, _, layout = self.expected(folder)
-        return most_header_bytes(config, layout, self._prefix)
+        found = self.expected(folder)
+        return most_header_bytes(found.config, found.layout, self._prefix)
 
     def most_file_bytes(self, folder: Path) -> int:
-        """Most bytes of the weights, by the config in a folder. Raises as `expected` does."""
-        config, _, layout = self.expected(folder)
-        return most_file_bytes(config, layout, self._prefix)
+        """Most bytes of the weights, by the config in a folder and the header, if that has been seen.
+
+        Raises as `expected` does.
+        """
+        found = self.expected(folder)
+        return most_file_bytes(found, found.layout if self._layout is None else self._layout, self._prefix)
 
     def header(self, file: Path) -> None:
         assert self._found is not None
-        fitting_header(file, self._found, self._prefix, self._base)
+        _, self._layout = fitting_header(file, self._found, self._prefix, self._base)
 
 
-def fitting_header(file: Path, expected: Expected, prefix: str, base: str) -> Header:
-    """The header of a weights file that is what a config promises.
+def fitting_header(file: Path, expected: Expected, prefix: str, base: str) -> tuple[Header, Layout]:
+    """The header of a weights file that is what a config promises, and its entries.
 
     Args:
         prefix, base: as for `AdapterLook`.
@@ -60,9 +61,8 @@ def fitting_header(file: Path, expected: Expected, prefix: str, base: str) -> He
     Raises:
         LorarepError: as `checked_header`.
     """
-    config, _, layout = expected
-    with naming_bases(config, base):
-        return checked_header(file, config, layout, prefix)
+    with naming_bases(expected.config, base):
+        return checked_header(file, expected, prefix)
 
 
 @contextmanager

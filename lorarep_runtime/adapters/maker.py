@@ -54,7 +54,6 @@ class AdapterMaker:
             prefix=self.base.prefix,
             modules=tuple(self.base.modules),
             norm_terms=self.base.norm_terms,
-            end_weight=self.base.end_weight,
             dtype=self.base.dtype,
             device=self.base.device,
             sharing=sharing,

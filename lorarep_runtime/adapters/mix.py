@@ -8,6 +8,7 @@ from lorarep_runtime.adapters.maker import AdapterMaker
 from lorarep_runtime.adapters.residency import Hold, Residency
 from lorarep_runtime.adapters.resident import Resident
 from lorarep_runtime.adapters.revision import Revision
+from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model.compiled_adapter import Adapter
 from lorarep_runtime.progress import Progress
 
@@ -72,9 +73,17 @@ class Mixes:
         self._mixes: dict[MixKey, Mix] = {}
 
     def hold_combined(self, key: MixKey) -> Hold[Resident]:
-        """A hold on the adapter of a key, if it is a single one of weight 1, else on the mix of all its adapters."""
+        """A hold on the adapter of a key, if it is a single one of weight 1, else on the mix of all its adapters.
+
+        Raises:
+            FailedPrecondition: one of several has another vocabulary than the base, or is an aLoRA.
+        """
+        is_single = len(key) == 1 and key[0][1] == 1
+        if not is_single and any(part.vocab_size != self._maker.base.vocab_size for part, _ in key):
+            raise FailedPrecondition("one has a vocabulary of its own, which is not mixed", field="adapters")
+        if not is_single and any(part.invocation for part, _ in key):
+            raise FailedPrecondition("one is an aLoRA, which is not mixed", field="adapters")
         with self._residency.changed:
-            is_single = len(key) == 1 and key[0][1] == 1
             whole = key[0][0] if is_single else self._mixes.get(key) or Mix(key, self._maker)
             hold: Hold[Resident] = self._residency.hold(whole)
             # A part may have lost its name since it was held: then no other request can ask for this mix.

@@ -34,10 +34,10 @@ def mix_adapters(parts: Sequence[tuple[Adapter, float]], modules: Sequence[str])
         modules: all linear modules of a layer, in the order of their numbers in entry tables.
 
     Raises:
-        FailedPrecondition: one has a whole head or embedding in place of the base's.
+        FailedPrecondition: one has rows of the head or the embedding in place of the base's.
         InvalidArgument: a weight is so large that the result is infinite or NaN.
     """
-    if any(block.form.is_copy for adapter, _ in parts for block in adapter.blocks):
+    if any(block.form.rows is not None for adapter, _ in parts for block in adapter.blocks):
         raise FailedPrecondition("one has a head or an embedding of its own, which are not mixed", field="adapters")
     sources: dict[Key, list[tuple[Entry, float]]] = defaultdict(list)
     experts: dict[Key, int] = {}

@@ -23,16 +23,21 @@ from lorarep_runtime.adapters.peft_values import (
     number,
     ranges,
     strings,
+    token_lists,
 )
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, shown
 from lorarep_runtime.model.form import Form, ParameterShape
 from lorarep_runtime.model.stack import Stack, stack_from_ranges
 
+FILE_PREFIX = "base_model.model."
+"""PEFT puts it before the path of each module in its weights files."""
 MAX_NAME = 256
 
 ALL_LINEAR = "all-linear"
 """The value of `target_modules` that stands for every linear module."""
+TIED_NAMES = ("embed_tokens", "lm_head")
+"""Names of heads and embeddings that PEFT ties."""
 ADALORA_EPSILON = 1e-5
 """PEFT adds it to the rank that it divides by."""
 MATCHING_SECONDS = 10.0
@@ -72,6 +77,11 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     """Ends of the paths of modules that the file has whole, in place of the base's."""
     ensure_weight_tying: bool
+    """Whether head and embedding, where the base has one weight for both, are adapted alike."""
+    trainable_token_indices: Mapping[str, tuple[int, ...]]
+    """Tokens whose rows the file has, in place of the base's, by the end of a module's path; "" is the embedding."""
+    alora_invocation_tokens: tuple[int, ...]
+    """aLoRA's: it adapts a sequence from the last place on at which these tokens are. Empty is the whole sequence."""
     has_training_tensors: bool
     """Whether its file may have tensors that only training reads."""
     layer_replication: tuple[tuple[int, int], ...] | None
@@ -131,6 +141,10 @@ class AdapterConfig:
             base_model_name_or_path=trained_on if isinstance(trained_on, str) and trained_on else None,
             modules_to_save=strings("modules_to_save", raw.get("modules_to_save")),
             ensure_weight_tying=raw.get("ensure_weight_tying") is True,
+            trainable_token_indices=token_lists("trainable_token_indices", raw.get("trainable_token_indices")),
+            alora_invocation_tokens=token_lists(
+                "alora_invocation_tokens", raw.get("alora_invocation_tokens"), are_distinct=False
+            ).get("", ()),
             has_training_tensors=any(raw.get(field) is not None for field in ("velora_config", "monteclora_config")),
             layer_replication=ranges(raw.get("layer_replication"), limits.max_positions),
             max_positions=limits.max_positions,
@@ -162,7 +176,7 @@ class AdapterConfig:
         found = converted(given, old, self.r, self.lora_alpha)
         if found == given:
             return self
-        for field in ("use_dora", "lora_bias", "use_bdlora"):
+        for field in ("use_dora", "lora_bias", "use_bdlora", "alora_invocation_tokens"):
             if getattr(self, field):
                 raise FailedPrecondition("is not supported for the modules of experts or routers", field=field)
         return replace(
@@ -242,53 +256,16 @@ class AdapterConfig:
             for path in targeted
         }
 
-    def end_form(self, path: str, shape: tuple[int, int], *, is_embedding: bool) -> Form | None:
-        """The entry of the model's head or embedding, if it has one.
-
-        Args:
-            path: of the module.
-            shape: (out, in).
-
-        Raises:
-            FailedPrecondition: an embedding is adapted by more than LoRA.
-        """
-        if any(path.endswith(name) for name in self.modules_to_save):
-            rank = shape[0] if is_embedding else shape[1]
-            return Form(rank, shape, has_c=False, has_bias=False, is_embedding=is_embedding, is_copy=True)
+    def targets_end(self, path: str) -> bool:
+        """Whether the model's head or embedding at a path is adapted. Raises as `targets`."""
         names = self.target_modules
-        if (isinstance(names, str) and names.lower() == ALL_LINEAR) or not self.targets(path):
-            return None
-        form = self.form(path, shape)
-        if not is_embedding:
-            return form
-        if form != Form(form.rank, shape, has_c=False, has_bias=False):
-            raise FailedPrecondition(
-                f"name the embedding {path}, which is adapted by LoRA alone", field="target_modules"
-            )
-        return form._replace(is_embedding=True)
+        return not (isinstance(names, str) and names.lower() == ALL_LINEAR) and self.targets(path)
 
-    def check_saved(self, ends: Sequence[str], has_end: bool) -> None:
-        """Checks that modules which the file has whole are ends of the model, and are not tied to each other.
-
-        Args:
-            ends: paths of the head and the embedding, as far as they may be adapted.
-            has_end: whether the adapter has anything for one.
-
-        Raises:
-            FailedPrecondition: naming the field.
-        """
-        for name in self.modules_to_save:
-            if not any(path.endswith(name) for path in ends):
-                raise FailedPrecondition(
-                    f"{shown(name)} is neither head nor embedding of a base on a CPU: train without it, or merge the "
-                    "adapter and serve the merged model as a base",
-                    field="modules_to_save",
-                )
-        if has_end and self.ensure_weight_tying:
-            raise FailedPrecondition(
-                "ties what a file has for head and embedding: merge the adapter, and serve the merged model as a base",
-                field="ensure_weight_tying",
-            )
+    def ties(self, names: str | tuple[str, ...]) -> bool:
+        """Whether an expression or names of modules are for a head or an embedding that PEFT knows and can tie."""
+        if isinstance(names, str):
+            return any(self._names("target_modules", names, end) for end in TIED_NAMES)
+        return any(name.rpartition(".")[2] in TIED_NAMES for name in names)
 
     def form(self, path: str, shape: tuple[int, int]) -> Form:
         """The entry of the linear module at a path.

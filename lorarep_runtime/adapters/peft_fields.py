@@ -16,6 +16,7 @@ LORA, ADALORA = "LORA", "ADALORA"
 TASK = "CAUSAL_LM"
 
 CONSUMED = {
+    "alora_invocation_tokens",
     "alpha_pattern",
     "bias",
     "ensure_weight_tying",
@@ -34,6 +35,7 @@ CONSUMED = {
     "target_modules",
     "target_parameters",
     "task_type",
+    "trainable_token_indices",
     "use_bdlora",
     "use_dora",
     "use_rslora",
@@ -69,11 +71,9 @@ NO_EFFECT = {
 }
 """Fields that matter for training alone, or that detail a feature which another field turns on."""
 REFUSED = {
-    "alora_invocation_tokens": "train it without them, or serve it with a server that knows aLoRA",
     "arrow_config": "Arrow chooses among other adapters for each token: serve those by their names, or as a mix",
     "kasa_config": "KaSA changes the base's own weights: merge the adapter, and serve the merged model as a base",
     "megatron_config": "its layers are Megatron's: convert the adapter to the modules of transformers",
-    "trainable_token_indices": "merge the adapter, and serve the merged model as a base",
     "use_qalora": "QALoRA pools its inputs in groups: merge the adapter, and serve the merged model as a base",
 }
 """Fields that are refused once they are set, and the way out."""
@@ -83,7 +83,7 @@ CHANGED_BASES = ("pissa", "olora", "corda")
 """What values of `init_lora_weights` begin with that change the base before training."""
 BIASES = ("none", "all", "lora_only")
 """Values of `bias`. A base without biases has none to train, and a file with any is refused by their names."""
-VARIANTS = ("use_dora", "use_bdlora", "velora_config", "monteclora_config")
+VARIANTS = ("use_dora", "use_bdlora", "velora_config", "monteclora_config", "alora_invocation_tokens")
 """Fields of which PEFT takes one at most."""
 
 
@@ -148,12 +148,11 @@ def _check_init(init: object) -> None:
 def _check_variants(raw: Mapping[str, Any]) -> None:
     """Refuses what PEFT refuses: two variants of LoRA at once, or one that AdaLoRA or parameters do not know."""
     init = raw.get("init_lora_weights", True)
-    on = [field for field in VARIANTS if raw.get(field) not in (None, False)]
+    on = [field for field in VARIANTS if raw.get(field) not in (None, False, [])]
     if raw["peft_type"] == ADALORA:
-        if raw.get("use_dora"):
-            raise InvalidArgument(f"does not go with {ADALORA}", field="use_dora")
-        if raw.get("target_parameters"):
-            raise InvalidArgument(f"does not go with {ADALORA}", field="target_parameters")
+        for field in ("use_dora", "target_parameters", "alora_invocation_tokens"):
+            if raw.get(field):
+                raise InvalidArgument(f"does not go with {ADALORA}", field=field)
         return  # it ignores the others
     if init == "mica":
         on.append("init_lora_weights")

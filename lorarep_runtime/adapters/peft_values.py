@@ -15,7 +15,9 @@ _ANOTHERS = re.compile(r"\{(?!\d*,?\d*\})|\[:\^?\w+:\]")
 """What means something to `regex`, which matches here, and only its own characters to `re`, which PEFT uses: errors
 that are allowed, such as "{e<=1}", and POSIX classes. No path of a module has any of these characters."""
 MAX_PATTERNS = 8192
-"""Most names or patterns in one field."""
+"""Most names, patterns or tokens in one field."""
+MAX_TOKEN = 1 << 31
+"""Largest id of a token."""
 MAX_REPEATED = 100_000
 """Most characters that the repeats of one field's patterns add when they are written out. `regex` writes them out to
 compile a pattern, so that a few nested repeats could take all memory."""
@@ -49,6 +51,20 @@ def mapping(field: str, value: Any) -> Mapping[str, Any]:
         raise InvalidArgument(f"{shown(value)} is not an object", field=field)
     check_count(field, value or {})
     return value or {}
+
+
+def token_lists(field: str, value: Any, *, are_distinct: bool = True) -> Mapping[str, tuple[int, ...]]:
+    """Lists of token ids by names of modules; a list alone has the name ""."""
+    lists = mapping(field, {"": value} if isinstance(value, list) else value)
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tokens in lists.items():
+        if not isinstance(tokens, list):
+            raise InvalidArgument(f"{shown(tokens)} is not a list of token ids", field=field)
+        check_count(field, tokens)
+        found[name] = tuple(integer(field, token, 0, MAX_TOKEN) for token in tokens)
+        if are_distinct and len(set(tokens)) < len(tokens):
+            raise InvalidArgument("has a token twice", field=field)
+    return {name: tokens for name, tokens in found.items() if tokens}
 
 
 def check_count(field: str, items: Sequence[Any] | Mapping[str, Any]) -> None:

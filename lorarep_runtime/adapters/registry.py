@@ -311,7 +311,7 @@ class AdapterRegistry:
         names = tuple(name for name, _ in adapters)
         with self._held_parts(adapters, stack, progress) as (walked, parts):
             if not parts:
-                return Lease(walked, self._base.tokenizer)
+                return Lease(walked, self._base.tokenizer, self._base.vocab_size)
             tokenizer, infos = parts[0].tokenizer(), tuple(part.info() for part in parts)
             key = tuple((part, weight) for part, (_, weight) in zip(parts, adapters, strict=True))
             contents = tuple((part.content, weight) for part, weight in key)
@@ -321,7 +321,9 @@ class AdapterRegistry:
             except BaseException:
                 hold.release()
                 raise
-            return Lease(walked, tokenizer, names, infos, contents, hold)
+            # Mixes have the base's vocabulary.
+            vocab_size = parts[0].vocab_size if len(parts) == 1 else self._base.vocab_size
+            return Lease(walked, tokenizer, vocab_size, names, infos, contents, hold, parts[0].invocation)
 
     def tokenizer(self, adapters: Sequence[tuple[str, float]], progress: Progress | None = None) -> Tokenizer:
         """The tokenizer of requests with these adapters. No weights are brought to the device for it.

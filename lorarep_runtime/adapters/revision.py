@@ -75,7 +75,11 @@ class Revision(Resident):
         self._digest = checked.digest
         self._fingerprint = checked.config.fingerprint
         self._trusted = trusted
-        self._tokenizer: Tokenizer | None = files.tokenizer(checked.snapshot.folder, trusted=trusted)
+        self.vocab_size = files.vocab_size(checked.layout)
+        """Number of tokens of its vocabulary."""
+        self.invocation = checked.config.alora_invocation_tokens
+        """Tokens from which on it adapts a sequence, as for `Lease`."""
+        self._tokenizer: Tokenizer | None = files.tokenizer(checked.snapshot.folder, self.vocab_size, trusted=trusted)
 
     @property
     def label(self) -> str:
@@ -116,7 +120,7 @@ class Revision(Resident):
         tokenizer = self._tokenizer
         if tokenizer is None:
             folder = self._files.fetch(*self._source, trusted=True).folder
-            tokenizer = self._tokenizer = self._files.tokenizer(folder, trusted=self._trusted)
+            tokenizer = self._tokenizer = self._files.tokenizer(folder, self.vocab_size, trusted=self._trusted)
         return tokenizer
 
     def info(self) -> AdapterInfo:

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 
 from torch import Tensor
 
+from lorarep_runtime.adapters.ends import MAX_NEW_TOKENS
 from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.adapters.maker import AdapterMaker
 from lorarep_runtime.adapters.rank_makers import LeadingMaker
@@ -163,8 +164,8 @@ class Engine:
         )
 
     def check(self, request: Request) -> None:
-        """Refuses what `submit` would refuse on any stack. Raises as `submit`, with the field's name."""
-        validate(request, self.base.vocab_size)
+        """Refuses what `submit` would refuse with any adapters. Raises as `submit`, with the field's name."""
+        validate(request, self.base.vocab_size + (MAX_NEW_TOKENS if self.base.ends.embedding is not None else 0))
         self._check_scoring(request)
         validate_length(request, 1, max_tokens=self.max_tokens, total_pages=self.pool.total)
 
@@ -188,21 +189,23 @@ class Engine:
             max_tokens=self.max_tokens,
             total_pages=self.pool.total,
         )
-        validate(request, self.base.vocab_size)
+        validate(request, lease.vocab_size)
         self._check_scoring(request)
         ends = self.base.tokenizer.eos_ids | lease.tokenizer.eos_ids  # configs may name any number
+        first_adapted = lease.first_adapted(request.prompt)
         sequence = Sequence(
             id=next(self._ids),
             request=request,
             lease=lease,
-            sampler=SamplerState(request, frozenset(t for t in ends if 0 <= t < self.base.vocab_size)),
+            sampler=SamplerState(request, frozenset(t for t in ends if 0 <= t < lease.vocab_size), lease.vocab_size),
             text=TextStream(
                 lease.tokenizer, request.stopping.stop, request.prompt, special_tokens=request.special_tokens
             ),
             on_event=on_event,
             table=PageTable(self.pool, depth),
             tokens=list(request.prompt),
-            keys=self._prefix_keys(request, lease),
+            keys=self._prefix_keys(request, lease, first_adapted),
+            first_adapted=first_adapted,
         )
         self._inbox.submit(sequence)
         return sequence.id
@@ -215,11 +218,11 @@ class Engine:
                 field="prompt_logprobs",
             )
 
-    def _prefix_keys(self, request: Request, lease: Lease) -> PrefixKeys | None:
+    def _prefix_keys(self, request: Request, lease: Lease, first_adapted: int) -> PrefixKeys | None:
         """The keys of a prompt's pages, hashed here and not in the step loop's thread; None without a prefix cache."""
         if not self.config.scheduler.prefix_cache:
             return None
-        keys = PrefixKeys(lease.stack, lease.contents, request.cache_salt)
+        keys = PrefixKeys(lease.stack, lease.contents, request.cache_salt, first_adapted)
         keys.extend(request.prompt)
         return keys
 

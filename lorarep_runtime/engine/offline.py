@@ -79,7 +79,7 @@ def _completion(events: Seq[Event]) -> Completion:
 
 
 def logits(base: Base, pool: PagePool, tokens: Seq[int], lease: Lease) -> Tensor:
-    """The fp32 logits (tokens, vocab) of every token of a text, computed in one pass. The lease stays the caller's.
+    """The fp32 logits (tokens, vocab) of every token of a text; aLoRA takes two passes. The lease stays the caller's.
 
     Raises:
         Exhausted: too few pages, or too little adapter memory, are free.
@@ -89,7 +89,12 @@ def logits(base: Base, pool: PagePool, tokens: Seq[int], lease: Lease) -> Tensor
     if not table.grow(len(tokens)):
         raise Exhausted(f"{table.missing(len(tokens))} pages wanted, {pool.free} free", field="kv_bytes")
     try:
-        batch = Batch([Span(tokens, 0, lease.stack, lease.adapter, table)], base.device)
-        return base.forward(batch, pool, torch.arange(len(tokens), device=base.device))
+        first = min(lease.first_adapted(tokens), len(tokens))
+        found = []
+        for begin, end, adapter in ((0, first, None), (first, len(tokens), lease.adapter)):
+            if begin < end:
+                batch = Batch([Span(tokens[begin:end], begin, lease.stack, adapter, table)], base.device)
+                found.append(base.forward(batch, pool, torch.arange(end - begin, device=base.device)))
+        return torch.cat(found)[:, : lease.vocab_size]
     finally:
         table.release()

@@ -162,7 +162,8 @@ class PrefillPass:
             sequence = self.sequences[self._batch.order[k]]
             if len(some) and sequence not in self._ended:
                 tokens = sequence.tokens[sequence.scored : sequence.scored + len(some)]
-                sequence.prompt_parts.append(score(some, tokens, sequence.request.prompt_logprobs or 0))
+                own = some[:, : sequence.sampler.vocab_size]  # adapters may have other vocabularies
+                sequence.prompt_parts.append(score(own, tokens, sequence.request.prompt_logprobs or 0))
                 sequence.scored += len(some)
 
     def drop(self, sequence: Sequence) -> None:

@@ -41,8 +41,10 @@ class SamplerState:
         InvalidArgument: no token may come.
     """
 
-    def __init__(self, request: Request, eos_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, eos_ids: frozenset[int], vocab_size: int | None = None) -> None:
         self.request = request
+        self.vocab_size = vocab_size
+        """Number of tokens that may come; None is as many as there are logits."""
         self.eos_ids = eos_ids
         """Tokens with which a model ends an answer."""
         self.stop_ids = frozenset(request.stopping.stop_token_ids)
@@ -140,6 +142,20 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     Returns:
         One token for each row.
     """
+    widest = logits.shape[1]
+    widths = [min(state.vocab_size or widest, widest) for state in states]
+    if len(set(widths)) < 2:
+        return _sample(logits[:, : min(widths, default=widest)], states)
+    # Adapters may have other vocabularies. A row is computed as wide as its own: else others would decide its rounding.
+    sampled: dict[int, Sampled] = {}
+    for width in set(widths):
+        rows = [row for row, own in enumerate(widths) if own == width]
+        sampled.update(zip(rows, _sample(logits[rows, :width], [states[row] for row in rows]), strict=True))
+    return [sampled[row] for row in range(len(states))]
+
+
+def _sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
+    """`sample` for rows of one vocabulary."""
     likeliest = logits.argmax(-1)
     choose(likeliest, logits, states)
     tokens = checked(likeliest, logits).tolist()  # waits for the device, as log-probabilities do, where asked for

@@ -147,9 +147,8 @@ class Scheduler:
         for sequence in sorted(free, key=lambda s: s.remaining > 1):
             if late and sequence.lease.stack in late:
                 continue
-            if sequence in self.running and (
-                count := self._share(sequence, sequence.remaining, budget, alone=not chosen)
-            ):
+            remaining = min(sequence.remaining, sequence.most_together(sequence.computed))
+            if sequence in self.running and (count := self._share(sequence, remaining, budget, alone=not chosen)):
                 if not self._make_room(sequence, count, schedule):
                     continue
                 budget -= self._choose(sequence, count, schedule)
@@ -170,7 +169,8 @@ class Scheduler:
             if not sequence.may_start(self.pool):  # asked in each step while it waits
                 break
             prefix = sequence.cached_prefix(self.pool)
-            remaining = sequence.remaining - PAGE_TOKENS * len(prefix)
+            found = PAGE_TOKENS * len(prefix)
+            remaining = min(sequence.remaining - found, sequence.most_together(found))
             count = self._share(sequence, remaining, budget, alone=not schedule.chosen)
             # Room for the whole prompt, or it would be preempted half-way.
             if not count or not sequence.start(prefix):
@@ -271,7 +271,8 @@ class Scheduler:
                 if other.lease.names:
                     users[other.lease.names].append(other)
             self._next_to_end = min(users.values(), key=_most_left, default=())
-        steps = len(sequence.tokens) // self._max_step_tokens + 1 + sequence.most_left
+        passes = len(sequence.tokens) // self._max_step_tokens + 1 + (sequence.first_adapted > 0)
+        steps = passes + sequence.most_left
         return steps <= _most_left([other for other in self._next_to_end if other in self.running])
 
     def _choose(self, sequence: Sequence, count: int, schedule: Schedule) -> int:

@@ -32,6 +32,8 @@ class Sequence:
     """Token ids of prompt and answer."""
     keys: PrefixKeys | None = None
     """By which its full pages are found again; None where nobody shall find them."""
+    first_adapted: int = 0
+    """Index of the first token that the adapter computes; the base computes those before."""
     computed: int = 0
     """Number of tokens whose keys and values are in the cache."""
     submitted_at: float = field(default_factory=time.monotonic)
@@ -91,13 +93,18 @@ class Sequence:
         parts, self.prompt_parts = self.prompt_parts, []
         return PromptLogprobs.joined(parts) if parts else None
 
+    def most_together(self, computed: int) -> int:
+        """Most tokens that one pass may compute after some have been: the base does those before the adapter's."""
+        before = self.first_adapted - computed
+        return before if before > 0 else len(self.tokens)
+
     def span(self, count: int) -> Span:
-        """The next `count` tokens, as a batch takes them."""
+        """The next `count` tokens, as a batch takes them: up to `most_together`."""
         return Span(
             self.tokens[self.computed : self.computed + count],
             self.computed,
             self.lease.stack,
-            self.lease.adapter,
+            self.lease.adapter if self.computed >= self.first_adapted else None,
             self.table,
         )
 

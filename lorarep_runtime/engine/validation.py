@@ -22,6 +22,9 @@ MAX_SALT_CHARACTERS = 256
 def validate(request: Request, vocab_size: int) -> None:
     """Refuses a request with a field out of its range. It looks at each token, so `validate_length` comes first.
 
+    Args:
+        vocab_size: number of tokens of the base's vocabulary, or of the adapter's own.
+
     Raises:
         InvalidArgument: with the field's name.
     """
@@ -38,7 +41,7 @@ def validate(request: Request, vocab_size: int) -> None:
             raise InvalidArgument(f"{len(tokens)} tokens are over the limit of {most}", field=field)
         for token in tokens:
             if not 0 <= token < vocab_size:
-                raise InvalidArgument(f"token {token} is not one of the base's {vocab_size}", field=field)
+                raise InvalidArgument(f"token {token} is not one of the vocabulary's {vocab_size}", field=field)
     _validate_sampling(sampling)
     _validate_stopping(stopping)
     _within("logprobs", request.logprobs or 0, 0, min(MAX_LOGPROBS, vocab_size))

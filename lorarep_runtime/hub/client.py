@@ -97,15 +97,15 @@ def download(
         commit = resolve(api, repository, revision, part, cache_dir)
         files = listed(api, repository, commit, part, cache_dir)
         check_small(files, part, bounds)
-        # 2. The config, which says how large the weights may be.
+        # 2. The config and the header of the weights, which say how large these may be.
         folder = snapshot_folder(repository, commit, cache_dir)
         if configs := [file for file in files if file.path == part.config]:
             known = known_blobs(repository, cache_dir)
             snapshot(commit, [part.config], tqdm_class=_reporting_bar(None))
             check_contents(folder, configs, known)
-        check_weights(files, part, folder, bounds)
         if look is not None:
             look_at(look, api, repository, part, folder, files)
+        check_weights(files, part, folder, bounds)
         check_listed({file.path for file in files}, part, repository, bounds.allowed)  # the look's reasons go first
         # 3. All files.
         coming = (file for file in files if part.wants(file.path) and not (folder / file.path).exists())

@@ -20,9 +20,9 @@ from lorarep_runtime.errors import FailedPrecondition, first_line
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.hub.snapshot import fetch
 from lorarep_runtime.model.batch import Batch, Span
-from lorarep_runtime.model.compiled_adapter import HEAD
 from lorarep_runtime.model.cut import FIELD, cut_of
 from lorarep_runtime.model.family_check import check_family, is_compared
+from lorarep_runtime.model.form import EMBEDDING, HEAD
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.loader import find_device, load_model
 from lorarep_runtime.model.model_config import quantization_of, read_model_config, trained_tokens
@@ -30,7 +30,7 @@ from lorarep_runtime.model.packed import kernels_compiled, norm_products, row_sq
 from lorarep_runtime.model.shard import Shard
 from lorarep_runtime.model.transformers_attention import register_attention
 from lorarep_runtime.model.walked_model import WalkedModel
-from lorarep_runtime.model.weights import Weight, shared_weight
+from lorarep_runtime.model.weights import DenseWeight, Weight, shared_weight
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.text.tokenizer import Tokenizer
 
@@ -131,8 +131,8 @@ class Base(WalkedModel):
         """The terms of DoRA's norms (`kernels.eager.dora_norm`) that need the base's weights: this rank's parts.
 
         Args:
-            layers: one for each position, so the same one may come again; `HEAD` for the head.
-            module: path of a linear module in a layer, or of the head.
+            layers: one for each position, so the same one may come again; `HEAD` or `EMBEDDING` for one of these.
+            module: path of a linear module in a layer, or of the head or the embedding.
             a: fp32 (positions, ranks, in), each position's own A.
 
         Returns:
@@ -148,6 +148,8 @@ class Base(WalkedModel):
         return found
 
     def _weight(self, layer: int, module: str) -> Weight:
+        if layer == EMBEDDING:
+            return DenseWeight(self.end_weight(EMBEDDING).T)
         return shared_weight(self.model.get_submodule(module)) if layer == HEAD else self.weights[layer][module]
 
 

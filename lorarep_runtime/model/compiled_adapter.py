@@ -17,17 +17,12 @@ from lorarep_runtime.device.gil import giving_way
 from lorarep_runtime.integers import round_up
 from lorarep_runtime.kernels.entry_table import Entry, entry_table
 from lorarep_runtime.model.form import Form
+from lorarep_runtime.model.own_rows import OwnRows
 from lorarep_runtime.model.stack import Stack
 
 Key = tuple[int, str]
-"""A position in the stack, and the path of a linear module inside its layer, such as "self_attn.q_proj"."""
-
-
-HEAD, EMBEDDING = -1, -2
-"""The positions of the model's head and embedding, which are in no stack: all stacks share them. The modules of such
-entries are paths in the model."""
-Ends = Mapping[int, tuple[str, tuple[int, int]]]
-"""By `HEAD` and `EMBEDDING`, where adapters may adapt these: path and (out, in). An embedding's "in" is tokens."""
+"""A position in the stack, and the path of a linear module inside its layer, such as "self_attn.q_proj". At `HEAD` and
+`EMBEDDING` a path in the model; of rows in place of the base's, that of the file's module that has them."""
 
 
 def whole_matrices(form: Form, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -71,18 +66,6 @@ def _block_diagonal(blocks: Tensor, count: int) -> Tensor:
     return whole.flatten(-2).flatten(-3, -2)
 
 
-def copied_matrices(form: Form, copy: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) by which a weight in place of the base's differs from that.
-
-    Args:
-        form: a copy's, whose rank is the number of hidden numbers.
-        copy: fp32 (vocab, hidden).
-        base: (vocab, hidden).
-    """
-    difference, unit = copy - base.float(), torch.eye(form.rank, device=copy.device)
-    return (difference.T, unit) if form.is_embedding else (unit, difference)
-
-
 Layout = Mapping[Key, Form]
 """All entries of an adapter."""
 
@@ -102,15 +85,19 @@ class Block(NamedTuple):
 
     def entries(self, storage: Tensor) -> Entry:
         """All entries as one: views of the storage with the entries along a first dimension."""
+        a, b, *rest = self.pieces(storage)
+        c = rest.pop(0) if self.form.has_c else None
+        return Entry(a, b.mT, c, rest.pop(0) if self.form.has_bias else None)
+
+    def pieces(self, storage: Tensor) -> list[Tensor]:
+        """For each of `Form.pieces` a view of the storage (entries, *shape)."""
         views, at = [], self.start
         for shape in self.form.pieces:
             size = len(self.positions) * aligned(shape)
             rows = storage[at : at + size].view(len(self.positions), -1)
             views.append(rows[:, : math.prod(shape)].unflatten(1, shape))
             at += size
-        a, b, *rest = views
-        c = rest.pop(0) if self.form.has_c else None
-        return Entry(a, b.mT, c, rest.pop(0) if self.form.has_bias else None)
+        return views
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,19 +123,31 @@ class Adapter:
     """By which several ranks call it; each has its part of it."""
 
     @cached_property
-    def head(self) -> Entry | None:
-        """What the adapter has for the model's head."""
-        return self._end(HEAD)
+    def ends(self) -> Mapping[int, Entry | None]:
+        """By `HEAD` and `EMBEDDING`, where it has anything for them: its entry, or None beside `own_rows` alone."""
+        found: dict[int, Entry | None] = dict.fromkeys(p for b in self.blocks for p in b.positions if p < 0)
+        if found:
+            ends = [block for block in self.blocks if block.positions[0] < 0]
+            found.update((position, entry) for (position, _), entry in entries_of(self.storage, ends).items())
+        return found
+
+    def own_rows(self, position: int) -> Sequence[OwnRows]:
+        """The rows of the head's or the embedding's weight that it has itself; later ones replace earlier ones."""
+        return self._own_rows.get(position, ())
 
     @cached_property
-    def embedding(self) -> Entry | None:
-        """What the adapter has for the model's embedding."""
-        return self._end(EMBEDDING)
+    def _own_rows(self) -> Mapping[int, Sequence[OwnRows]]:
+        found: dict[int, list[OwnRows]] = defaultdict(list)
+        own = ((block, block.form.rows) for block in self.blocks if block.form.rows is not None)
+        for block, rows in sorted(own, key=lambda one: not isinstance(one[1], range)):  # single ones are the last
+            for position, weight in zip(block.positions, block.pieces(self.storage)[0], strict=True):
+                found[position].append(OwnRows(rows, weight))
+        return found
 
-    def _end(self, position: int) -> Entry | None:
-        found = (block.entries(self.storage) for block in self.blocks if position in block.positions)
-        entry = next(found, None)
-        return None if entry is None else Entry._make(None if views is None else views[0] for views in entry)
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """Number of tokens of its vocabulary; None where it has nothing for the head or the embedding."""
+        return vocabulary_of({(block.positions[0], block.module): block.form for block in self.blocks})
 
     @cached_property
     def entries(self) -> Mapping[Key, Entry]:
@@ -172,14 +171,21 @@ def storage_bytes(layout: Layout, dtype: torch.dtype) -> int:
 
 
 def largest_rank(forms: Iterable[Form]) -> int:
-    """The largest rank of an adapter's entries, copies aside."""
-    return max((form.rank for form in forms if not form.is_copy), default=0)
+    """The largest rank of an adapter's entries."""
+    return max((form.rank for form in forms), default=0)
+
+
+def vocabulary_of(layout: Layout) -> int | None:
+    """Number of tokens of an adapter's vocabulary; None where it has nothing for the head or the embedding."""
+    return next((form.tokens for (position, _), form in layout.items() if position < 0), None)
 
 
 def file_parameters(layout: Layout) -> int:
     """Numbers in the weights file of an adapter."""
-    # By form, of which few differ.
-    return sum(n * sum(math.prod(shape) for _, shape in form.tensors) for form, n in Counter(layout.values()).items())
+    # By form, of which few differ. Head and embedding may have one tensor.
+    shared = {module: form for (position, module), form in layout.items() if position < 0 and form.rows}
+    forms = Counter(form for form in layout.values() if form.rows is None) + Counter(shared.values())
+    return sum(n * sum(math.prod(shape) for _, shape in form.tensors) for form, n in forms.items())
 
 
 def blocks_of(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
@@ -194,7 +200,7 @@ def blocks_of(layout: Layout, keys: Iterable[Key]) -> Sequence[Block]:
 
 def is_finite(storage: Tensor) -> bool:
     """Whether a storage holds neither NaN nor infinity."""
-    return all(extreme.isfinite() for extreme in storage.aminmax())  # a NaN is minimum and maximum
+    return not len(storage) or all(extreme.isfinite() for extreme in storage.aminmax())  # a NaN is minimum and maximum
 
 
 def allocate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -204,9 +210,9 @@ def allocate(blocks: Sequence[Block], dtype: torch.dtype, device: torch.device) 
 
 
 def entries_of(storage: Tensor, blocks: Sequence[Block]) -> dict[Key, Entry]:
-    """All entries of blocks, as views of their storage."""
+    """All entries of blocks, as views of their storage, without the rows that an adapter has itself."""
     entries: dict[Key, Entry] = {}
-    for block in blocks:
+    for block in (block for block in blocks if block.form.rows is None):
         views = map(Entry, *(repeat(None) if t is None else t.unbind() for t in block.entries(storage)))
         entries.update(zip(((position, block.module) for position in block.positions), views, strict=True))
     return entries

@@ -12,14 +12,13 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from lorarep_runtime.config import Quantization
 from lorarep_runtime.integers import ceil_div
-from lorarep_runtime.model.compiled_adapter import Ends
+from lorarep_runtime.model.adapted_ends import ends_of
 from lorarep_runtime.model.experts import adaptable_parameters
-from lorarep_runtime.model.form import ParameterShape
+from lorarep_runtime.model.form import Ends, ParameterShape
 from lorarep_runtime.model.kv_cache import pages_of
 from lorarep_runtime.model.layer_walk import find_layers
 from lorarep_runtime.model.linear import linear_shapes, straighten
 from lorarep_runtime.model.model_config import kv_shape, model_class
-from lorarep_runtime.model.walked_model import ends_of
 
 NF4_BLOCK = 64
 """Weights that share a scale."""

@@ -3,7 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+
+HEAD, EMBEDDING = -1, -2
+"""The positions of the model's head and embedding, which are in no stack: all stacks share them. The modules of such
+entries are paths in the model."""
+
+ROWS = "trainable_tokens_delta"
+"""PEFT's name for rows of single tokens, in place of the base's."""
+
+
+class End(NamedTuple):
+    """A model's head or embedding."""
+
+    path: str
+    """In the model, such as "lm_head"."""
+    tokens: int
+    """Rows of its weight."""
+    hidden: int
+    """Columns of its weight."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A model's head and embedding, as far as adapters may adapt them."""
+
+    head: End | None = None
+    embedding: End | None = None
+    tied: bool = False
+    """Whether they have one weight."""
+
+    def __iter__(self) -> Iterator[tuple[int, End]]:
+        """The position and the module of each."""
+        for position, end in ((HEAD, self.head), (EMBEDDING, self.embedding)):
+            if end is not None:
+                yield position, end
 
 
 class ParameterShape(NamedTuple):
@@ -32,8 +67,15 @@ class Form(NamedTuple):
 
     is_embedding: bool = False
     """Whether it is of an embedding."""
-    is_copy: bool = False
-    """Whether a file has a whole weight in place of the base's. Its difference from that is what A and B are."""
+    rows: Sequence[int] | None = None
+    """Tokens whose rows of a head's or an embedding's weight an adapter has itself, in place of the base's. The entry
+    has nothing else then, and `shape` is the weight's. A range is the end of a weight that the file has whole, and what
+    is before it is the base's. A tuple is all that the file has."""
+
+    @property
+    def tokens(self) -> int:
+        """Of an entry for a head or an embedding, the tokens of the adapter's vocabulary."""
+        return self.shape[self.is_embedding]
 
     experts: int = 0
     """Experts with as many ranks each, of which the shape is one's. Their A and Bᵀ lie one below the other in memory; 0
@@ -45,8 +87,10 @@ class Form(NamedTuple):
 
     @property
     def pieces(self) -> Sequence[tuple[int, ...]]:
-        """Shapes of an entry's tensors in memory: A, Bᵀ, c, bias."""
+        """Shapes of an entry's tensors in memory: A, Bᵀ, c, bias; or its rows."""
         out, into = self.shape
+        if self.rows is not None:
+            return ((len(self.rows), into),)
         ranks = self.rank * max(1, self.experts)
         return (ranks, into), (ranks, out), *[(out,)] * (self.has_c + self.has_bias)
 
@@ -54,8 +98,14 @@ class Form(NamedTuple):
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Kinds and shapes of an entry's tensors in a file."""
         out, into = self.shape
-        if self.is_copy or self.is_embedding:
-            yield from self._tensors_of_ends()
+        if self.rows is not None:
+            yield from [("weight", self.shape)] if isinstance(self.rows, range) else [(ROWS, (len(self.rows), into))]
+            return
+        if self.is_embedding:
+            yield "lora_embedding_A", (self.rank, into)
+            yield "lora_embedding_B", (out, self.rank)
+            if self.has_c:
+                yield "lora_magnitude_vector", (out,)
             return
         if self.experts:
             yield from self._tensors_of_experts()
@@ -69,14 +119,6 @@ class Form(NamedTuple):
             yield "lora_B.bias", (out,)
         if self.has_c:
             yield "lora_magnitude_vector", (out,)
-
-    def _tensors_of_ends(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        out, into = self.shape
-        if self.is_copy:
-            yield "weight", (into, out) if self.is_embedding else (out, into)
-        else:
-            yield "lora_embedding_A", (self.rank, into)
-            yield "lora_embedding_B", (out, self.rank)
 
     def _tensors_of_experts(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         out, into = self.shape

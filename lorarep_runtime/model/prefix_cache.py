@@ -27,16 +27,24 @@ class PrefixKeys:
         stack: the layers that the sequence walks.
         adapters: tells apart everything that adapters compute; equal for the same contents with the same weights.
         salt: the caller's; sequences of different salts share nothing.
+        first_adapted: index of the first token that the adapters compute. Columns before it are the base's own, and
+            those from it on are found where it is the same.
     """
 
-    def __init__(self, stack: Stack, adapters: tuple[tuple[str, float], ...], salt: str) -> None:
-        self._last = hashlib.sha256(repr((stack, adapters, salt)).encode()).digest()
+    def __init__(
+        self, stack: Stack, adapters: tuple[tuple[str, float], ...], salt: str, first_adapted: int = 0
+    ) -> None:
+        self._last = hashlib.sha256(repr((stack, () if first_adapted else adapters, salt)).encode()).digest()
+        self._adapters, self._first_adapted = adapters, first_adapted
         self.known: list[bytes] = []
         """SHA-256 of the first columns."""
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Adds the keys of all full columns of a sequence's tokens. Those that are known are not hashed again."""
         for start in range(PAGE_TOKENS * len(self.known), len(tokens) - PAGE_TOKENS + 1, PAGE_TOKENS):
+            if 0 < self._first_adapted < start + PAGE_TOKENS <= self._first_adapted + PAGE_TOKENS:
+                begin = repr((self._adapters, self._first_adapted)).encode()
+                self._last = hashlib.sha256(self._last + begin).digest()
             packed = _TOKENS.pack(*tokens[start : start + PAGE_TOKENS])
             self._last = hashlib.sha256(self._last + packed).digest()
             self.known.append(self._last)

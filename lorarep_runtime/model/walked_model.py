@@ -6,24 +6,19 @@ Replaced are the walk over the layers (`model.layer_walk`), the linear layers (`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorarep_runtime.errors import FailedPrecondition
-from lorarep_runtime.kernels.eager import adapt as eager
-from lorarep_runtime.kernels.eager.adapt import Slice
-from lorarep_runtime.kernels.entry_table import Entry
+from lorarep_runtime.model.adapted_ends import AdaptedEnds, ends_of
 from lorarep_runtime.model.batch import Batch
-from lorarep_runtime.model.compiled_adapter import EMBEDDING, HEAD, Ends
 from lorarep_runtime.model.cut import check_layers
 from lorarep_runtime.model.experts import adapt_experts, adaptable_parameters
-from lorarep_runtime.model.form import ParameterShape
+from lorarep_runtime.model.form import HEAD, Ends, ParameterShape
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.layer_walk import Walk, find_layers
 from lorarep_runtime.model.linear import SharedLinear, compute_row_by_row, linear_shapes, multiply_in_blocks, straighten
@@ -35,18 +30,6 @@ from lorarep_runtime.model.weights import Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def ends_of(model: PreTrainedModel) -> Ends:
-    """A model's head and embedding, as far as they are plain."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    paths = {module: path for path, module in model.named_modules()}
-    ends = {}
-    if type(head) is nn.Linear:
-        ends[HEAD] = paths[head], (head.out_features, head.in_features)
-    if isinstance(embedding, nn.Embedding):
-        ends[EMBEDDING] = paths[embedding], (embedding.embedding_dim, embedding.num_embeddings)
-    return ends
 
 
 DETERMINISTIC = {"llama", "mistral", "qwen2", "qwen3"}
@@ -97,15 +80,11 @@ class WalkedModel:
         whole = kv_shape(self.config)
         self.kv_shape = whole if shard is None else shard.cut.kv_shape(whole)
         """This rank's keys and values of a token at a position."""
-        self.ends: Ends = {} if device.type == "cuda" or shard is not None else ends_of(model)
-        """The head and the embedding where adapters may adapt them: where `forward` computes all tokens and logits."""
-        self._head_slices: list[Slice] = []
-        self._embedded: list[tuple[slice, Entry]] = []
-        """What adapters have for the embedding of rows."""
-        if HEAD in self.ends:
-            model.get_output_embeddings().register_forward_hook(self._adapt_head)
-        if EMBEDDING in self.ends:
-            model.get_input_embeddings().register_forward_hook(self._adapt_embedding)
+        self.is_general = device.type != "cuda" and shard is None
+        """Whether `forward` computes all tokens and logits, and this process alone all of them."""
+        self.ends = ends_of(model) if self.is_general else Ends()
+        """The head and the embedding where adapters may adapt them."""
+        self._adapted_ends = AdaptedEnds(model, self.ends, self.walk)
 
     @property
     def layers(self) -> int:
@@ -132,54 +111,11 @@ class WalkedModel:
         """Rows of the embedding, and logits of a token."""
         return self.model.get_input_embeddings().weight.shape[0]
 
-    @contextmanager
-    def _over_ends(self, batch: Batch, rows: Tensor) -> Iterator[None]:
-        """Has head and embedding compute with the adapters that have any for them, in the forward pass within."""
-        if self.ends:
-            self._embedded = [
-                (slice(int(start), int(start) + len(span.tokens)), span.adapter.embedding)
-                for start, span in zip(batch.starts, batch.spans, strict=False)
-                if span.adapter is not None and span.adapter.embedding is not None
-            ]
-        if self.ends and any(span.adapter is not None and span.adapter.head for span in batch.spans):
-            spans = np.searchsorted(batch.starts, rows.numpy(), side="right") - 1
-            adapters = [batch.spans[span].adapter for span in spans]
-            entries = [None if adapter is None else adapter.head for adapter in adapters]
-            self._head_slices = [
-                Slice(row, row + 1, entry.A, entry.B, entry.c, entry.bias)
-                for row, entry in enumerate(entries)
-                if entry is not None
-            ]
-        try:
-            yield
-        finally:
-            self._head_slices, self._embedded = [], []
-
-    def _adapt_embedding(self, embedding: nn.Module, given: tuple[Tensor, ...], hidden: Tensor) -> None:
-        """After the embedding: changes hidden states (1, rows, hidden) of tokens (1, rows) in place."""
-        scale = getattr(embedding, "embed_scale", None)  # of families that scale within the module
-        for rows, entry in self._embedded:
-            at_once = 1 if self.walk.deterministic else rows.stop - rows.start
-            for begin in range(rows.start, rows.stop, at_once):
-                some = slice(begin, begin + at_once)
-                added = entry.A[:, given[0][0, some]].T @ entry.B.T
-                hidden[0, some] += added if scale is None else added * scale
-
-    def _adapt_head(self, head: nn.Module, given: tuple[Tensor, ...], logits: Tensor) -> None:
-        """After the head: changes logits (..., rows, vocab) of hidden states (..., rows, hidden) in place."""
-        if self._head_slices:
-            x, y = given[0].flatten(0, -2), logits.flatten(0, -2)
-            bias: Any = head.bias
-            if bias is not None:
-                y -= bias
-            for s in self._head_slices:  # one by one: no row's result depends on the others
-                eager.adapt(x[s.start : s.stop], y[s.start : s.stop], [s._replace(start=0, stop=1)])
-            if bias is not None:
-                y += bias
-
-    def end_weight(self, path: str) -> Tensor:
-        """(vocab, hidden), the weight of the head or the embedding at a path."""
-        weight: Tensor = self.model.get_submodule(path).weight
+    def end_weight(self, position: int) -> Tensor:
+        """(vocab, hidden), the weight of the head (`HEAD`) or the embedding."""
+        model = self.model
+        module = model.get_output_embeddings() if position == HEAD else model.get_input_embeddings()
+        weight: Tensor = module.weight
         return weight
 
     def make_deterministic(self) -> None:
@@ -210,11 +146,11 @@ class WalkedModel:
             rows: (n) int64, the rows whose logits are wanted.
 
         Returns:
-            (n, vocab) fp32 logits.
+            (n, vocab) fp32 logits, as wide as the largest vocabulary of a row. What is beyond its own means nothing.
         """
-        with self.walk.over(batch, pool), self._over_ends(batch, rows):
+        with self.walk.over(batch, pool), self._adapted_ends.over(batch, rows):
             logits = self.model(
-                input_ids=batch.token_ids.unsqueeze(0),
+                input_ids=self._adapted_ends.known(batch.token_ids).unsqueeze(0),
                 position_ids=batch.token_places.unsqueeze(0),
                 use_cache=False,
                 logits_to_keep=rows,

@@ -11,12 +11,14 @@ import pytest
 from click.testing import CliRunner
 from lorarep_server.cli import main
 
+from lorarep_runtime.adapters.ends import MAX_FOREIGN_TOKENS
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
+from lorarep_runtime.model.form import Ends
 from tests.support.engines import engine_for
 from tests.support.hub_faults import FaultyHub
-from tests.support.models import save_adapter, save_base
+from tests.support.models import VOCAB, save_adapter, save_base
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -127,3 +129,54 @@ def test_a_header_that_does_not_come_first_is_read_after_the_download(
     assert engine.adapters.load("name", "org/name", trusted=trusted).rank == 2
     engine.adapters.unload("name")
     assert any(asked.is_look for asked in hub.asked)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("trusted", [True, False], ids=["operator", "caller"])
+@pytest.mark.parametrize(
+    ("tokens", "kind"),
+    [
+        (VOCAB + MAX_FOREIGN_TOKENS, {}),
+        (VOCAB + 8, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (VOCAB + MAX_FOREIGN_TOKENS + 1, {}),
+    ],
+    ids=["as many as may be", "saved thrice", "too many"],
+)
+def test_a_callers_adapter_may_have_so_many_new_tokens_and_no_more_come(
+    engine: Engine, hub: FaultyHub, base: Path, tmp_path: Path, trusted: bool, tokens: int, kind: dict[str, Any]
+) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"], tokens=tokens, **kind)
+    hub.publish("org/name", adapter)
+    if trusted or tokens <= VOCAB + MAX_FOREIGN_TOKENS:
+        engine.adapters.load("name", "org/name", trusted=trusted)
+        lease = engine.adapters.lease([("name", 1.0)])
+        assert lease.vocab_size == tokens
+        lease.release()
+        engine.adapters.unload("name")
+        return
+    with pytest.raises(
+        FailedPrecondition, match=rf"lm_head\.weight: has {tokens} tokens, which may be up to 2048 more"
+    ):
+        engine.adapters.load("name", "org/name")
+    assert hub.downloads() == ["adapter_config.json"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ({"tokens": VOCAB + 8}, "base_model.model.lm_head.weight: is of a module outside model.layers, whose linear"),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices: 'the embedding' is neither head nor embedding"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save: 'embed_tokens' is neither head nor embedding"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: aLoRA is served on a CPU alone"),
+    ],
+)
+def test_what_a_cpu_alone_serves_is_refused_by_name_elsewhere(
+    engine: Engine, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], named: str
+) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"], **kind)
+    monkeypatch.setattr(engine.base, "ends", Ends())
+    monkeypatch.setattr(engine.base, "is_general", False)
+    with pytest.raises(FailedPrecondition) as refusal:
+        engine.adapters.load("name", str(adapter), trusted=True)
+    assert str(refusal.value).startswith(named)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from lorarep_runtime.adapters.ends import MAX_FOREIGN_TOKENS
 from lorarep_runtime.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config
-from lorarep_runtime.adapters.header import checked_header, layout_of
+from lorarep_runtime.adapters.header import Expected, checked_header, layout_of
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.errors import FailedPrecondition, LorarepError
@@ -57,7 +58,9 @@ def verdict(folder: Path, family: str) -> str:
         fetch(str(folder), None, kind="adapter", cache_dir=None)
         stack, modules, parameters = config.stack(base.layers), base.layer_modules, base.layer_parameters
         layout = layout_of(config, stack, modules, parameters, base.prefix, base.ends)
-        checked_header(folder / WEIGHTS_FILE, config, layout, base.prefix)
+        checked_header(
+            folder / WEIGHTS_FILE, Expected(config, stack, layout, base.ends, MAX_FOREIGN_TOKENS), base.prefix
+        )
     except LorarepError as error:
         return str(error)
     return "served"

@@ -17,6 +17,7 @@ from lorarep_runtime.config import BaseConfig, EngineConfig, SchedulerConfig
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.model.footprint import footprint
 from lorarep_runtime.model.model_config import quantization_of, read_model_config
+from tests.support.engines import engine_for
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import FAMILIES, MISTRAL_7B, projections, save_adapter, save_base
 
@@ -71,17 +72,29 @@ def test_adapters_and_plan_are_those_of_the_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-def test_what_a_gpu_refuses_is_said_to_be_for_a_cpu(tmp_path: Path) -> None:
+def test_what_a_gpu_refuses_is_said_to_be_for_a_cpu_and_counted(tmp_path: Path) -> None:
     base = save_base("llama", tmp_path / "base")
+    kinds: dict[str, dict[str, Any]] = {
+        "inner": {},
+        "head": {"target_modules": ["q_proj", "lm_head"]},
+        "more tokens": {"tokens": 280},
+        "own head": {"modules_to_save": ["lm_head"], "tokens": 280},
+        "single tokens": {"trainable_token_indices": [5, 270]},
+    }
     named = {
-        name: save_adapter(base, tmp_path / name, r=2, target_modules=["q_proj", *more])
-        for name, more in {"inner": [], "head": ["lm_head"]}.items()
+        name: save_adapter(base, tmp_path / name, r=2, **{"target_modules": ["q_proj"], **config})
+        for name, config in kinds.items()
     }
     arguments = ["plan", "--base", str(base), *(f"--adapter={name}={folder}" for name, folder in named.items())]
     text = CliRunner().invoke(main, arguments).stdout
-    assert text.count("served on a CPU alone") == 1
+    assert text.count("served on a CPU alone") == 4
     assert text.index("adapter head") < text.index("served on a CPU alone")
-    assert [row["cpu_only"] for row in plan(*arguments[1:])["adapters"]] == [False, True]
+    rows = plan(*arguments[1:])["adapters"]
+    assert [row["cpu_only"] for row in rows] == [False, True, True, True, True]
+    held = engine_for(base, adapters=named).adapters.list()
+    assert {row["name"]: (row["bytes"], row["adapter_parameters"]) for row in rows} == {
+        info.name: (info.bytes, info.parameters) for info in held
+    }
 
 
 @pytest.fixture(scope="module")

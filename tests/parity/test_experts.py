@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lorarep_runtime.adapters.header import checked_header, expected_tensors, layout_of
+from lorarep_runtime.adapters.header import Expected, checked_header, expected_tensors, layout_of
 from lorarep_runtime.adapters.peft_config import AdapterConfig
 from lorarep_runtime.config import AdapterLimits
 from lorarep_runtime.engine.engine import Engine
@@ -228,5 +228,6 @@ def test_a_file_is_refused_that_has_what_peft_leaves_out(tmp_path: Path) -> None
     shapes = dict(expected_tensors(found, served.prefix))
     name = "base_model.model.model.layers.0.mlp.shared_expert.up_proj.lora_A.weight"
     save_file({one: torch.zeros(shape) for one, shape in {**shapes, name: (8, 32)}.items()}, tmp_path / WEIGHTS)
+    expected = Expected(config, config.stack(served.layers), found, served.ends)
     with pytest.raises(FailedPrecondition, match=rf"^{name}: is of a module that PEFT leaves out"):
-        checked_header(tmp_path / WEIGHTS, config, found, served.prefix)
+        checked_header(tmp_path / WEIGHTS, expected, served.prefix)

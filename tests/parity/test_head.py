@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head and more": dict(target_modules=["q_proj", "lm_head"], layer_replication=RANGES, rank_pattern={"lm_head": 5}),
     "DoRA": dict(target_modules=["v_proj", "lm_head"], use_dora=True),
     "embedding": dict(target_modules=["q_proj", "embed_tokens"], use_rslora=True),
+    "DoRA of both": dict(target_modules=["v_proj", "lm_head", "embed_tokens"], use_dora=True, layer_replication=RANGES),
     "both": dict(target_modules=["lm_head", "embed_tokens", "v_proj"], layer_replication=RANGES),
     "own head": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "own embedding": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
@@ -85,17 +87,25 @@ def test_a_head_is_mixed_and_counted(engine: Engine, base: Path, adapters: dict[
         engine.generate([(greedy(), engine.adapters.lease([("own both", 1.0), ("both", 1.0)]))])
 
 
-def test_a_head_that_is_not_the_bases_is_refused_by_name(
-    engine: Engine, adapters: dict[str, Path], tmp_path: Path
+def test_a_head_that_is_not_the_bases_takes_its_place_but_for_doras_norms(
+    engine: Engine, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    tensors = load_file(adapters["head"] / WEIGHTS)
     name = "base_model.model.lm_head.base_layer.weight"
-    tensors[name][-1, -1] += 1
-    save_file(tensors, tmp_path / WEIGHTS)
-    (tmp_path / "adapter_config.json").write_bytes((adapters["head"] / "adapter_config.json").read_bytes())
-    with pytest.raises(FailedPrecondition, match=rf"^{name}: is another than the base's"):
-        engine.adapters.load("other", str(tmp_path), trusted=True)
+    for kind in ("head", "DoRA"):
+        folder = shutil.copytree(adapters[kind], tmp_path / kind)
+        tensors = load_file(folder / WEIGHTS)
+        tensors[name][-1, -1] += 1
+        save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(FailedPrecondition, match=rf"^{name}: is another than the base's, over which DoRA's norms are"):
+        engine.adapters.load("other", str(tmp_path / "DoRA"), trusted=True)
+    other = engine.adapters.load("other", str(tmp_path / "head"), trusted=True)
+    assert other.bytes > engine.adapters.get("head").bytes + tensors[name].nbytes - 1
+    lease = engine.adapters.lease([("other", 1.0)])
+    expected = reference_logits(reference(base, tmp_path / "head", stack_of(None, LAYERS)), PROMPT)
+    torch.testing.assert_close(engine.logits(PROMPT, lease), expected, atol=2e-5, rtol=0)
+    lease.release()
+    engine.adapters.unload("other")
     del tensors[name]
-    save_file(tensors, tmp_path / WEIGHTS)
-    assert engine.adapters.load("other", str(tmp_path), trusted=True).rank == 4
+    save_file(tensors, tmp_path / "DoRA" / WEIGHTS)
+    assert engine.adapters.load("other", str(tmp_path / "DoRA"), trusted=True).rank == 4
     engine.adapters.unload("other")

@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora of patterns": {**PATTERNS, "use_dora": True, "use_rslora": True},
     "ends": {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
     "dora head": {"target_modules": ["lm_head"], "use_dora": True},
+    "dora embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
 }
 
 # PEFT warns that it saves the base's embedding beside an adapter of it.
@@ -36,6 +37,10 @@ def weigh(model: PeftModel, adapter: str, weight: float) -> None:
             dora = adapter in module.lora_magnitude_vector
             change = module.lora_magnitude_vector[adapter] if dora else module.lora_B[adapter]
             change.register_forward_hook(lambda _module, _inputs, output: weight * output)
+        elif isinstance(module, Embedding) and adapter in module.lora_magnitude_vector:
+            module.lora_magnitude_vector[adapter].register_forward_hook(
+                lambda _module, _inputs, output: (1 + weight * (output[0] - 1), weight * output[1])
+            )
         elif isinstance(module, Embedding) and adapter in module.lora_embedding_B:
             module.lora_embedding_B[adapter].data *= weight
 
@@ -48,7 +53,7 @@ def weigh(model: PeftModel, adapter: str, weight: float) -> None:
         [("lora", -0.8), ("dora", 0.3), ("bias", 1.7), ("dora", 0.6)],
         [("dora", 0.4)],
         [("patterns", 1.0), ("dora of patterns", -0.6), ("lora", 0.5)],
-        [("ends", 0.5), ("lora", 0.9), ("dora head", 1.4), ("ends", -0.7)],
+        [("ends", 0.5), ("lora", 0.9), ("dora head", 1.4), ("dora embedding", 0.6), ("ends", -0.7)],
     ],
     ids=str,
 )

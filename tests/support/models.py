@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -165,23 +167,41 @@ def load_base(folder: Path, quantization: str = "none", **options: Any) -> PreTr
 
 
 def save_adapter(
-    base: Path, folder: Path, *, seed: int = 1, method: type[LoraConfig] = LoraConfig, **config: Any
+    base: Path,
+    folder: Path,
+    *,
+    seed: int = 1,
+    method: type[LoraConfig] = LoraConfig,
+    tokens: int | None = None,
+    **config: Any,
 ) -> Path:
-    """An adapter as PEFT saves it, with random weights. `config` are fields of the method's config."""
-    model = get_peft_model(load_base(base), method(task_type="CAUSAL_LM", **config))
+    """An adapter as PEFT saves it, with random weights.
+
+    Args:
+        tokens: of the vocabulary that the base is resized to; its new rows are random.
+        config: fields of the method's config.
+    """
     generator = torch.Generator().manual_seed(seed)
+    resized = load_base(base)
+    if tokens is not None:
+        before = resized.config.vocab_size
+        resized.resize_token_embeddings(tokens, mean_resizing=False)
+        for end in (resized.get_input_embeddings(), resized.get_output_embeddings()):
+            new = end.weight.data[before:]
+            new[:] = 2 * torch.randn(new.shape, generator=generator) / new.shape[1] ** 0.5
+    model = get_peft_model(resized, method(task_type="CAUSAL_LM", **config))
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "lora_magnitude" in name or "lora_E" in name:
             parameter.data *= 1 + 0.3 * noise
-        elif "modules_to_save" in name:
+        elif "modules_to_save" in name or "trainable_tokens" in name:
             parameter.data += 0.1 * noise
         elif "lora_embedding" in name:
-            parameter.data = 0.3 * noise
+            parameter.data[:] = 0.3 * noise  # in place: head and embedding may have it together
         elif "lora_A" in name:
-            parameter.data = noise / parameter.shape[1] ** 0.5
+            parameter.data[:] = noise / parameter.shape[1] ** 0.5
         elif "lora_B" in name:
-            parameter.data = 0.1 * noise
+            parameter.data[:] = 0.1 * noise
     model.save_pretrained(folder)
     return folder
 
@@ -194,7 +214,17 @@ def stack_of(ranges: Sequence[Sequence[int]] | None, layers: int = LAYERS) -> tu
 def reference(base: Path, adapter: Path | None, stack: Sequence[int], quantization: str = "none") -> nn.Module:
     """A physically stacked model under PEFT's own adapter, which is loaded without its layer_replication."""
     model = stacked(load_base(base, quantization), stack)
+    if adapter is not None and (tokens := vocabulary(adapter)) is not None:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
     return model if adapter is None else PeftModel.from_pretrained(model, without_replication(adapter)).eval()
+
+
+def vocabulary(adapter: Path) -> int | None:
+    """Number of tokens that an adapter's file has rows of the embedding or the head for; None where it has none."""
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    ends = [shape for name, shape in shapes.items() if re.search(r"(embed_tokens|lm_head)\.(\w+\.)*weight$", name)]
+    return max((shape[0] for shape in ends), default=None)
 
 
 def without_replication(adapter: Path) -> Path:

@@ -14,11 +14,13 @@ from lorarep_server.cli.options import BaseSourceType, ByteSize, HomePath, Named
 from lorarep_server.sources import AdapterSource, is_folder, split_here
 
 if TYPE_CHECKING:
-    from lorarep_runtime.adapters.look import Expected
     from lorarep_runtime.model.footprint import Footprint
     from lorarep_runtime.model.plan import Plan
     from lorarep_runtime.model.stack import Stack
     from lorarep_runtime.progress import Progress
+
+
+CPU_ONLY = "  served on a CPU alone: it has a head, an embedding, experts or a router, or is an aLoRA"
 
 
 class OptionalNameType(click.ParamType):  # type: ignore[type-arg]
@@ -128,7 +130,7 @@ def _adapter(
 ) -> tuple[Stack, dict[str, Any]]:
     """The stack of an adapter, and its row of the table, from its configuration and its file header."""
     from lorarep_runtime.adapters.files import CONFIG_FILE, WEIGHTS_FILE, read_config
-    from lorarep_runtime.adapters.header import layout_of
+    from lorarep_runtime.adapters.header import Expected, layout_of
     from lorarep_runtime.adapters.look import AdapterLook, fitting_header, naming_bases
     from lorarep_runtime.adapters.peft_config import AdapterConfig
     from lorarep_runtime.hub.snapshot import fetch
@@ -139,12 +141,13 @@ def _adapter(
         with naming_bases(config, base):
             stack = config.stack(footprint.layers)
             modules, parameters = footprint.layer_modules, footprint.layer_parameters
-            return config, stack, layout_of(config, stack, modules, parameters, footprint.prefix, footprint.ends)
+            layout = layout_of(config, stack, modules, parameters, footprint.prefix, footprint.ends)
+            return Expected(config, stack, layout, footprint.ends)
 
     look = AdapterLook(expected, footprint.prefix, base)
     snapshot = fetch(source.source, source.revision, kind="adapter", cache_dir=cache_dir, progress=progress, look=look)
-    _, stack, layout = found = look.expected(snapshot.folder)
-    fitting_header(snapshot.folder / WEIGHTS_FILE, found, footprint.prefix, base)
+    found = look.expected(snapshot.folder)
+    stack, (_, layout) = found.stack, fitting_header(snapshot.folder / WEIGHTS_FILE, found, footprint.prefix, base)
     return stack, {
         "name": source.name,
         "commit": snapshot.commit,
@@ -152,7 +155,8 @@ def _adapter(
         "adapter_parameters": file_parameters(layout),
         "total_parameters": footprint.parameters + file_parameters(layout),
         "bytes": storage_bytes(layout, footprint.dtype),
-        "cpu_only": any(position < 0 or form.file_module for (position, _), form in layout.items()),
+        "cpu_only": bool(found.config.alora_invocation_tokens)
+        or any(position < 0 or form.file_module for (position, _), form in layout.items()),
     }
 
 
@@ -205,7 +209,7 @@ def render(counted: dict[str, Any]) -> str:
             f"adapter {row['name']} at {row['commit']}",
             f"  {row['positions']} positions, {row['adapter_parameters']:,} parameters, {row['bytes'] / gib:.3f} GiB",
             f"  {row['total_parameters']:,} parameters with the base",
-            *(["  served on a CPU alone: it has a head, an embedding, experts or a router"] if row["cpu_only"] else []),
+            *([CPU_ONLY] if row["cpu_only"] else []),
             "",
         ]
     fits = f"sequences of {counted['tokens']} tokens in {counted['memory'] / gib:g} GiB"

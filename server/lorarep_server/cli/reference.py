@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lorarep_runtime.adapters.header import FILE_PREFIX
-from lorarep_runtime.adapters.peft_config import AdapterConfig
+from lorarep_runtime.adapters.peft_config import FILE_PREFIX, AdapterConfig
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.compiled_adapter import whole_matrices
@@ -33,13 +32,24 @@ from lorarep_runtime.model.physical_stack import stacked
 class Reference:
     """The model of a stack and an adapter, built with `transformers` and PEFT."""
 
-    def __init__(self, base: Base, stack: Sequence[int], adapter: Path | None, config: AdapterConfig | None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        stack: Sequence[int],
+        adapter: Path | None,
+        config: AdapterConfig | None,
+        tokens: int | None = None,
+    ) -> None:
         """
         Args:
             base: the base; its folder, dtype, device and quantization are used, but none of its tensors.
             stack: the layer at each position.
             adapter: folder of an adapter for the stack.
             config: the adapter's configuration.
+            tokens: of the adapter's vocabulary; None is the base's.
+
+        Raises:
+            FailedPrecondition: the adapter has more than linear layers know, and PEFT is not there.
         """
         # None in place of a config would also take the place of the one that a quantized checkpoint has.
         own = {} if base.quantization_config is None else {"quantization_config": base.quantization_config}
@@ -54,6 +64,8 @@ class Reference:
         ).eval()
         use_dense_weights(model, base.dtype)
         stacked(model, stack)
+        if tokens not in (None, base.vocab_size):
+            model.resize_token_embeddings(tokens, mean_resizing=False)
         self.name = "transformers, physically stacked"
         self.model: Any = model
         if adapter is not None and config is not None:
@@ -110,6 +122,10 @@ def _merge(model: nn.Module, adapter: Path, config: AdapterConfig) -> None:
     if config.target_parameters:
         raise FailedPrecondition("are verified with PEFT alone, which is not installed", field="target_parameters")
     tensors = load_file(adapter / "adapter_model.safetensors")
+    if others := [name for name in tensors if ".lora_" not in name or ".lora_embedding_" in name]:
+        raise FailedPrecondition("is compared under PEFT, which is not installed", field=min(others))
+    if config.alora_invocation_tokens:
+        raise FailedPrecondition("is compared under PEFT, which is not installed", field="alora_invocation_tokens")
     for path in sorted({name.removeprefix(FILE_PREFIX).partition(".lora_")[0] for name in tensors}):
         module = model.get_submodule(path)
         assert isinstance(module, nn.Linear)

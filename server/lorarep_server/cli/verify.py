@@ -78,7 +78,7 @@ def verify(adapter: str, prompt: tuple[str, ...], max_new_tokens: int, **given: 
     # 2. Build the reference of the same revision.
     folder = fetch(source, info.commit if revision else None, kind="adapter", cache_dir=given["cache_dir"]).folder
     config = AdapterConfig.parse(read_config(folder / CONFIG_FILE), AdapterLimits(), engine.base.config.model_type)
-    reference = Reference(engine.base, info.stack, folder, config)
+    reference = Reference(engine.base, info.stack, folder, config, answered[0][2].shape[1])
     # 3. Compare the two on each prompt.
     click.echo(f"base       {engine.base.repository} at {engine.base.commit}, {engine.base.quantization}")
     click.echo(f"adapter    {info.repository} at {info.commit}, {info.kind}, {len(info.stack)} positions")

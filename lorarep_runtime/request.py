@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,22 @@ class Stopping:
 
 
 @dataclass(frozen=True)
+class StructuredOutput:
+    """A form that an answer has to have. No token comes that could not go on to it."""
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str = ""
+    """A JSON Schema, a regular expression without look-around for the whole answer, or a grammar in Lark or GBNF."""
+    choices: tuple[str, ...] = ()
+    """Of which the answer is one."""
+
+    @property
+    def field(self) -> str:
+        """Its name in errors."""
+        return f"structured_output.{self.kind}"
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt to continue, and how."""
 
@@ -68,6 +84,8 @@ class Request:
     """As `logprobs`, for each token of the prompt but the first. No page is found in the prefix cache then."""
     special_tokens: bool = False
     """Whether the answer's text has the texts of special tokens."""
+    structured_output: StructuredOutput | None = None
+    """None is any text. An answer that `max_new_tokens` ends is the beginning of one of that form."""
     cache_salt: str = ""
     """Requests share cached pages of keys and values only with those of the same salt."""
     deadline: float | None = None

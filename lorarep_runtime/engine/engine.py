@@ -30,6 +30,7 @@ from lorarep_runtime.engine.inbox import Inbox
 from lorarep_runtime.engine.leader import LeadingBase, LeadingPool, start_ranks
 from lorarep_runtime.engine.leading_decoder import LeadingDecoder
 from lorarep_runtime.engine.ledger import Ledger, take_stock
+from lorarep_runtime.engine.masks import MaskedAnswer, mask_threads
 from lorarep_runtime.engine.outputs import Outputs
 from lorarep_runtime.engine.overlap import StepDecoder, StepOverlap
 from lorarep_runtime.engine.prefill_pass import SlicedPrefill, WholeForward
@@ -49,6 +50,7 @@ from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.progress import Progress
 from lorarep_runtime.request import Event, Request
 from lorarep_runtime.text.detokenizer import TextStream
+from lorarep_runtime.text.grammar import Grammars
 
 BASE_STACK = "base"
 """Name of the stack that is the base's own order of layers."""
@@ -113,6 +115,8 @@ class Engine:
         self.max_sequences = config.scheduler.max_sequences or _most_sequences(self.pool, deepest)
         """Most sequences in one step."""
         self._ids = itertools.count(1)
+        self._grammars = Grammars(self.base.vocab_size)
+        self._mask_threads = mask_threads()
         self._inbox = Inbox(config.scheduler)
         self._stats = StatsRecorder(self.pool.total)
         self._thread: threading.Thread | None = None
@@ -197,7 +201,7 @@ class Engine:
             id=next(self._ids),
             request=request,
             lease=lease,
-            sampler=SamplerState(request, frozenset(t for t in ends if 0 <= t < lease.vocab_size), lease.vocab_size),
+            sampler=self._sampler(request, lease, frozenset(t for t in ends if 0 <= t < lease.vocab_size)),
             text=TextStream(
                 lease.tokenizer, request.stopping.stop, request.prompt, special_tokens=request.special_tokens
             ),
@@ -217,6 +221,14 @@ class Engine:
                 "deterministic gives them",
                 field="prompt_logprobs",
             )
+
+    def _sampler(self, request: Request, lease: Lease, ends: frozenset[int]) -> SamplerState:
+        """The state of an answer's tokens. The grammar of its form is compiled here and not in the step loop's thread."""
+        state = SamplerState(request, ends, lease.vocab_size)
+        if request.structured_output is not None:
+            grammar = self._grammars.compile(request.structured_output, lease.tokenizer, sorted(ends))
+            state.form = MaskedAnswer(grammar, self._mask_threads, state.excluded)
+        return state
 
     def _prefix_keys(self, request: Request, lease: Lease, first_adapted: int) -> PrefixKeys | None:
         """The keys of a prompt's pages, hashed here and not in the step loop's thread; None without a prefix cache."""

@@ -42,7 +42,11 @@ class Outputs:
         Raises:
             LorarepError: the sequence's tokenizer, which may be its adapter's, fails.
             FailedPrecondition: there is no token, as the sequence's logits are no finite numbers.
+            InvalidArgument: the answer's form takes too much for a mask.
         """
+        form = sequence.sampler.form
+        if form is not None and form.error is not None:
+            raise form.error
         prompt_logprobs = sequence.take_prompt_logprobs()
         if sampled.token == NO_TOKEN or (prompt_logprobs is not None and np.isnan(prompt_logprobs.logprobs).any()):
             raise _overflow(sequence.lease.names)

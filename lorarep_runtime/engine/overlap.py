@@ -122,7 +122,7 @@ class StepOverlap:
         """Launches the next step of those sequences that go on, if it can be, before the tokens of `step` are read.
 
         Args:
-            step: a plain one.
+            step: one without log-probabilities.
             has_time: whether there is time to take pages early, so that later steps need not.
 
         Returns:

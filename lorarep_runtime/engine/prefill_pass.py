@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.device.timer import DeviceTimer
+from lorarep_runtime.engine.masks import take_masks
 from lorarep_runtime.engine.prompt_scores import score
 from lorarep_runtime.engine.sampler import Sampled, sample
 from lorarep_runtime.engine.scheduler import Scheduler, were_first
@@ -136,14 +137,21 @@ class PrefillPass:
         rows = [row for _, row in ready] + [row for of_one in scored for row in of_one]
         # Called even where no logits are wanted: `WholeForward` computes here.
         logits = self._forward.logits(torch.tensor(rows, dtype=torch.int64, device=self._batch.device))
+        has_mask = take_masks(sequence.sampler.form for sequence, _ in ready)
         for sequence, count in zip(self.sequences, self._counts, strict=True):
             sequence.mark_computed(count)
-            sequence.is_unread = not rows  # else sampling and scoring wait for the device
+            sequence.is_unread = not any(has_mask) and not any(scored)  # else sampling and scoring wait for the device
+        for (sequence, _), is_there in zip(ready, has_mask, strict=True):
+            if not is_there:
+                sequence.compute_last_again()
         self._score(logits[len(ready) :], scored)
-        if not ready:
+        if not any(has_mask):
             return []
-        sequences = [sequence for sequence, _ in ready]
-        return list(zip(sequences, sample(logits[: len(ready)], [s.sampler for s in sequences]), strict=True))
+        sequences = [sequence for (sequence, _), is_there in zip(ready, has_mask, strict=True) if is_there]
+        logits = logits[: len(ready)]
+        if len(sequences) < len(ready):
+            logits = logits[torch.tensor(has_mask, device=logits.device)]
+        return list(zip(sequences, sample(logits, [s.sampler for s in sequences]), strict=True))
 
     def _rows_to_score(self, k: int) -> range:
         """The rows of the batch's span k whose logits are of a token of the prompt that has to be scored."""

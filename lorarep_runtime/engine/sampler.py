@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.device.staging import moved
+from lorarep_runtime.engine.masks import MaskedAnswer
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Request, TokenLogprob
+from lorarep_runtime.text.grammar import allowed
 
 LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 """Up to this temperature the likeliest token is chosen: smaller ones are 0 in fp32."""
@@ -61,6 +63,8 @@ class SamplerState:
         """Number of times that each token is in the answer."""
         self.new_tokens = 0
         """Number of tokens in the answer."""
+        self.form: MaskedAnswer | None = None
+        """Which tokens its form lets come next; None where it has none."""
         # Made once, in the thread that submits: each step would sort a long prompt anew.
         self._known = {*request.prompt} if request.sampling.repetition_penalty != 1 else None
         self._seen = torch.tensor(sorted(self._known or ()), dtype=torch.int64)
@@ -74,6 +78,8 @@ class SamplerState:
         if self._known is not None and token not in self._known:
             self._known.add(token)
             self._unseen.append(token)
+        if self.form is not None and token not in self.eos_ids:
+            self.form.advance(token, self.excluded)
 
     def seen(self, device: torch.device) -> Tensor:
         """Distinct tokens of prompt and answer, int64 on a device. Only where there is a repetition penalty."""
@@ -117,9 +123,14 @@ class SamplerState:
         return self.new_tokens < self.request.stopping.min_new_tokens
 
     @property
+    def excluded(self) -> frozenset[int]:
+        """Tokens that may not come next."""
+        return self.eos_ids | self.stop_ids if self.must_go_on else frozenset()
+
+    @property
     def is_plain(self) -> bool:
         """Whether the next token depends on nothing but its logits and a random number."""
-        return not self.has_penalty and not self.must_go_on
+        return not self.has_penalty and not self.must_go_on and self.form is None
 
     @property
     def is_greedy(self) -> bool:
@@ -131,13 +142,13 @@ class SamplerState:
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """The next token of each row. A row's result does not depend on the other rows.
 
-    Scores are processed in the order of vLLM: allowed tokens, bias, penalties, end tokens that may not come yet,
+    Scores are processed in the order of vLLM: allowed tokens, bias, penalties, tokens that may not come,
     temperature, min-p, top-k, top-p. `transformers` has min-p last, which keeps the tokens that top-p takes from all
     that min-p would drop, too.
 
     Args:
         logits: (rows, vocab) fp32; left as they are.
-        states: one for each row.
+        states: one for each row. Masks of forms have been taken (`take_masks`).
 
     Returns:
         One token for each row.
@@ -197,6 +208,7 @@ def choose(tokens: Tensor, logits: Tensor, states: Sequence[SamplerState], *, un
     scores = logits.index_select(0, rows)
     for row, state in zip(scores, states, strict=True):
         _penalize(row, state)
+    _mask(scores, [state.form for state in states])
     drawn = scores.argmax(-1)
     if any(state.request.sampling.temperature for state in states):
         drawn = _draw(scores, drawn, *moved(parameters, logits.device).T.unsqueeze(2))
@@ -226,8 +238,17 @@ def _penalize(scores: Tensor, state: SamplerState) -> None:
     if state.counts and (sampling.presence_penalty or sampling.frequency_penalty):
         tokens, counts = moved(torch.tensor([list(state.counts), list(state.counts.values())]), device)
         scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-    if state.must_go_on:
+    if state.must_go_on and state.form is None:  # a form's mask has it already
         scores.index_fill_(0, state.ends(device), -math.inf)
+
+
+def _mask(scores: Tensor, forms: Sequence[MaskedAnswer | None]) -> None:
+    """Rules out the tokens of each row (rows, vocab) that its form does not let come."""
+    masked = [(i, form.mask) for i, form in enumerate(forms) if form is not None and form.mask is not None]
+    if masked:
+        rows = moved(torch.tensor([i for i, _ in masked]), scores.device)
+        may_come = allowed(moved(torch.stack([mask for _, mask in masked]), scores.device), scores.shape[1])
+        scores.index_copy_(0, rows, scores[rows].masked_fill(~may_come, -math.inf))
 
 
 def _on(device: torch.device, values: Tensor) -> Tensor:

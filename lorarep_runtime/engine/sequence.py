@@ -144,6 +144,10 @@ class Sequence:
         """Counts `count` more tokens as computed."""
         self.computed += count
 
+    def compute_last_again(self) -> None:
+        """Has the last token computed once more in a later step: the next one could not be chosen in this one."""
+        self.computed -= 1
+
     def give_pages_back(self, pool: PagePool) -> None:
         """Frees the KV pages; all tokens have to be computed again.
 

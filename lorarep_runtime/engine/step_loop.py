@@ -137,13 +137,19 @@ class StepLoop:
         return list(schedule.chosen.items())
 
     def _decode(self, chosen: Seq[Chosen]) -> None:
-        """Launches a step while none is pending. If the next step needs its tokens, reads them."""
+        """Launches a step while none is pending. If log-probabilities are asked for, reads it."""
         try:
             self._launch(chosen)
+            self._choose_late()
         except Exception as error:
             self._end_failed([sequence for sequence, _ in chosen], error)
-        if self.overlap.pending is not None and not self.overlap.pending.is_plain:
+        if self.overlap.pending is not None and self.overlap.pending.has_logprobs:
             self._read(self.overlap.take_pending())
+
+    def _choose_late(self) -> None:
+        """Chooses the tokens of the pending step that depend on earlier ones: these have been read."""
+        if self.overlap.pending is not None and not self.overlap.pending.is_plain:
+            self.overlap.pending.choose_late()
 
     def _launch(self, chosen: Seq[Chosen]) -> None:
         """Launches a step, which is pending then; raises what the launch raises."""
@@ -164,6 +170,11 @@ class StepLoop:
             self._failures = 0
         self._read(step)
         step.release_adapters()
+        pending = self.overlap.pending
+        try:
+            self._choose_late()
+        except Exception as error:
+            self._end_failed([] if pending is None else pending.sequences, error)
 
     @property
     def has_time(self) -> bool:

@@ -6,7 +6,7 @@ import math
 
 from lorarep_runtime.config import PAGE_TOKENS
 from lorarep_runtime.errors import InvalidArgument, TooLong
-from lorarep_runtime.request import MAX_PROMPT_LOGPROBS, Request, Sampling, Stopping
+from lorarep_runtime.request import MAX_PROMPT_LOGPROBS, Request, Sampling, Stopping, StructuredOutput
 
 MAX_LOGPROBS = 20
 MAX_PENALTY = 2.0
@@ -17,6 +17,8 @@ MAX_STOPS = 16
 MAX_STOP_TOKENS = 1024
 MAX_STOP_CHARACTERS = 1024
 MAX_SALT_CHARACTERS = 256
+MAX_FORM_CHARACTERS = 64 << 10
+MAX_CHOICES = 1024
 
 
 def validate(request: Request, vocab_size: int) -> None:
@@ -44,6 +46,8 @@ def validate(request: Request, vocab_size: int) -> None:
                 raise InvalidArgument(f"token {token} is not one of the vocabulary's {vocab_size}", field=field)
     _validate_sampling(sampling)
     _validate_stopping(stopping)
+    if request.structured_output is not None:
+        _validate_form(request.structured_output, request)
     _within("logprobs", request.logprobs or 0, 0, min(MAX_LOGPROBS, vocab_size))
     _validate_prompt_logprobs(request, vocab_size)
     if (length := len(request.cache_salt)) > MAX_SALT_CHARACTERS:
@@ -85,6 +89,17 @@ def _validate_stopping(stopping: Stopping) -> None:
             raise InvalidArgument(
                 f"a string of {len(stop)} characters; 1 to {MAX_STOP_CHARACTERS} are possible", field="stop"
             )
+
+
+def _validate_form(form: StructuredOutput, request: Request) -> None:
+    if (length := len(form.text) + sum(map(len, form.choices))) > MAX_FORM_CHARACTERS:
+        raise InvalidArgument(f"{length} characters are over the limit of {MAX_FORM_CHARACTERS}", field=form.field)
+    if form.kind == "choice" and not 0 < len(form.choices) <= MAX_CHOICES:
+        raise InvalidArgument(f"{len(form.choices)} choices; 1 to {MAX_CHOICES} are possible", field=form.field)
+    if request.stopping.ignore_eos:
+        raise InvalidArgument("cannot be together with structured_output, which an end token ends", field="ignore_eos")
+    if request.sampling.allowed_token_ids:
+        raise InvalidArgument("cannot be together with structured_output", field="allowed_token_ids")
 
 
 def _within(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:

@@ -5,7 +5,6 @@ Nothing ends a loop of Jinja in a thread of the server, or takes back what it ha
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import signal
@@ -13,10 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from queue import LifoQueue
 from typing import Any, NamedTuple
 
-from lorarep_runtime.device.process import Process, end_process, limit_memory, start_process
+from lorarep_runtime.device.process import limit_memory
+from lorarep_runtime.device.process_pool import ProcessPool
 from lorarep_runtime.errors import Exhausted, InvalidArgument, first_line
 
 PROCESSES = 2
@@ -33,9 +32,7 @@ WAITING_SECONDS = 0.25
 REFUSED_SECONDS = 60.0
 """Time for which a conversation that has taken too much, and longer ones, are not given to their template again."""
 
-_idle: LifoQueue[Process | None] = LifoQueue()
-for _ in range(PROCESSES):
-    _idle.put(None)
+_processes = ProcessPool(__name__, "serve", PROCESSES)
 _places = threading.BoundedSemaphore(MAX_CALLERS)
 
 
@@ -102,14 +99,9 @@ def _check(size: _Size) -> None:
 
 def _render(size: _Size, question: object) -> dict[str, str]:
     """The answer of the next process that is free. Raises as `render`."""
-    process = _idle.get()
-    try:
+    with _processes.taken() as ask:
         _check(size)  # another caller's rendering may have ended meanwhile
-        if process is None or process.poll() is not None:
-            process = start_process(__name__, "serve")
-        answer = _ask(process, question)
-    finally:
-        _idle.put(process)
+        answer = ask(question)
     if answer is None:
         now = time.monotonic()
         for old in [old for old, until in list(_refused.items()) if until <= now]:
@@ -119,31 +111,6 @@ def _render(size: _Size, question: object) -> dict[str, str]:
             f"the chat template takes over {RENDER_SECONDS:g} s or {RENDER_BYTES} bytes", field="prompt.chat"
         )
     return answer
-
-
-def _ask(process: Process, question: object) -> dict[str, str] | None:
-    """The answer of a process; None where it has ended instead."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    line = b""
-    try:
-        process.stdin.write(json.dumps(question).encode() + b"\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except OSError:
-        pass  # it has ended before it has read all
-    finally:
-        if not line.endswith(b"\n"):
-            end_process(process)
-    return dict(json.loads(line)) if line.endswith(b"\n") else None
-
-
-@atexit.register
-def _end_idle() -> None:
-    while not _idle.empty():
-        process = _idle.get()
-        if process is not None:
-            end_process(process)
 
 
 def serve() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
+from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.text.foreign import foreign_code
 
 SHOWN_AS_THEMSELVES = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -49,6 +50,40 @@ class TokenBytes:
         if token not in self._known:
             self._known[token] = self._read(token)
         return self._known[token]
+
+    def of_all(self, count: int) -> list[bytes]:
+        """The bytes of each token below `count` in the middle of a text; b"" for those that no text shows.
+
+        Raises:
+            FailedPrecondition: the decoder may make anything of tokens.
+        """
+        if self.kind is Kind.UNKNOWN:
+            raise FailedPrecondition("its decoder says of no token what text it is", field="tokenizer")
+        known = min(count, max(self._tokenizer.get_vocab().values()) + 1)
+        if self.kind is Kind.BYTE_LEVEL:
+            found = [self.of(token) or b"" for token in range(known)]
+        else:
+            with foreign_code("it cannot decode its tokens"):
+                found = self._in_context(known)
+        return found + [b""] * (count - known)
+
+    def _in_context(self, count: int) -> list[bytes]:
+        """The bytes of tokens after those of a letter: decoders treat the first token of a text differently."""
+        backend = self._tokenizer.backend_tokenizer
+        before = backend.encode("x", add_special_tokens=False).ids
+        text = backend.decode(before)
+        with_each = backend.decode_batch([[*before, token] for token in range(count)])
+        pieces = self._tokenizer.convert_ids_to_tokens(range(count))
+        found = []
+        for token, (piece, whole) in enumerate(zip(pieces, with_each, strict=True)):
+            byte = BYTE_TOKEN.fullmatch(piece or "") if self.kind is Kind.BYTE_FALLBACK else None
+            if byte is not None:
+                found.append(bytes.fromhex(byte[1]))
+            elif token in self._special or piece is None or not whole.startswith(text):
+                found.append(b"")
+            else:
+                found.append(whole[len(text) :].encode())
+        return found
 
     def _read(self, token: int) -> bytes | None:
         with foreign_code("it cannot name a token"):

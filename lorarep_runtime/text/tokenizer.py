@@ -6,7 +6,9 @@ import copy
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,18 @@ from lorarep_runtime.text.foreign import (
 from lorarep_runtime.text.text_length import characters_of_a_token
 from lorarep_runtime.text.token_bytes import TokenBytes
 from lorarep_runtime.text.vocabulary_files import check_read, check_there, what_is_missing
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All tokens of an embedding's rows, as the bytes that they are in the middle of a text."""
+
+    tokens: Sequence[bytes]
+    """b"" for those that no text shows."""
+    special: frozenset[int]
+    """Tokens that no text shows: the special ones, and rows without a token."""
+    digest: bytes
+    """SHA-256 of both."""
 
 
 class Tokenizer:
@@ -45,6 +59,8 @@ class Tokenizer:
         check_read(folder, self._tokenizer)
         self._folder = folder
         self._trusted = trusted
+        self._vocabularies: dict[int, Vocabulary] = {}
+        """By the number of rows. Copies with other chat templates share them."""
         template = self._tokenizer.chat_template
         self._named_templates = sorted(template) if isinstance(template, Mapping) else []
         self.chat_template: str | None = template.get("default") if isinstance(template, Mapping) else template
@@ -188,6 +204,19 @@ class Tokenizer:
         """The bytes of tokens, which need no decoding."""
         with foreign_code("it cannot say how it decodes"):
             return TokenBytes(self._tokenizer, self._special_tokens.values())
+
+    def vocabulary(self, rows: int) -> Vocabulary:
+        """The tokens of an embedding of so many rows.
+
+        Raises:
+            FailedPrecondition: the decoder does not say what text they are.
+        """
+        if rows not in self._vocabularies:
+            tokens = self.token_bytes.of_all(rows)
+            special = frozenset(token for token, text in enumerate(tokens) if not text)
+            digest = sha256(repr(tokens).encode()).digest()
+            self._vocabularies[rows] = Vocabulary(tokens, special, digest)
+        return self._vocabularies[rows]
 
     @cached_property
     def _special_tokens(self) -> Mapping[str, int]:

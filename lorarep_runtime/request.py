@@ -64,11 +64,13 @@ class StructuredOutput:
     """A JSON Schema, a regular expression without look-around for the whole answer, or a grammar in Lark or GBNF."""
     choices: tuple[str, ...] = ()
     """Of which the answer is one."""
+    asked_as: str = ""
+    """The field that asks for it; "" is `structured_output` itself."""
 
     @property
     def field(self) -> str:
         """Its name in errors."""
-        return f"structured_output.{self.kind}"
+        return self.asked_as or f"structured_output.{self.kind}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Processes that answer questions about what callers and adapters bring, and are ended when a question takes too much."""
+"""Processes that answer questions about what callers and adapters bring, and that end when one takes too much."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ class Engine:
             )
 
     def _sampler(self, request: Request, lease: Lease, ends: frozenset[int]) -> SamplerState:
-        """The state of an answer's tokens. The grammar of its form is compiled here and not in the step loop's thread."""
+        """The state of an answer's tokens. Its form is compiled here and not in the step loop's thread."""
         state = SamplerState(request, ends, lease.vocab_size)
         if request.structured_output is not None:
             grammar = self._grammars.compile(request.structured_output, lease.tokenizer, sorted(ends))

@@ -69,7 +69,9 @@ class LaunchedStep:
             for sequence, is_there in zip(self._ready, has_mask, strict=True):
                 if not is_there:
                     sequence.compute_last_again()
-            at = moved(torch.tensor([i for i, is_there in enumerate(has_mask) if is_there], dtype=torch.int64), self._device)
+            at = moved(
+                torch.tensor([i for i, is_there in enumerate(has_mask) if is_there], dtype=torch.int64), self._device
+            )
             self._chosen, self._logits = self._chosen[at], self._logits[at]
             self._ready = [s for s, is_there in zip(self._ready, has_mask, strict=True) if is_there]
         if not self.has_logprobs:

@@ -44,7 +44,7 @@ class _Size(NamedTuple):
     messages: int
     """Their number."""
     characters: int
-    """In all of them."""
+    """Of all of them as JSON."""
 
     def is_at_least(self, other: _Size) -> bool:
         """Whether a template that has taken too much for the other would take no less for this one."""
@@ -55,7 +55,7 @@ _refused: dict[_Size, float] = {}
 """Until when conversations of at least a size are refused. They are few: each has taken seconds."""
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> str:
+def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
     """The text of a conversation as a template (Jinja) writes it, up to where the next answer begins.
 
     Args:
@@ -72,7 +72,7 @@ def render(template: str, messages: Sequence[Mapping[str, str]], variables: Mapp
     if len(template) > MAX_CHARACTERS:
         raise InvalidArgument(f"the chat template has over {MAX_CHARACTERS} characters", field="prompt.chat")
     key = hashlib.sha256(template.encode(errors="surrogatepass") + b"\0" + json.dumps(variables).encode()).digest()
-    size = _Size(key, len(messages), sum(len(text) for message in messages for text in message.values()))
+    size = _Size(key, len(messages), len(json.dumps(list(messages))))
     _check(size)
     if not _places.acquire(timeout=WAITING_SECONDS):
         raise Exhausted("chat templates take all the time there is", field="prompt.chat", retry_after=1.0)

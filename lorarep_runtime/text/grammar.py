@@ -67,7 +67,8 @@ class Grammars:
         with self._making:
             made = self._vocabularies.pop(key, None)
             if made is None:
-                made = LLTokenizer(_Words(vocabulary, ends), eos_token=list(ends), n_vocab=self._rows)
+                words = _Words(vocabulary, ends)
+                made = LLTokenizer(words, eos_token=list(ends), n_vocab=self._rows)  # type: ignore[arg-type]
                 # The first mask takes a tenth of a second more than those that follow.
                 LLMatcher(made, f"{lark.OPTIONS}start: %json {{}}", log_level=0).compute_bitmask()
             self._vocabularies[key] = made

@@ -38,7 +38,7 @@ REFUSED_SECONDS = 60.0
 WHITESPACE = r"[ \n\r\t]{1,64}"
 """Space at a place where JSON may have any: a model that writes nothing else would never end."""
 OPTIONS = '%llguidance {"no_forcing": true}\n'
-"""A mask takes away what the grammar forbids, and nothing else: where a text is forced, the model chooses its tokens."""
+"""A mask takes away what the grammar forbids and nothing else: the model chooses the tokens of a forced text, too."""
 
 _processes = ProcessPool(__name__, "serve", PROCESSES)
 places = threading.BoundedSemaphore(MAX_CALLERS)

@@ -114,12 +114,13 @@ class Tokenizer:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         most_characters: int | None = None,
         arguments: Mapping[str, Any] | None = None,
         *,
         asks_for_answer: bool = True,
         continues_last: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Tokens of a conversation in the chat template's form, up to where the next answer begins.
 
@@ -130,6 +131,7 @@ class Tokenizer:
             arguments: further variables of the template, as JSON has them.
             asks_for_answer: whether the template writes what an answer begins with (`add_generation_prompt`).
             continues_last: whether the text ends within the last message (`continue_final_message`).
+            tools: functions that the model may call, as OpenAI has them.
 
         Raises:
             FailedPrecondition: there is no template, or of several none is the default.
@@ -147,7 +149,9 @@ class Tokenizer:
             raise InvalidArgument("contradicts continue_final_message", field="prompt.chat.add_generation_prompt")
         if "developer" not in self.chat_template:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        ends = {"add_generation_prompt": asks_for_answer, "continue_final_message": continues_last}
+        ends: dict[str, Any] = {"add_generation_prompt": asks_for_answer, "continue_final_message": continues_last}
+        if tools:
+            ends["tools"] = list(tools)
         arguments = arguments or {}
         if taken := arguments.keys() & self._template_variables:
             raise InvalidArgument(f"{min(taken)} cannot be set", field="prompt.chat.template_arguments")

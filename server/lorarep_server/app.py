@@ -98,6 +98,7 @@ class App:
             self._traces,
             max_unread=config.max_unread,
             patience=config.max_unread_seconds,
+            tool_call_parser=config.tool_call_parser,
         )
         self._metrics_registry.register(EngineCollector(self.engine, self._reconciler.states))
         self._health = HealthService()

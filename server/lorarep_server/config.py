@@ -9,6 +9,8 @@ from lorarep_server.sources import AdapterSource
 
 MAX_MESSAGE = 16 << 20
 """Most bytes of a request over gRPC, and of a body over HTTP."""
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral")
+"""Formats in which models call tools, by vLLM's names."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class ServerConfig:
     """Most connections to the port of OpenAI's API. None is 512, or fewer where calls or open files are fewer."""
     max_connections_per_address: int | None = None
     """Most of them from one address; None is half of them. Behind a proxy all callers have the proxy's address."""
+    tool_call_parser: str | None = None
+    """Format in which the model calls tools. Unset: what its chat template tells."""
     max_unread: int = 1024
     """Most events of a stream that may wait for a slow reader for any time."""
     max_unread_seconds: float = 10.0

@@ -21,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ToolChoice:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ToolChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoice.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOOL_CHOICE_UNSPECIFIED: _ToolChoice.ValueType  # 0
+    """The model decides, if there are tools."""
+    TOOL_CHOICE_NONE: _ToolChoice.ValueType  # 1
+    """The model is told of no tools."""
+    TOOL_CHOICE_REQUIRED: _ToolChoice.ValueType  # 2
+    """The answer is at least one call, in the format that the model's chat template tells, with arguments that are valid
+    by the tool's schema.
+    """
+
+class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper):
+    """ToolChoice says whether the model calls tools."""
+
+TOOL_CHOICE_UNSPECIFIED: ToolChoice.ValueType  # 0
+"""The model decides, if there are tools."""
+TOOL_CHOICE_NONE: ToolChoice.ValueType  # 1
+"""The model is told of no tools."""
+TOOL_CHOICE_REQUIRED: ToolChoice.ValueType  # 2
+"""The answer is at least one call, in the format that the model's chat template tells, with arguments that are valid
+by the tool's schema.
+"""
+Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -123,10 +151,20 @@ class Chat(_message.Message):
     TEMPLATE_ARGUMENTS_FIELD_NUMBER: _builtins.int
     ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: _builtins.int
+    TOOL_NAME_FIELD_NUMBER: _builtins.int
+    SINGLE_TOOL_CALL_FIELD_NUMBER: _builtins.int
     add_generation_prompt: _builtins.bool
     """Whether the template asks for the next answer at the end. Default: true, unless the last message is continued."""
     continue_final_message: _builtins.bool
     """Whether the answer goes on with the last message, as far as it has been written, instead of beginning a new one."""
+    tool_choice: Global___ToolChoice.ValueType
+    """Whether it calls any. Default: the model decides."""
+    tool_name: _builtins.str
+    """The tool that is called where a call is required. Default: any."""
+    single_tool_call: _builtins.bool
+    """Whether an answer that has to call tools is one call and no more."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """At least one message; the oldest comes first."""
@@ -137,6 +175,10 @@ class Chat(_message.Message):
         template has anyway cannot be set: its messages, special tokens and tools.
         """
 
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]:
+        """Tools that the model may call. The calls are in the answer's text, in the format of the model. At most 128."""
+
     def __init__(
         self,
         *,
@@ -144,10 +186,14 @@ class Chat(_message.Message):
         template_arguments: _struct_pb2.Struct | None = ...,
         add_generation_prompt: _builtins.bool | None = ...,
         continue_final_message: _builtins.bool = ...,
+        tools: _abc.Iterable[Global___Tool] | None = ...,
+        tool_choice: Global___ToolChoice.ValueType = ...,
+        tool_name: _builtins.str = ...,
+        single_tool_call: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "template_arguments", b"template_arguments"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages", "template_arguments", b"template_arguments"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "messages", b"messages", "single_tool_call", b"single_tool_call", "template_arguments", b"template_arguments", "tool_choice", b"tool_choice", "tool_name", b"tool_name", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
     _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
@@ -164,6 +210,8 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """The speaker. The chat template defines the roles; nearly all know "system", "user" and "assistant". A "developer" is
     "system" to templates that know none.
@@ -172,20 +220,88 @@ class ChatMessage(_message.Message):
     """The text of the message."""
     name: _builtins.str
     """The name of the speaker, for templates that tell several apart. Default: none."""
+    tool_call_id: _builtins.str
+    """The id of the call that a message of the role "tool" answers to. Default: none."""
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """The calls of an assistant's message. Default: none."""
+
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
         name: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
+        tool_call_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
+class Tool(_message.Message):
+    """Tool is a function that the model may call. The chat template tells the model of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name. It is required. At most 64 characters, of which letters, digits, `_`, `-` and `.` are possible."""
+    description: _builtins.str
+    """A description for the model. Default: none."""
+    parameters: _builtins.str
+    """A JSON Schema of the arguments, which are an object. Default: any object."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        parameters: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tool: _TypeAlias = Tool  # noqa: Y015
+
+@_typing.final
+class ToolCall(_message.Message):
+    """ToolCall is a call that the model has made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """An id that a message of the role "tool" answers to."""
+    name: _builtins.str
+    """The name of the tool."""
+    arguments: _builtins.str
+    """The arguments, a JSON object."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        arguments: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class AdapterRef(_message.Message):
@@ -396,6 +512,93 @@ class Stopping(_message.Message):
 Global___Stopping: _TypeAlias = Stopping  # noqa: Y015
 
 @_typing.final
+class StructuredOutput(_message.Message):
+    """StructuredOutput is a form that an answer has to have. At each place those tokens alone may come that can go on to an
+    answer of that form, and it ends with an end token. An answer that ends with FINISH_REASON_LENGTH, with a stop string or
+    with one of `stop_token_ids` may be the beginning of one. What cannot be compiled within a second, or takes too long
+    for a token, is INVALID_ARGUMENT. A form has 65,536 characters at most.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Choices(_message.Message):
+        """Choices are the possible answers."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CHOICES_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """At least one; at most 1,024."""
+
+        def __init__(
+            self,
+            *,
+            choices: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class AnyObject(_message.Message):
+        """AnyObject is any JSON object."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """A JSON Schema. Keywords that cannot be kept are refused, `oneOf` with overlapping alternatives and `not` among them.
+    Keys come in the order of `properties`.
+    """
+    regex: _builtins.str
+    """A regular expression for the whole answer, without look-around, in the syntax of Rust's `regex`."""
+    grammar: _builtins.str
+    """A context-free grammar, in Lark's syntax as llguidance has it, or in GBNF."""
+    @_builtins.property
+    def json_object(self) -> Global___StructuredOutput.AnyObject:
+        """Any JSON object."""
+
+    @_builtins.property
+    def choice(self) -> Global___StructuredOutput.Choices:
+        """One of several texts."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        json_object: Global___StructuredOutput.AnyObject | None = ...,
+        regex: _builtins.str = ...,
+        choice: Global___StructuredOutput.Choices | None = ...,
+        grammar: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_form: _TypeAlias = _typing.Literal["json_schema", "json_object", "regex", "choice", "grammar"]  # noqa: Y015
+    _WhichOneofArgType_form: _TypeAlias = _typing.Literal["form", b"form"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_form) -> _WhichOneofReturnType_form | None: ...
+
+Global___StructuredOutput: _TypeAlias = StructuredOutput  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     """GenerateRequest asks for an answer."""
 
@@ -409,6 +612,7 @@ class GenerateRequest(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     stack: _builtins.str
     """The name of the stack to compute on; see ListStacks. Default: the adapters' own, or without adapters the base's
@@ -448,6 +652,12 @@ class GenerateRequest(_message.Message):
     def stopping(self) -> Global___Stopping:
         """The end of the answer. Default: an end token, or the default of `max_new_tokens`."""
 
+    @_builtins.property
+    def structured_output(self) -> Global___StructuredOutput:
+        """The form of the answer. It cannot be together with `ignore_eos` or `allowed_token_ids`. `min_new_tokens` holds as long
+        as the form lets other tokens come than end tokens. Default: any text.
+        """
+
     def __init__(
         self,
         *,
@@ -459,11 +669,12 @@ class GenerateRequest(_message.Message):
         logprobs: _builtins.int | None = ...,
         cache_salt: _builtins.str = ...,
         prompt_logprobs: _builtins.int | None = ...,
+        structured_output: Global___StructuredOutput | None = ...,
         special_tokens: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_stack", b"_stack", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "stack", b"stack", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_stack", b"_stack", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "stack", b"stack", "stopping", b"stopping", "structured_output", b"structured_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_stack", b"_stack", "adapters", b"adapters", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "special_tokens", b"special_tokens", "stack", b"stack", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_stack", b"_stack", "adapters", b"adapters", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "special_tokens", b"special_tokens", "stack", b"stack", "stopping", b"stopping", "structured_output", b"structured_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015

@@ -28,6 +28,10 @@ FIELDS: Mapping[str, str] = {
     "longest": "truncate_input_tokens",
     "offsets": "return_offsets",
     "stop": "stop_sequences",
+    "structured_output.json_schema": "json_schema",
+    "structured_output.regex": "regex",
+    "structured_output.choice": "choice",
+    "structured_output.grammar": "grammar",
 }
 """fmaas' names of fields by lorarep's own, where the two differ."""
 
@@ -55,9 +59,8 @@ def check(params: pb.Parameters, max_tokens: int) -> None:
         raise InvalidArgument("is not supported", field="typical_p")
     if decoding.HasField("length_penalty") and decoding.length_penalty.decay_factor != 1:
         raise InvalidArgument("is not supported", field="length_penalty")
-    guided = decoding.WhichOneof("guided")
-    if guided is not None and (guided != "format" or decoding.format != pb.DecodingParameters.TEXT):
-        raise InvalidArgument("guided decoding is not supported", field=guided)
+    if decoding.format not in pb.DecodingParameters.ResponseFormat.values():
+        raise InvalidArgument(f"{decoding.format} is neither TEXT nor JSON", field="format")
     if stopping.max_new_tokens > max_tokens:
         raise InvalidArgument(f"{stopping.max_new_tokens} is over the limit of {max_tokens}", field="max_new_tokens")
     if response.top_n_tokens > MAX_TOP_N:
@@ -92,8 +95,26 @@ def to_generate(params: pb.Parameters, text: str, **target: Any) -> generation_p
         ),
         logprobs=details if response.generated_tokens else None,
         prompt_logprobs=details if response.input_tokens else None,
+        structured_output=_form(params.decoding),
         **target,
     )
+
+
+def _form(decoding: pb.DecodingParameters) -> generation_pb2.StructuredOutput | None:
+    """The form of an answer, if guided decoding is asked for."""
+    form = generation_pb2.StructuredOutput
+    match decoding.WhichOneof("guided"):
+        case "format" if decoding.format == pb.DecodingParameters.JSON:
+            return form(json_object=form.AnyObject())
+        case "json_schema":
+            return form(json_schema=decoding.json_schema)
+        case "regex":
+            return form(regex=decoding.regex)
+        case "choice":
+            return form(choice=form.Choices(choices=decoding.choice.choices))
+        case "grammar":
+            return form(grammar=decoding.grammar)
+    return None
 
 
 class ResponseBuilder:

@@ -198,6 +198,7 @@ class OpenAI:
             fields["logprobs"] = parsed.logprobs_field
             if parsed.prompt_logprobs is None:
                 fields["prompt_logprobs"] = parsed.logprobs_field  # those of an echo
+            fields.update(parsed.form_fields())
             if parsed.adapters:
                 fields["adapter"] = fields["adapters"] = fields["repository"] = "adapters"
             target = await self._target(parsed)
@@ -223,6 +224,7 @@ class OpenAI:
                         if parsed.choices > 1:
                             first = await take_first(events, shared, admitted.prompt)
                     response.prompt_logprobs = shared.logprobs
+                    response.parse_calls(self._frontend.tool_call_parser)
                     if not parsed.stream:
                         return await collect(response, events, first)
                     # Until all are admitted the response may be an error.

@@ -38,6 +38,10 @@ FIELDS: Mapping[str, str] = {
     "prompt.chat": "messages",
     "prompt.chat.template_arguments": "chat_template_kwargs",
     "prompt.chat.add_generation_prompt": "add_generation_prompt",
+    "prompt.chat.tools": "tools",
+    "prompt.chat.tools.parameters": "tools",
+    "prompt.chat.tool_name": "tool_choice",
+    "prompt.chat.messages.tool_calls": "messages",
     "min_new_tokens": "min_tokens",
 }
 """OpenAI's names of fields by lorarep's own, where the two differ."""

@@ -41,7 +41,8 @@ class Message(BaseModel):
     def _without_neutral(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, dict):
             return given
-        unknown = [name for name in given if name not in cls.model_fields]
+        aliases = {known.alias for known in cls.model_fields.values()}
+        unknown = [name for name in given if name not in cls.model_fields and name not in aliases]
         left_out = {name for name in unknown if given[name] in NEUTRAL}
         if isinstance(info.context, list):
             info.context.extend(sorted(set(unknown) - left_out))

@@ -23,12 +23,13 @@ from lorarep_server.api.openai_fields import (
     UInt32,
     WeightedAdapter,
 )
+from lorarep_server.api.openai_forms import Formed, NamedTool, Tool, ToolCall
 
 SAMPLING = set(generation_pb2.Sampling.DESCRIPTOR.fields_by_name)
 """Sampling fields that have the same name in OpenAI's API and in lorarep.v1."""
 
 
-class GenerationRequest(Message, ABC):
+class GenerationRequest(Formed, ABC):
     """The fields of both kinds of completions. A field with a single allowed value states the default behaviour."""
 
     unset_tokens: ClassVar[int]
@@ -118,6 +119,11 @@ class GenerationRequest(Message, ABC):
         """Number of answers to compute to each prompt."""
         return self.n
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether an answer may call tools."""
+        return False
+
     def to_generate(
         self, prompt: generation_pb2.Prompt, choice: int = 0, **target: Any
     ) -> generation_pb2.GenerateRequest:
@@ -128,7 +134,7 @@ class GenerationRequest(Message, ABC):
             choice: number of the answer among those to this prompt. The first one alone has what is of the prompt.
             target: the adapters or the stack, as fields of GenerateRequest.
         """
-        sampling = self.model_dump(include=SAMPLING)
+        sampling, form = self.model_dump(include=SAMPLING), self.to_form()
         if self.top_p == 0:  # of the likeliest tokens, those that are needed to have any probability
             sampling |= {"top_p": None, "top_k": 1}
         if self.seed is not None:
@@ -145,7 +151,8 @@ class GenerationRequest(Message, ABC):
             ),
             logprobs=self.to_logprobs(),
             prompt_logprobs=self.to_prompt_logprobs() if choice == 0 else None,
-            special_tokens=not self.skip_special_tokens,
+            special_tokens=not self.skip_special_tokens or self.calls_tools,
+            structured_output=None if form is None else form[1],
             cache_salt=self.cache_salt or "",
             **target,
         )
@@ -233,7 +240,9 @@ class ChatMessage(Message):
     content: Content
     """An assistant's may be null, or missing, as in answers that called tools."""
     name: Name = ""
-    tool_calls: Nothing = []
+    tool_calls: Annotated[Listed[ToolCall], Field(max_length=1024)] = []
+    tool_call_id: Name = ""
+    refusal: Literal[""] = ""
     annotations: Nothing = []
 
     @model_validator(mode="before")
@@ -241,12 +250,6 @@ class ChatMessage(Message):
     def _without_content(cls, given: Any) -> Any:
         is_empty = isinstance(given, dict) and given.get("role") == "assistant" and given.get("content") is None
         return {**given, "content": ""} if is_empty else given
-
-
-class ResponseFormat(Message):
-    """The format of the response. Free text is the only one."""
-
-    type: Literal["text"]
 
 
 class ChatRequest(GenerationRequest):
@@ -260,13 +263,12 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: UInt32 | None = None
     logprobs: bool = False
     top_logprobs: UInt32 | None = None
-    response_format: ResponseFormat | None = None
-    tools: Nothing = []
-    tool_choice: Literal["none", "auto"] = "none"
+    tools: Annotated[Listed[Tool], Field(max_length=128)] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     functions: Nothing = []
     function_call: Literal["none", "auto"] = "none"
     parallel_tool_calls: bool = True
-    """Has no effect: there are no tools."""
+    """Whether an answer may call several tools. A model that need not call any may ignore it."""
     modalities: Listed[Literal["text"]] = ["text"]
     verbosity: Literal["medium"] = "medium"
     # vLLM's own fields
@@ -304,6 +306,10 @@ class ChatRequest(GenerationRequest):
             return "max_completion_tokens", self.max_completion_tokens
         return super().length()
 
+    @property
+    def calls_tools(self) -> bool:
+        return bool(self.tools) and self.tool_choice != "none"
+
     def to_prompts(self) -> list[generation_pb2.Prompt]:
         messages = [
             generation_pb2.ChatMessage(
@@ -313,6 +319,8 @@ class ChatRequest(GenerationRequest):
                 content=message.content
                 if isinstance(message.content, str)
                 else "\n".join(part.text for part in message.content),
+                tool_calls=[call.to_call() for call in message.tool_calls],
+                tool_call_id=message.tool_call_id,
             )
             for message in self.messages
         ]
@@ -321,7 +329,14 @@ class ChatRequest(GenerationRequest):
             messages=messages,
             add_generation_prompt=None if asks and not self.continue_final_message else asks,
             continue_final_message=self.continue_final_message,
+            tools=[tool.to_tool() for tool in self.tools],
+            single_tool_call=not self.parallel_tool_calls,
         )
+        if isinstance(self.tool_choice, NamedTool):
+            chat.tool_name = self.tool_choice.function.name
+        if self.tool_choice != "auto":
+            is_none = self.tool_choice == "none"
+            chat.tool_choice = generation_pb2.TOOL_CHOICE_NONE if is_none else generation_pb2.TOOL_CHOICE_REQUIRED
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         try:
             chat.template_arguments.update(effort | self.chat_template_kwargs)

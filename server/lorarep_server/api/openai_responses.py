@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from lorarep_runtime.request import Finished, FinishReason, Output, PromptLogprobs, TokenLogprob
 from lorarep_runtime.text.detokenizer import REPLACEMENT, TextStream
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
+from lorarep_server.api.openai_tool_calls import ToolCallParser
+from lorarep_server.requests.tools import tool_format
 
 if TYPE_CHECKING:
     from lorarep_runtime.text.tokenizer import Tokenizer
@@ -92,6 +94,13 @@ class GenerationResponse(ABC, Generic[R]):
             ends: of all answers that were computed, prompt by prompt.
         """
         return self._body(self.kind, choices, usage=self._usage(ends))
+
+    def parse_calls(self, parser: str | None) -> None:
+        """Has calls of tools found in the text, if there are any to call.
+
+        Args:
+            parser: their format, as the operator names it; None is what the chat template tells.
+        """
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """The chunks that come right before those of the first token."""
@@ -287,6 +296,21 @@ class ChatResponse(GenerationResponse[ChatRequest]):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    _calls: ToolCallParser | None = None
+
+    def parse_calls(self, parser: str | None) -> None:
+        if self._request.calls_tools:
+            self._calls = ToolCallParser(tool_format(self._tokenizer, parser))
+
+    def choice(self, outputs: Sequence[Output], finished: Finished) -> dict[str, Any]:
+        whole = super().choice(outputs, finished)
+        message = whole["message"]
+        for call in message.get("tool_calls", ()):
+            del call["index"]
+        if "tool_calls" in message and not message["content"]:
+            message["content"] = None
+        return whole
+
     def whole(self, choices: list[dict[str, Any]], ends: Sequence[Finished]) -> dict[str, Any]:
         return {**super().whole(choices, ends), **self._of_prompt()}
 
@@ -296,7 +320,13 @@ class ChatResponse(GenerationResponse[ChatRequest]):
         yield {**chunk, **self._of_prompt()}
 
     def _choice(self, outputs: Sequence[Output], reason: str | None, ending: str = "") -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(output.text for output in outputs) + ending}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "".join(output.text for output in outputs) + ending,
+        }
+        if self._calls is not None:
+            message |= self._calls.message(message["content"], is_last=reason is not None)
+            reason = "tool_calls" if reason == "stop" and self._calls.count else reason
         logprobs = None
         if outputs and self._request.shown_logprobs is not None:
             places = [place for output in outputs for place in output.logprobs]
@@ -310,8 +340,11 @@ class ChatResponse(GenerationResponse[ChatRequest]):
         }
 
     def _delta(self, choice: dict[str, Any]) -> dict[str, Any]:
-        content = choice.pop("message")["content"]
-        return {**choice, "delta": {"content": content} if content or choice["finish_reason"] is None else {}}
+        message = choice.pop("message")
+        delta = {"tool_calls": message["tool_calls"]} if "tool_calls" in message else {}
+        if message["content"] or (choice["finish_reason"] is None and not delta):
+            delta["content"] = message["content"]
+        return {**choice, "delta": delta}
 
     def _place(self, place: TokenLogprob) -> dict[str, Any]:
         top = [self._token(token, logprob) for token, logprob in place.top]

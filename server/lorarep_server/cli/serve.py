@@ -22,7 +22,7 @@ from lorarep_server.cli.options import (
     StackType,
     option,
 )
-from lorarep_server.config import ServerConfig
+from lorarep_server.config import TOOL_CALL_PARSERS, ServerConfig
 from lorarep_server.sources import AdapterSource
 from lorarep_server.telemetry.log import logging_in_a_thread
 
@@ -204,6 +204,12 @@ FILE = HomePath(dir_okay=False)
     type=POSITIVE,
     show_default="half of them",
     help="Most of them from one address; behind a proxy all callers have the proxy's.",
+)
+@option(
+    "--tool-call-parser",
+    type=click.Choice(TOOL_CALL_PARSERS),
+    show_default="what its chat template tells",
+    help="Format in which the model calls tools.",
 )
 @option("--max-unread", type=POSITIVE, default=ServerConfig.max_unread, help="Events that may wait for a slow reader.")
 @option(

@@ -59,6 +59,7 @@ class Frontend:
         *,
         max_unread: int,
         patience: float,
+        tool_call_parser: str | None = None,
     ) -> None:
         """
         Args:
@@ -66,6 +67,7 @@ class Frontend:
             load_queue: loads adapters that requests name.
             reconciler: knows the adapters file.
             max_unread, patience: limits of slow readers, as in `EventStream`.
+            tool_call_parser: the format of calls of tools, one of `FORMATS`; None is what the chat template tells.
         """
         self.engine = engine
         """Gives the engine. Raises Unavailable until it is loaded."""
@@ -76,6 +78,7 @@ class Frontend:
         self._threads = AdmissionThreads()
         self._max_unread = max_unread
         self._patience = patience
+        self.tool_call_parser = tool_call_parser
 
     @asynccontextmanager
     async def generate(
@@ -115,7 +118,7 @@ class Frontend:
                 deadline = min(time.monotonic() + time_limit, math.inf if deadline is None else deadline)
             # 2. Submit the request in a thread, since tokenization takes a while.
             submission = await self._threads.begin(
-                submit, engine, request, deadline, events.put, new_tokens, longest_prompt
+                submit, engine, request, deadline, events.put, new_tokens, longest_prompt, self.tool_call_parser
             )
             try:
                 # A request that is submitted while its caller leaves has to be cancelled afterwards.
@@ -216,7 +219,8 @@ def check(engine: Engine, request: generation_pb2.GenerateRequest, new_tokens: i
     """
     engine.adapters.check_lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
     prompt = messages.any_prompt(request.prompt, engine.max_tokens)
-    engine.check(messages.runtime_request(request, prompt, None, engine.max_tokens, new_tokens))
+    form = messages.structured_output(request)
+    engine.check(messages.runtime_request(request, prompt, None, engine.max_tokens, new_tokens, form))
 
 
 def submit(
@@ -226,6 +230,7 @@ def submit(
     on_event: Callable[[Event], None],
     new_tokens: int = Stopping.max_new_tokens,
     longest_prompt: int | None = None,
+    tool_call_parser: str | None = None,
 ) -> Admitted:
     """Tokenizes a request and submits it to the engine. Blocks.
 
@@ -237,7 +242,8 @@ def submit(
     try:
         prompt = messages.prompt_tokens(request.prompt, lease.tokenizer, engine.max_tokens, longest_prompt)
         longest = engine.longest(len(lease.stack))
-        runtime_request = messages.runtime_request(request, prompt, deadline, longest, new_tokens)
+        form = messages.structured_output(request, lease.tokenizer, tool_call_parser)
+        runtime_request = messages.runtime_request(request, prompt, deadline, longest, new_tokens, form)
         submitted = time.monotonic_ns()
         request_id = engine.submit(runtime_request, lease, on_event)
     except BaseException:

@@ -20,8 +20,10 @@ from lorarep_runtime.request import (
     Request,
     Sampling,
     Stopping,
+    StructuredOutput,
     TokenLogprob,
 )
+from lorarep_server.requests import tools
 from lorarep_server.requests.message_bounds import most_bytes
 
 if TYPE_CHECKING:
@@ -91,15 +93,19 @@ def prompt_tokens(
             chat, continues = prompt.chat, prompt.chat.continue_final_message
             asks = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not continues
             told = [_message(message) for message in chat.messages]
-            return tuple(tokenizer.chat(told, most, arguments, asks_for_answer=asks, continues_last=continues))
+            return tuple(
+                tokenizer.chat(
+                    told, most, arguments, asks_for_answer=asks, continues_last=continues, tools=tools.told_tools(chat)
+                )
+            )
         case _:
             raise InvalidArgument(UNSET, field="prompt")
 
 
-def _message(message: generation_pb2.ChatMessage) -> dict[str, str]:
+def _message(message: generation_pb2.ChatMessage) -> dict[str, Any]:
     """A message of a conversation as templates have it."""
     named = {"name": message.name} if message.name else {}
-    return {"role": message.role, "content": message.content, **named}
+    return {"role": message.role, "content": message.content, **named, **tools.told_calls(message)}
 
 
 def template_arguments(chat: generation_pb2.Chat) -> dict[str, Any]:
@@ -136,6 +142,7 @@ def any_prompt(prompt: generation_pb2.Prompt, max_tokens: int) -> tuple[int, ...
             raise InvalidArgument(UNSET, field="prompt")
         case "chat":
             template_arguments(prompt.chat)
+            tools.told_tools(prompt.chat)
     return (0,)
 
 
@@ -172,12 +179,51 @@ def stack_name(request: generation_pb2.GenerateRequest) -> str | None:
     return request.stack if request.HasField("stack") else None
 
 
+def structured_output(
+    request: generation_pb2.GenerateRequest, tokenizer: Tokenizer | None = None, parser: str | None = None
+) -> StructuredOutput | None:
+    """The form of a request's answer: what it asks for, or the calls that it requires.
+
+    Args:
+        tokenizer: of the request; without one, calls are not looked at.
+        parser: the format of calls that the operator names.
+
+    Raises:
+        InvalidArgument: it has no form, or both.
+        FailedPrecondition: the model's format of calls is not known.
+    """
+    form = _form(request.structured_output) if request.HasField("structured_output") else None
+    chat = request.prompt.chat
+    if tokenizer is None or not (told := tools.told_tools(chat)):
+        return form
+    calls = tools.required_calls(chat, told, tools.tool_format(tokenizer, parser), tokenizer)
+    if form is not None and calls is not None:
+        raise InvalidArgument("cannot be together with a required call of a tool", field="structured_output")
+    return form or calls
+
+
+def _form(asked: generation_pb2.StructuredOutput) -> StructuredOutput:
+    match asked.WhichOneof("form"):
+        case "json_schema":
+            return StructuredOutput("json_schema", asked.json_schema)
+        case "json_object":
+            return StructuredOutput("json_schema", '{"type": "object"}')
+        case "regex":
+            return StructuredOutput("regex", asked.regex)
+        case "choice":
+            return StructuredOutput("choice", choices=tuple(asked.choice.choices))
+        case "grammar":
+            return StructuredOutput("grammar", asked.grammar)
+    raise InvalidArgument("has no form", field="structured_output")
+
+
 def runtime_request(
     request: generation_pb2.GenerateRequest,
     prompt: tuple[int, ...],
     deadline: float | None,
     max_tokens: int,
     new_tokens: int = Stopping.max_new_tokens,
+    form: StructuredOutput | None = None,
 ) -> Request:
     """The runtime's form of a request. Unset fields have the runtime's defaults.
 
@@ -186,6 +232,7 @@ def runtime_request(
         deadline: time by `time.monotonic()`.
         max_tokens: most tokens of prompt and answer together.
         new_tokens: most tokens of the answer where the request sets no limit; the prompt may leave fewer.
+        form: by `structured_output`.
     """
     stopping = Stopping(**_given(request.stopping))
     if not request.stopping.HasField("max_new_tokens"):
@@ -198,6 +245,7 @@ def runtime_request(
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
         special_tokens=request.special_tokens,
+        structured_output=form,
         cache_salt=request.cache_salt,
         deadline=deadline,
     )

@@ -129,9 +129,9 @@ class ToolCallParser:
         begin, text = self._format.begin, self._rest
         if not begin:  # an answer is calls from its first character, or none at all
             stripped = text.lstrip(SPACES)
-            if not stripped:
+            if not stripped and len(text) <= MAX_HEAD:
                 return False
-            self._state = self._before_object if stripped[0] == "{" else self._plain
+            self._state = self._before_object if stripped.startswith("{") else self._plain
             return True
         at = text.find(begin)
         if at >= 0:
@@ -160,7 +160,7 @@ class ToolCallParser:
             text = text.lstrip(SPACES + ("," if self.count else "["))
         text = text.lstrip(SPACES)
         if not text:
-            return False
+            return len(self._rest) > MAX_HEAD and self._is_no_call()
         if self._format.is_list and self.count and text[0] == "]":
             self._rest, self._state = text[1:], self._after_list
             return True
@@ -210,14 +210,14 @@ class ToolCallParser:
         return end is not None
 
     def _after_arguments(self) -> bool:
-        text = self._rest.lstrip(SPACES)
-        if not text:
-            return False
-        self._rest, self._state = text.removeprefix("}"), self._after_object
-        return True
+        self._rest = text = self._rest.lstrip(SPACES)
+        if text:
+            self._rest, self._state = text.removeprefix("}"), self._after_object
+        return bool(self._rest)
 
     def _after_object(self) -> bool:
-        text, end = self._rest.lstrip(SPACES), self._format.end
+        self._rest = text = self._rest.lstrip(SPACES)
+        end = self._format.end
         if not text or (end and end.startswith(text) and text != end):
             return False
         if self._format.is_list:

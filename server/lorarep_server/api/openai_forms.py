@@ -13,7 +13,7 @@ from lorarep_runtime.errors import InvalidArgument, first_line
 from lorarep_server.api.openai_fields import Listed, Message, Name, Nothing
 
 Json = dict[str, Any]
-Choices = Annotated[Listed[str], Field(min_length=1, max_length=1024)]
+Choices = Annotated[Listed[str], Field(max_length=1024)]
 
 
 class JsonSchema(Message):
@@ -122,7 +122,11 @@ class Formed(Message):
     guided_whitespace_pattern: Nothing = []
 
     def to_form(self) -> tuple[str, generation_pb2.StructuredOutput] | None:
-        """The field that asks for a form, and the form; None where none does. Raises InvalidArgument if several do."""
+        """The field that asks for a form, and the form; None where none does: an empty value asks for nothing.
+
+        Raises:
+            InvalidArgument: several do.
+        """
         given = self.structured_outputs
         found: list[tuple[str, str, Any]] = []
         if (format_ := self.response_format) is not None and format_.type == "json_object":
@@ -136,11 +140,11 @@ class Formed(Message):
                 "choice": given.choice,
                 "grammar": given.grammar,
             }
-            found += [("structured_outputs", kind, value) for kind, value in values.items() if value is not None]
+            found += [("structured_outputs", kind, value) for kind, value in values.items() if value]
             found += [("structured_outputs", "json_object", None)] if given.json_object else []
         guided = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
         values = {name: getattr(self, f"guided_{name}") for name in guided}
-        found += [(f"guided_{name}", guided[name], value) for name, value in values.items() if value is not None]
+        found += [(f"guided_{name}", guided[name], value) for name, value in values.items() if value]
         if len(found) > 1:
             raise InvalidArgument(f"asks for a form, and so does {found[0][0]}", field=found[1][0])
         return (found[0][0], _form(*found[0])) if found else None

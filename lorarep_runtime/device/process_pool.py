@@ -37,7 +37,7 @@ class ProcessPool:
             if process is None or process.poll() is not None:
                 process = start_process(self._module, self._function)
             its_own = process
-            yield lambda question: _ask(its_own, question)
+            yield lambda question: ask(its_own, question)
         finally:
             self._idle.put(process)
 
@@ -51,7 +51,8 @@ class ProcessPool:
                 end_process(process)
 
 
-def _ask(process: Process, question: object) -> dict[str, Any] | None:
+def ask(process: Process, question: object) -> dict[str, Any] | None:
+    """The answer of a process; None where it has ended instead."""
     assert process.stdin is not None
     assert process.stdout is not None
     line = b""

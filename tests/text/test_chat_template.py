@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lorarep_runtime.device import process_pool
 from lorarep_runtime.device.process import end_process, start_process
 from lorarep_runtime.errors import Exhausted, InvalidArgument
 from lorarep_runtime.text import chat_template
@@ -57,7 +58,7 @@ def test_a_template_that_takes_too_much_is_ended_and_the_next_is_rendered(hostil
 
 def test_a_template_that_has_taken_too_much_is_refused_at_once_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(chat_template, "_ask", lambda process, question: asked.append(question))
+    monkeypatch.setattr(process_pool, "ask", lambda process, question: asked.append(question))
     monkeypatch.setattr(chat_template, "_refused", {})
     with pytest.raises(InvalidArgument, match="takes over 3 s"):
         chat_template.render(LOOP, CHAT, {})
@@ -82,7 +83,7 @@ def test_a_long_conversation_refuses_no_shorter_one_to_others(monkeypatch: pytes
             chat_template.render(TEMPLATE, [{"content": "x" * characters}] * count, variables)
         return "is not rendered" in error.value.message
 
-    monkeypatch.setattr(chat_template, "_ask", ask)
+    monkeypatch.setattr(process_pool, "ask", ask)
     monkeypatch.setattr(chat_template, "_refused", {})
     assert not is_refused_at_once(100, 10)
     assert is_refused_at_once(100, 10)
@@ -99,7 +100,7 @@ def test_callers_of_templates_without_end_leave_threads_to_others(monkeypatch: p
     def take_all_time(process: object, question: object) -> None:
         over.wait()
 
-    monkeypatch.setattr(chat_template, "_ask", take_all_time)
+    monkeypatch.setattr(process_pool, "ask", take_all_time)
     monkeypatch.setattr(chat_template, "_refused", {})
     with ThreadPoolExecutor(8) as threads:
         hostile = [threads.submit(chat_template.render, str(i), CHAT, {}) for i in range(8)]
@@ -126,14 +127,14 @@ def test_callers_share_few_processes() -> None:
     with ThreadPoolExecutor(chat_template.MAX_CALLERS) as threads:
         texts = threads.map(lambda i: chat_template.render(f"{i}", CHAT, {}), range(40))
         assert list(texts) == [str(i) for i in range(40)]
-    assert chat_template._idle.qsize() == chat_template.PROCESSES
+    assert chat_template._processes._idle.qsize() == chat_template.PROCESSES
 
 
 def test_a_process_knows_nothing_of_the_servers_environment_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     process = start_process(chat_template.__name__, "serve")
     try:
-        assert chat_template._ask(process, ["a", CHAT, {}]) == {"text": "a"}
+        assert process_pool.ask(process, ["a", CHAT, {}]) == {"text": "a"}
         assert b"secret" not in Path(f"/proc/{process.pid}/environ").read_bytes()
         assert os.getsid(process.pid) == process.pid
         time.sleep(1.2)

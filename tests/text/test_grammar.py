@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ TEXTS = ["one two three two", 'a {"b": [1, 2.5]}\n\t "ßé 😀"', "<tool> one<t
 
 
 def byte_level() -> Fast:
-    fast = Fast(models.BPE())
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     fast = Fast(
         models.BPE(vocab={**vocab, "Ġt": 256, "Ġtw": 257, "Ġtwo": 258}, merges=[("Ġ", "t"), ("Ġt", "w"), ("Ġtw", "o")])
@@ -34,8 +34,7 @@ def byte_fallback() -> Fast:
     """Of SentencePiece's kind: decoding drops the first token's space."""
     vocab = {name: i for i, name in enumerate(["<unk>", "▁", "one", "▁one", "▁two", "three"])}
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
-    merges = []
-    fast = Fast(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    fast = Fast(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fast.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -53,7 +52,7 @@ def metaspace() -> Fast:
 
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback, metaspace])
-def test_tokens_together_are_the_text(tmp_path: Path, make: type[Fast]) -> None:
+def test_tokens_together_are_the_text(tmp_path: Path, make: Callable[[], Fast]) -> None:
     own = PreTrainedTokenizerFast(tokenizer_object=make(), eos_token="</s>")
     own.add_tokens(["<tool>"])
     own.save_pretrained(tmp_path)

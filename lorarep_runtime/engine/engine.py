@@ -115,7 +115,7 @@ class Engine:
         self.max_sequences = config.scheduler.max_sequences or _most_sequences(self.pool, deepest)
         """Most sequences in one step."""
         self._ids = itertools.count(1)
-        self._grammars = Grammars(self.base.vocab_size)
+        self._grammars = Grammars()
         self._mask_threads = mask_threads()
         self._inbox = Inbox(config.scheduler)
         self._stats = StatsRecorder(self.pool.total)
@@ -226,7 +226,7 @@ class Engine:
         """The state of an answer's tokens. Its form is compiled here and not in the step loop's thread."""
         state = SamplerState(request, ends, lease.vocab_size)
         if request.structured_output is not None:
-            grammar = self._grammars.compile(request.structured_output, lease.tokenizer, sorted(ends))
+            grammar = self._grammars.compile(request.structured_output, lease.tokenizer, lease.vocab_size, sorted(ends))
             state.form = MaskedAnswer(grammar, self._mask_threads, state.excluded)
         return state
 

@@ -27,21 +27,17 @@ WORD_BITS = 32
 
 
 class Grammars:
-    """Compiles forms of answers. Any thread may call it.
+    """Compiles forms of answers. Any thread may call it."""
 
-    Args:
-        rows: of the base's head: number of tokens that an answer may have at a place.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
+    def __init__(self) -> None:
         self._vocabularies: OrderedDict[tuple[bytes, Sequence[int]], LLTokenizer] = OrderedDict()
         self._making = threading.Lock()
 
-    def compile(self, form: StructuredOutput, tokenizer: Tokenizer, ends: Sequence[int]) -> Grammar:
+    def compile(self, form: StructuredOutput, tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> Grammar:
         """The grammar of an answer.
 
         Args:
+            rows: of the head, which may be the adapter's: number of tokens that an answer may have at a place.
             ends: tokens that end the answer. They are no text.
 
         Raises:
@@ -55,7 +51,7 @@ class Grammars:
             raise lark.exhausted(form)
         try:
             text = lark.checked_lark(form)
-            vocabulary = self._vocabulary(tokenizer.vocabulary(self._rows), ends)
+            vocabulary = self._vocabulary(tokenizer.vocabulary(rows), ends)
             return Grammar(form, text, vocabulary)
         finally:
             lark.places.release()
@@ -68,7 +64,7 @@ class Grammars:
             made = self._vocabularies.pop(key, None)
             if made is None:
                 words = _Words(vocabulary, ends)
-                made = LLTokenizer(words, eos_token=list(ends), n_vocab=self._rows)  # type: ignore[arg-type]
+                made = LLTokenizer(words, eos_token=list(ends), n_vocab=len(vocabulary.tokens))  # type: ignore[arg-type]
                 # The first mask takes a tenth of a second more than those that follow.
                 LLMatcher(made, f"{lark.OPTIONS}start: %json {{}}", log_level=0).compute_bitmask()
             self._vocabularies[key] = made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from lorarep_runtime.adapters.lease import Lease
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument
-from lorarep_runtime.request import FinishReason, Request, Sampling, Stopping
+from lorarep_runtime.request import FinishReason, Request, Sampling, Stopping, StructuredOutput
 from tests.support.engines import PROMPT, engine_for, greedy, sampled
 from tests.support.models import VOCAB, reference, reference_logits, save_adapter, save_base, stack_of
 
@@ -106,7 +107,7 @@ def test_each_vocabulary_is_as_with_peft_in_one_batch(
     tokens = {name: kinds[name].get("tokens", VOCAB) if name else VOCAB for name in names}
     leases = [engine.adapters.lease([] if name is None else [(name, 1.0)]) for name in names]
     assert [lease.vocab_size for lease in leases] == list(tokens.values())
-    asked = [greedy(prompt_of(tokens[name]), new_tokens=8) for name in names]
+    asked = [replace(greedy(prompt_of(tokens[name]), new_tokens=8), prompt_logprobs=2) for name in names]
     answers = engine.generate(zip(asked, leases, strict=True))
     for name, request, answer in zip(names, asked, answers, strict=True):
         stack = stack_of(kinds[name].get("layer_replication") if name else None, LAYERS)
@@ -118,6 +119,9 @@ def test_each_vocabulary_is_as_with_peft_in_one_batch(
         got = engine.logits(text, lease)
         lease.release()
         torch.testing.assert_close(got, expected, atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        own = expected.log_softmax(-1)[range(len(request.prompt) - 1), request.prompt[1:]]
+        assert answer.prompt_logprobs is not None
+        assert answer.prompt_logprobs.logprobs == pytest.approx(own.numpy(), abs=10 * tolerance), name
     assert any({*answer.tokens} & {*NEW} for answer in answers)
 
 
@@ -145,6 +149,15 @@ def test_samplers_see_each_rows_own_vocabulary(engine: Engine, kinds: dict[str, 
     held.release()
     first = together[3].logprobs[0]
     assert first.logprob == pytest.approx(float(logits.log_softmax(-1)[first.token]), abs=1e-4)
+
+
+def test_forms_are_of_each_rows_own_vocabulary(engine: Engine) -> None:
+    form = StructuredOutput("regex", "[a-f]{5,9}")
+    asked = [replace(sampled(seed, prompt_of(FEWER), 20), structured_output=form) for seed in range(3)]
+    names = [None, "more", "LoRA"]
+    leases = [engine.adapters.lease([] if name is None else [(name, 1.0)]) for name in names]
+    for answer in engine.generate(zip(asked, leases, strict=True)):
+        assert re.fullmatch(form.text, answer.text)
 
 
 def test_new_tokens_of_an_adapters_tokenizer_are_in_prompts_and_end_answers(

@@ -74,14 +74,14 @@ def test_a_decoder_that_may_do_anything_is_refused(tmp_path: Path) -> None:
     fast.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("a", "b")])
     PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>").save_pretrained(tmp_path)
     with pytest.raises(FailedPrecondition) as error:
-        Grammars(300).compile(StructuredOutput("regex", "a"), Tokenizer(tmp_path), [1])
+        Grammars().compile(StructuredOutput("regex", "a"), Tokenizer(tmp_path), 300, [1])
     assert error.value.field == "tokenizer"
 
 
 def test_a_mask_has_the_tokens_that_may_come_and_no_rows_without_one(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    grammar = Grammars(300).compile(StructuredOutput("regex", "(ab|Ac*)"), tokenizer, [258])
+    grammar = Grammars().compile(StructuredOutput("regex", "(ab|Ac*)"), tokenizer, 300, [258])
     ids = {chr(byte): tokenizer.encode(chr(byte))[-1] for byte in range(33, 127)}
 
     def may_come(without: tuple[int, ...] = ()) -> set[int]:
@@ -102,6 +102,6 @@ def test_forms_of_others_are_no_reason_to_wait_for_long(tmp_path: Path, monkeypa
         lark.places.acquire()
     try:
         with pytest.raises(Exhausted):
-            Grammars(300).compile(StructuredOutput("regex", "a"), Tokenizer(tmp_path), [258])
+            Grammars().compile(StructuredOutput("regex", "a"), Tokenizer(tmp_path), 300, [258])
     finally:
         lark.places.release(lark.MAX_CALLERS)

@@ -15,7 +15,7 @@ TARGET ?= cuda
 # The image below it. A digest pins it: python:3.12-slim@sha256:...
 BASE   ?= python:3.12-slim
 
-# Tests that need processors to themselves.
+# Tests that need processors to themselves, and are no part of CI.
 RAY    := tests/deploy/test_ray.py
 # Tests without servers, browsers, images, GPU kernels, or long comparisons with other libraries.
 FAST   := $(addprefix tests/,text model device adapters engine test_architecture.py)
@@ -34,15 +34,15 @@ demo: .venv/installed ## Serves a small base and adapters, and shows them stream
 	$(BIN)/lorarep demo
 
 # Each test runs once. The fast ones are traced, for their coverage; tracing would slow those with deadlines.
-test: coverage test-slow test-ray ## Runs all tests.
+test: coverage test-slow ## Runs all tests, but for those of Ray.
 
 test-fast: .venv/installed ## Runs the tests that need no server, browser or image.
 	$(BIN)/pytest $(FAST)
 
-test-slow: .venv/installed tests/clients/node_modules tests/clients/.venv/installed ## Runs the tests that test-fast leaves out, but for those of Ray.
+test-slow: .venv/installed tests/clients/node_modules tests/clients/.venv/installed ## Runs the tests that test-fast leaves out.
 	$(BIN)/pytest $(addprefix --ignore=,$(FAST) $(RAY))
 
-# Last and alone: Ray gives its own processes half a minute to start.
+# By themselves: Ray gives its own processes half a minute to start, and takes a minute and a half.
 test-ray: .venv/installed ## Runs the tests of Ray.
 	$(BIN)/pytest -n 0 $(RAY)
 

@@ -102,13 +102,13 @@ def save_words(folder: Path) -> None:
 
 def print_parts(engine: Engine, form: StructuredOutput) -> None:
     """Prints the times to compile a form, for the first time and again, and to make a mask."""
-    ends = [258]
-    engine._grammars.compile(StructuredOutput("regex", "a"), engine.base.tokenizer, ends)  # makes the vocabulary
+    given = engine.base.tokenizer, engine.base.vocab_size, [258]
+    engine._grammars.compile(StructuredOutput("regex", "a"), *given)  # makes the vocabulary
     lark._known.clear()
     times = []
     for _ in range(2):
         began = time.perf_counter()
-        grammar = engine._grammars.compile(form, engine.base.tokenizer, ends)
+        grammar = engine._grammars.compile(form, *given)
         times.append(1e3 * (time.perf_counter() - began))
     draw, masks = random.Random(1), []
     for _ in range(200):

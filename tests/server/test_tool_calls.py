@@ -24,6 +24,12 @@ CASES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("hermes", "2 < 3 <tool_ and <tool_call", "2 < 3 <tool_ and <tool_call", []),
     ("hermes", "<tool_call>no object", "<tool_call>no object", []),
     ("hermes", '<tool_call>{"no": "name"}</tool_call>', '<tool_call>{"no": "name"}</tool_call>', []),
+    (
+        "hermes",
+        r'<tool_call>{"name": "\q", "arguments": {}}</tool_call>',
+        r'<tool_call>{"name": "\q", "arguments": {}}</tool_call>',
+        [],
+    ),
     ("hermes", "", "", []),
     ("llama3_json", '{"name": "weather", "parameters": {"city": "x"}}', "", [("weather", {"city": "x"})]),
     (

@@ -169,7 +169,10 @@ class ToolCallParser:
         if len(text) < len(self._rest):
             self._rest, self._scanned = text, 0
         if (head := self._head.match(text, 0, MAX_HEAD)) and head.end() < len(text):
-            self._begin(json.loads(head[1]))
+            try:
+                self._begin(json.loads(head[1]))
+            except ValueError:  # an escape or a character that JSON does not know
+                return self._is_no_call()
             self._rest, self._state, self._arguments = text[head.end() :], self._in_arguments, _Value()
             return True
         end = self._object.end(text[self._scanned :])

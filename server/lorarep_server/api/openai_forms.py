@@ -68,7 +68,7 @@ class Tool(Message):
     function: Function
 
     def to_tool(self) -> generation_pb2.Tool:
-        parameters = to_json(self.function.parameters, "tools") if self.function.parameters else ""
+        parameters = _text_of(self.function.parameters, "tools") if self.function.parameters else ""
         return generation_pb2.Tool(
             name=self.function.name, description=self.function.description, parameters=parameters
         )
@@ -166,7 +166,7 @@ def _form(field: str, kind: str, value: Any) -> generation_pb2.StructuredOutput:
         case "json_object":
             return form(json_object=form.AnyObject())
         case "json_schema":
-            return form(json_schema=value if isinstance(value, str) else to_json(value, field))
+            return form(json_schema=value if isinstance(value, str) else _text_of(value, field))
         case "choice":
             return form(choice=form.Choices(choices=value))
         case "regex":
@@ -174,7 +174,7 @@ def _form(field: str, kind: str, value: Any) -> generation_pb2.StructuredOutput:
     return form(grammar=value)
 
 
-def to_json(value: Json, field: str) -> str:
+def _text_of(value: Json, field: str) -> str:
     """A JSON value as text. Raises InvalidArgument if it is nested too deep."""
     try:
         return json.dumps(value, ensure_ascii=False)

@@ -148,6 +148,8 @@ def _captured(forward: Callable[[], None], stream: torch.cuda.Stream, memory: An
         except BaseException:
             with suppress(RuntimeError):  # as the capture is invalid
                 graph.capture_end()
+            with suppress(RuntimeError):  # which did not come so far; else the allocator gives back no memory of pools
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), memory)
             raise
         graph.capture_end()
     return graph.replay

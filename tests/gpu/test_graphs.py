@@ -34,3 +34,7 @@ if torch.cuda.is_available():
                 graphs._captured(fails, stream)
         graphs._captured(lambda: out.copy_(a + 1), stream)()
         torch.testing.assert_close(out, a + 1)
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            a = torch.empty_like(a)
+        del a, pool  # which ends the process where a capture is thought to go on

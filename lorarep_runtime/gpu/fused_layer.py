@@ -129,7 +129,7 @@ class FusedLayer:
         key_pages: Tensor,
         value_pages: Tensor,
         slots: Tensor,
-        attend: Callable[[Tensor], Tensor],
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         tiles: SegmentTiles | None,
     ) -> None:
         """h += f(h) for many rows of prompts, where f is the layer.
@@ -137,7 +137,8 @@ class FusedLayer:
         Args:
             h: (rows, hidden size).
             cos, sin, key_pages, value_pages, slots: as for `rotate_store`.
-            attend: from rotated queries (rows, heads, head_dim) to the attention's output of the same shape.
+            attend: from rotated queries (rows, heads, head_dim), and the rows' keys and values (rows, kv_heads,
+                head_dim), to the attention's output of the queries' shape.
             tiles: the rows that have adapters.
         """
         # Functions, so that the tensors of one are freed before the next takes memory.
@@ -146,9 +147,9 @@ class FusedLayer:
         def norm(rows: Tensor, weight: Tensor) -> Tensor:
             return F.rms_norm(rows, weight.shape, weight, self.eps)
 
-        def queries() -> Tensor:
+        def attended() -> Tensor:
             outputs = qkv.prefill(norm(h, self.norms[0]), tiles)
-            return rotate_store(self.attention, outputs, cos, sin, key_pages, value_pages, slots)
+            return attend(*rotate_store(self.attention, outputs, cos, sin, key_pages, value_pages, slots))
 
         def gated(rows: Tensor, first_row: int) -> Tensor:
             return gate_rows(gate_up.prefill(norm(rows, self.norms[1]), tiles, first_row))
@@ -156,7 +157,7 @@ class FusedLayer:
         def whole(outputs: Tensor) -> Tensor:
             return outputs if self.sums is None else self.sums.of_prompts(outputs)
 
-        h += whole(o.prefill(attend(queries()).flatten(1), tiles))
+        h += whole(o.prefill(attended().flatten(1), tiles))
         first_row = 0
         for rows in h.tensor_split(ceil_div(len(h), MOST_GATED_ROWS)):
             rows += whole(down.prefill(gated(rows, first_row), tiles, first_row))

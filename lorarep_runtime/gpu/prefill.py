@@ -78,9 +78,9 @@ class Prefill:
             rotary = self._view_rotary[view]
         layer, pages = self._layers[visit.layer], self._pool.tensors
 
-        def attend(q: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             a = layer.attention
-            return attend_pages(view, q, *pages, tables, Scores(a.scale, a.window))
+            return attend_pages(view, q, (k, v), *pages, tables, Scores(a.scale, a.window))
 
         layer.prefill(h, *rotary, *pages, slots, attend, self._tiles(view, index))
         if view.rows is not None:

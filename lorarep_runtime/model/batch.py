@@ -170,6 +170,8 @@ class View:
         for k, length in enumerate(self._lengths):
             if counts[k] > 1:
                 self.prompts.append(Prompt(k, int(starts[k]), int(starts[k + 1]), length))
+        self.is_whole = self._lengths == counts
+        """Whether the view has all tokens of its sequences, so that none reads another's keys out of pages."""
         self.row_bounds = Bounds(on_device(starts, torch.int32), max(counts, default=0))
         """Where each span's rows begin."""
         decodes = [k for k, count in enumerate(counts) if count == 1]

@@ -183,7 +183,7 @@ class Walk:
         if view.rows is not None:
             slots, tables = slots[view.rows], tables[view.spans]
         write_pages(k, v, *pages, slots)
-        return attend_pages(view, q, *pages, tables, scores, alone=self.deterministic)
+        return attend_pages(view, q, (k, v), *pages, tables, scores, alone=self.deterministic)
 
 
 class HandOff(nn.Module):

@@ -14,8 +14,8 @@ from lorarep_runtime.model.attention import attend_pages
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import KVShape, PagePool, PageTable
 
-ROWS_AND_CONTEXTS = ((6, 30), (1, 40), (17, 0), (3, 16))
-MOST_ROWS, MOST_TOKENS = 17, 41
+CASES = {"parts": ((6, 30), (1, 40), (17, 0), (3, 16)), "whole": ((6, 0), (1, 0), (17, 0))}
+"""Rows and contexts of sequences."""
 
 
 def flash(
@@ -32,7 +32,8 @@ def flash(
 ) -> Tensor:
     """FlashAttention as it is documented: of each sequence, the last query is at the last key, and a query sees so many
     keys to each side."""
-    assert (most_q, most_k) == (MOST_ROWS, MOST_TOKENS)
+    assert most_q == max(stop - start for start, stop in pairwise(q_starts.tolist()))
+    assert most_k == max(stop - start for start, stop in pairwise(k_starts.tolist()))
     assert q_starts.dtype == k_starts.dtype == torch.int32
     left, right = window_size
     out = torch.full_like(q, torch.nan)
@@ -49,18 +50,23 @@ def flash(
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 16, 31, 60])
-def test_flash_attention_sees_the_tokens_that_pages_show(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several sequences at once, some with a part of their tokens in the cache already."""
+@pytest.mark.parametrize("case", CASES)
+def test_flash_attention_sees_the_tokens_that_pages_show(
+    case: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several sequences at once: of some a part of the tokens is in the cache already, or of none."""
     torch.manual_seed(0)
     pool = PagePool(40, KVShape(2, 8, 8), dtype=torch.float32, device=torch.device("cpu"))
     for pages in pool.tensors:
         pages.normal_()
     spans = []
-    for rows, context in ROWS_AND_CONTEXTS:
+    for rows, context in CASES[case]:
         spans.append(Span([0] * rows, context, (0,), None, PageTable(pool, 1)))
         assert spans[-1].table.grow(rows + context)
     batch = Batch(spans, torch.device("cpu"))
-    given = batch.view((True,)), torch.randn(int(batch.starts[-1]), 4, 8), *pool.tensors, batch.tables[0]
+    rows = int(batch.starts[-1])
+    k, v = (pages.flatten(0, 1)[batch.slots[0]] for pages in pool.tensors)
+    given = batch.view((True,)), torch.randn(rows, 4, 8), (k, v), *pool.tensors, batch.tables[0]
     expected = attend_pages(*given, Scores(0.3, window))
     monkeypatch.setattr("lorarep_runtime.model.attention.has_flash", lambda *_: True)
     monkeypatch.setattr(attention, "varlen_attention", lambda: flash)

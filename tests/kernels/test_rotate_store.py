@@ -22,10 +22,10 @@ def check(layer: Attention, dtype: torch.dtype) -> None:
     slots = torch.randperm(PAGES * PAGE)[:ROWS].to(DEVICE)
     shape = PAGES, PAGE, layer.kv_heads, layer.head_dim
     ours, theirs = ([nan(*shape, dtype=dtype) for _ in range(2)] for _ in range(2))
-    q = rotate_store(layer, qkv, cos, sin, ours[0], ours[1], slots)
+    q, k, v = rotate_store(layer, qkv, cos, sin, ours[0], ours[1], slots)
     expected = rotate_store_reference(layer, qkv, cos, sin, theirs[0], theirs[1], slots)
     tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
-    assert_close(q, expected, **tolerance)
+    assert_close((q, k, v), expected, **tolerance)
     assert_close(ours[0], theirs[0], **tolerance)
     assert_close(ours[1], theirs[1], rtol=0, atol=0, equal_nan=True)
     if layer.q_norm is None:

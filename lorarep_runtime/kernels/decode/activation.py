@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorarep_runtime.integers import ceil_div
 from lorarep_runtime.kernels.decode.shrink import (
     await_previous,
     entries_of_row,
@@ -18,6 +19,7 @@ from lorarep_runtime.kernels.decode.shrink import (
     write_shrunk,
 )
 from lorarep_runtime.kernels.entry_table import DecodeRows, ReferenceRows, shrink_reference
+from lorarep_runtime.kernels.launch import DirectLaunch
 
 BLOCK: tl.constexpr = tl.constexpr(1024)
 
@@ -56,7 +58,7 @@ def gate_rows(gate_up: Tensor) -> Tensor:
         (rows, intermediate size), a view of gate_up where the gate was.
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    _gate_rows[(rows, triton.cdiv(width, BLOCK.value))](gate_up, width, num_warps=4)
+    _launch_gate_rows((rows, ceil_div(width, BLOCK.value), 1), (gate_up.dtype, width), gate_up, width, num_warps=4)
     return gate_up[:, :width]
 
 
@@ -82,6 +84,9 @@ def _gate_rows(gate_up, width):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = gate_up + tl.program_id(0).to(tl.int64) * 2 * width + column
     tl.store(gate, _gated(gate, width, column < width), mask=column < width)
+
+
+_launch_gate_rows = DirectLaunch(_gate_rows)
 
 
 @triton.jit(do_not_specialize=["positions"])

@@ -62,13 +62,7 @@ class Bounds(NamedTuple):
 
 
 def flash_attention(
-    queries: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    slots: Tensor,
-    rows: Bounds,
-    tokens: Bounds,
-    scores: Scores,
+    queries: Tensor, keys: Tensor, values: Tensor, rows: Bounds, tokens: Bounds, scores: Scores
 ) -> Tensor:
     """Causal attention of the last tokens of each sequence to the whole sequence, for any numbers of both at once.
 
@@ -76,17 +70,12 @@ def flash_attention(
 
     Args:
         queries: (rows, heads, head_dim), the last tokens of each sequence, one sequence after the other.
-        key_pages, value_pages: (pages, page_tokens, kv_heads, head_dim).
-        slots: (tokens) int64, page · page_tokens + place in the page of each token of each sequence.
-        rows, tokens: bounds of the queries and of the slots.
+        keys, values: (tokens, kv_heads, head_dim), of all tokens of each sequence.
+        rows, tokens: bounds of the queries and of the keys.
 
     Returns:
         (rows, heads, head_dim).
     """
-    keys, values = (
-        pages.flatten(2).flatten(0, 1).index_select(0, slots).view(-1, *pages.shape[2:])
-        for pages in (key_pages, value_pages)
-    )
     out: Tensor = varlen_attention()(
         queries,
         keys,
@@ -99,6 +88,16 @@ def flash_attention(
         window_size=(-1 if scores.window is None else scores.window - 1, 0),
     )
     return out
+
+
+def gathered(pages: Tensor, slots: Tensor) -> Tensor:
+    """Keys or values (tokens, kv_heads, head_dim) of tokens out of their pages.
+
+    Args:
+        pages: (pages, page_tokens, kv_heads, head_dim).
+        slots: (tokens) int64, page · page_tokens + place in the page.
+    """
+    return pages.flatten(2).flatten(0, 1).index_select(0, slots).view(-1, *pages.shape[2:])
 
 
 def has_flash(queries: Tensor, value_pages: Tensor, scores: Scores) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorarep_runtime.integers import ceil_div
 from lorarep_runtime.kernels.entry_table import MAX_MODULES, PART_ALIGNMENT, part_width
+from lorarep_runtime.kernels.launch import DirectLaunch
 from lorarep_runtime.kernels.triton_entries import (
     ENTRY_FIELDS,
     FIELD_B,
@@ -39,8 +40,9 @@ RANK_STEP: tl.constexpr = tl.constexpr(16)
 """Ranks that an expanding program multiplies at once."""
 ANY = ["bounds", "adapters", "positions", "first_row", "rows", "modules", "first"]
 """Arguments that kernels are not specialized on: compiling another kernel would have all requests wait."""
-SHRINK = dict(ROWS=TILE_ROWS, COLUMNS=64, num_warps=4)
-EXPAND = dict(ROWS=TILE_ROWS, num_warps=4)
+SHRINK_SIZES = TILE_ROWS, 64
+"""ROWS and COLUMNS of the shrinking kernel."""
+WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -79,35 +81,29 @@ def adapt_segments(
     parts = max(1, min(MOST_PARTS, PROGRAMS // (count * rank_blocks), width // (4 * PART_ALIGNMENT)))
     shrunk = torch.empty(len(x), parts, len(sizes), tiles.ranks, device=x.device)
     given = tiles.bounds, tiles.adapters, tiles.positions, first_row, len(x), tiles.modules, first
-    _shrink[(count, rank_blocks, parts)](
-        x,
-        shrunk,
-        *given,
-        x.stride(0),
-        width,
-        part_width(width, parts),
-        len(sizes),
-        tiles.ranks,
-        **SHRINK,
+    widths = x.stride(0), width, part_width(width, parts)
+    _launch_shrink(
+        (count, rank_blocks, parts),
+        (x.dtype, widths),
+        *(x, shrunk, *given, *widths, len(sizes), tiles.ranks, *SHRINK_SIZES),
+        num_warps=WARPS,
     )
-    _expand[(count, sum(triton.cdiv(size, OUTPUTS.value * BLOCKS.value) for size in sizes))](
-        y,
-        shrunk,
-        *given,
-        *(sizes[i] if i < len(sizes) else 0 for i in range(MAX_MODULES)),
-        parts,
-        len(sizes),
-        tiles.ranks,
-        ALIGNED=all(size % 8 == 0 for size in sizes),
-        **EXPAND,
+    own_sizes = [*sizes, 0, 0][:MAX_MODULES]
+    aligned = all(size % 8 == 0 for size in sizes)
+    _launch_expand(
+        (count, sum(ceil_div(size, OUTPUTS.value * BLOCKS.value) for size in sizes), 1),
+        (y.dtype, sizes[0], aligned),
+        *(y, shrunk, *given, *own_sizes, parts, len(sizes), tiles.ranks, aligned, TILE_ROWS),
+        num_warps=WARPS,
     )
 
 
 def compile_tiles(dtype: torch.dtype) -> None:
     """Compiles both kernels for activations of a dtype and sizes that are multiples of 16, which takes seconds."""
     given = torch.int32, torch.int64, torch.int32, 0, TILE_ROWS, 7, 0
-    _shrink.warmup(dtype, torch.float32, *given, 1024, 1024, 1024, 1, 8, grid=(1, 1, 1), **SHRINK)
-    _expand.warmup(dtype, torch.float32, *given, 1024, 0, 0, 1, 1, 8, grid=(1, 1, 1), ALIGNED=True, **EXPAND)
+    how = dict(grid=(1, 1, 1), num_warps=WARPS)
+    _shrink.warmup(dtype, torch.float32, *given, 1024, 1024, 1024, 1, 8, *SHRINK_SIZES, **how)
+    _expand.warmup(dtype, torch.float32, *given, 1024, 0, 0, 1, 1, 8, True, TILE_ROWS, **how)
 
 
 @triton.jit
@@ -243,3 +239,6 @@ def _expand(
             c, bias = _vector(entry, FIELD_C, o, size, 1.0, dtype), _vector(entry, FIELD_BIAS, o, size, 0.0, dtype)
             adapted = tl.load(to, mask=both, other=0).to(tl.float32) * c[None, :]
             tl.store(to, (adapted + (sums + bias[None, :])).to(dtype), mask=both)
+
+
+_launch_shrink, _launch_expand = DirectLaunch(_shrink), DirectLaunch(_expand)

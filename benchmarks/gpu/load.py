@@ -5,8 +5,9 @@
         [--device cuda]
 
 The base has Mistral-7B's shape and random weights; all requests walk a stack of twice its depth. `load_lengths.json`
-has the tokens of each request's prompt and answer, drawn from log-normal distributions. Requests are greedy and end
-where their answers do. Request i of those with n adapters computes with adapter i mod n. Prompts are random tokens.
+has the tokens of each request's prompt and answer, drawn from log-normal distributions; other numbers of requests take
+those of 256, over and over. Requests are greedy and end where their answers do. Request i of those with n adapters
+computes with adapter i mod n. Prompts are random tokens.
 
 A first round of each load is not timed. Lone prompts have a LoRA each, and nothing else runs: the median of some
 rounds. `--device cpu` does all of it with a small base and eight requests, to see that it runs.
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -104,7 +106,7 @@ def run(files: Files, options: argparse.Namespace) -> None:
                 offered(engine, lengths, chosen)
                 rate, firsts = offered(engine, lengths, chosen)
                 p50, p99 = (quantile(firsts, share) * 1e3 for share in (0.5, 0.99))
-                figures.put(f"{prefix}/{count}/{adapters}", tokens_per_s=rate, first_p50_ms=p50, first_p99_ms=p99)
+                figures.put(f"{prefix}/{adapters} LoRAs/{count}", tokens_per_s=rate, first_p50_ms=p50, first_p99_ms=p99)
                 print(
                     f"{count} requests, {adapters} LoRAs: {rate:8.0f} tokens/s, first token {p50:8.0f} ms median, "
                     f"{p99:8.0f} ms 99th percentile",
@@ -119,7 +121,7 @@ def lengths_of(count: int, small: bool) -> Sequence[tuple[int, int]]:
     known = json.loads(LENGTHS.read_text())["requests"]
     if small:
         return [(min(a, SMALL_TOKENS), min(b, SMALL_TOKENS)) for a, b in known["32"][:count]]
-    return [(a, b) for a, b in known[str(count)]]
+    return [(a, b) for a, b in known[str(count)]] if str(count) in known else list(islice(cycle(known["256"]), count))
 
 
 def started(

@@ -15,6 +15,7 @@ part from then on. A run may be of some parts; the table has the figures of earl
 - interference: how prompts, loads, long contexts and a thousand adapters slow streams down.
 - drawn, interference-drawn: steps, and loads while streams decode, where tokens are drawn and not the likeliest.
 - sweep: steps of 1 to 256 rows, and of 32 and 256 rows on 1 to as many adapters, for `benchmarks.gpu.plot`.
+- offered: 1 to 512 requests at once, with and without LoRAs, for `benchmarks.gpu.plot`.
 - peft-sweep: PEFT's steps of up to 256 rows.
 
 `--device cpu --layers 4` does all of it with a small base, to see that it runs.
@@ -49,6 +50,7 @@ PARTS: dict[str, list[str]] = {
         f"--distinct={SWEEP}",
         "--rows=32,256",
     ],
+    "offered": ["load", "--name=offered", "--prompts=", f"--requests={SWEEP},512"],
     "peft-sweep": ["peft_steps", "--cases=lora", "--batches=2,4,16,64,128,256"],
 }
 FILES_ALONE = {"files"}
@@ -67,6 +69,7 @@ SMALL: dict[str, list[str]] = {
     "drawn": ["--batches=1,2", "--timeline="],
     "interference-drawn": ["--streams=2", "--prompt=256", "--long=1024", "--new-tokens=400"],
     "sweep": ["--batches=1,2,4", "--distinct=1,2", "--rows=4"],
+    "offered": ["--adapters=0,2"],
     "peft-sweep": ["--batches=4"],
 }
 """More arguments of the parts on the CPU."""

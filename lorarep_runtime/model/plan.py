@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from lorarep_runtime.model.stack import Stack
 
 
-@dataclass(frozen=True)
-class Visit:
+class Visit(NamedTuple):
     """One place in a plan: a layer, and the stacks that walk it there."""
 
     layer: int
@@ -42,9 +42,8 @@ def merge(stacks: tuple[Stack, ...]) -> Plan:
     one, each in the shortest way. The same stacks in the same order always give the same plan.
     """
     walk = _supersequence(stacks)
-    embeddings = [_leftmost(stack, walk) for stack in stacks]
-    visits = [Visit(layer, tuple(e[i] for e in embeddings)) for i, layer in enumerate(walk)]
-    return Plan(stacks, tuple(v for v in visits if any(p is not None for p in v.positions)))
+    visits = map(Visit, walk, zip(*(_leftmost(stack, walk) for stack in stacks), strict=True))
+    return Plan(stacks, tuple(visit for visit in visits if visit.positions.count(None) < len(stacks)))
 
 
 @lru_cache(maxsize=4096)
@@ -78,22 +77,18 @@ def _shortest(a: Stack, b: Stack) -> Stack:
         found = rows[-1] & places.get(layer, 0)
         rows.append((rows[-1] + found | rows[-1] - found) & every)
 
-    def common(i: int, j: int) -> int:
-        """Length of the longest common subsequence of a[i:] and b[j:]."""
-        return (~rows[len(a) - i] & (1 << len(b) - j) - 1).bit_count()
-
     merged: list[int] = []
     i = j = 0
     while i < len(a) and j < len(b):
         if a[i] == b[j]:
             merged.append(a[i])
             i, j = i + 1, j + 1
-        elif common(i + 1, j) >= common(i, j + 1):
-            merged.append(a[i])
-            i += 1
-        else:
+        elif rows[len(a) - i] >> len(b) - j - 1 & 1:  # a[i:] has as much in common with b[j + 1:] as with b[j:]
             merged.append(b[j])
             j += 1
+        else:
+            merged.append(a[i])
+            i += 1
     return (*merged, *a[i:], *b[j:])
 
 

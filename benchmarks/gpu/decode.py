@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.decode [--layers 32] [--quantization nf4] [--batches 1,8,16,32] [--cases none,lora,...]
         [--timeline 8,32] [--distinct 1,8,32 --rows 32,256] [--temperature 0] [--deterministic] [--name decode]
-        [--json FILE] [--folder DIR] [--device cuda]
+        [--double-quantization] [--json FILE] [--folder DIR] [--device cuda]
 
 The base has Mistral-7B's shape and random weights, is saved and loaded as any other; adapters cover all seven
 projections of a stack of twice its depth. Before rows are timed, the tokens that decoding gives some of them are
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, default=[], help="Rows among which the --distinct adapters are.")
     add_temperature(parser)
     add_deterministic(parser)
+    parser.add_argument("--double-quantization", action="store_true", help="NF4's scales are quantized once more.")
     parser.add_argument("--name", default="decode", help="The figures' name in the file.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +85,8 @@ def add_deterministic(parser: argparse.ArgumentParser) -> None:
 def run(files: Files, options: argparse.Namespace) -> None:
     figures, prefix = Figures(options.json), f"{options.quantization}/{options.name}"
     most = max(options.batches + options.rows)
-    engine = started(files, options.quantization, most, deterministic=options.deterministic)
+    given = {"double_quantization": options.double_quantization, "deterministic": options.deterministic}
+    engine = started(files, options.quantization, most, **given)
     rows = {"none": [DEEP] * most, "48": ["48"] * most, "half": ["48", "base"] * -(-most // 2)}
     for case in options.cases:
         if case not in rows:
@@ -132,7 +134,9 @@ def run(files: Files, options: argparse.Namespace) -> None:
             )
 
 
-def started(files: Files, quantization: str, rows: int, *, deterministic: bool = False) -> Engine:
+def started(
+    files: Files, quantization: str, rows: int, *, double_quantization: bool = False, deterministic: bool = False
+) -> Engine:
     """An engine for so many rows, whose prompts fit into one step, so that all rows decode from the next step on."""
     base, positions = files.base, len(files.stacks[DEEP])
     shape = files.shape
@@ -141,7 +145,9 @@ def started(files: Files, quantization: str, rows: int, *, deterministic: bool =
     began = time.perf_counter()
     engine = Engine(
         EngineConfig(
-            BaseConfig(str(base), quantization=quantization, device=files.device),
+            BaseConfig(
+                str(base), quantization=quantization, double_quantization=double_quantization, device=files.device
+            ),
             stacks=files.stacks,
             scheduler=SchedulerConfig(
                 prefix_cache=False,  # what is measured is computed

@@ -73,8 +73,7 @@ def make_decoder(
     packed = can_decode(base) and all(isinstance(w, PackedPart) for layer in base.weights for w in layer.values())
     if sizes.deterministic and not packed:
         raise FailedPrecondition(
-            "on accelerators it takes a Hopper GPU and a base of the Llama kind in bfloat16, plain, in int8, or in NF4 "
-            "without double quantization",
+            "on accelerators it takes a Hopper GPU and a base of the Llama kind in bfloat16, plain, in int8, or in NF4",
             field="deterministic",
         )
     if not can_decode(base):

@@ -79,7 +79,7 @@ def pack_layers(
     weights = [layer[name] for layer, names in found for name in names]
     device = weights[0].data[0].device
     data = Arena([weight.data[0] for weight in weights], device, pool)
-    scales = Arena([scale for weight in weights for scale in weight.constants[:1]], device, pool)
+    scales = Arena([scale for weight in weights for scale in _scales(weight)], device, pool)
     for layer, names in found:
         packed = pack([layer[name] for name in names], data.cat, scales.cat)
         for i, name in enumerate(names):
@@ -93,7 +93,7 @@ def pack(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = torc
         cat, cat_scales: copy the weights' numbers and their scales.
     """
     kind = weights[0].quantization
-    parts = [(weight.data[0], *weight.constants[:1]) for weight in weights]
+    parts = [(weight.data[0], *_scales(weight)) for weight in weights]
     if kind == "nf4":
         parts = [nf4.arrange(numbers, scales, w.shape) for (numbers, scales), w in zip(parts, weights, strict=True)]
     elif kind == "int8":
@@ -103,6 +103,11 @@ def pack(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = torc
     return PackedWeight(BITS[kind], cat(data), cat_scales(scales[0]) if scales else None, sizes)
 
 
+def _scales(weight: Weight) -> Sequence[Tensor]:
+    """The fp32 scales that kernels read: one tensor, or none. Quantized ones become what they stand for."""
+    return [weight.scales()] if isinstance(weight, NF4Weight) else weight.constants[:1]
+
+
 def _has_kernel(weight: Weight) -> bool:
     """Whether `kernels.hopper.decode_gemm` can multiply with a weight once it is packed."""
     data, (out, into) = weight.data[0], weight.shape
@@ -110,7 +115,7 @@ def _has_kernel(weight: Weight) -> bool:
         return False
     if isinstance(weight, NF4Weight):
         state = weight.state
-        return state.dtype == torch.bfloat16 and not state.nested and state.blocksize == CHUNK
+        return state.dtype == torch.bfloat16 and state.blocksize == CHUNK
     return isinstance(weight, Int8Weight) or data.dtype == torch.bfloat16
 
 

@@ -84,6 +84,15 @@ class NF4Weight:
             self.constants += (state.offset, state.state2.absmax, state.state2.code)
         self.state = state
 
+    def scales(self) -> Tensor:
+        """The scale of each block, fp32 (out · in / block size), as bitsandbytes makes them of quantized ones."""
+        if not self.state.nested:
+            return self.state.absmax
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales: Tensor = dequantize_blockwise(self.state.absmax, self.state.state2) + self.state.offset
+        return scales
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 

@@ -30,6 +30,8 @@ from lorarep_runtime.kernels.hopper.nvrtc import CudaError, compile_source
 from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.model.packed import BITS as BITS_OF
 from lorarep_runtime.model.packed import PackedPart, norm_products, row_squares
+from lorarep_runtime.model.packed import pack as pack_weights
+from lorarep_runtime.model.weights import NF4Weight
 from tests.support.decode_rows import one_by_one
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -187,6 +189,12 @@ if HOPPER:
         assert torch.equal(group.dense(), expected)
         last = len(sizes) - 1
         assert torch.equal(group.module(last).dense(torch.float32).bfloat16(), expected[-sizes[last] :])
+
+    def test_double_quantized_weights_are_dequantized_to_the_bit() -> None:
+        weights = [random_weight(size, 4096) for size in (256, 64)]
+        twice = [bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in weights]
+        dense = pack_weights([NF4Weight(*one) for one in twice]).dense()
+        assert torch.equal(dense, torch.cat([bnb.functional.dequantize_4bit(*one) for one in twice]))
 
     @pytest.mark.parametrize("bits", BITS)
     @pytest.mark.parametrize("count", [1, 3, 8, 13, 16, 32, 45])

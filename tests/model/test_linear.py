@@ -9,6 +9,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoModelForCausalLM, modeling_utils
 
@@ -68,6 +69,24 @@ def weights_of(kind: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, We
         else:
             weights[name] = DenseWeight(dense)
     return weights
+
+
+def test_scales_of_double_quantization_give_its_values_to_the_bit() -> None:
+    dense = torch.randn(64, 512).bfloat16()
+    twice = NF4Weight(*bnb.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True))
+    state = QuantState(
+        absmax=twice.scales(),
+        shape=twice.state.shape,
+        code=twice.state.code,
+        blocksize=twice.state.blocksize,
+        quant_type="nf4",
+        dtype=twice.state.dtype,
+    )
+    once = NF4Weight(twice.data[0], state)
+    assert (twice.state.nested, once.state.nested) == (True, False)
+    assert torch.equal(once.dequantize(torch.bfloat16), twice.dequantize(torch.bfloat16))
+    ours, theirs = packed.pack([twice, twice]), packed.pack([once, once])
+    torch.testing.assert_close((ours.scales, ours.weights), (theirs.scales, theirs.weights), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "none"])

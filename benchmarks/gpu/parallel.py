@@ -1,6 +1,6 @@
 """One base on one GPU and on several: milliseconds a step and of a prompt, each rank's floor, and the part of the sums.
 
-    python -m benchmarks.gpu.parallel [--ranks 1,2] [--layers 80] [--batches 1,8,32,64] [--prompt 2048]
+    python -m benchmarks.gpu.parallel [--ranks 1,2] [--parts 2] [--layers 80] [--batches 1,8,32,64] [--prompt 2048]
         [--json FILE] [--folder DIR] [--device cuda]
 
 The base has Llama-3-70B's shape, in NF4 with random weights, and is walked as 1.5 times its layers, without adapters
@@ -8,6 +8,8 @@ and with a LoRA of its own for each row. Its file is made quantized: it takes 37
 ranks runs in a process of its own. Before rows are timed, the tokens that decoding gives some of them are compared with
 the base's own layers walked in `transformers`' code. The floor is what one rank reads of weights, adapters, keys and
 values at the bandwidth that copying reaches. The sums' part is that of rank 0's kernels, and has its waits for others.
+`--parts` measures on one GPU what one of so many ranks computes, without sums: a base with its part of the heads and of
+the MLP's columns, and the whole vocabulary.
 `--device cpu` does all but the profile with a small base, to see that it runs.
 """
 
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,8 @@ LLAMA_70B = {
     **dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80),
 }
 """The shape of Llama-3-70B, with Mistral's names."""
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""What each rank has a part of."""
 WALKED = "walked"
 PROFILED = 16
 """Steps whose kernels are counted."""
@@ -69,16 +74,18 @@ SUMS = ("all_reduce", "AllReduce", "nccl")
 """Parts of the names of the kernels that add up the ranks' terms."""
 
 
+@dataclass(frozen=True)
 class LargeFiles(Files):
     """A base of Llama-3-70B's shape, whose file is quantized, and LoRAs for it."""
 
+    parts: int = 1
+    """Ranks of which the base is what one computes."""
+
     @property
     def shape(self) -> dict[str, Any]:
-        return {
-            **LLAMA_70B,
-            **({**SMALL, "vocab_size": 512} if self.device == "cpu" else {}),
-            "num_hidden_layers": self.layers,
-        }
+        whole = {**LLAMA_70B, **({**SMALL, "vocab_size": 512} if self.device == "cpu" else {})}
+        divided = {name: whole[name] // self.parts for name in DIVIDED}
+        return {**whole, **divided, "num_hidden_layers": self.layers}
 
     @property
     def stacks(self) -> dict[str, tuple[int, ...]]:
@@ -150,12 +157,15 @@ def main() -> None:
     add_file_options(parser)
     parser.set_defaults(layers=80)
     parser.add_argument("--ranks", type=numbers, default=[1, 2])
+    parser.add_argument("--parts", type=int, default=1, help="Measures what one of so many ranks computes, alone.")
     parser.add_argument("--batches", type=numbers, default=[1, 8, 32, 64])
     parser.add_argument("--prompt", type=int, default=2048, help="Tokens of the long prompt.")
     parser.add_argument("--json", type=Path, help="File that the figures are added to.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        files = LargeFiles(options.folder or Path(folder), options.layers, options.device)
+        files = LargeFiles(options.folder or Path(folder), options.layers, options.device, options.parts)
+        if options.parts > 1 and options.ranks != [1]:
+            parser.error("--parts: one rank measures a part, with --ranks 1 and a folder of its own")
         if len(options.ranks) == 1:
             measure(files, options)
         else:
@@ -179,6 +189,7 @@ def measure(files: LargeFiles, options: argparse.Namespace) -> None:
     """Prints and keeps the figures of one number of ranks."""
     (ranks,) = options.ranks
     figures, bandwidth = Figures(options.json), copy_bandwidth(options.device)
+    prefix = f"parallel/{ranks if files.parts == 1 else f'part of {files.parts}'}"
     most = max(options.batches)
     engine = started(files, ranks, most, options.prompt)
     try:
@@ -186,7 +197,7 @@ def measure(files: LargeFiles, options: argparse.Namespace) -> None:
         for rank, held in enumerate(engine.ledger().ranks or [engine.ledger().categories]):
             print(f"rank {rank} holds " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in held.items()) + " GB")
         seconds = prompt_seconds(engine, options.prompt)
-        figures.put(f"parallel/{ranks}/prompt", ms=seconds * 1e3)
+        figures.put(f"{prefix}/prompt", ms=seconds * 1e3)
         print(f"first token of a prompt of {options.prompt} tokens: {seconds * 1e3:.1f} ms", flush=True)
         loras = []
         for number in range(most):
@@ -199,7 +210,7 @@ def measure(files: LargeFiles, options: argparse.Namespace) -> None:
                 check(engine, rows, among=min(CHECKED_ROWS, batch) if batch > 1 else None)
                 step, floor = timed(engine, rows, 0), floor_bytes(engine, rows, MIDDLE_TOKENS) / bandwidth
                 part = sums_part(engine, rows) if options.device == "cuda" and ranks > 1 else 0.0
-                figures.put(f"parallel/{ranks}/{case}/{batch}", ms=step * 1e3, floor_ms=floor * 1e3, sums=part)
+                figures.put(f"{prefix}/{case}/{batch}", ms=step * 1e3, floor_ms=floor * 1e3, sums=part)
                 print(
                     f"{case} {batch:3}: {step * 1e3:8.2f} ms a step, floor {floor * 1e3:6.2f}, sums {part:5.1%}",
                     flush=True,
@@ -271,7 +282,7 @@ def compare(figures: dict[str, dict[str, float]], ranks: Sequence[int]) -> None:
     few = min(ranks)
     for name, found in figures.items():
         _, own, *rest = name.split("/")
-        if int(own) != few:
+        if own.isdecimal() and int(own) != few:
             before = figures["/".join(("parallel", str(few), *rest))]["ms"]
             print(f"{' '.join(rest):12} {own} ranks: {before / found['ms']:.2f} times as fast as {few}")
 

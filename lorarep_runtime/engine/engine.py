@@ -155,7 +155,7 @@ class Engine:
             self.adapters.residency,
             self.max_sequences,
             base.layers,
-            most_rows(base.vocab_size),
+            most_rows,
         )
         forward = (lambda batch: WholeForward(base, pool, batch)) if decoder is None else decoder.prefill
         return StepLoop(

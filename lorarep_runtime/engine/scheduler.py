@@ -13,7 +13,7 @@ an adapter on the device may pass, and only if that adapter is free again before
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from lorarep_runtime.adapters.claim import Claim
@@ -62,13 +62,14 @@ class Scheduler:
         residency: Residency,
         max_sequences: int,
         layers: int,
-        scored_rows: int = CPU_STEP_TOKENS,
+        scored_rows: Callable[[int], int] = lambda vocabulary: CPU_STEP_TOKENS,
     ) -> None:
         """
         Args:
             max_sequences: most sequences in one step, whatever the config says.
             layers: of the base.
-            scored_rows: most tokens in one step of prompts whose log-probabilities are wanted.
+            scored_rows: from the largest vocabulary of a step, its most tokens of prompts whose log-probabilities are
+                wanted.
         """
         self.config = config
         self.pool = pool
@@ -76,7 +77,9 @@ class Scheduler:
         default = CPU_STEP_TOKENS if pool.key_pages.device.type == "cpu" else STEP_TOKENS
         self._max_step_tokens = config.max_step_tokens or default
         self._max_sequences = max_sequences
-        self._scored_rows = self._scored_rows_left = scored_rows
+        self._scored_rows = scored_rows
+        self._scored = 0
+        """Tokens of prompts in the step whose log-probabilities are wanted."""
         self._turns = StackTurns(layers)
         self.waiting = WaitingQueue()
         self.running: dict[Sequence, None] = {}
@@ -129,7 +132,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Chooses the sequences of the next step, takes their pages and admits waiting ones."""
         schedule = Schedule()
-        self._scored_rows_left = self._scored_rows
+        self._scored = 0
         budget = self._continue_running(schedule, self._max_step_tokens)
         if not self._prefilling:
             self._admit(schedule, budget)
@@ -279,13 +282,15 @@ class Scheduler:
         """Chooses a sequence with its next `count` tokens, and returns this count."""
         schedule.chosen[sequence] = count
         if sequence.needs_prompt_logits:
-            self._scored_rows_left -= count
+            self._scored += count
         return count
 
     def _share(self, sequence: Sequence, remaining: int, budget: int, *, alone: bool) -> int:
         """Number of a sequence's remaining tokens that go into the rest of the step."""
         if sequence.needs_prompt_logits:
-            remaining = min(remaining, self._scored_rows_left)
+            # Logits of a step are as wide as the largest vocabulary of its adapters.
+            widest = max(other.lease.vocab_size for other in (sequence, *self.running))
+            remaining = max(0, min(remaining, self._scored_rows(widest) - self._scored))
         if self.config.chunked_prefill:
             return min(remaining, budget)
         # Prompts stay whole; one that is longer than a step gets a step of its own.

@@ -112,7 +112,9 @@ def test_a_prompt_that_is_computed_anew_has_each_once(base: Path, monkeypatch: p
     assert_nothing_held(engine)
 
 
-def test_no_step_has_more_logits_than_fit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("times", "rows"), [(1, 7), (3, 2)])
+def test_no_step_has_more_logits_than_fit(times: int, rows: int, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with adapters whose vocabularies are so many times as large as the base's."""
     monkeypatch.setattr(prompt_scores, "LOGITS_BYTES", 7 * 4 * VOCAB)
     engine = engine_for(base, chunked_prefill=False)
     forward, most = engine.base.forward, []
@@ -122,8 +124,11 @@ def test_no_step_has_more_logits_than_fit(base: Path, monkeypatch: pytest.Monkey
         return forward(batch, pool, rows)
 
     monkeypatch.setattr(engine.base, "forward", counted)
-    engine.generate((wanted(), engine.adapters.lease([])) for _ in range(4))
-    assert max(most) <= 7 + 4  # and the rows of tokens to come
+    leases = [engine.adapters.lease([]) for _ in range(4)]
+    for lease in leases:
+        lease.vocab_size *= times
+    engine.generate((wanted(), lease) for lease in leases)
+    assert max(most) <= rows + 4  # and the rows of tokens to come
     assert most_rows(VOCAB) == 7
     assert most_rows(1 << 30) == 1
 

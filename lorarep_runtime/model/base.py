@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class Base(WalkedModel):
         self.max_tokens = trained_tokens(model_config)
         """Tokens of the longest sequence that is served."""
         kind, self.quantization_config = quantization_of(model_config, config)
-        shard = None if join is None else self._shard(config, model_config, kind, device, join)
+        shard = None if join is None else self._shard(config.tensor_parallel, model_config, kind, device, join)
         with ThreadPoolExecutor(1) as pool:
             # Both import libraries, which takes seconds.
             checked = pool.submit(check_family, self.folder, model_config, config.cache_dir)
@@ -84,25 +83,18 @@ class Base(WalkedModel):
         """That of the checkpoint or the configuration; a checkpoint may leave some weights as they are."""
 
     def _shard(
-        self,
-        config: BaseConfig,
-        model_config: PretrainedConfig,
-        kind: Quantization,
-        device: torch.device,
-        join: Join,
+        self, ranks: int, config: PretrainedConfig, kind: Quantization, device: torch.device, join: Join
     ) -> Shard:
         """Joins the other ranks once it is known that the base can be divided.
 
         Raises:
             FailedPrecondition: it cannot.
         """
-        if not is_compared(model_config):
+        if not is_compared(config):
             raise FailedPrecondition(
-                f"a base of type {model_config.model_type!r} like this one is not served by several ranks", field=FIELD
+                f"a base of type {config.model_type!r} like this one is not served by several ranks", field=FIELD
             )
-        own = getattr(model_config, "quantization_config", None)
-        nested = config.double_quantization or bool(_option(own, "bnb_4bit_use_double_quant"))
-        cut = partial(cut_of, model_config, ranks=config.tensor_parallel, quantization=kind, nested=nested)
+        cut = partial(cut_of, config, ranks=ranks, quantization=kind)
         cut(rank=0)
         group = join(self.folder, device)
         return Shard(cut(rank=group.rank), group)
@@ -151,8 +143,3 @@ class Base(WalkedModel):
         if layer == EMBEDDING:
             return DenseWeight(self.end_weight(EMBEDDING).T)
         return shared_weight(self.model.get_submodule(module)) if layer == HEAD else self.weights[layer][module]
-
-
-def _option(quantization: Any, name: str) -> object:
-    """An option of a checkpoint's own quantization, which is a mapping, an object or None."""
-    return quantization.get(name) if isinstance(quantization, dict) else getattr(quantization, name, None)

@@ -98,12 +98,11 @@ def _share(size: int, number: int, of: int) -> slice:
     return slice(number * width, (number + 1) * width)
 
 
-def cut_of(config: PretrainedConfig, rank: int, ranks: int, quantization: Quantization, *, nested: bool) -> Cut:
+def cut_of(config: PretrainedConfig, rank: int, ranks: int, quantization: Quantization) -> Cut:
     """One rank's cut of a base.
 
     Args:
         config: the base's.
-        nested: whether NF4's scales are quantized as well.
 
     Raises:
         FailedPrecondition: the base cannot be divided among so many ranks; it says by what.
@@ -119,8 +118,6 @@ def cut_of(config: PretrainedConfig, rank: int, ranks: int, quantization: Quanti
         raise FailedPrecondition(
             f"{ranks} ranks do not divide its num_key_value_heads, {kv.heads}, nor are they a multiple", field=FIELD
         )
-    if nested:
-        raise FailedPrecondition("scales that are quantized themselves cannot be divided among ranks", field=FIELD)
     if quantization == "nf4":
         for name, width in (("attention's outputs", heads * kv.value_dim), ("intermediate_size", inner)):
             if width % (ranks * BLOCK):
@@ -156,7 +153,7 @@ def check_layers(
 
 
 def cut_weight(weight: Weight, part: Part, device: torch.device) -> Weight:
-    """A copy of a rank's part of a weight, bit by bit.
+    """A copy of a rank's part of a weight, bit by bit; of double quantization's scales what they stand for, in fp32.
 
     Args:
         device: where the copy is; a quantized weight is there already.
@@ -168,7 +165,7 @@ def cut_weight(weight: Weight, part: Part, device: torch.device) -> Weight:
         state = weight.state
         blocks = slice(columns.start // BLOCK, columns.stop // BLOCK)
         halves = slice(columns.start // 2, columns.stop // 2)
-        absmax = state.absmax.view(weight.shape[0], -1)[rows, blocks]
+        absmax = weight.scales().view(weight.shape[0], -1)[rows, blocks]
         packed = weight.data[0].view(weight.shape[0], -1)[rows, halves]
         own = QuantState(
             absmax=_copy(absmax).flatten(),

@@ -35,7 +35,7 @@ WIDE = dict(head_dim=64, intermediate_size=256)
 
 @pytest.mark.parametrize(
     ("family", "ranks", "quantization"),
-    [("llama", 4, "nf4"), ("qwen2", 2, "none"), ("gemma2", 2, "int8")],
+    [("llama", 4, "nf4"), ("mistral", 2, "nf4 twice"), ("qwen2", 2, "none"), ("gemma2", 2, "int8")],
 )
 def test_several_ranks_answer_as_one_process_does(
     family: str, ranks: int, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

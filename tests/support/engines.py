@@ -25,12 +25,18 @@ def engine_for(
     ranks: int = 1,
     **scheduler: Any,
 ) -> Engine:
-    """An fp32 engine on the CPU with adapters loaded under their names."""
+    """An fp32 engine on the CPU with adapters loaded under their names.
+
+    Args:
+        quantization: as the config's, or "nf4 twice" for double quantization.
+    """
+    kind, _, twice = quantization.partition(" ")
     engine = Engine(
         EngineConfig(
             base=BaseConfig(
                 str(base),
-                quantization=quantization,
+                quantization=kind,
+                double_quantization=bool(twice),
                 dtype="float32",
                 device="cpu",
                 tensor_parallel=ranks,

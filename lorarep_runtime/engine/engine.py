@@ -33,6 +33,7 @@ from lorarep_runtime.engine.ledger import Ledger, take_stock
 from lorarep_runtime.engine.masks import MaskedAnswer, mask_threads
 from lorarep_runtime.engine.outputs import Outputs
 from lorarep_runtime.engine.overlap import StepDecoder, StepOverlap
+from lorarep_runtime.engine.plans import Plans
 from lorarep_runtime.engine.prefill_pass import SlicedPrefill, WholeForward
 from lorarep_runtime.engine.preparation import DecoderSizes, free_bytes, make_decoder, prepare_device
 from lorarep_runtime.engine.prompt_scores import most_rows
@@ -115,6 +116,7 @@ class Engine:
         self.max_sequences = config.scheduler.max_sequences or _most_sequences(self.pool, deepest)
         """Most sequences in one step."""
         self._ids = itertools.count(1)
+        self._plans = Plans(self.base.layers)
         self._grammars = Grammars()
         self._mask_threads = mask_threads()
         self._inbox = Inbox(config.scheduler)
@@ -155,6 +157,7 @@ class Engine:
             self.adapters.residency,
             self.max_sequences,
             base.layers,
+            self._plans,
             most_rows,
         )
         forward = (lambda batch: WholeForward(base, pool, batch)) if decoder is None else decoder.prefill
@@ -211,7 +214,12 @@ class Engine:
             keys=self._prefix_keys(request, lease, first_adapted),
             first_adapted=first_adapted,
         )
-        self._inbox.submit(sequence)
+        self._plans.enter(lease.stack)
+        try:
+            self._inbox.submit(sequence)
+        except BaseException:
+            self._plans.leave(lease.stack)
+            raise
         return sequence.id
 
     def _check_scoring(self, request: Request) -> None:

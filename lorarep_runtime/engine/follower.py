@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorarep_runtime.engine.preparation import DecoderSizes
     from lorarep_runtime.model.batch import Batch, Span
     from lorarep_runtime.model.kv_cache import PageTable
+    from lorarep_runtime.model.plan import Plan
     from lorarep_runtime.model.stack import Stack
 
 log = logging.getLogger(__name__)
@@ -161,24 +162,24 @@ class Follower:
         """As of PagePool."""
         self.pool.fill_with_zeros(pages)
 
-    def forward(self, sent: Sequence[SentSpan]) -> None:
+    def forward(self, sent: Sequence[SentSpan], plan: Plan) -> None:
         """This rank's part of a pass. Its logits are rank 0's: it computes none."""
         from lorarep_runtime.engine.messages import received_spans
         from lorarep_runtime.model.batch import Batch
 
         failpoint(f"forward-{self._member.rank}")
         spans = received_spans(sent, self.maker.adapters, self.pool)
-        batch = Batch(spans, self.base.device)
+        batch = Batch(spans, self.base.device, plan)
         self.base.forward(batch, self.pool, self._torch.empty(0, dtype=self._torch.int64, device=self.base.device))
 
-    def set_rows(self, sent: Sequence[SentSpan]) -> None:
+    def set_rows(self, sent: Sequence[SentSpan], plan: Plan) -> None:
         """As of the decoder."""
         from lorarep_runtime.engine.messages import received_spans
 
         assert self.decoder is not None
         self._spans = received_spans(sent, self.maker.adapters, self.pool, self._tables)
         self._tables = {one.table: span.table for one, span in zip(sent, self._spans, strict=True)}
-        self.decoder.set_rows(self._spans)
+        self.decoder.set_rows(self._spans, plan)
 
     def keep_rows(self, kept: Sequence[int]) -> None:
         """As of the decoder."""
@@ -202,13 +203,13 @@ class Follower:
         failpoint(f"forward-{self._member.rank}")
         self.decoder.step()
 
-    def prefill(self, sent: Sequence[SentSpan]) -> None:
+    def prefill(self, sent: Sequence[SentSpan], plan: Plan) -> None:
         """Begins a pass over prompts."""
         from lorarep_runtime.engine.messages import received_spans
         from lorarep_runtime.model.batch import Batch
 
         assert self.decoder is not None
-        self._batch = Batch(received_spans(sent, self.maker.adapters, self.pool), self.base.device)
+        self._batch = Batch(received_spans(sent, self.maker.adapters, self.pool), self.base.device, plan)
         self._pass = self.decoder.prefill(self._batch)
 
     def advance(self, visits: int) -> None:

@@ -15,6 +15,7 @@ from lorarep_runtime.engine.prefill_pass import Forward
 from lorarep_runtime.errors import EngineFailure
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PageTable
+from lorarep_runtime.model.plan import Plan
 
 
 class LeadingDecoder:
@@ -39,13 +40,13 @@ class LeadingDecoder:
     def rows_with_prompts(self, decoding: int, /) -> int:
         return self._own.rows_with_prompts(decoding)
 
-    def set_rows(self, spans: Sequence[Span], /) -> None:
+    def set_rows(self, spans: Sequence[Span], plan: Plan, /) -> None:
         self._tables = {span.table: self._tables.get(span.table) or next(self._numbers) for span in spans}
         self._spans = list(spans)
         self._told = [span.table.pages.shape[1] for span in spans]
-        self._ranks.tell("set_rows", sent_spans(spans, self._tables))
+        self._ranks.tell("set_rows", sent_spans(spans, self._tables), plan)
         with self._ranks.together():
-            self._own.set_rows(spans)
+            self._own.set_rows(spans, plan)
 
     def keep_rows(self, kept: Sequence[int], /) -> None:
         self._spans, self._told = [self._spans[row] for row in kept], [self._told[row] for row in kept]
@@ -68,7 +69,7 @@ class LeadingDecoder:
             return self._own.step()
 
     def prefill(self, batch: Batch, /) -> Forward:
-        self._ranks.tell("prefill", sent_spans(batch.spans))
+        self._ranks.tell("prefill", sent_spans(batch.spans), batch.plan)
         left = len(batch.spans)
 
         def leave_out(rows: slice, slot: int) -> None:

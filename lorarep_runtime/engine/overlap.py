@@ -14,6 +14,7 @@ from lorarep_runtime.engine.scheduler import Scheduler, were_first
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.model.batch import Batch, Span
+from lorarep_runtime.model.plan import Plan
 
 Chosen = tuple[Sequence, int]
 """A sequence and the number of its next tokens to compute."""
@@ -31,10 +32,13 @@ class StepDecoder(Protocol):
     def rows_with_prompts(self, decoding: int, /) -> int:
         """Most rows of a step in which so many decode, if it may take about twice as long for the prompts' sake."""
 
-    def set_rows(self, spans: Seq[Span], /) -> None:
+    def set_rows(self, spans: Seq[Span], plan: Plan, /) -> None:
         """Sets the rows of the steps to come, one for each token of each span.
 
         If a span has several tokens, rows have to be set before each following step.
+
+        Args:
+            plan: holds the stacks of the spans.
         """
 
     def keep_rows(self, kept: Seq[int], /) -> None:
@@ -109,7 +113,8 @@ class StepOverlap:
         """Launches a step of sequences and so many next tokens of each, which is pending then."""
         failpoint("forward")
         assert self.decoder is not None
-        self.decoder.set_rows([sequence.span(count) for sequence, count in chosen])
+        plan = self._scheduler.plan_of(sequence for sequence, _ in chosen)
+        self.decoder.set_rows([sequence.span(count) for sequence, count in chosen], plan)
         self.pending = LaunchedStep(chosen, self.decoder.step, self._device, unread=0)
 
     def take_pending(self) -> LaunchedStep:

@@ -21,6 +21,7 @@ from lorarep_runtime.failpoints import failpoint
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.kv_cache import PagePool
+from lorarep_runtime.model.plan import Plan
 
 SHARE = 0.55
 """Device time of a slice as a part of a decode step's, which runs after it."""
@@ -88,10 +89,13 @@ class SlicePacer:
 class PrefillPass:
     """One forward pass over some sequences' next tokens. It holds their adapters until it is over."""
 
-    def __init__(self, chosen: Seq[tuple[Sequence, int]], pool: PagePool, forward: Callable[[Batch], Forward]):
+    def __init__(
+        self, chosen: Seq[tuple[Sequence, int]], plan: Plan, pool: PagePool, forward: Callable[[Batch], Forward]
+    ) -> None:
         """
         Args:
             chosen: sequences, and the number of their next tokens to compute.
+            plan: holds their stacks.
         """
         self._pool = pool
         self.sequences = [sequence for sequence, _ in chosen]
@@ -99,7 +103,7 @@ class PrefillPass:
         self.sampled: list[tuple[Sequence, Sampled]] | None = None
         """The next token of each sequence whose last known token was among those computed; None before the end."""
         self._ended: list[Sequence] = []
-        self._batch = Batch([sequence.span(count) for sequence, count in chosen], pool.key_pages.device)
+        self._batch = Batch([sequence.span(count) for sequence, count in chosen], pool.key_pages.device, plan)
         self._forward = forward(self._batch)
 
     @property
@@ -206,7 +210,8 @@ class SlicedPrefill:
         """
         failpoint("forward")
         if self.pending is None:
-            self.pending = PrefillPass(chosen, self._scheduler.pool, self._forward)
+            plan = self._scheduler.plan_of(sequence for sequence, _ in chosen)
+            self.pending = PrefillPass(chosen, plan, self._scheduler.pool, self._forward)
             self._scheduler.begin_prefill(self.pending.sequences)
         if not self.pending.is_deserted:
             others = [s for s in self._scheduler.running if s not in self.pending.sequences]

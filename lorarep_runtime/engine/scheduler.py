@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.adapters.residency import Residency
 from lorarep_runtime.config import PAGE_TOKENS, SchedulerConfig
+from lorarep_runtime.engine.plans import Plans
 from lorarep_runtime.engine.sequence import Sequence
 from lorarep_runtime.engine.stack_turns import StackTurns
 from lorarep_runtime.engine.waiting_queue import Group, WaitingQueue
 from lorarep_runtime.errors import LorarepError
 from lorarep_runtime.model.kv_cache import PagePool
+from lorarep_runtime.model.plan import Plan
 
 STEP_TOKENS, CPU_STEP_TOKENS = 2048, 512
 
@@ -62,12 +64,14 @@ class Scheduler:
         residency: Residency,
         max_sequences: int,
         layers: int,
+        plans: Plans,
         scored_rows: Callable[[int], int] = lambda vocabulary: CPU_STEP_TOKENS,
     ) -> None:
         """
         Args:
             max_sequences: most sequences in one step, whatever the config says.
             layers: of the base.
+            plans: those that steps may walk.
             scored_rows: from the largest vocabulary of a step, its most tokens of prompts whose log-probabilities are
                 wanted.
         """
@@ -80,7 +84,8 @@ class Scheduler:
         self._scored_rows = scored_rows
         self._scored = 0
         """Tokens of prompts in the step whose log-probabilities are wanted."""
-        self._turns = StackTurns(layers)
+        self._plans = plans
+        self._turns = StackTurns(layers, plans)
         self.waiting = WaitingQueue()
         self.running: dict[Sequence, None] = {}
         """In order of arrival; a dict, in which a sequence is found at once among many."""
@@ -114,12 +119,17 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its pages. Those of a pending prefill pass are the pass's to free."""
         del self._by_id[sequence.id]
+        self._plans.leave(sequence.lease.stack)
         if sequence in self.running:
             del self.running[sequence]
         else:
             self.waiting.discard(sequence)
         if sequence not in self._prefilling:
             sequence.table.release()
+
+    def plan_of(self, sequences: Iterable[Sequence]) -> Plan:
+        """A plan that holds the stacks of some sequences of the last schedule, and maybe others of it."""
+        return self._turns.plan_of({sequence.lease.stack for sequence in sequences})
 
     def begin_prefill(self, sequences: Collection[Sequence]) -> None:
         """Has sequences keep their pages, and every prompt wait, until `end_prefill`: a pass over them is pending."""

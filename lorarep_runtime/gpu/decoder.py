@@ -25,7 +25,7 @@ from lorarep_runtime.gpu.rank_sums import RankSums
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.packed import PACKED_MODULES
-from lorarep_runtime.model.plan import Plan, merge
+from lorarep_runtime.model.plan import Plan
 
 if TYPE_CHECKING:
     from lorarep_runtime.model.base import Base
@@ -111,10 +111,13 @@ class Decoder:
         most = self.memory.max_rows
         return next((rows for least, rows in ROWS_WITH_PROMPTS.items() if 0 < decoding <= least), most)
 
-    def set_rows(self, spans: Sequence[Span]) -> None:
+    def set_rows(self, spans: Sequence[Span], plan: Plan) -> None:
         """Sets the rows of the next step, one for each token of each span.
 
         If a span has several tokens, rows have to be set before each following step.
+
+        Args:
+            plan: holds the stacks of the spans.
         """
         same = self._rows == len(self._spans) and all(len(span.tokens) == 1 for span in spans)
         same &= [(span.table, span.context) for span in spans] == [(span.table, span.length) for span in self._spans]
@@ -126,7 +129,7 @@ class Decoder:
             self.set_pages()
             _write(self._graph.buffers.tokens[: len(spans)], tokens)
             return
-        self._plan = plan = merge(tuple(sorted({span.stack for span in spans})))
+        self._plan = plan
         rank = max((span.adapter.rank for span in spans if span.adapter is not None), default=1)
         shares = len(tokens) > len(spans)
         buffers = self.memory.views(len(tokens), rank, self._longest, plan.depth, shares_sequences=shares)

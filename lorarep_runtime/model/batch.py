@@ -41,14 +41,19 @@ class Span:
 
 
 class Batch:
-    """Spans packed into rows, one for each token. Spans of one adapter follow one another."""
+    """Spans packed into rows, one for each token. Spans of one adapter follow one another.
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    Args:
+        plan: holds the stacks of the spans; None merges them here.
+    """
+
+    def __init__(self, spans: Sequence[Span], device: torch.device, plan: Plan | None = None) -> None:
         adapters = {id(s.adapter): i for i, s in reversed(list(enumerate(spans)))}
         self.order = sorted(range(len(spans)), key=lambda i: adapters[id(spans[i].adapter)])
         """For each span of the batch, its index among the spans that were given."""
         self.spans = [spans[i] for i in self.order]
-        self.plan: Plan = merge(tuple(sorted({s.stack for s in spans})))
+        stacks = {s.stack for s in spans}
+        self.plan: Plan = merge(tuple(sorted(stacks))) if plan is None else plan.of(stacks)
         self.device = device
         self.starts = np.cumsum([0] + [len(s.tokens) for s in self.spans])
         """(spans + 1) first row of each span, and then the number of rows."""

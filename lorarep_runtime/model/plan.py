@@ -6,6 +6,7 @@ position there; the others pass through.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,8 +34,19 @@ class Plan:
         """Positions of the deepest stack."""
         return max(len(stack) for stack in self.stacks)
 
+    def of(self, stacks: Collection[Stack]) -> Plan:
+        """The part of the plan that some of its stacks walk. It may be longer than their own plan."""
+        if len(stacks) == len(self.stacks):
+            return self
+        kept = [i for i, stack in enumerate(self.stacks) if stack in stacks]
+        visits = (Visit(layer, tuple(positions[i] for i in kept)) for layer, positions in self.visits)
+        return Plan(
+            tuple(self.stacks[i] for i in kept),
+            tuple(visit for visit in visits if visit.positions.count(None) < len(kept)),
+        )
 
-@lru_cache(maxsize=4096)
+
+@lru_cache(maxsize=64)
 def merge(stacks: tuple[Stack, ...]) -> Plan:
     """A short plan for stacks; the shortest for up to two.
 
@@ -65,8 +77,8 @@ def _supersequence(stacks: tuple[Stack, ...]) -> Stack:
 def _shortest(a: Stack, b: Stack) -> Stack:
     """The shortest common supersequence of two walks: their longest common subsequence, and the rest around it.
 
-    The step thread merges whenever a stack joins or leaves a batch, so each row of the table is one integer, by the
-    bit-parallel rule of Hyyrö (2004). Bit k of a row is 0 where b[-k-1:] has one layer more in common than b[-k:].
+    Merging holds the interpreter, so each row of the table is one integer, by the bit-parallel rule of Hyyrö (2004).
+    Bit k of a row is 0 where b[-k-1:] has one layer more in common than b[-k:].
     """
     places: dict[int, int] = {}
     for k, layer in enumerate(reversed(b)):

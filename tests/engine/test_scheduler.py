@@ -11,13 +11,14 @@ import pytest
 
 from lorarep_runtime.adapters.claim import Claim
 from lorarep_runtime.config import PAGE_TOKENS
+from lorarep_runtime.engine.plans import Plans
 from lorarep_runtime.engine.stack_turns import StackTurns
 from lorarep_runtime.errors import DataLoss, DeadlineExceeded
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.prefix_cache import PrefixCache
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.request import Finished
-from tests.support.loops import DEPTH, Counting, FreeLease, Loop
+from tests.support.loops import DEPTH, AtOnce, Counting, FreeLease, Loop
 from tests.support.operations import operations
 
 SIZES = {"a": 1, "b": 1, "large": 2}
@@ -217,7 +218,7 @@ def test_stacks_that_would_make_a_step_long_take_turns_and_the_bases_own_is_in_e
 def test_a_deep_stack_waits_for_no_visits_of_times_before_it() -> None:
     """Stacks of an earlier time had visits that nobody owes to those of today."""
     layers, most = 2, 16
-    turns, deep, short = StackTurns(layers), (0, 1) * most, (1, 0)
+    turns, deep, short = StackTurns(layers, Plans(layers, AtOnce())), (0, 1) * most, (1, 0)
 
     def steps_until(stack: Stack, others: Sequence[Stack]) -> int:
         return next(step for step in range(10_000) if stack not in turns.begin_step([stack, *others]))

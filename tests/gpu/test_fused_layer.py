@@ -15,6 +15,7 @@ from lorarep_runtime.gpu.decoder import Decoder, can_decode
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.compiled_adapter import Adapter, table_of
 from lorarep_runtime.model.kv_cache import PageTable
+from lorarep_runtime.model.plan import Plan, merge
 from lorarep_runtime.request import Request, Stopping
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for
 from tests.support.models import ALTERNATING, save_adapter, save_base
@@ -77,12 +78,11 @@ def test_logits_are_those_of_the_layers(family: str, tmp_path: Path, monkeypatch
     splits = []
     for step in range(2):
         assert all(span.table.grow(span.length + step) for span in spans)
-        decoder.set_rows(
-            [
-                replace(span, tokens=[text[step - 2]], context=span.context + step)
-                for span, text in zip(spans, texts, strict=True)
-            ]
-        )
+        rows = [
+            replace(span, tokens=[text[step - 2]], context=span.context + step)
+            for span, text in zip(spans, texts, strict=True)
+        ]
+        decoder.set_rows(rows, plan_of(rows))
         _, logits = decoder.step()
         splits.append(decoder._graph.buffers.shape.splits)
         for lease, text, row in zip(leases, texts, logits, strict=True):
@@ -111,7 +111,7 @@ def test_a_step_goes_on_with_its_own_tokens_in_more_parts(tmp_path: Path, monkey
         assert table.grow(len(text))
         fill(engine, lease, text[:-1], table)
         spans.append(Span(text[-1:], len(text) - 1, lease.stack, with_table(lease, engine), table))
-    decoder.set_rows(spans)
+    decoder.set_rows(spans, plan_of(spans))
     splits = []
     for _ in range(3):  # the second writes to pages that the third reads
         assert engine.pool.grow([(span.table, len(text)) for span, text in zip(spans, texts, strict=True)])
@@ -185,16 +185,19 @@ def test_prompts_are_rows_of_a_step_beside_rows_that_decode(tmp_path: Path, monk
         if cached:
             fill(engine, lease, text[:cached], table)
         spans.append(Span(text[cached:length], cached, lease.stack, with_table(lease, engine), table))
-    decoder.set_rows(spans)
+    decoder.set_rows(spans, plan_of(spans))
     _, logits = decoder.step()
     expected = [engine.logits(text[:-1], lease)[-1:] for lease, text in zip(leases, texts, strict=True)]
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-5, rtol=0)
-    decoder.set_rows(
-        [replace(span, tokens=text[-1:], context=span.length) for span, text in zip(spans, texts, strict=True)]
-    )
+    rows = [replace(span, tokens=text[-1:], context=span.length) for span, text in zip(spans, texts, strict=True)]
+    decoder.set_rows(rows, plan_of(rows))
     _, logits = decoder.step()
     expected = [engine.logits(text, lease)[-1:] for lease, text in zip(leases, texts, strict=True)]
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def plan_of(spans: list[Span]) -> Plan:
+    return merge(tuple(sorted({span.stack for span in spans})))
 
 
 def fill(engine: Engine, lease: Lease, text: list[int], table: PageTable) -> None:

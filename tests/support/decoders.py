@@ -13,6 +13,7 @@ from torch import Tensor
 from lorarep_runtime.engine.engine import Engine
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PageTable
+from lorarep_runtime.model.plan import Plan
 
 MOST_ROWS = 160
 
@@ -31,6 +32,7 @@ class LayerDecoder:
         self._spans: list[Span] = []
         self._said: list[Span] = []
         self._tables: list[PageTable] = []
+        self._plan: Plan
         self.steps = self.told = self.prompts = 0
         self.most_rows = 0
         """Most rows of steps with prompts."""
@@ -38,11 +40,12 @@ class LayerDecoder:
     def rows_with_prompts(self, decoding: int, /) -> int:
         return self.most_rows
 
-    def set_rows(self, spans: Sequence[Span], /) -> None:
+    def set_rows(self, spans: Sequence[Span], plan: Plan, /) -> None:
         self.told += 1
         if [(span.table, span.context) for span in spans] != [(span.table, span.length) for span in self._said]:
             self._tables = [PageTable(self._engine.pool, len(span.stack)) for span in spans]
         self._spans = self._said = list(spans)
+        self._plan = plan
         tokens = [token for span in spans for token in span.tokens]
         self.prompts += sum(len(span.tokens) > 1 for span in spans)
         self._tokens[: len(tokens)] = torch.tensor(tokens)
@@ -64,7 +67,7 @@ class LayerDecoder:
         tokens, count = self._tokens.tolist(), len(self._spans)
         told = zip(self._spans, pairwise(ends), self._tables, strict=True)
         spans = [replace(span, tokens=tokens[start:end], table=table) for span, (start, end), table in told]
-        batch = Batch(spans, base.device)
+        batch = Batch(spans, base.device, self._plan)
         self._logits[batch.order] = base.forward(batch, self._engine.pool, torch.from_numpy(batch.starts[1:] - 1))
         self._tokens[:count] = self._logits[:count].argmax(-1)
         self._spans = [replace(span, context=span.length, tokens=[0]) for span in self._spans]

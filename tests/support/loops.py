@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from lorarep_runtime.config import SchedulerConfig
 from lorarep_runtime.engine.inbox import Inbox
 from lorarep_runtime.engine.outputs import Outputs
 from lorarep_runtime.engine.overlap import StepOverlap
+from lorarep_runtime.engine.plans import Plans
 from lorarep_runtime.engine.prefill_pass import SlicedPrefill
 from lorarep_runtime.engine.sampler import SamplerState
 from lorarep_runtime.engine.scheduler import Scheduler
@@ -28,6 +31,15 @@ from lorarep_runtime.request import Event, Output, Request, Stopping
 
 VOCAB = 32
 DEPTH = 2
+
+
+class AtOnce(Executor):
+    """Runs what is submitted to it in the thread that submits it."""
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments, **named))
+        return done
 
 
 class Counting:
@@ -80,7 +92,8 @@ class Loop:
         self.inbox, self._recorder = Inbox(config), StatsRecorder(pages)
         self.residency = SimpleNamespace(version=0)
         most = config.max_sequences or 32
-        scheduler = Scheduler(config, self.pool, self.residency, most, DEPTH)  # type: ignore[arg-type]
+        plans = Plans(DEPTH, AtOnce())
+        scheduler = Scheduler(config, self.pool, self.residency, most, DEPTH, plans)  # type: ignore[arg-type]
         self.loop = StepLoop(
             self.inbox,
             scheduler,

@@ -49,16 +49,25 @@ def main() -> None:
     parser.add_argument("--quantization", choices=BITS, default="nf4")
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 16, 32])
     parser.add_argument("--rank", type=int, default=8, help="0 is no adapter.")
-    parser.add_argument("--hidden-size", type=int, default=MISTRAL_7B["hidden_size"])
-    parser.add_argument("--intermediate-size", type=int, default=MISTRAL_7B["intermediate_size"])
+    add_shape(parser)
     run(parser.parse_args())
 
 
-def run(options: argparse.Namespace) -> None:
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hidden-size", type=int, default=MISTRAL_7B["hidden_size"])
+    parser.add_argument("--intermediate-size", type=int, default=MISTRAL_7B["intermediate_size"])
+
+
+def modules_of(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each linear module of a layer that is as wide as the options say."""
     heads = options.hidden_size // MISTRAL_7B["head_dim"]
     shape = dict(hidden_size=options.hidden_size, intermediate_size=options.intermediate_size)
     kv_heads = max(1, heads // 4)
-    modules = projections({**MISTRAL_7B, **shape, "num_attention_heads": heads, "num_key_value_heads": kv_heads})
+    return projections({**MISTRAL_7B, **shape, "num_attention_heads": heads, "num_key_value_heads": kv_heads})
+
+
+def run(options: argparse.Namespace) -> None:
+    modules = modules_of(options)
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == HOPPER
     device = "cuda" if hopper else "cpu"
     bandwidth = copy_bandwidth(device) if hopper else 0.0

@@ -1,6 +1,7 @@
 """The prefill GEMM of many rows with NF4 weights on one GPU, and a library's with the same weights in bf16.
 
-    python -m benchmarks.gpu.prefill_gemm [--rows 64,128,256,512,1024,2048] [--configs]
+    python -m benchmarks.gpu.prefill_gemm [--rows 64,128,256,512,1024,2048] [--hidden-size 4096]
+        [--intermediate-size 14336] [--configs]
 
 prints microseconds, TFLOP/s, the library's microseconds, and the microseconds that dequantizing for the library takes.
 The shapes are Mistral-7B's packed modules, which read the same x. Each result is compared with bitsandbytes'
@@ -19,14 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.decode_gemm import CACHES, LARGEST_ERROR, shared, timed
+from benchmarks.gpu.decode_gemm import CACHES, LARGEST_ERROR, add_shape, modules_of, shared, timed
 from lorarep_runtime.kernels.hopper import prefill_gemm
 from lorarep_runtime.kernels.hopper.launch_config import HOPPER
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.kernels.hopper.prefill_gemm import CONFIGS, PrefillConfig
 from lorarep_runtime.model.packed import PACKED_MODULES, pack
-from tests.support.models import MISTRAL_7B, projections
 
 FASTEST = 4
 """Launch configs that are printed."""
@@ -37,13 +37,13 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=lambda text: [int(n) for n in text.split(",")], default=[64, 128, 256, 512, 1024, 2048]
     )
+    add_shape(parser)
     parser.add_argument("--configs", action="store_true", help="Times every launch config, of up to 256 rows.")
-    options = parser.parse_args()
-    run(options.rows, configs=options.configs)
+    run(parser.parse_args())
 
 
-def run(counts: list[int], *, configs: bool = False) -> None:
-    modules = projections(MISTRAL_7B)
+def run(options: argparse.Namespace) -> None:
+    counts, modules = options.rows, modules_of(options)
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == HOPPER
     device = "cuda" if hopper else "cpu"
     print(f"{'µs, TFLOP/s, library, dequantizing':36}" + "".join(f"{f'{rows} rows':>30}" for rows in counts))
@@ -62,7 +62,7 @@ def run(counts: list[int], *, configs: bool = False) -> None:
             dequantizing = timed([packed[0].dense])
             line += f"{ours * 1e6:10.1f}{2 * dense.numel() * rows / ours / 1e12:6.0f}"
             line += f"{library * 1e6:7.0f}{dequantizing * 1e6:7.0f}"
-            if configs and rows <= max(config.rows for config in CONFIGS):
+            if options.configs and rows <= max(config.rows for config in CONFIGS):
                 print_fastest(f"{title}, {rows} rows", packed, dense, x)
         print(line, flush=True)
 

@@ -20,6 +20,8 @@ Chosen = tuple[Sequence, int]
 """A sequence and the number of its next tokens to compute."""
 PASS_TOKENS = 512
 """Tokens of prompts up to which a few steps are faster than a prefill pass, whose launches take long, on an H200."""
+MOST_PASSES = 4
+"""Passes that follow one another while streams wait that were not there before these prompts."""
 FEW_STEPS = 8
 """Most steps that prompts are rows of."""
 AHEAD = PAGE_TOKENS // 2
@@ -79,6 +81,8 @@ class StepOverlap:
         self._all_prompts = all_prompts
         self._scheduler = scheduler
         self._device = scheduler.pool.key_pages.device
+        self._passes = 0
+        """Number of passes since the last step beside one."""
         self.pending: LaunchedStep | None = None
         """A step that has not been read. Its sequences are all that were scheduled for it."""
 
@@ -86,6 +90,7 @@ class StepOverlap:
         """Divides scheduled sequences among the decoder and the prefill pass.
 
         The decoder takes prompts, too, where all of their tokens to compute are few enough to be rows of a few steps.
+        Streams that were not there before the prompts take turns with passes over these, MOST_PASSES to one.
 
         Returns:
             The sequences that the decoder takes, and the others, with the number of their tokens to compute.
@@ -98,11 +103,15 @@ class StepOverlap:
             (decoding if sequence.computed and sequence.remaining == 1 else rest).append((sequence, count))
         if any(sequence.needs_prompt_logits for sequence, _ in rest):  # steps have the logits of last tokens alone
             return decoding, rest
+        if not rest:
+            self._passes = 0
+            return decoding, []
         first = were_first([sequence for sequence, _ in decoding], [sequence for sequence, _ in rest])
         room = self.decoder.rows_with_prompts(len(decoding) if first else 0) - len(decoding)
         most = max(room, min(PASS_TOKENS, FEW_STEPS * room)) if self._scheduler.config.chunked_prefill else room
         if not self._all_prompts and sum(count for _, count in rest) > most:
-            return decoding, rest
+            self._passes = 1 if first else self._passes % MOST_PASSES + 1
+            return decoding if self._passes == 1 else [], rest
         for sequence, count in rest:
             if taken := min(count, room):
                 decoding.append((sequence, taken))

@@ -101,7 +101,7 @@ class StepLoop:
         if not chosen and self.prefill.pending is None:
             return False
         if chosen:
-            self._stats.record_step([sequence for sequence, _ in chosen])
+            self._stats.record_step([sequence for sequence, _ in (*decoding, *rest)])
         if decoding:
             self._decode(decoding)
         self._advance_prefill(rest)

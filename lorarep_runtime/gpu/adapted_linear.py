@@ -20,7 +20,7 @@ from lorarep_runtime.model.packed import PackedPart
 from lorarep_runtime.model.weights import Weight
 
 MOST_KERNEL_ROWS = {4: 32, 8: 64, 16: 64}
-"""Most rows of a step for the decode GEMM, by the weight's bits: it reads the weight once for every 32 of them."""
+"""Most rows of a step for the decode GEMM, by the weight's bits. It reads the weight once for 32 of them at most."""
 
 
 class AdaptedLinear(Protocol):
@@ -90,10 +90,16 @@ class PackedLinear:
         self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
     ) -> None:
         packed = self.packed
-        if self._deterministic or len(x) <= MOST_KERNEL_ROWS[packed.bits]:
+        if self._deterministic or self._is_read_once(len(x), shrunk.shape[3]):
             packed.decode(x, y, shrunk, rows, first, bias=bias, add=add, deterministic=self._deterministic)
         else:
             _multiply_then_adapt(self.matmul, x, y, shrunk, packed.sizes, rows, first, bias=bias, add=add, pdl=True)
+
+    def _is_read_once(self, rows: int, ranks: int) -> bool:
+        """Whether the decode GEMM is the faster one."""
+        packed = self.packed
+        # Shared memory has no room for many rows of a long x, and the prefill GEMM reads the weight once for 64 rows.
+        return rows <= MOST_KERNEL_ROWS[packed.bits] and (packed.bits != 4 or packed.decode_rows(rows, ranks) == rows)
 
 
 def _multiply_then_adapt(

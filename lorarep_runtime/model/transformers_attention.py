@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorarep_runtime.errors import FailedPrecondition
-from lorarep_runtime.kernels.eager.attention import Scores, varlen_attention
+from lorarep_runtime.kernels.eager.attention import Scores
 from lorarep_runtime.model.layer_walk import walk_of
 
 ATTENTION = "lorarep"
@@ -28,13 +27,11 @@ NO_EFFECT = {
 def register_attention() -> None:
     """Has `transformers` find lorarep's attention by its name, in the whole process.
 
-    The libraries that models and attention are made of are imported for it, which takes seconds.
+    The libraries that models are made of are imported for it, which takes seconds.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attention)
-    if torch.cuda.is_available():
-        varlen_attention()
 
 
 def _attention(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorarep_runtime.engine.engine import Engine
+from lorarep_runtime.engine.overlap import MOST_PASSES
 from lorarep_runtime.engine.step_loop import StepLoop
 from lorarep_runtime.errors import Cancelled, EngineFailure
 from lorarep_runtime.model.kv_cache import pages_of
 from lorarep_runtime.request import Event, Output, Request, Sampling, Stopping
-from tests.support.decoders import with_decoder
+from tests.support.decoders import LayerDecoder, with_decoder
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy, sampled
 from tests.support.models import save_adapter, save_base
 
@@ -119,6 +121,36 @@ def test_a_prompt_that_is_computed_a_token_at_a_time_goes_on_with_its_own_tokens
     asked = [greedy(new_tokens=40), greedy(new_tokens=4), greedy(PROMPT[:7], new_tokens=9)]
     answers = [engine.generate((r, engine.adapters.lease([])) for r in asked) for engine in (one_by_one, ahead)]
     assert [a.tokens for a in answers[1]] == [a.tokens for a in answers[0]]
+
+
+@pytest.mark.parametrize("was_first", [False, True])
+def test_passes_over_prompts_that_arrive_together_leave_few_steps_between_them(base: Path, was_first: bool) -> None:
+    """Those of them that stream wait for four passes at most. A stream that was first has a step beside each."""
+    engine = engine_for(base, max_step_tokens=40, max_sequences=16)
+    decoder, work = LayerDecoder(engine), []
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*arguments: Any) -> Any:
+            work.append(name)
+            return call(*arguments)
+
+        return noting
+
+    decoder.prefill = noted("pass", decoder.prefill)  # type: ignore[method-assign]
+    decoder.step = noted("step", decoder.step)  # type: ignore[method-assign]
+    engine.loop = engine.make_loop(decoder)
+    if was_first:
+        engine.submit(greedy(new_tokens=200), engine.adapters.lease([]), lambda event: None)
+        for _ in range(5):
+            engine.loop.step()
+        work.clear()
+    for i in range(15):
+        engine.submit(greedy((i, *PROMPT[1:]), new_tokens=12), engine.adapters.lease([]), lambda event: None)
+    while engine.loop.is_busy:
+        engine.loop.step()
+    together = [len(list(some)) for name, some in groupby(work) if name == "pass"]
+    assert max(together) == (1 if was_first else MOST_PASSES)
+    assert sum(together) > MOST_PASSES
 
 
 def test_rows_that_sample_are_overlapped_too(base: Path) -> None:

@@ -27,15 +27,22 @@ def flash(
     most_q: int,
     most_k: int,
     *,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
     scale: float,
-    window_size: tuple[int, int],
-) -> Tensor:
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
     """FlashAttention as it is documented: of each sequence, the last query is at the last key, and a query sees so many
     keys to each side."""
     assert most_q == max(stop - start for start, stop in pairwise(q_starts.tolist()))
     assert most_k == max(stop - start for start, stop in pairwise(k_starts.tolist()))
     assert q_starts.dtype == k_starts.dtype == torch.int32
-    left, right = window_size
+    assert dropout_p == 0
+    assert not return_debug_mask
+    left, right = window_size_left, window_size_right
+    assert is_causal == ((left, right) == (-1, 0))
     out = torch.full_like(q, torch.nan)
     spans = zip(pairwise(q_starts.tolist()), pairwise(k_starts.tolist()), strict=True)
     for (q_start, q_stop), (k_start, k_stop) in spans:
@@ -46,7 +53,7 @@ def flash(
         scores = torch.einsum("qhd,khd->hqk", q[q_start:q_stop], keys) * scale
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         out[q_start:q_stop] = torch.einsum("hqk,khd->qhd", weights, values)
-    return out
+    return out, weights
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 16, 31, 60])
@@ -69,5 +76,5 @@ def test_flash_attention_sees_the_tokens_that_pages_show(
     given = batch.view((True,)), torch.randn(rows, 4, 8), (k, v), *pool.tensors, batch.tables[0]
     expected = attend_pages(*given, Scores(0.3, window))
     monkeypatch.setattr("lorarep_runtime.model.attention.has_flash", lambda *_: True)
-    monkeypatch.setattr(attention, "varlen_attention", lambda: flash)
+    monkeypatch.setattr(attention, "flash_forward", flash)
     torch.testing.assert_close(attend_pages(*given, Scores(0.3, window)), expected)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial
-from inspect import signature
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """torch's attention backends without cuDNN. cuDNN compiles a plan for each new shape, which takes 0.1 s or longer."""
 
+flash_forward = torch.ops.aten._flash_attention_forward
+"""What torch.nn.attention.varlen calls, whose own layers take longer on the host than short prompts on the device."""
 
 Bias = Callable[[int], Tensor]
 """From a number of tokens to (heads, tokens) fp32, for the keys at the first places of a sequence."""
@@ -76,16 +76,16 @@ def flash_attention(
     Returns:
         (rows, heads, head_dim).
     """
-    out: Tensor = varlen_attention()(
-        queries,
-        keys,
-        values,
-        rows.starts,
-        tokens.starts,
-        rows.most,
-        tokens.most,
+    window = -1 if scores.window is None else scores.window - 1
+    out: Tensor
+    out, *_ = flash_forward(
+        *(queries, keys, values, rows.starts, tokens.starts, rows.most, tokens.most),
+        dropout_p=0.0,
+        is_causal=scores.window is None,
+        return_debug_mask=False,
         scale=scores.scale,
-        window_size=(-1 if scores.window is None else scores.window - 1, 0),
+        window_size_left=window,
+        window_size_right=0,
     )
     return out
 
@@ -112,15 +112,6 @@ def has_flash(queries: Tensor, value_pages: Tensor, scores: Scores) -> bool:
         and scores.sinks is None
         and scores.bias is None
     )
-
-
-@cache
-def varlen_attention() -> Callable[..., Any]:
-    """torch's attention of sequences of different lengths, with grouped heads. Its import takes seconds."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Before torch 2.12 the function has no enable_gqa and always accepts grouped heads.
-    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
 
 
 def paged_attention(

@@ -123,7 +123,7 @@ class Kernel:
             dependent: whether the kernel may start while the previous one ends (programmatic dependent launch); the
                 kernel itself waits before it reads the previous results.
         """
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())  # a tenth of current_stream()'s time
         key = (grid, threads, shared, cluster, dependent, stream)
         config = self._configs.get(key)
         if config is None:

@@ -16,6 +16,7 @@ from lorarep_runtime.kernels.entry_table import DecodeRows
 from lorarep_runtime.kernels.hopper import int8, nf4, prefill_gemm
 from lorarep_runtime.kernels.hopper.decode_gemm import decode_gemm
 from lorarep_runtime.kernels.hopper.decode_gemm import sources as decode_gemm_sources
+from lorarep_runtime.kernels.hopper.launch_config import launch_config_for
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE
 
 DENSE_BYTES = 64 << 20
@@ -85,6 +86,11 @@ class PackedWeight:
         rows, tiles = slice(begin, end), slice(begin // TILE, end // TILE)
         scales = None if self.scales is None else self.scales[tiles if self.bits == 4 else rows]
         return PackedWeight(self.bits, self.weights[rows if self.bits == 16 else tiles], scales, (end - begin,))
+
+    def decode_rows(self, rows: int, ranks: int) -> int:
+        """Rows of `decode` for which the weight is read once. Arguments as for `launch_config_for`."""
+        tiles, modules = sum(self.sizes) // TILE, len(self.sizes)
+        return min(rows, 8 * launch_config_for(self.bits, tiles, self.columns, rows, modules, ranks).eights)
 
     def decode(
         self,

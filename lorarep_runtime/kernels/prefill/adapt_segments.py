@@ -40,7 +40,7 @@ RANK_STEP: tl.constexpr = tl.constexpr(16)
 """Ranks that an expanding program multiplies at once."""
 ANY = ["bounds", "adapters", "positions", "first_row", "rows", "modules", "first"]
 """Arguments that kernels are not specialized on: compiling another kernel would have all requests wait."""
-SHRINK_SIZES = TILE_ROWS, 64
+SHRINK_SIZES = TILE_ROWS, 128
 """ROWS and COLUMNS of the shrinking kernel."""
 WARPS = 4
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from transformers import AutoTokenizer
 
 from tests.server.test_fmaas import parameters, whole
+from tests.server.test_frameworks import CLIENTS, PYTHON, printed, url
 from tests.server.test_openai import refused
 from tests.support.servers import Server
 from tests.support.world import World
@@ -210,6 +211,32 @@ def test_calls_that_are_required_are_made(
         assert [(c.function.name, c.function.arguments) for c in streamed.message.tool_calls] == [
             (c.function.name, c.function.arguments) for c in calls
         ]
+
+
+def test_frameworks_get_the_objects_and_calls_of_grpc(server: Server, models: dict[str, str]) -> None:
+    """And an agent calls its own function, and answers in the form that it wants."""
+    got = printed(PYTHON, CLIENTS / "structured.py", url(server), models["hermes"], "Hi!")
+    properties = {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2, 3]}}
+    schema = {"type": "object", "properties": properties, "required": ["city", "days"], "additionalProperties": False}
+    schema |= {"x-guidance": {"whitespace_flexible": False}}
+    asked: dict[str, Any] = dict(
+        adapters=[pb.AdapterRef(name=models["hermes"])],
+        sampling=pb.Sampling(temperature=1, seed=5),
+        stopping=pb.Stopping(max_new_tokens=200),
+        structured_output=FORM(json_schema=json.dumps(schema)),
+    )
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi!")])
+    answer = server.generation.Generate(pb.GenerateRequest(prompt=pb.Prompt(chat=chat), **asked))
+    expected = json.loads(answer.text)
+    parsed, agent = got["with_instructor"], got["with_pydantic_ai"]
+    for framework in (parsed, agent):
+        assert framework["object"] == framework["object, streamed"] == expected
+    assert parsed["call"] == parsed["call, streamed"]
+    called, result, trip = agent["tools"]
+    assert result == "rain"
+    for one in (parsed["call"], called, trip):
+        jsonschema.validate(one, schema)
+    server.wait_idle()
 
 
 def test_a_call_and_its_result_are_told_as_transformers_tells_them(

@@ -17,9 +17,11 @@ from lorarep.v1 import generation_pb2 as pb
 from pydantic import BaseModel
 from transformers import AutoTokenizer
 
+from tests.server.test_clients import CLIENTS, NODE
 from tests.server.test_fmaas import parameters, whole
-from tests.server.test_frameworks import CLIENTS, PYTHON, printed, url
+from tests.server.test_frameworks import PYTHON, printed, url
 from tests.server.test_openai import refused
+from tests.support.callers import request
 from tests.support.servers import Server
 from tests.support.world import World
 
@@ -213,29 +215,60 @@ def test_calls_that_are_required_are_made(
         ]
 
 
-def test_frameworks_get_the_objects_and_calls_of_grpc(server: Server, models: dict[str, str]) -> None:
-    """And an agent calls its own function, and answers in the form that it wants."""
-    got = printed(PYTHON, CLIENTS / "structured.py", url(server), models["hermes"], "Hi!")
-    properties = {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2, 3]}}
-    schema = {"type": "object", "properties": properties, "required": ["city", "days"], "additionalProperties": False}
-    schema |= {"x-guidance": {"whitespace_flexible": False}}
-    asked: dict[str, Any] = dict(
+TRIP: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2, 3]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+"""The schema of the objects that clients of `tests/clients` ask for."""
+
+
+@pytest.fixture(scope="module")
+def trip(server: Server, models: dict[str, str]) -> Any:
+    """The object over gRPC."""
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi!")])
+    asked = pb.GenerateRequest(
+        prompt=pb.Prompt(chat=chat),
         adapters=[pb.AdapterRef(name=models["hermes"])],
         sampling=pb.Sampling(temperature=1, seed=5),
         stopping=pb.Stopping(max_new_tokens=200),
-        structured_output=FORM(json_schema=json.dumps(schema)),
+        structured_output=FORM(json_schema=json.dumps(TRIP)),
     )
-    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi!")])
-    answer = server.generation.Generate(pb.GenerateRequest(prompt=pb.Prompt(chat=chat), **asked))
-    expected = json.loads(answer.text)
+    return json.loads(server.generation.Generate(asked).text)
+
+
+def test_frameworks_get_the_objects_and_calls_that_they_ask_for(
+    server: Server, models: dict[str, str], trip: Any
+) -> None:
+    """And an agent calls its own function, and answers in the form that it wants."""
+    got = printed(PYTHON, CLIENTS / "structured.py", url(server), models["hermes"], "Hi!")
     parsed, agent = got["with_instructor"], got["with_pydantic_ai"]
     for framework in (parsed, agent):
-        assert framework["object"] == framework["object, streamed"] == expected
+        assert framework["object"] == framework["object, streamed"] == trip
     assert parsed["call"] == parsed["call, streamed"]
-    called, result, trip = agent["tools"]
+    called, result, answer = agent["tools"]
     assert result == "rain"
-    for one in (parsed["call"], called, trip):
-        jsonschema.validate(one, schema)
+    for one in (parsed["call"], called, answer):
+        jsonschema.validate(one, TRIP)
+    server.wait_idle()
+
+
+def test_vercels_sdk_gets_texts_objects_and_calls(server: Server, models: dict[str, str], trip: Any) -> None:
+    got = printed(NODE, CLIENTS / "vercel.js", url(server), "dora", models["hermes"], "Hi!")
+    roles = (("system", "Be brief."), ("user", "Hi!"))
+    chat = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role=role, content=content) for role, content in roles]))
+    answer = server.generation.Generate(request("", "dora", prompt=chat, stopping=pb.Stopping(max_new_tokens=9)))
+    assert got["chat"] == got["chat, streamed"] == answer.text
+    assert got["usage"] == len(answer.token_ids)
+    assert got["object"] == got["object, streamed"] == trip
+    assert got["calls"] == got["calls, streamed"]
+    assert got["results"] == ["rain"] * len(got["calls"])
+    for one in got["calls"]:
+        jsonschema.validate(one, TRIP)
+    assert got["steps"][0] == 1
+    assert len(got["steps"]) == 2
     server.wait_idle()
 
 

@@ -156,7 +156,9 @@ def _spaced(schema: Any) -> Any:
     own = schema.get("x-guidance", {})
     if not isinstance(own, dict):
         raise ValueError("x-guidance is no object")
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **own}}
+    # The pattern would decide where both are there.
+    bound = {} if own.get("whitespace_flexible") is False else {"whitespace_pattern": WHITESPACE}
+    return {**schema, "x-guidance": {**bound, **own}}
 
 
 def reason(error: str) -> str:

@@ -91,6 +91,8 @@ SCHEMA = {"type": "object", "properties": {"a": {"const": [1]}}, "required": ["a
     [
         ({"structured_outputs": {"json": SCHEMA}}, r'\s*\{\s*"a"\s*:\s*\[\s*1\s*\]\s*\}'),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, r'\s*\{\s*"a"\s*:\s*\[\s*1\s*\]\s*\}'),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, r'\{"a":\[1\]\}'),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}}, r'\{"a":\[1\]\}'),
         ({"structured_outputs": {"regex": "[0-9]{4}-x"}}, "[0-9]{4}-x"),
         ({"structured_outputs": {"choice": ["ja", "nein"]}}, "ja|nein"),
         ({"structured_outputs": {"grammar": 'root ::= "a" | "bc"'}}, "a|bc"),

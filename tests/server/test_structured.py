@@ -32,6 +32,13 @@ HERMES = """{% if tools %}<tools>{% for tool in tools %}{% set function = tool.f
 {% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}{% endfor %}
 {% if add_generation_prompt %}assistant: {% endif %}"""
 MISTRAL = "{{ tools | length }}{% for m in messages %}{{ m.content }}{% endfor %}[TOOL_CALLS]"
+TEMPLATES = {
+    "hermes": HERMES,
+    "mistral": MISTRAL,
+    "mistral-v13": f"{MISTRAL}[ARGS]",
+    "qwen3-coder": HERMES.replace("In <tool_call>", "In <tool_call><function="),
+    "unknown": "{{ tools }}{{ messages }}",
+}
 PARAMETERS: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"enum": ["Köln", "Rom"]}, "days": {"$ref": "#/$defs/days"}},
@@ -50,11 +57,11 @@ CHAT: list[Any] = [{"role": "user", "content": "Hi!"}]
 @pytest.fixture(scope="module")
 def models(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Adapters with chat templates that tell tools, by their format."""
-    for name, template in {"hermes": HERMES, "mistral": MISTRAL, "unknown": "{{ tools }}{{ messages }}"}.items():
+    for name, template in TEMPLATES.items():
         folder = Path(shutil.copytree(world.adapters["plain"], tmp_path_factory.mktemp("tools") / name))
         (folder / "chat_template.jinja").write_text(template)
         world.hub.publish(f"org/{name}", folder)
-    return {name: f"org/{name}" for name in ("hermes", "mistral", "unknown")}
+    return {name: f"org/{name}" for name in TEMPLATES}
 
 
 @pytest.fixture
@@ -189,8 +196,17 @@ def test_what_cannot_be_kept_is_refused_by_name(
         assert (status, told["error"]["param"]) == (400, param), told
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral"])
-@pytest.mark.parametrize("choice", ["required", "weather"])
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("hermes", "required"),
+        ("hermes", "weather"),
+        ("mistral", "required"),
+        ("mistral", "weather"),
+        ("mistral-v13", "required"),
+        ("qwen3-coder", "weather"),
+    ],
+)
 def test_calls_that_are_required_are_made(
     client: openai.OpenAI, models: dict[str, str], name: str, choice: str
 ) -> None:

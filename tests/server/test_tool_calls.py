@@ -68,13 +68,23 @@ CASES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         "qwen3_coder",
         "I look.\n<tool_call>\n<function=weather>\n<parameter=city>\nKöln\n\n2 < 3 </param\n</parameter>\n"
         "<parameter=days>\n3\n</parameter>\n<parameter=dry>\nTrue\n</parameter>\n<parameter=at>\n"
-        '[{"a": null}]\n</parameter>\n<parameter=more>\n5\n</parameter>\n<parameter=code>5</parameter>\n'
+        '[{"a": null}]\n</parameter>\n<parameter=more>\n5\n</parameter>\n<parameter=code>5</parameter>'
+        "<parameter=unit>12</parameter><parameter=zone>None</parameter>\n"
         "</function>\n</tool_call>",
         "I look.\n",
         [
             (
                 "weather",
-                dict(city="Köln\n\n2 < 3 </param", days=3, dry=True, at=[{"a": None}], more="5", code="5"),
+                dict(
+                    city="Köln\n\n2 < 3 </param",
+                    days=3,
+                    dry=True,
+                    at=[{"a": None}],
+                    more="5",
+                    code="5",
+                    unit="12",
+                    zone=None,
+                ),
             )
         ],
     ),
@@ -96,6 +106,8 @@ PARAMETERS = {
         "dry": {"type": "boolean"},
         "at": {"items": {}},
         "code": {"$ref": "#/$defs/code"},
+        "unit": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+        "zone": {"type": ["string", "null"]},
     },
     "$defs": {"code": {"type": "string"}},
 }
@@ -174,7 +186,15 @@ def test_the_template_tells_which_format_it_is(tmp_path: Path) -> None:
         tool_format(Tokenizer(tmp_path).with_chat_template("{{ tools }}<tool_call><arg_key>"), None)
 
 
-TEXTS = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}}, "required": ["b"]}
+TEXTS = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "string"},
+        "b": {"type": "integer"},
+        "c": {"anyOf": [{"type": "null"}, {"type": "string", "enum": ["x"]}]},
+    },
+    "required": ["b"],
+}
 
 
 @pytest.mark.parametrize(
@@ -182,9 +202,11 @@ TEXTS = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type":
     [
         ("<parameter=a>\nany <text>\n\n</parameter>\n<parameter=b>\n5\n</parameter>\n", True),
         ("<parameter=b>\n5\n</parameter>\n", True),
+        ("<parameter=b>\n5\n</parameter>\n<parameter=c>\nnull\n</parameter>\n", True),
+        ("<parameter=b>\n5\n</parameter>\n<parameter=c>\ny\n</parameter>\n", False),
         ("<parameter=a>\nx\n</parameter>\n", False),
         ("<parameter=b>\nx\n</parameter>\n", False),
-        ("<parameter=c>\n5\n</parameter>\n<parameter=b>\n5\n</parameter>\n", False),
+        ("<parameter=d>\n5\n</parameter>\n<parameter=b>\n5\n</parameter>\n", False),
     ],
 )
 def test_a_required_call_is_one_by_its_schema(tmp_path: Path, arguments: str, is_call: bool) -> None:

@@ -38,8 +38,10 @@ def value_of(written: str, key: str, parameters: Mapping[str, Any]) -> Any:
     text = written.removeprefix("\n").removesuffix("\n")
     properties = parameters.get("properties")
     schema = properties.get(key) if isinstance(properties, Mapping) else None
-    if schema is None or _is_text(_resolved(schema, parameters)):
+    if schema is None:
         return text
+    if (of_text := _text_schema(schema, parameters)) is not None:
+        return None if of_text[1] and text.lower() in ("null", "none") else text
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # Python's True is JSON's true
@@ -77,21 +79,34 @@ def call_grammar(name: str, number: int, parameters: Mapping[str, Any], field: s
 
 def _value(named: str, schema: Any, parameters: Mapping[str, Any], field: str) -> tuple[str, bool]:
     """An argument's value in Lark, and whether its end has to be added: a free text goes up to it."""
-    resolved = _resolved(schema, parameters)
-    if not _is_text(resolved):
+    of_text = _text_schema(schema, parameters)
+    if of_text is None:
         inside = {key: parameters[key] for key in ("$defs", "definitions", "x-guidance") if key in parameters}
         return f"%json {json.dumps(inside | schema if isinstance(schema, dict) else schema)}", True
+    resolved, is_nullable = of_text
     _check_keywords(resolved, OF_TEXTS, named, field)
     if (texts := resolved.get("enum", [resolved["const"]] if "const" in resolved else None)) is not None:
         texts = [text for text in texts if isinstance(text, str)]
         if not texts:
             raise InvalidArgument(f"no text is valid for {named}", field=field)
-        return f"({' | '.join(map(_literal, texts))})", True
+        return f"({' | '.join(map(_literal, texts + ['null'] * is_nullable))})", True
     return "/(?s:.*)/", False
 
 
-def _is_text(schema: Any) -> bool:
-    return isinstance(schema, Mapping) and schema.get("type") == "string"
+def _text_schema(schema: Any, root: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool] | None:
+    """The schema of a text, and whether null may be in its place, which is written like one; None of all others."""
+    resolved = _resolved(schema, root)
+    if not isinstance(resolved, Mapping):
+        return None
+    if (kinds := resolved.get("type")) is not None:
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        return (resolved, "null" in kinds) if sorted(kinds) in (["string"], ["null", "string"]) else None
+    options = [_resolved(option, root) for option in resolved.get("anyOf", ())]
+    if set(resolved) - ABOUT != {"anyOf"} or not all(isinstance(option, Mapping) for option in options):
+        return None
+    texts = [option for option in options if option.get("type") == "string"]
+    others = [option for option in options if option.get("type") != "string"]
+    return (texts[0], bool(others)) if len(texts) == 1 and all(o.get("type") == "null" for o in others) else None
 
 
 def _resolved(schema: Any, root: Mapping[str, Any]) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,20 +19,15 @@ from lorarep.v1 import generation_pb2 as pb
 from pydantic import BaseModel
 from transformers import AutoTokenizer
 
+from benchmarks.cpu import soak_requests
 from tests.server.test_clients import CLIENTS, NODE
 from tests.server.test_fmaas import parameters, whole
 from tests.server.test_frameworks import PYTHON, printed, url
 from tests.server.test_openai import refused
 from tests.support.callers import request
 from tests.support.servers import Server
-from tests.support.world import World
+from tests.support.world import HERMES, World
 
-HERMES = """{% if tools %}<tools>{% for tool in tools %}{% set function = tool.function %}
-{{ function.name }}: {{ function.parameters.properties | default({}) | tojson }}
-{% endfor %}</tools>In <tool_call></tool_call>.{% endif %}{% for m in messages %}<s>{{ m.role }}: {{ m.content }}
-{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>
-{% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}{% endfor %}
-{% if add_generation_prompt %}assistant: {% endif %}"""
 MISTRAL = "{{ tools | length }}{% for m in messages %}{{ m.content }}{% endfor %}[TOOL_CALLS]"
 TEMPLATES = {
     "hermes": HERMES,
@@ -287,6 +284,19 @@ def test_vercels_sdk_gets_texts_objects_and_calls(server: Server, models: dict[s
         jsonschema.validate(one, TRIP)
     assert got["steps"][0] == 1
     assert len(got["steps"]) == 2
+    server.wait_idle()
+
+
+def test_answers_are_those_alone_whatever_is_asked_at_the_same_time(server: Server, models: dict[str, str]) -> None:
+    """Several answers, prompts with log-probabilities, forms and calls: half an hour of them is in the soak."""
+    asked = soak_requests.bodies(random.Random(2), 15, models["hermes"])
+    alone = [soak_requests.answer_to(server, *body) for body in asked]
+    assert [status for status, _ in alone] == [200] * len(asked), alone
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda body: soak_requests.answer_to(server, *body), [*asked, *reversed(asked)]))
+    for (_, expected), (status, got) in zip([*alone, *reversed(alone)], together, strict=True):
+        assert status == 200
+        assert soak_requests.are_same(got, expected)
     server.wait_idle()
 
 

@@ -209,7 +209,7 @@ def test_calls_that_are_required_are_made(
 ) -> None:
     tool_choice: Any = choice if choice == "required" else {"type": "function", "function": {"name": choice}}
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
-    for seed in range(3):
+    for seed in range(2):
         asked: dict[str, Any] = dict(
             model=models[name], messages=CHAT, tools=TOOLS, tool_choice=tool_choice, max_tokens=300, seed=seed
         )

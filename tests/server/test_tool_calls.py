@@ -197,6 +197,18 @@ TEXTS = {
 }
 
 
+def may_be_written(text: str, known: str, parameters: dict[str, Any], tokenizer: Tokenizer) -> bool:
+    """Whether a text is an answer that has to call the tool f."""
+    tool = generation_pb2.Tool(name="f", parameters=json.dumps(parameters))
+    chat = generation_pb2.Chat(tools=[tool], tool_choice=generation_pb2.TOOL_CHOICE_REQUIRED)
+    form = required_calls(chat, told_tools(chat), KNOWN[known], tokenizer)
+    assert form is not None
+    vocabulary = LLTokenizer("byte")
+    matcher = LLMatcher(vocabulary, form.text)
+    tokens = vocabulary.tokenize_str(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
 @pytest.mark.parametrize(
     ("arguments", "is_call"),
     [

@@ -15,7 +15,7 @@ from lorarep.v1 import generation_pb2
 
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line
 from lorarep_runtime.request import StructuredOutput
-from lorarep_server.requests.xml_calls import call_grammar
+from lorarep_server.requests.xml_calls import call_grammar, json_by
 
 if TYPE_CHECKING:
     from lorarep_runtime.text.tokenizer import Tokenizer
@@ -159,7 +159,10 @@ def required_calls(
     if chat.tool_choice != generation_pb2.TOOL_CHOICE_REQUIRED:
         return None
     functions = [tool["function"] for tool in tools if chat.tool_name in ("", tool["function"]["name"])]
-    rules = [rule for number, function in enumerate(functions) for rule in _call(number, function, known)]
+    try:
+        rules = [rule for number, function in enumerate(functions) for rule in _call(number, function, known)]
+    except ValueError as error:
+        raise InvalidArgument(str(error), field=FIELD) from error
     calls = " | ".join(f"call_{number}" for number in range(len(functions)))
     line = '"\\n"' if known.end else ""
     call = f"{line} call {line}"
@@ -182,9 +185,9 @@ def _call(number: int, function: Mapping[str, Any], known: ToolFormat) -> Iterat
         case "xml":
             yield from call_grammar(name, number, parameters, FIELD)
         case "named":
-            yield f"call_{number}: {_text(name)} args %json {json.dumps(parameters)}"
+            yield f"call_{number}: {_text(name)} args {json_by(parameters)}"
         case _:
-            yield f'call_{number}: {_text(_head(name, known))} %json {json.dumps(parameters)} "}}"'
+            yield f'call_{number}: {_text(_head(name, known))} {json_by(parameters)} "}}"'
 
 
 def _head(name: str, known: ToolFormat) -> str:

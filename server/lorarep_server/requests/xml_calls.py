@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorarep_runtime.errors import InvalidArgument
+from lorarep_runtime.text.json_space import bounded_space
 
 ABOUT = {"title", "description", "default", "examples", "deprecated"}
 """Keywords of a schema that do not restrict values."""
@@ -56,6 +57,7 @@ def call_grammar(name: str, number: int, parameters: Mapping[str, Any], field: s
 
     Raises:
         InvalidArgument: the schema has a keyword that the grammar cannot keep.
+        ValueError: it is no schema.
     """
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
     bound = {"maxProperties"} if parameters.get("maxProperties", 0) >= len(properties) else set()
@@ -82,7 +84,7 @@ def _value(named: str, schema: Any, parameters: Mapping[str, Any], field: str) -
     of_text = _text_schema(schema, parameters)
     if of_text is None:
         inside = {key: parameters[key] for key in ("$defs", "definitions", "x-guidance") if key in parameters}
-        return f"%json {json.dumps(inside | schema if isinstance(schema, dict) else schema)}", True
+        return json_by(inside | schema if isinstance(schema, dict) else schema), True
     resolved, is_nullable = of_text
     _check_keywords(resolved, OF_TEXTS, named, field)
     if (texts := resolved.get("enum", [resolved["const"]] if "const" in resolved else None)) is not None:
@@ -91,6 +93,11 @@ def _value(named: str, schema: Any, parameters: Mapping[str, Any], field: str) -
             raise InvalidArgument(f"no text is valid for {named}", field=field)
         return f"({' | '.join(map(_literal, texts + ['null'] * is_nullable))})", True
     return "/(?s:.*)/", False
+
+
+def json_by(schema: Any) -> str:
+    """JSON by a schema in Lark. Raises ValueError if it is none."""
+    return f"%json {json.dumps(bounded_space(schema))}"
 
 
 def _text_schema(schema: Any, root: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool] | None:

@@ -17,7 +17,7 @@ MAX_PROMPT_LOGPROBS = 1 << 18
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen, in the order of vLLM: allowed tokens, bias, penalties, temperature, min-p, top-k,
-    top-p."""
+    top-p. Bad words rule tokens out before the temperature; their place among the others does not matter."""
 
     temperature: float = 0.0
     """0 is greedy."""
@@ -37,6 +37,8 @@ class Sampling:
     """Tokens, each once, and what is added to the logit of each (OpenAI)."""
     allowed_token_ids: tuple[int, ...] = ()
     """The tokens that may come; none are all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Tokens that do not come one after the other in the answer (vLLM)."""
     seed: int | None = None
     """Seed of the random numbers; None draws one. In fp32 on a CPU, the same seed, prompt and parameters give the same
     tokens whatever else is in the batch; in 16 bits and on a GPU, up to rounding."""

@@ -33,6 +33,7 @@ PUBLIC = {
     "lorarep_runtime.progress",
     "lorarep_runtime.request",
     "lorarep_runtime.text.detokenizer",
+    "lorarep_runtime.text.json_space",
     "lorarep_runtime.text.tokenizer",
 }
 """Modules of the runtime that the server may import, with the package itself."""

@@ -3,7 +3,8 @@
     python -m benchmarks.cpu.soak [--minutes 30]
 
 Callers ask the base, its stacks, adapters and mixes of them for greedy and seeded answers; some cancel, some have no
-time, some vanish. Adapters come and go, the Hub stalls, cuts, lies and limits, steps fail and hang, memory is short.
+time, some vanish. Others ask for several answers, log-probabilities of prompts, forms and calls of tools over OpenAI's
+API. Adapters come and go, the Hub stalls, cuts, lies and limits, steps fail and hang, memory is short.
 Hostile callers among them attack at random times as `benchmarks.cpu.attacks` does, and get nothing but refusals.
 Every answer is compared with what its request gives alone; one that breaks off, with the beginning of that. Ends with
 status 1 if one differs, a call ends as none should, health is not steady, or anything is left: a page, a reference, a
@@ -38,6 +39,7 @@ from lorarep.v1 import generation_pb2 as pb
 from lorarep.v1 import generation_pb2_grpc
 from tqdm import tqdm
 
+from benchmarks.cpu import soak_requests
 from benchmarks.cpu.hostile import ATTACKS
 from benchmarks.cpu.hostile.attack import Target
 from tests.faults.conftest import held
@@ -46,11 +48,14 @@ from tests.support.failpoints import Failpoints
 from tests.support.hub_faults import FaultyHub
 from tests.support.models import save_adapter
 from tests.support.servers import Server, serving, wait_for
-from tests.support.world import ADAPTERS, World, published
+from tests.support.world import ADAPTERS, HERMES, World, published
 
 KINDS = 80
 """Distinct requests."""
 CALLERS = 8
+BODIES = 30
+"""Distinct requests over OpenAI's API."""
+ASKERS = 3
 COMING = 12
 """Repositories whose adapters come and go."""
 PIPES = 2
@@ -95,8 +100,13 @@ class Soak:
         """Longest time until health was answered, in seconds."""
         self.over = threading.Event()
         dice = random.Random(0)
-        self.kinds = [kind(dice) for _ in range(KINDS)]
+        self.kinds = [soak_requests.kind(dice) for _ in range(KINDS)]
         self.alone = [tokens_of(server.generation.Generate(wanted)) for wanted in self.kinds]
+        self.bodies = soak_requests.bodies(dice, BODIES, "caller")
+        self.bodies_alone = [soak_requests.answer_to(server, *body) for body in self.bodies]
+        for body, (status, told) in zip(self.bodies, self.bodies_alone, strict=True):
+            if status != 200:
+                self.fail(f"{status} {told}: {body}")
         self.coming = {name: self._tokens_of_coming(name) for name in coming_names()}
         self.target = Target(world, server, world.cache, ATTACK_SECONDS)
         for attack in HOSTILE:
@@ -162,6 +172,20 @@ class Soak:
     def compare(self, tokens: list[int], alone: list[int], wanted: object) -> None:
         if tokens != alone:
             self.fail(f"{tokens} in place of {alone}: {wanted}")
+
+    def ask(self, dice: random.Random) -> None:
+        """Sends one request over OpenAI's API."""
+        number = dice.randrange(BODIES)
+        status, told = soak_requests.answer_to(self.server, *self.bodies[number])
+        alone = self.bodies_alone[number][1]
+        if status == 200:
+            self.counts["answers over OpenAI's API"] += 1
+            if not soak_requests.are_same(told, alone):
+                self.fail(f"{told} in place of {alone}: {self.bodies[number]}")
+        elif status == 429 or (status == 500 and told.endswith("the forward pass failed")):
+            self.counts[f"calls over OpenAI's API ended {status}"] += 1
+        else:
+            self.fail(f"{status} {told}: {self.bodies[number]}")
 
     def come_and_go(self, dice: random.Random, name: str) -> None:
         """Loads one adapter from the Hub or its cache, uses it and unloads it."""
@@ -264,7 +288,7 @@ class Soak:
         Returns:
             The server's resident memory every few seconds, in bytes.
         """
-        works = [self.call] * CALLERS + [self.break_hub, self.break_server]
+        works = [self.call] * CALLERS + [self.ask] * ASKERS + [self.break_hub, self.break_server]
         works += [lambda dice, name=name: self.come_and_go(dice, name) for name in ("a", "b")]
         works += [self.attack] * ATTACKERS + [self.watch_health]
         threads = [threading.Thread(target=self.keep, args=(work, i)) for i, work in enumerate(works)]
@@ -293,24 +317,6 @@ def mend(hub: FaultyHub) -> None:
         faults.clear()
 
 
-def kind(dice: random.Random) -> pb.GenerateRequest:
-    """A random request whose answer does not depend on other requests."""
-    fields: dict[str, Any] = {}
-    adapters = dice.choice([(), ("lora",), ("dora",), ("org/plain",), ("lora", "other"), ("deep",)])
-    if adapters == ("deep",):
-        adapters, fields["stack"] = (), "deep"
-    fields["adapters"] = [pb.AdapterRef(name=name, weight=dice.choice([0.5, 1.0])) for name in adapters]
-    if dice.random() < 0.5:
-        fields["sampling"] = pb.Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=dice.randrange(1 << 30))
-    if dice.random() < 0.2:
-        fields["logprobs"] = dice.randrange(5)
-    text = "".join(dice.choice("abcdefgh ") for _ in range(dice.randrange(1, 40)))
-    if adapters == ("dora",) and dice.random() < 0.5:
-        fields["prompt"] = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content=text)]))
-    prompt = dice.choice([text, list(text.encode())])
-    return request(prompt, new_tokens=dice.randrange(1, 30), **fields)
-
-
 def tokens_of(answer: pb.GenerateResponse) -> list[int]:
     return list(answer.token_ids)
 
@@ -329,6 +335,9 @@ def main() -> None:
         folder = Path(name)
         configs = list(ADAPTERS.values())
         world.hub.publish("org/other", save_adapter(world.base, folder / "other", seed=9, **configs[0]))
+        caller = Path(shutil.copytree(world.adapters["plain"], folder / "caller"))
+        (caller / "chat_template.jinja").write_text(HERMES)
+        world.hub.publish("org/caller", caller)
         for i, repository in enumerate(coming_names()):
             made = save_adapter(world.base, folder / f"coming-{i}", seed=20 + i, **configs[i % len(configs)])
             world.hub.publish(repository, made)
@@ -338,7 +347,7 @@ def main() -> None:
         failpoints = Failpoints(folder / "failpoints")
         flags = [*world.flags(), "--kv-bytes=512KiB", "--stack=deep=0-4,2-6", "--allow-repository=org/*"]
         flags += ["--openai-listen=127.0.0.1:0"]
-        flags += [f"--adapter={name}=org/{name}" for name in ("lora", "dora", "other")]
+        flags += [f"--adapter={name}=org/{name}" for name in ("lora", "dora", "other", "caller")]
         with serving(flags, {**world.env, **failpoints.env}) as server:
             server.wait_ready()
             report(Soak(world, server, failpoints), 60 * options.minutes)

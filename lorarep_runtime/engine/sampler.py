@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorarep_runtime.device.staging import moved
+from lorarep_runtime.engine.bad_words import BadWords
 from lorarep_runtime.engine.masks import MaskedAnswer
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Request, TokenLogprob
@@ -58,6 +59,7 @@ class SamplerState:
         self._biased = torch.tensor([token for token, _ in request.sampling.logit_bias], dtype=torch.int64)
         self._bias = torch.tensor([bias for _, bias in request.sampling.logit_bias], dtype=torch.float32)
         self._allowed = torch.tensor(request.sampling.allowed_token_ids, dtype=torch.int64)
+        self.bad_words = BadWords(request.sampling.bad_words)
         self.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         self.counts: dict[int, int] = {}
         """Number of times that each token is in the answer."""
@@ -75,6 +77,7 @@ class SamplerState:
         """Counts a token of the answer."""
         self.counts[token] = self.counts.get(token, 0) + 1
         self.new_tokens += 1
+        self.bad_words.append(token)
         if self._known is not None and token not in self._known:
             self._known.add(token)
             self._unseen.append(token)
@@ -115,7 +118,9 @@ class SamplerState:
     def has_penalty(self) -> bool:
         """Whether earlier tokens change the scores."""
         s = self.request.sampling
-        return bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty)
+        return bool(s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty) or (
+            self.bad_words.depends_on_answer
+        )
 
     @property
     def must_go_on(self) -> bool:
@@ -136,7 +141,7 @@ class SamplerState:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is the next one."""
         s = self.request.sampling
-        return self.is_plain and s.temperature == 0 and not s.logit_bias and not s.allowed_token_ids
+        return self.is_plain and s.temperature == 0 and not (s.logit_bias or s.allowed_token_ids or s.bad_words)
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
@@ -224,7 +229,7 @@ def _parameters(state: SamplerState, vocab: int, unread: int) -> tuple[float, ..
 
 
 def _penalize(scores: Tensor, state: SamplerState) -> None:
-    """Changes a row's scores (vocab) by allowed tokens, bias, penalties, and end tokens where the answer must go on."""
+    """Changes a row's scores (vocab) by allowed tokens, bias, penalties, bad words, and ends where it must go on."""
     sampling, device = state.request.sampling, scores.device
     if sampling.allowed_token_ids:
         allowed = state.allowed(device)
@@ -238,6 +243,8 @@ def _penalize(scores: Tensor, state: SamplerState) -> None:
     if state.counts and (sampling.presence_penalty or sampling.frequency_penalty):
         tokens, counts = moved(torch.tensor([list(state.counts), list(state.counts.values())]), device)
         scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    if sampling.bad_words and (excluded := state.bad_words.excluded()):
+        scores.index_fill_(0, moved(torch.tensor(excluded), device), -math.inf)
     if state.must_go_on and state.form is None:  # a form's mask has it already
         scores.index_fill_(0, state.ends(device), -math.inf)
 

@@ -13,6 +13,10 @@ MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 MAX_ALLOWED_TOKENS = 1024
+MAX_BAD_WORDS = 2048
+"""Two for each text: with a space before it, and without."""
+MAX_TOKENS_OF_A_WORD = 32
+"""A step looks at as many ends of the answer, at most."""
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 1024
 MAX_STOP_CHARACTERS = 1024
@@ -44,6 +48,7 @@ def validate(request: Request, vocab_size: int) -> None:
         for token in tokens:
             if not 0 <= token < vocab_size:
                 raise InvalidArgument(f"token {token} is not one of the vocabulary's {vocab_size}", field=field)
+    _validate_bad_words(sampling, vocab_size)
     _validate_sampling(sampling)
     _validate_stopping(stopping)
     if request.structured_output is not None:
@@ -52,6 +57,21 @@ def validate(request: Request, vocab_size: int) -> None:
     _validate_prompt_logprobs(request, vocab_size)
     if (length := len(request.cache_salt)) > MAX_SALT_CHARACTERS:
         raise InvalidArgument(f"{length} characters are over the limit of {MAX_SALT_CHARACTERS}", field="cache_salt")
+
+
+def _validate_bad_words(sampling: Sampling, vocab_size: int) -> None:
+    words = sampling.bad_words
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidArgument(f"{len(words)} are over the limit of {MAX_BAD_WORDS}", field="bad_words")
+    for word in words:
+        if not 0 < len(word) <= MAX_TOKENS_OF_A_WORD:
+            raise InvalidArgument(
+                f"one of {len(word)} tokens; 1 to {MAX_TOKENS_OF_A_WORD} are possible", field="bad_words"
+            )
+        if not all(0 <= token < vocab_size for token in word):
+            raise InvalidArgument(f"one has tokens that are none of the vocabulary's {vocab_size}", field="bad_words")
+    if words and sampling.allowed_token_ids:
+        raise InvalidArgument("cannot be together with allowed_token_ids", field="bad_words")
 
 
 def _validate_prompt_logprobs(request: Request, vocab_size: int) -> None:
@@ -100,6 +120,8 @@ def _validate_form(form: StructuredOutput, request: Request) -> None:
         raise InvalidArgument("cannot be together with structured_output, which an end token ends", field="ignore_eos")
     if request.sampling.allowed_token_ids:
         raise InvalidArgument("cannot be together with structured_output", field="allowed_token_ids")
+    if request.sampling.bad_words:
+        raise InvalidArgument("cannot be together with structured_output", field="bad_words")
 
 
 def _within(field: str, value: float, low: float, high: float, *, above: bool = False) -> None:

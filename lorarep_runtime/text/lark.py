@@ -12,12 +12,13 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorarep_runtime.device.process import limit_memory
 from lorarep_runtime.device.process_pool import ProcessPool
 from lorarep_runtime.errors import Exhausted, InvalidArgument, first_line
 from lorarep_runtime.request import StructuredOutput
+from lorarep_runtime.text.json_space import bounded_space
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -35,8 +36,6 @@ KEPT = 256
 """Number of grammars that are kept, as most callers ask for the same form again and again."""
 REFUSED_SECONDS = 60.0
 """Time for which a form that has taken too much is not checked again."""
-WHITESPACE = r"[ \n\r\t]{1,64}"
-"""Space at a place where JSON may have any: a model that writes nothing else would never end."""
 OPTIONS = '%llguidance {"no_forcing": true}\n'
 """A mask takes away what the grammar forbids and nothing else: the model chooses the tokens of a forced text, too."""
 
@@ -135,7 +134,7 @@ def to_lark(kind: str, text: str, choices: list[str]) -> str:
 
     match kind:
         case "json_schema":
-            return f"{OPTIONS}start: %json {json.dumps(_spaced(json.loads(text)))}"
+            return f"{OPTIONS}start: %json {json.dumps(bounded_space(json.loads(text)))}"
         case "regex":
             (grammar,) = json.loads(LLMatcher.grammar_from_regex(text))["grammars"]
             return OPTIONS + str(grammar["lark_grammar"])
@@ -144,19 +143,6 @@ def to_lark(kind: str, text: str, choices: list[str]) -> str:
     if "::=" in text:  # GBNF, whose empty lines the library takes long for
         text = any_to_lark(re.sub(r"\n\s*\n", "\n", text))
     return f"{text}\n{OPTIONS}"
-
-
-def _spaced(schema: Any) -> Any:
-    """A schema with a bound of the space in its texts, unless it has one."""
-    if not isinstance(schema, dict | bool):
-        raise ValueError("a schema is an object or a boolean")
-    if schema is False:
-        raise ValueError("nothing is valid by this schema")
-    schema = {} if schema is True else schema
-    own = schema.get("x-guidance", {})
-    if not isinstance(own, dict):
-        raise ValueError("x-guidance is no object")
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **own}}
 
 
 def reason(error: str) -> str:

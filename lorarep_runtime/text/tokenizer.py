@@ -79,7 +79,7 @@ class Tokenizer:
 
         Args:
             text: any text.
-            adds_special_tokens: whether it adds any; only for texts that are not cut.
+            adds_special_tokens: whether it adds any.
             longest: most tokens; a longer text keeps its last tokens and the special ones.
 
         Raises:
@@ -89,7 +89,7 @@ class Tokenizer:
             if longest is None:
                 return list(self._tokenizer.encode(text, add_special_tokens=adds_special_tokens))
             # The tokenizer's own truncation would be a setting that all threads share.
-            encoded = self._tokenizer(text, return_special_tokens_mask=True)
+            encoded = self._tokenizer(text, add_special_tokens=adds_special_tokens, return_special_tokens_mask=True)
         tokens, is_special = encoded["input_ids"], encoded["special_tokens_mask"]
         if sum(is_special) > longest:
             raise InvalidArgument(f"{longest} tokens are less than the {sum(is_special)} special ones", field="longest")

@@ -9,7 +9,7 @@ from lorarep_server.sources import AdapterSource
 
 MAX_MESSAGE = 16 << 20
 """Most bytes of a request over gRPC, and of a body over HTTP."""
-TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral")
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral", "qwen3_coder")
 """Formats in which models call tools, by vLLM's names."""
 
 

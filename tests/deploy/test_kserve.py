@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from tests.deploy.test_manifests import DEPLOY, OLDEST, Objects, render
 from tests.support.crds import InferenceService, ServingRuntime
 from tests.support.models import save_adapter, save_base
-from tests.support.servers import SECONDS, serving
+from tests.support.servers import SECONDS, Server, serving
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,9 @@ def test_ports_are_those_that_the_server_listens_on(runtime: ServingRuntime, con
     (port,) = container["ports"]
     assert str(port["containerPort"]) == listens["openai"] == "8000"
     assert runtime.spec.annotations["prometheus.kserve.io/port"] == listens["metrics"]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert str(container[probe]["grpc"]["port"]) == listens["health"]
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    assert container["livenessProbe"]["grpc"] == {"port": int(listens["health"]), "service": "liveness"}
 
 
 def test_a_server_takes_the_arguments_and_answers_by_the_adapters_name(
@@ -101,8 +103,23 @@ def test_a_server_takes_the_arguments_and_answers_by_the_adapters_name(
     for there, here in places.items():
         arguments = [argument.replace(there, here) for argument in arguments]
     env = {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
+
+    def probed(server: Server) -> int:
+        """The status of the probe of readiness, as the kubelet sends it: by the pod's address, without a token."""
+        path = container["readinessProbe"]["httpGet"]["path"]
+        url = f"http://127.0.0.1:{server.openai_port}{path}"
+        asked = urllib.request.Request(url, headers={"Host": "10.0.0.9:8000", "User-Agent": "kube-probe/1.35"})
+        try:
+            with urllib.request.urlopen(asked, timeout=SECONDS) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
     with serving([*arguments, "--kv-bytes=4MiB"], env) as server:
+        assert probed(server) == 503  # the port is open, and the base is not loaded
         server.wait_ready()
+        assert probed(server) == 200
         client = server.openai(api_key="secret")
         assert {"metamath", "base"} <= {model.id for model in client.models.list()}
         assert client.completions.create(model="metamath", prompt="Hello", max_tokens=3).usage.completion_tokens <= 3

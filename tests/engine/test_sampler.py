@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -118,6 +120,24 @@ def test_presence_and_frequency_penalties_are_openais() -> None:
     assert chosen(presence_penalty=1.0) == 10  # 3.0, 2.2, 2.9
     assert chosen(presence_penalty=1.2) == 30  # 2.8, 2.0, 2.9
     assert chosen(presence_penalty=-2.0) == 10
+
+
+def test_bad_words_rule_out_what_transformers_rules_out_by_the_answer_alone() -> None:
+    draw = random.Random(1)
+    for _ in range(200):
+        words = {tuple(draw.choices((3, 5, 8, 9), k=draw.randint(1, 4))) for _ in range(draw.randint(1, 6))}
+        answer = tuple(draw.choices((3, 5, 8), k=draw.randint(0, 6)))
+        logits = random_logits(2)
+        processor = NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=2)
+        ids = torch.tensor([answer], dtype=torch.int64)
+        likeliest = int(processor(ids, logits.index_fill(1, torch.tensor([3, 5, 8, 9]), 90.0))[0].argmax())
+        made = state(Sampling(bad_words=tuple(words)), answer)
+        biased = logits.index_fill(1, torch.tensor([3, 5, 8, 9]), 90.0)
+        assert sample(biased, [made])[0].token == likeliest
+        excluded = processor(ids, logits.clone())[0].isneginf().nonzero().flatten().tolist()
+        assert made.bad_words.excluded() == excluded
+        assert made.is_plain is (max(map(len, words)) == 1)
+        assert not made.is_greedy
 
 
 def test_bias_and_allowed_tokens_change_the_likeliest_one() -> None:

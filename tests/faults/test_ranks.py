@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import grpc
 import psutil
 import pytest
+from lorarep.v1 import generation_pb2 as pb
 
 from tests.support.callers import refused, request, stream
 from tests.support.servers import Server, serving
 from tests.support.world import World
 
 FLAGS = ["--tensor-parallel=2", "--adapter=dora=org/dora", "--allow-repository=org/*"]
+FORMS = (
+    pb.StructuredOutput(regex="[a-d]{12}"),
+    pb.StructuredOutput(json_schema='{"type": "array", "items": {"enum": [1, "x"]}, "minItems": 3, "maxItems": 3}'),
+)
 LONG = request("x", "dora", new_tokens=100)
 
 
@@ -21,7 +29,7 @@ def other_rank(server: Server) -> psutil.Process:
     return rank
 
 
-def test_two_ranks_answer_as_one_fail_a_load_together_and_end_with_a_rank_that_is_killed(
+def test_two_ranks_answer_as_one_in_forms_too_fail_a_load_together_and_end_with_a_rank_that_is_killed(
     world: World, server: Server
 ) -> None:
     with world.slow_steps(), serving([*world.flags(), *FLAGS], world.env) as two:
@@ -29,6 +37,16 @@ def test_two_ranks_answer_as_one_fail_a_load_together_and_end_with_a_rank_that_i
         wanted = [request("x", "dora", new_tokens=30), request("y", new_tokens=30)]
         assert [two.generation.Generate(one).token_ids for one in wanted] == [
             server.generation.Generate(one).token_ids for one in wanted
+        ]
+        stopping, sampling = pb.Stopping(max_new_tokens=200), pb.Sampling(temperature=1, seed=3)
+        formed = [request("x", "dora", stopping=stopping, sampling=sampling, structured_output=form) for form in FORMS]
+        # Together, and with one that has no form: only some rows of a step have masks.
+        calls = [two.generation.Generate.future(one) for one in (*formed, wanted[0])]
+        letters, array, free = (call.result() for call in calls)
+        assert re.fullmatch("[a-d]{12}", letters.text)
+        assert [item in (1, "x") for item in json.loads(array.text)] == [True] * 3
+        assert [list(each.token_ids) for each in (letters, array, free)] == [
+            list(server.generation.Generate(one).token_ids) for one in (*formed, wanted[0])
         ]
         held = two.metrics()
         # Rank 0's tables of the last step's rows may be more by some bytes.

@@ -1,4 +1,4 @@
-"""Frameworks of applications, and lm-evaluation-harness, as they are published, against the real server."""
+"""Frameworks of applications, lm-evaluation-harness and guidellm, as they are published, against the real server."""
 
 from __future__ import annotations
 
@@ -121,4 +121,27 @@ def test_the_figures_of_lm_eval_are_those_with_transformers(server: Server, worl
     flat = [torch.tensor(each["answers"]["choices"]).flatten() for each in (ours, theirs)]
     assert flat[0].tolist() == pytest.approx(flat[1].tolist(), abs=1e-3)
     assert 0 < sum(flat[1].view(-1, 2)[:, 1]) < len(flat[1].view(-1, 2))  # some are the likeliest, and some are not
+    server.wait_idle()
+
+
+def test_guidellm_counts_what_the_server_counts(server: Server, world: World, tmp_path: Path) -> None:
+    report, count, prompt, answer = tmp_path / "report.json", 6, 32, 16
+    before = server.metrics()
+    command = [PYTHON.with_name("guidellm"), "run", "--disable-console", f"--output=kind=json,path={report}"]
+    command += [f"--backend=kind=openai_http,target=http://127.0.0.1:{server.openai_port},model={MODEL}"]
+    command += ["--profile=kind=concurrent,streams=2", f"--constraint=kind=max_requests,count={count}"]
+    command += [f"--tokenizer=kind=hf_auto,model={world.base}"]
+    command += [f"--data=kind=synthetic_text,prompt_tokens={prompt},output_tokens={answer}"]
+    env = {**os.environ, **OFFLINE, "HF_HOME": str(tmp_path / "hf"), "GUIDELLM__MAX_WORKER_PROCESSES": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    requests = benchmark["requests"]
+    assert (len(requests["successful"]), requests["errored"], requests["incomplete"]) == (count, [], [])
+    assert [one["output_tokens"] for one in requests["successful"]] == [answer] * count
+    assert all(one["prompt_tokens"] >= prompt and one["time_to_first_token_ms"] > 0 for one in requests["successful"])
+    after = server.metrics()
+    for ours, theirs in (("prompt", "prompt_tokens"), ("completion", "output_tokens")):
+        counted = after[f"lorarep_{ours}_tokens_total"] - before[f"lorarep_{ours}_tokens_total"]
+        assert counted == sum(one[theirs] for one in requests["successful"])
     server.wait_idle()

@@ -192,7 +192,6 @@ def test_arguments_of_templates_may_be_nested(client: openai.OpenAI) -> None:
         ("completions", COMPLETION | dict(allowed_token_ids=[272]), 400, "allowed_token_ids"),
         ("completions", COMPLETION | dict(prompt_logprobs=21), 400, "prompt_logprobs"),
         ("completions", COMPLETION | dict(prompt_logprobs=-1), 400, "prompt_logprobs"),
-        ("completions", COMPLETION | dict(bad_words=["x"]), 400, "bad_words"),
         ("completions", COMPLETION | dict(adapters=[{"name": "dora"}]), 400, "model"),
         ("completions", COMPLETION | dict(model="base", adapters=[{"name": "absent"}]), 404, "adapters"),
         ("completions", COMPLETION | dict(model="base", adapters=[{"weight": 1}]), 400, "adapters.0.name"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+import tokenizers
 from lorarep.v1 import generation_pb2 as pb
 from lorarep_server.api.openai_choices import send, stream_choice
 from lorarep_server.api.openai_errors import json_response
@@ -19,6 +20,8 @@ from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, G
 from lorarep_server.api.openai_responses import ChatResponse, CompletionResponse, Identity
 from lorarep_server.requests import messages
 from lorarep_server.requests.event_stream import EventStream
+from tokenizers import models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.request import Finished, FinishReason, Output, Timings, TokenLogprob
@@ -183,6 +186,50 @@ def test_templates_get_names_and_arguments(tmp_path: Path, trusted: bool) -> Non
             messages.prompt_tokens(asked.to_prompts()[0], tokenizer, max_tokens=512)
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_special_tokens_and_the_ends_of_prompts_are_those_of_transformers(tmp_path: Path, adds: bool) -> None:
+    save_tokenizer(tmp_path)
+    own = AutoTokenizer.from_pretrained(tmp_path)
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    own.backend_tokenizer.post_processor = begin
+    own.save_pretrained(tmp_path)
+    tokenizer, text = Tokenizer(tmp_path), "Größe</s>x"
+    whole = own.encode(text, add_special_tokens=adds)
+    assert (whole[0] == 257) is adds
+    asked = CompletionRequest(**COMPLETION | dict(prompt=[text]), add_special_tokens=adds, truncate_prompt_tokens=4)
+    prompt = asked.to_prompts()[0]
+    assert messages.prompt_tokens(prompt, tokenizer, 512) == tuple(whole)
+    own.truncation_side = "left"
+    cut = own.encode(text, add_special_tokens=adds, truncation=True, max_length=asked.longest_prompt)
+    assert messages.prompt_tokens(prompt, tokenizer, 512, asked.longest_prompt) == tuple(cut)
+    numbers = CompletionRequest(**COMPLETION | dict(prompt=[5, 6, 7]), truncate_prompt_tokens=2)
+    assert generate(numbers).prompt.token_ids.ids == [6, 7]
+
+
+def test_bad_words_do_not_come(server: Server) -> None:
+    x, y = server.generation.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text="xy"))).token_ids
+    asked = COMPLETION | dict(prompt="yy", max_tokens=6, temperature=0, logit_bias={x: 90, y: 100})
+    for words, text in (([], "yyyyyy"), (["y"], "xxxxxx"), (["yy"], "yxyxyx"), ([" yyy", "xyx"], "yyxyyx")):
+        _, told = post(server, "completions", asked | dict(bad_words=words))
+        assert told["choices"][0]["text"] == text
+    wrong: list[dict[str, Any]] = [dict(bad_words=words) for words in ([""], ["y" * 33], ["y" * 1025], ["y"] * 1025)]
+    wrong += [dict(bad_words=["y"]) | more for more in (dict(guided_regex="y"), dict(allowed_token_ids=[x]))]
+    for fields in wrong:
+        status, told = post(server, "completions", COMPLETION | fields)
+        assert (status, told["error"]["param"]) == (400, "bad_words"), told
+
+
+def test_a_bad_word_after_a_space_is_another_as_in_vllm(tmp_path: Path) -> None:
+    """If it begins with another token, and has as many."""
+    vocab = {token: number for number, token in enumerate(("x", "y", "Ġ", "Ġy", "xx", "Ġx"))}
+    own = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "y"), ("x", "x"), ("Ġ", "x")]))
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=own).save_pretrained(tmp_path)
+    words = messages.bad_words(pb.Sampling(bad_words=["y", " yx", "xx", "  xy"]), Tokenizer(tmp_path))
+    # vLLM's: [y], [Ġy]; [y, x], [Ġy, x]; [xx] but not [Ġ, xx]; [x, y], [Ġx, y].
+    assert words == ((1,), (3,), (1, 0), (3, 0), (4,), (0, 1), (5, 1))
+
+
 def generate(request: GenerationRequest) -> pb.GenerateRequest:
     (prompt,) = request.to_prompts()
     return request.to_generate(prompt)
@@ -213,7 +260,7 @@ def test_values_at_the_ends_of_their_ranges_mean_what_clients_mean(
         dict(bad_words=[], use_beam_search=False, skip_special_tokens=True, include_stop_str_in_output=False),
         dict(return_token_ids=False, return_tokens_as_token_ids=False, priority=0, prompt_logprobs=None),
         dict(unheard_of=None, guided_json={}, mm_processor_kwargs={}, kv_transfer_params="", truncation="auto"),
-        dict(length_penalty=1.0, early_stopping=False, spaces_between_special_tokens=True, request_id="x"),
+        dict(length_penalty=0.5, early_stopping=False, spaces_between_special_tokens=False, request_id="x"),
         dict(n=1, adapters=[], allowed_token_ids=[], stop="", stream_options={"include_usage": False}),
         dict(user="me", store=True, metadata={"run": "5"}, service_tier="flex"),
         dict(

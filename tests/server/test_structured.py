@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,18 +19,23 @@ from lorarep.v1 import generation_pb2 as pb
 from pydantic import BaseModel
 from transformers import AutoTokenizer
 
+from benchmarks.cpu import soak_requests
+from tests.server.test_clients import CLIENTS, NODE
 from tests.server.test_fmaas import parameters, whole
+from tests.server.test_frameworks import PYTHON, printed, url
 from tests.server.test_openai import refused
+from tests.support.callers import request
 from tests.support.servers import Server
-from tests.support.world import World
+from tests.support.world import HERMES, World
 
-HERMES = """{% if tools %}<tools>{% for tool in tools %}{% set function = tool.function %}
-{{ function.name }}: {{ function.parameters.properties | default({}) | tojson }}
-{% endfor %}</tools>In <tool_call></tool_call>.{% endif %}{% for m in messages %}<s>{{ m.role }}: {{ m.content }}
-{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>
-{% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}{% endfor %}
-{% if add_generation_prompt %}assistant: {% endif %}"""
 MISTRAL = "{{ tools | length }}{% for m in messages %}{{ m.content }}{% endfor %}[TOOL_CALLS]"
+TEMPLATES = {
+    "hermes": HERMES,
+    "mistral": MISTRAL,
+    "mistral-v13": f"{MISTRAL}[ARGS]",
+    "qwen3-coder": HERMES.replace("In <tool_call>", "In <tool_call><function="),
+    "unknown": "{{ tools }}{{ messages }}",
+}
 PARAMETERS: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"enum": ["Köln", "Rom"]}, "days": {"$ref": "#/$defs/days"}},
@@ -47,11 +54,11 @@ CHAT: list[Any] = [{"role": "user", "content": "Hi!"}]
 @pytest.fixture(scope="module")
 def models(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Adapters with chat templates that tell tools, by their format."""
-    for name, template in {"hermes": HERMES, "mistral": MISTRAL, "unknown": "{{ tools }}{{ messages }}"}.items():
+    for name, template in TEMPLATES.items():
         folder = Path(shutil.copytree(world.adapters["plain"], tmp_path_factory.mktemp("tools") / name))
         (folder / "chat_template.jinja").write_text(template)
         world.hub.publish(f"org/{name}", folder)
-    return {name: f"org/{name}" for name in ("hermes", "mistral", "unknown")}
+    return {name: f"org/{name}" for name in TEMPLATES}
 
 
 @pytest.fixture
@@ -88,6 +95,8 @@ SCHEMA = {"type": "object", "properties": {"a": {"const": [1]}}, "required": ["a
     [
         ({"structured_outputs": {"json": SCHEMA}}, r'\s*\{\s*"a"\s*:\s*\[\s*1\s*\]\s*\}'),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, r'\s*\{\s*"a"\s*:\s*\[\s*1\s*\]\s*\}'),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, r'\{"a":\[1\]\}'),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}}, r'\{"a":\[1\]\}'),
         ({"structured_outputs": {"regex": "[0-9]{4}-x"}}, "[0-9]{4}-x"),
         ({"structured_outputs": {"choice": ["ja", "nein"]}}, "ja|nein"),
         ({"structured_outputs": {"grammar": 'root ::= "a" | "bc"'}}, "a|bc"),
@@ -184,14 +193,23 @@ def test_what_cannot_be_kept_is_refused_by_name(
         assert (status, told["error"]["param"]) == (400, param), told
 
 
-@pytest.mark.parametrize("name", ["hermes", "mistral"])
-@pytest.mark.parametrize("choice", ["required", "weather"])
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [
+        ("hermes", "required"),
+        ("hermes", "weather"),
+        ("mistral", "required"),
+        ("mistral", "weather"),
+        ("mistral-v13", "required"),
+        ("qwen3-coder", "weather"),
+    ],
+)
 def test_calls_that_are_required_are_made(
     client: openai.OpenAI, models: dict[str, str], name: str, choice: str
 ) -> None:
     tool_choice: Any = choice if choice == "required" else {"type": "function", "function": {"name": choice}}
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
-    for seed in range(3):
+    for seed in range(2):
         asked: dict[str, Any] = dict(
             model=models[name], messages=CHAT, tools=TOOLS, tool_choice=tool_choice, max_tokens=300, seed=seed
         )
@@ -210,6 +228,76 @@ def test_calls_that_are_required_are_made(
         assert [(c.function.name, c.function.arguments) for c in streamed.message.tool_calls] == [
             (c.function.name, c.function.arguments) for c in calls
         ]
+
+
+TRIP: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2, 3]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+"""The schema of the objects that clients of `tests/clients` ask for."""
+
+
+@pytest.fixture(scope="module")
+def trip(server: Server, models: dict[str, str]) -> Any:
+    """The object over gRPC."""
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi!")])
+    asked = pb.GenerateRequest(
+        prompt=pb.Prompt(chat=chat),
+        adapters=[pb.AdapterRef(name=models["hermes"])],
+        sampling=pb.Sampling(temperature=1, seed=5),
+        stopping=pb.Stopping(max_new_tokens=200),
+        structured_output=FORM(json_schema=json.dumps(TRIP)),
+    )
+    return json.loads(server.generation.Generate(asked).text)
+
+
+def test_frameworks_get_the_objects_and_calls_that_they_ask_for(
+    server: Server, models: dict[str, str], trip: Any
+) -> None:
+    """And an agent calls its own function, and answers in the form that it wants."""
+    got = printed(PYTHON, CLIENTS / "structured.py", url(server), models["hermes"], "Hi!")
+    parsed, agent = got["with_instructor"], got["with_pydantic_ai"]
+    for framework in (parsed, agent):
+        assert framework["object"] == framework["object, streamed"] == trip
+    assert parsed["call"] == parsed["call, streamed"]
+    called, result, answer = agent["tools"]
+    assert result == "rain"
+    for one in (parsed["call"], called, answer):
+        jsonschema.validate(one, TRIP)
+    server.wait_idle()
+
+
+def test_vercels_sdk_gets_texts_objects_and_calls(server: Server, models: dict[str, str], trip: Any) -> None:
+    got = printed(NODE, CLIENTS / "vercel.js", url(server), "dora", models["hermes"], "Hi!")
+    roles = (("system", "Be brief."), ("user", "Hi!"))
+    chat = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role=role, content=content) for role, content in roles]))
+    answer = server.generation.Generate(request("", "dora", prompt=chat, stopping=pb.Stopping(max_new_tokens=9)))
+    assert got["chat"] == got["chat, streamed"] == answer.text
+    assert got["usage"] == len(answer.token_ids)
+    assert got["object"] == got["object, streamed"] == trip
+    assert got["calls"] == got["calls, streamed"]
+    assert got["results"] == ["rain"] * len(got["calls"])
+    for one in got["calls"]:
+        jsonschema.validate(one, TRIP)
+    assert got["steps"][0] == 1
+    assert len(got["steps"]) == 2
+    server.wait_idle()
+
+
+def test_answers_are_those_alone_whatever_is_asked_at_the_same_time(server: Server, models: dict[str, str]) -> None:
+    """Several answers, prompts with log-probabilities, forms and calls: half an hour of them is in the soak."""
+    asked = soak_requests.bodies(random.Random(2), 15, models["hermes"])
+    alone = [soak_requests.answer_to(server, *body) for body in asked]
+    assert [status for status, _ in alone] == [200] * len(asked), alone
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda body: soak_requests.answer_to(server, *body), [*asked, *reversed(asked)]))
+    for (_, expected), (status, got) in zip([*alone, *reversed(alone)], together, strict=True):
+        assert status == 200
+        assert soak_requests.are_same(got, expected)
+    server.wait_idle()
 
 
 def test_a_call_and_its_result_are_told_as_transformers_tells_them(

@@ -13,6 +13,13 @@ from tests.support.hub_faults import FaultyHub
 from tests.support.models import save_adapter, save_base, save_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+HERMES = """{% if tools %}<tools>{% for tool in tools %}{% set function = tool.function %}
+{{ function.name }}: {{ function.parameters.properties | default({}) | tojson }}
+{% endfor %}</tools>In <tool_call></tool_call>.{% endif %}{% for m in messages %}<s>{{ m.role }}: {{ m.content }}
+{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>
+{% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}{% endfor %}
+{% if add_generation_prompt %}assistant: {% endif %}"""
+"""A template that tells tools, whose model calls them in the format of Hermes."""
 ADAPTERS = {
     "lora": dict(r=4, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 4], [2, 5]]),
     "dora": dict(r=3, target_modules=["o_proj", "up_proj"], layer_replication=[[1, 5]], use_dora=True),

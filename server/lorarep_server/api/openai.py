@@ -212,10 +212,9 @@ class OpenAI:
                 if choice:
                     await shared.is_computed.wait()
                     generate = parsed.to_generate(shared.tokens, choice, **target)
-                async with self._frontend.generate(generate, request.headers, new_tokens=parsed.unset_tokens) as (
-                    admitted,
-                    events,
-                ):
+                async with self._frontend.generate(
+                    generate, request.headers, new_tokens=parsed.unset_tokens, longest_prompt=parsed.longest_prompt
+                ) as (admitted, events):
                     text = generates[number].prompt.text
                     response = builder(parsed, admitted.tokenizer, identity, index, admitted.prompt, text)
                     first: Taken = [], None

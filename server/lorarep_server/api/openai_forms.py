@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from lorarep.v1 import generation_pb2
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from lorarep_runtime.errors import InvalidArgument, first_line
 from lorarep_server.api.openai_fields import Listed, Message, Name, Nothing
+from lorarep_server.requests.tools import json_object
 
 Json = dict[str, Any]
 Choices = Annotated[Listed[str], Field(max_length=1024)]
@@ -47,8 +49,20 @@ class StructuredOutputs(Message):
     choice: Choices | None = None
     grammar: str | None = None
     json_object: bool = False
-    disable_any_whitespace: Literal[False] = False
+    disable_any_whitespace: bool = False
+    """Whether JSON by a schema has no space between its parts."""
     disable_additional_properties: Literal[False] = False
+
+    def forms(self) -> Iterator[tuple[str, Any]]:
+        """Each form that is asked for: its kind, and its value."""
+        spaces = {"x-guidance": {"whitespace_flexible": False}} if self.disable_any_whitespace else {}
+        if (schema := self.json_) and spaces:
+            schema = json_object(schema, "structured_outputs") if isinstance(schema, str) else schema
+            schema = spaces | schema
+        values = {"json_schema": schema, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        yield from ((kind, value) for kind, value in values.items() if value)
+        if self.json_object:
+            yield ("json_schema", {"type": "object"} | spaces) if spaces else ("json_object", None)
 
 
 class Function(Message):
@@ -134,14 +148,7 @@ class Formed(Message):
         elif format_ is not None and format_.json_schema is not None:
             found.append(("response_format", "json_schema", format_.json_schema.schema_))
         if given is not None:
-            values = {
-                "json_schema": given.json_,
-                "regex": given.regex,
-                "choice": given.choice,
-                "grammar": given.grammar,
-            }
-            found += [("structured_outputs", kind, value) for kind, value in values.items() if value]
-            found += [("structured_outputs", "json_object", None)] if given.json_object else []
+            found += [("structured_outputs", kind, value) for kind, value in given.forms()]
         guided = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
         values = {name: getattr(self, f"guided_{name}") for name in guided}
         found += [(f"guided_{name}", guided[name], value) for name, value in values.items() if value]

@@ -67,11 +67,13 @@ class GenerationRequest(Formed, ABC):
     ignore_eos: bool = False
     stop_token_ids: Annotated[Listed[UInt32], Field(max_length=1024)] = []
     allowed_token_ids: Annotated[Listed[UInt32], Field(max_length=1024)] = []
-    bad_words: Nothing = []
+    bad_words: Annotated[Listed[str], Field(max_length=1024)] = []
     use_beam_search: Literal[False] = False
     early_stopping: Literal[False] = False
-    length_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0
-    spaces_between_special_tokens: Literal[True] = True
+    length_penalty: float = 1.0
+    """Has no effect: it is for beam search alone."""
+    spaces_between_special_tokens: bool = True
+    """Has no effect, as in vLLM with tokenizers of the library `tokenizers`."""
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     prompt_logprobs: UInt32 | None = None
@@ -118,6 +120,11 @@ class GenerationRequest(Formed, ABC):
     def choices(self) -> int:
         """Number of answers to compute to each prompt."""
         return self.n
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """Most tokens of a text, which is cut then; None is not cut."""
+        return None
 
     @property
     def calls_tools(self) -> bool:
@@ -185,7 +192,10 @@ class CompletionRequest(GenerationRequest):
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     echo: bool = False
     suffix: Literal[""] = ""
-    add_special_tokens: Literal[True] = True
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=1 << 32)] | None = None
+    """Most tokens of each prompt, which keeps its last ones."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer adds its special tokens to a text, such as one for the beginning."""
 
     @model_validator(mode="after")
     def _best_of_all(self) -> CompletionRequest:
@@ -209,8 +219,20 @@ class CompletionRequest(GenerationRequest):
 
     def to_prompts(self) -> list[generation_pb2.Prompt]:
         if isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int):
-            return [_prompt(one) for one in self.prompt]  # type: ignore[arg-type]
-        return [_prompt(self.prompt)]  # type: ignore[arg-type]
+            return [self._prompt(one) for one in self.prompt]  # type: ignore[arg-type]
+        return [self._prompt(self.prompt)]  # type: ignore[arg-type]
+
+    def _prompt(self, prompt: str | list[int]) -> generation_pb2.Prompt:
+        if isinstance(prompt, str):
+            return generation_pb2.Prompt(text=prompt, omits_special_tokens=not self.add_special_tokens)
+        if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in prompt):
+            raise InvalidArgument("not all of it are tokens", field="prompt")
+        kept = prompt[-self.truncate_prompt_tokens :] if self.truncate_prompt_tokens else prompt
+        return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=kept))
+
+    @property
+    def longest_prompt(self) -> int | None:
+        return self.truncate_prompt_tokens
 
     def to_logprobs(self) -> int | None:
         # The best are those whose tokens are the likeliest.
@@ -223,14 +245,6 @@ class CompletionRequest(GenerationRequest):
     def to_prompt_logprobs(self) -> int | None:
         wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return max((count for count in wanted if count is not None), default=None)
-
-
-def _prompt(prompt: str | list[int]) -> generation_pb2.Prompt:
-    if isinstance(prompt, str):
-        return generation_pb2.Prompt(text=prompt)
-    if not all(isinstance(token, int) and 0 <= token < 1 << 32 for token in prompt):
-        raise InvalidArgument("not all of it are tokens", field="prompt")
-    return generation_pb2.Prompt(token_ids=generation_pb2.TokenIds(ids=prompt))
 
 
 class ChatMessage(Message):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from lorarep_runtime.request import Finished, FinishReason, Output, PromptLogprobs, TokenLogprob
 from lorarep_runtime.text.detokenizer import REPLACEMENT, TextStream
+from lorarep_server.api.openai_other_calls import tool_call_parser
 from lorarep_server.api.openai_requests import ChatRequest, CompletionRequest, GenerationRequest
 from lorarep_server.api.openai_tool_calls import ToolCallParser
 from lorarep_server.requests.tools import tool_format
@@ -300,7 +301,8 @@ class ChatResponse(GenerationResponse[ChatRequest]):
 
     def parse_calls(self, parser: str | None) -> None:
         if self._request.calls_tools:
-            self._calls = ToolCallParser(tool_format(self._tokenizer, parser))
+            parameters = {tool.function.name: tool.function.parameters for tool in self._request.tools}
+            self._calls = tool_call_parser(tool_format(self._tokenizer, parser), parameters)
 
     def choice(self, outputs: Sequence[Output], finished: Finished) -> dict[str, Any]:
         whole = super().choice(outputs, finished)

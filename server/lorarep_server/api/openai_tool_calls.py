@@ -39,7 +39,7 @@ class Part:
         return {"index": self.call, "id": number, "type": "function", "function": {"name": self.name, **function}}
 
 
-class _Value:
+class Value:
     """Finds the end of a JSON value in text that comes piece by piece. Each character is looked at once."""
 
     def __init__(self) -> None:
@@ -84,8 +84,8 @@ class ToolCallParser:
         """Text that has not been read."""
         self._state = self._content
         self._scanned = 0
-        self._object = _Value()
-        self._arguments = _Value()
+        self._object = Value()
+        self._arguments = Value()
         self._parts: list[Part] = []
         self.count = 0
         """Number of calls so far."""
@@ -173,7 +173,7 @@ class ToolCallParser:
                 self._begin(json.loads(head[1]))
             except ValueError:  # an escape or a character that JSON does not know
                 return self._is_no_call()
-            self._rest, self._state, self._arguments = text[head.end() :], self._in_arguments, _Value()
+            self._rest, self._state, self._arguments = text[head.end() :], self._in_arguments, Value()
             return True
         end = self._object.end(text[self._scanned :])
         if end is None:
@@ -197,7 +197,7 @@ class ToolCallParser:
     def _begin(self, name: str) -> None:
         self._parts.append(Part(call=self.count, name=name))
         self.count += 1
-        self._object, self._scanned = _Value(), 0
+        self._object, self._scanned = Value(), 0
 
     def _is_no_call(self) -> bool:
         self._rest = ("" if self.count and self._format.is_list else self._format.begin) + self._rest

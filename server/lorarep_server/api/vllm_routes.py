@@ -64,7 +64,7 @@ class TokenizeRequest(Message):
         if (self.prompt is None) == (self.messages is None):
             raise InvalidArgument("one of prompt and messages has to be there", field="prompt")
         if self.prompt is not None:
-            return generation_pb2.Prompt(text=self.prompt)
+            return generation_pb2.Prompt(text=self.prompt, omits_special_tokens=self.add_special_tokens is False)
         if self.add_special_tokens:
             raise InvalidArgument(
                 "is not for messages: their template writes special tokens", field="add_special_tokens"
@@ -170,11 +170,7 @@ class VllmRoutes:
         prompt, most = asked.to_prompt(), self._frontend.engine().max_tokens
 
         def work(tokenizer: Tokenizer) -> web.Response:
-            if asked.prompt is not None and asked.add_special_tokens is False:
-                messages.check_characters(len(asked.prompt), tokenizer, most, "prompt")
-                tokens = tokenizer.encode(asked.prompt, adds_special_tokens=False)
-            else:
-                tokens = list(messages.prompt_tokens(prompt, tokenizer, most))
+            tokens = list(messages.prompt_tokens(prompt, tokenizer, most))
             strings = tokenizer.pieces(tokens) if asked.return_token_strs else None
             return json_response({"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": strings})
 

@@ -219,8 +219,8 @@ def check(engine: Engine, request: generation_pb2.GenerateRequest, new_tokens: i
     """
     engine.adapters.check_lease(messages.adapter_weights(request.adapters), messages.stack_name(request))
     prompt = messages.any_prompt(request.prompt, engine.max_tokens)
-    form = messages.structured_output(request)
-    engine.check(messages.runtime_request(request, prompt, None, engine.max_tokens, new_tokens, form))
+    form, words = messages.structured_output(request), messages.bad_words(request.sampling)
+    engine.check(messages.runtime_request(request, prompt, None, engine.max_tokens, new_tokens, form, words))
 
 
 def submit(
@@ -243,7 +243,8 @@ def submit(
         prompt = messages.prompt_tokens(request.prompt, lease.tokenizer, engine.max_tokens, longest_prompt)
         longest = engine.longest(len(lease.stack))
         form = messages.structured_output(request, lease.tokenizer, tool_call_parser)
-        runtime_request = messages.runtime_request(request, prompt, deadline, longest, new_tokens, form)
+        words = messages.bad_words(request.sampling, lease.tokenizer)
+        runtime_request = messages.runtime_request(request, prompt, deadline, longest, new_tokens, form, words)
         submitted = time.monotonic_ns()
         request_id = engine.submit(runtime_request, lease, on_event)
     except BaseException:

@@ -61,6 +61,8 @@ STAGES: Mapping[str, adapters_pb2.LoadStage.ValueType] = {
 
 MAX_ARGUMENT_BYTES = 16 << 10
 """Most bytes of the arguments of a chat template."""
+MAX_BAD_WORDS = 1024
+MAX_BAD_CHARACTERS = 1024
 PLACES_OF_A_PART = 1024
 """Most tokens of a prompt whose log-probabilities are in one message of a stream."""
 UNSET = "one of text, token_ids and chat has to be set"
@@ -82,7 +84,7 @@ def prompt_tokens(
         case "text":
             if longest is None:
                 check_characters(len(prompt.text), tokenizer, max_tokens, "prompt")
-            return tuple(tokenizer.encode(prompt.text, longest))
+            return tuple(tokenizer.encode(prompt.text, longest, adds_special_tokens=not prompt.omits_special_tokens))
         case "token_ids":
             return token_ids(prompt, max_tokens)
         case "chat":
@@ -217,6 +219,30 @@ def _form(asked: generation_pb2.StructuredOutput) -> StructuredOutput:
     raise InvalidArgument("has no form", field="structured_output")
 
 
+def bad_words(sampling: generation_pb2.Sampling, tokenizer: Tokenizer | None = None) -> tuple[tuple[int, ...], ...]:
+    """The tokens of a request's bad words, as vLLM makes them; none without a tokenizer.
+
+    Raises:
+        InvalidArgument: they are too many, or one is too long or empty.
+    """
+    if (count := len(sampling.bad_words)) > MAX_BAD_WORDS:
+        raise InvalidArgument(f"{count} are over the limit of {MAX_BAD_WORDS}", field="bad_words")
+    words: list[tuple[int, ...]] = []
+    for text in sampling.bad_words:
+        if not 0 < len(text) <= MAX_BAD_CHARACTERS:
+            raise InvalidArgument(
+                f"one of {len(text)} characters; 1 to {MAX_BAD_CHARACTERS} are possible", field="bad_words"
+            )
+        if tokenizer is not None:
+            plain, spaced = (
+                tuple(tokenizer.encode(space + text.lstrip(), adds_special_tokens=False)) for space in ("", " ")
+            )
+            words.append(plain)
+            if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+                words.append(spaced)
+    return tuple(words)
+
+
 def runtime_request(
     request: generation_pb2.GenerateRequest,
     prompt: tuple[int, ...],
@@ -224,6 +250,7 @@ def runtime_request(
     max_tokens: int,
     new_tokens: int = Stopping.max_new_tokens,
     form: StructuredOutput | None = None,
+    words: tuple[tuple[int, ...], ...] = (),
 ) -> Request:
     """The runtime's form of a request. Unset fields have the runtime's defaults.
 
@@ -233,6 +260,7 @@ def runtime_request(
         max_tokens: most tokens of prompt and answer together.
         new_tokens: most tokens of the answer where the request sets no limit; the prompt may leave fewer.
         form: by `structured_output`.
+        words: by `bad_words`.
     """
     stopping = Stopping(**_given(request.stopping))
     if not request.stopping.HasField("max_new_tokens"):
@@ -240,7 +268,7 @@ def runtime_request(
         stopping = replace(stopping, max_new_tokens=min(new_tokens, left))
     return Request(
         prompt=prompt,
-        sampling=Sampling(**_given(request.sampling)),
+        sampling=Sampling(**{**_given(request.sampling), "bad_words": words}),
         stopping=stopping,
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,

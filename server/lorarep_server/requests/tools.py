@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorarep.v1 import generation_pb2
 
 from lorarep_runtime.errors import FailedPrecondition, InvalidArgument, first_line
 from lorarep_runtime.request import StructuredOutput
+from lorarep_server.requests.xml_calls import call_grammar, json_by
 
 if TYPE_CHECKING:
     from lorarep_runtime.text.tokenizer import Tokenizer
@@ -26,10 +27,7 @@ FIELD = "prompt.chat.tools"
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a model writes calls: `begin`, then an object with name and arguments, then `end`, for each call.
-
-    With `is_list`, one `begin` comes before a JSON list of all objects.
-    """
+    """How a model writes calls: `begin`, then name and arguments by `style`, then `end`, for each call."""
 
     begin: str
     """"" where an answer that begins with an object is a call."""
@@ -39,16 +37,28 @@ class ToolFormat:
     arguments: str
     """The key of the arguments."""
     mark: str
-    """A part of the chat templates that tell this format, and of no others."""
-    is_list: bool = False
+    """A part of the chat templates that tell this format."""
+    style: Literal["object", "list", "named", "xml"] = "object"
+    """An object; a JSON list of all objects after one `begin`; a name, `[ARGS]` and arguments; as in `xml_calls`."""
+    older: str = ""
+    """The mark of another format, which templates of this one have as well."""
+
+    @property
+    def is_list(self) -> bool:
+        return self.style == "list"
 
 
 FORMATS: Mapping[str, ToolFormat] = {
     "hermes": ToolFormat("<tool_call>", "</tool_call>", "\n", "arguments", mark="<tool_call>"),
     "llama3_json": ToolFormat("", "", "; ", "parameters", mark='"parameters": dictionary'),
-    "mistral": ToolFormat("[TOOL_CALLS]", "", ", ", "arguments", mark="[TOOL_CALLS]", is_list=True),
+    "mistral": ToolFormat("[TOOL_CALLS]", "", ", ", "arguments", mark="[TOOL_CALLS]", style="list"),
+    "qwen3_coder": ToolFormat(
+        "<tool_call>", "</tool_call>", "\n", "", mark="<function=", style="xml", older="<tool_call>"
+    ),
 }
-OTHER_MARKS = ("<function=", "[ARGS]", "<｜tool", "<arg_key>")
+NAMED = ToolFormat("[TOOL_CALLS]", "", "", "", mark="[ARGS]", style="named", older="[TOOL_CALLS]")
+"""Mistral's format since its tokenizers v11; vLLM has one name for both."""
+OTHER_MARKS = ("<｜tool", "<arg_key>")
 """Parts of templates of other formats, which have a mark of the table as well."""
 
 
@@ -65,8 +75,9 @@ def tool_format(tokenizer: Tokenizer, named: str | None) -> ToolFormat:
     if "tools" not in template:
         raise FailedPrecondition("the chat template does not tell the model of tools", field=FIELD)
     if named is not None:
-        return FORMATS[named]
-    told = [known for known in FORMATS.values() if known.mark in template]
+        return NAMED if named == "mistral" and NAMED.mark in template else FORMATS[named]
+    told = [known for known in (*FORMATS.values(), NAMED) if known.mark in template]
+    told = [known for known in told if known.mark not in {each.older for each in told}]
     if len(told) != 1 or any(mark in template for mark in OTHER_MARKS):
         raise FailedPrecondition(
             f"the chat template does not tell in which format of {', '.join(FORMATS)} the model calls them: "
@@ -148,19 +159,35 @@ def required_calls(
     if chat.tool_choice != generation_pb2.TOOL_CHOICE_REQUIRED:
         return None
     functions = [tool["function"] for tool in tools if chat.tool_name in ("", tool["function"]["name"])]
-    calls = [
-        f'{_text(_head(function["name"], known))} %json {json.dumps({"type": "object"} | function["parameters"])} "}}"'
-        for function in functions
-    ]
+    try:
+        rules = [rule for number, function in enumerate(functions) for rule in _call(number, function, known)]
+    except ValueError as error:
+        raise InvalidArgument(str(error), field=FIELD) from error
+    calls = " | ".join(f"call_{number}" for number in range(len(functions)))
     line = '"\\n"' if known.end else ""
-    call = f"{line} object {line}"
+    call = f"{line} call {line}"
     if not known.is_list:
         call = f"{_mark(known.begin, tokenizer)} {call} {_mark(known.end, tokenizer)}"
     is_one = chat.single_tool_call or bool(chat.tool_name)
     answer = call if is_one else f"{call} ({_text(known.between)} {call})*"
     if known.is_list:
         answer = f'{_mark(known.begin, tokenizer)} "[" {answer} "]"'
-    return StructuredOutput("grammar", f"start: {answer}\nobject: {' | '.join(calls)}\n", asked_as=FIELD)
+    rules = [f"start: {answer}", f"call: {calls}", *rules]
+    if known.style == "named":
+        rules.append(f"args: {_mark(NAMED.mark, tokenizer)}")
+    return StructuredOutput("grammar", "\n".join(rules) + "\n", asked_as=FIELD)
+
+
+def _call(number: int, function: Mapping[str, Any], known: ToolFormat) -> Iterator[str]:
+    """The rules of Lark of a call of a function: `call_NUMBER`, and those that it uses."""
+    name, parameters = function["name"], {"type": "object"} | function["parameters"]
+    match known.style:
+        case "xml":
+            yield from call_grammar(name, number, parameters, FIELD)
+        case "named":
+            yield f"call_{number}: {_text(name)} args {json_by(parameters)}"
+        case _:
+            yield f'call_{number}: {_text(_head(name, known))} {json_by(parameters)} "}}"'
 
 
 def _head(name: str, known: ToolFormat) -> str:

@@ -161,15 +161,15 @@ class Follower:
         """As of PagePool."""
         self.pool.fill_with_zeros(pages)
 
-    def forward(self, sent: Sequence[SentSpan]) -> None:
-        """This rank's part of a pass. Its logits are rank 0's: it computes none."""
+    def forward(self, sent: Sequence[SentSpan], rows: NDArray[np.int64]) -> None:
+        """This rank's part of a pass, and of the logits of some rows (n)."""
         from lorarep_runtime.engine.messages import received_spans
         from lorarep_runtime.model.batch import Batch
 
         failpoint(f"forward-{self._member.rank}")
         spans = received_spans(sent, self.maker.adapters, self.pool)
         batch = Batch(spans, self.base.device)
-        self.base.forward(batch, self.pool, self._torch.empty(0, dtype=self._torch.int64, device=self.base.device))
+        self.base.forward(batch, self.pool, self._torch.from_numpy(rows))
 
     def set_rows(self, sent: Sequence[SentSpan]) -> None:
         """As of the decoder."""
@@ -222,6 +222,12 @@ class Follower:
         if self._batch is not None:
             self._batch.leave_out(rows, slot)
 
+    def logits(self, rows: NDArray[np.int64]) -> None:
+        """Ends the pending pass with this rank's part of the logits of some rows (n)."""
+        assert self._pass is not None
+        self._pass.logits(self._torch.from_numpy(rows))
+        self.end_prefill()
+
     def end_prefill(self) -> None:
-        """Frees the pending pass: its visits have all been launched, or its sequences have all ended."""
+        """Frees the pending pass: it has been launched to its end, or its sequences have all ended."""
         self._batch = self._pass = None

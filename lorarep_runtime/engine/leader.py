@@ -75,7 +75,7 @@ class LeadingBase(Base):
             EngineFailure: another rank has failed.
             Exception: as Base; then all ranks have failed, since the others wait in this pass.
         """
-        self.ranks.tell("forward", sent_spans(batch.spans))
+        self.ranks.tell("forward", sent_spans(batch.spans), rows.numpy())
         with self.ranks.together():
             return super().forward(batch, pool, rows)
 

@@ -104,5 +104,6 @@ class _LeadingForward:
             self._own.advance(visits)
 
     def logits(self, rows: Tensor, /) -> Tensor:
-        self._ranks.tell("end_prefill")
-        return self._own.logits(rows)
+        self._ranks.tell("logits", rows.numpy())
+        with self._ranks.together():
+            return self._own.logits(rows)

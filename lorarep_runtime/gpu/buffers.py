@@ -146,7 +146,8 @@ class StepBuffers:
     ends: Tensor
     """(sequences) int64, the row of each sequence's last token, where several rows may be of one."""
     logits: Tensor
-    """(sequences, vocab) fp32, of each sequence's last token; sequences are rows where each has one."""
+    """(sequences, vocab) fp32, of each sequence's last token; sequences are rows where each has one. Other ranks than 0
+    have none: (sequences, 0)."""
     tables: Tensor
     """(most sequences, positions, pages) int32, the pages of each sequence at each position of its stack."""
     layers: LayerBuffers
@@ -209,7 +210,8 @@ class StepMemory:
         self._sequences = self._zeros(rows, dtype=torch.int32)
         self._adapters = self._zeros(rows, dtype=torch.int64)
         self._ends = self._zeros(self._max_sequences, dtype=torch.int64)
-        self._logits = self._zeros(self._max_sequences, base.vocab_size, dtype=torch.float32)
+        has_logits = base.shard is None or base.shard.cut.rank == 0
+        self._logits = self._zeros(self._max_sequences, base.vocab_size if has_logits else 0, dtype=torch.float32)
 
     @property
     def buckets(self) -> list[int]:

@@ -22,6 +22,7 @@ from lorarep_runtime.gpu.fused_layer import FAMILIES, fuse_layers
 from lorarep_runtime.gpu.graphs import StepGraph, StepGraphs
 from lorarep_runtime.gpu.prefill import Prefill
 from lorarep_runtime.gpu.rank_sums import RankSums
+from lorarep_runtime.gpu.step_ends import StepEnds
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.packed import PACKED_MODULES
@@ -88,7 +89,7 @@ class Decoder:
         self.memory = StepMemory(base, attention, max_sequences, max_tokens, max_pages, deterministic=deterministic)
         if sums is not None:
             sums.take_memory(self.memory.h)
-        self.graphs = StepGraphs(base, pool, self.layers)
+        self.graphs = StepGraphs(base, pool, self.layers, StepEnds(base, sums))
         self._spans: list[Span] = []
         """As `set_rows` was given them."""
         self._rows = 0

@@ -84,6 +84,28 @@ class RankSums:
         else:
             self._two_shots(term, h)
 
+    def put(self, term: Tensor, h: Tensor) -> None:
+        """Writes the sum of all ranks' terms to h; both are (rows, hidden size)."""
+        own = h if self._terms is None else self._terms[: h.numel()].view_as(h)
+        own.copy_(term)
+        self.end(own, h)
+
+    def share(self, tokens: Tensor) -> None:
+        """Overwrites a tensor with rank 0's."""
+        self._group.share(tokens)
+
+    def gather(self, part: Tensor, whole: Tensor) -> bool:
+        """Writes the parts of all ranks, one beside the other, on rank 0. Returns whether this is rank 0.
+
+        Args:
+            part: (n, width).
+            whole: (n, up to ranks · width); what parts have beyond its end is left out.
+        """
+        parts = self._group.gather(part)
+        for columns, own in zip(whole.split(part.shape[1], 1), parts, strict=False):
+            columns.copy_(own[:, : columns.shape[1]])
+        return bool(parts)
+
     def of_prompts(self, term: Tensor) -> Tensor:
         """The sum of many rows' terms, in place."""
         self._group.add_up(term)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,6 +106,10 @@ class ThreadGroup:
         def add_up(self, x: Tensor) -> None:
             first, *others = self._group.gathered(x, self.rank)
             x.copy_(sum(others, first))
+
+        def gather(self, x: Tensor) -> Sequence[Tensor]:
+            parts = self._group.gathered(x, self.rank)
+            return [] if self.rank else parts
 
         def share(self, x: Tensor) -> None:
             x.copy_(self._group.gathered(x, self.rank)[0])

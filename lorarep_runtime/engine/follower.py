@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lorarep_runtime.config import BaseConfig
-    from lorarep_runtime.engine.messages import SentSpan
+    from lorarep_runtime.engine.messages import ReceivedTables, SentSpan
     from lorarep_runtime.engine.overlap import StepDecoder
     from lorarep_runtime.engine.prefill_pass import Forward
     from lorarep_runtime.engine.preparation import DecoderSizes
     from lorarep_runtime.model.batch import Batch, Span
-    from lorarep_runtime.model.kv_cache import PageTable
     from lorarep_runtime.model.stack import Stack
 
 log = logging.getLogger(__name__)
@@ -57,8 +56,6 @@ class Follower:
         self._torch = torch
         self._member = member
         self.decoder: StepDecoder | None = None
-        self._tables: dict[int, PageTable] = {}
-        """Page tables of the decoder's rows, by rank 0's numbers."""
         self._spans: list[Span] = []
         """Of the decoder's rows."""
         self._batch: Batch | None = None
@@ -135,8 +132,14 @@ class Follower:
         def make() -> None:
             base = self.base
             self.pool = PagePool(pages, base.kv_shape, dtype=base.dtype, device=base.device)
+            self._of_passes, self._of_rows = self._tables(), self._tables()
 
         self._do(make)
+
+    def _tables(self) -> ReceivedTables:
+        from lorarep_runtime.engine.messages import ReceivedTables
+
+        return ReceivedTables(self.pool, self.maker.adapters)
 
     def make_decoder(self, sizes: DecoderSizes, stacks: Sequence[Stack], max_rank: int) -> None:
         """Captures this rank's part of the steps."""
@@ -163,21 +166,16 @@ class Follower:
 
     def forward(self, sent: Sequence[SentSpan], rows: NDArray[np.int64]) -> None:
         """This rank's part of a pass, and of the logits of some rows (n)."""
-        from lorarep_runtime.engine.messages import received_spans
         from lorarep_runtime.model.batch import Batch
 
         failpoint(f"forward-{self._member.rank}")
-        spans = received_spans(sent, self.maker.adapters, self.pool)
-        batch = Batch(spans, self.base.device)
+        batch = Batch(self._of_passes.spans(sent), self.base.device)
         self.base.forward(batch, self.pool, self._torch.from_numpy(rows))
 
     def set_rows(self, sent: Sequence[SentSpan]) -> None:
         """As of the decoder."""
-        from lorarep_runtime.engine.messages import received_spans
-
         assert self.decoder is not None
-        self._spans = received_spans(sent, self.maker.adapters, self.pool, self._tables)
-        self._tables = {one.table: span.table for one, span in zip(sent, self._spans, strict=True)}
+        self._spans = self._of_rows.spans(sent)
         self.decoder.set_rows(self._spans)
 
     def keep_rows(self, kept: Sequence[int]) -> None:
@@ -188,12 +186,11 @@ class Follower:
 
     def set_pages(self, new: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
         """Takes further pages of spans. new: index of each span, and pages (depth, pages per position)."""
-        import numpy as np
+        from lorarep_runtime.engine.messages import add_pages
 
         assert self.decoder is not None
         for index, pages in new:
-            table = self._spans[index].table
-            table.pages = np.concatenate([table.pages, pages], axis=1)
+            add_pages(self._spans[index], pages)
         self.decoder.set_pages()
 
     def step(self) -> None:
@@ -204,11 +201,10 @@ class Follower:
 
     def prefill(self, sent: Sequence[SentSpan]) -> None:
         """Begins a pass over prompts."""
-        from lorarep_runtime.engine.messages import received_spans
         from lorarep_runtime.model.batch import Batch
 
         assert self.decoder is not None
-        self._batch = Batch(received_spans(sent, self.maker.adapters, self.pool), self.base.device)
+        self._batch = Batch(self._tables().spans(sent), self.base.device)
         self._pass = self.decoder.prefill(self._batch)
 
     def advance(self, visits: int) -> None:

@@ -8,8 +8,8 @@ and with a LoRA of its own for each row. Its file is made quantized: it takes 37
 ranks runs in a process of its own. Before rows are timed, the tokens that decoding gives some of them are compared with
 the base's own layers walked in `transformers`' code. The floor is what one rank reads of weights, adapters, keys and
 values at the bandwidth that copying reaches. The sums' part is that of rank 0's kernels, and has its waits for others.
-`--parts` measures on one GPU what one of so many ranks computes, without sums: a base with its part of the heads and of
-the MLP's columns, and the whole vocabulary.
+`--parts` measures on one GPU what one of so many ranks computes, without sums: a base with its part of the heads, of
+the MLP's columns and of the vocabulary.
 `--device cpu` does all but the profile with a small base, to see that it runs.
 """
 
@@ -65,7 +65,7 @@ LLAMA_70B = {
     **dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80),
 }
 """The shape of Llama-3-70B, with Mistral's names."""
-DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 """What each rank has a part of."""
 WALKED = "walked"
 PROFILED = 16
@@ -83,7 +83,7 @@ class LargeFiles(Files):
 
     @property
     def shape(self) -> dict[str, Any]:
-        whole = {**LLAMA_70B, **({**SMALL, "vocab_size": 512} if self.device == "cpu" else {})}
+        whole = {**LLAMA_70B, **({**SMALL, "vocab_size": 1024} if self.device == "cpu" else {})}
         divided = {name: whole[name] // self.parts for name in DIVIDED}
         return {**whole, **divided, "num_hidden_layers": self.layers}
 

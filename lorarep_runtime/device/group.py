@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,15 @@ class Group:
         x.copy_(terms[0])
         for term in terms[1:]:
             x.add_(term)
+
+    def gather(self, x: Tensor) -> Sequence[Tensor]:
+        """On rank 0 the contiguous tensors, of one shape, of all ranks in their order; elsewhere none.
+
+        Raises as `add_up`.
+        """
+        parts = None if self.rank else [x.new_empty(x.shape) for _ in range(self.ranks)]
+        self._distributed.gather(x, parts, 0)
+        return parts or []
 
     def share(self, x: Tensor) -> None:
         """Overwrites a contiguous tensor with rank 0's. Raises as `add_up`."""

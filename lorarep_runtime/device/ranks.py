@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorarep_runtime.device.group import Group
 from lorarep_runtime.errors import EngineFailure
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 GRACE = 5.0
 """Seconds that the others have to end, once they are told."""
@@ -79,15 +83,22 @@ class Ranks:
         self.failure: BaseException | None = None
         """The first error of another rank that has ended the work of all."""
         self._listeners: list[Callable[[BaseException], None]] = []
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._is_closing = False
         self.steps: list[Channel] = []
         """One to each other rank, for what has to be in the steps' order."""
         self.loads: list[Channel] = []
         """One to each other rank, for loads of adapters beside the steps."""
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._answers: Sequence[deque[Any]] = [deque() for _ in environments]
+        """Of each other rank, those that nobody has taken."""
+        self._readers: list[threading.Thread] = []
         for rank, environment in enumerate(environments, 1):
             self._start(rank, module, environment)
+            given = self.steps[-1], self._answers[rank - 1]
+            reader = threading.Thread(target=self._read, args=given, name=f"lorarep-answers-{rank}", daemon=True)
+            self._readers.append(reader)
+            reader.start()
 
     def _start(self, rank: int, module: str, environment: dict[str, str]) -> None:
         steps, loads = socket.socketpair(), socket.socketpair()
@@ -112,6 +123,19 @@ class Ranks:
             how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
             self.fail(EngineFailure(f"rank {rank} has ended {how}"))
 
+    def _read(self, channel: Channel, answers: deque[Any]) -> None:
+        """Takes in a rank's answers. One that refuses has failed, whatever this process waits for."""
+        try:
+            while True:
+                refusal, answer = channel.receive()
+                if refusal is not None:
+                    self.fail(refusal)
+                with self._changed:
+                    answers.append(answer)
+                    self._changed.notify_all()
+        except (EOFError, OSError):
+            return  # `_watch` says how the process ended
+
     def join(self, device: torch.device) -> Group:
         """Rank 0's place among the ranks, which all join at the same time.
 
@@ -128,7 +152,7 @@ class Ranks:
 
     def subscribe(self, listener: Callable[[BaseException], None]) -> None:
         """Has `listener` called, in any thread, with the error that ends the work of all ranks."""
-        with self._lock:
+        with self._changed:
             self._listeners.append(listener)
             failure = self.failure
         if failure is not None:
@@ -136,14 +160,37 @@ class Ranks:
 
     def fail(self, error: BaseException) -> None:
         """Ends the work of all ranks: they no longer agree on what they compute."""
-        with self._lock:
+        with self._changed:
             if self.failure is not None or self._is_closing:
                 return
             self.failure = error
             listeners = list(self._listeners)
+            self._changed.notify_all()
         log.error("the ranks have failed: %s", error)
         for listener in listeners:
             listener(error)
+
+    def guarded(self, work: Callable[[], T]) -> T:
+        """What `work` returns, done in a thread of its own. Where a rank fails, its error is raised at once.
+
+        What libraries make the thread wait for then may not come for minutes: the thread is left to itself.
+        """
+        ended: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                ended.set_result(work())
+            except BaseException as error:
+                ended.set_exception(error)
+            with self._changed:
+                self._changed.notify_all()
+
+        threading.Thread(target=run, name="lorarep-start-ranks", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None or ended.done())
+            if self.failure is not None and not ended.done():
+                raise self.failure
+        return ended.result()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -170,14 +217,12 @@ class Ranks:
             raise self._ended(error) from error
 
     def answers(self) -> list[Any]:
-        """Waits for an answer of each other rank to what it was told; raises the first error among them."""
-        try:
-            found = [channel.receive() for channel in self.steps]
-        except (OSError, EOFError) as error:
-            raise self._ended(error) from error
-        if refusals := [refusal for refusal, _ in found if refusal is not None]:
-            raise refusals[0]
-        return [answer for _, answer in found]
+        """Waits for an answer of each other rank to what it was told; raises the error of the first that fails."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None or all(self._answers))
+            if self.failure is not None:
+                raise self.failure
+            return [of_rank.popleft() for of_rank in self._answers]
 
     def ask(self, *message: object) -> list[Any]:
         """The others' answers to a message. Raises as `tell` and `answers`."""
@@ -192,7 +237,7 @@ class Ranks:
 
     def close(self) -> None:
         """Ends the other processes, and waits for them; again does nothing."""
-        with self._lock:
+        with self._changed:
             if self._is_closing:
                 return
             self._is_closing = True
@@ -205,6 +250,8 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for reader in self._readers:
+            reader.join(GRACE)
         for channel in (*self.steps, *self.loads):
             channel.close()
         if self._group is not None:

@@ -91,7 +91,12 @@ class Engine:
             if config.deterministic:
                 raise FailedPrecondition("no base that several ranks share can be", field="deterministic")
             self.ranks = start_ranks(config.base)
-        ranks = self.ranks
+            self.ranks.guarded(lambda: self._load(progress))
+        else:
+            self._load(progress)
+
+    def _load(self, progress: Progress | None) -> None:
+        config, ranks = self.config, self.ranks
         self.base = Base(config.base, progress) if ranks is None else LeadingBase(config.base, ranks, progress)
         if config.deterministic and self.base.device.type != "cuda":
             self.base.make_deterministic()

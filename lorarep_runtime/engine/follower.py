@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lorarep_runtime.config import BaseConfig
-    from lorarep_runtime.engine.messages import SentSpan
+    from lorarep_runtime.engine.messages import ReceivedTables, SentSpan
     from lorarep_runtime.engine.overlap import StepDecoder
     from lorarep_runtime.engine.prefill_pass import Forward
     from lorarep_runtime.engine.preparation import DecoderSizes
     from lorarep_runtime.model.batch import Batch, Span
-    from lorarep_runtime.model.kv_cache import PageTable
     from lorarep_runtime.model.plan import Plan
     from lorarep_runtime.model.stack import Stack
 
@@ -58,8 +57,6 @@ class Follower:
         self._torch = torch
         self._member = member
         self.decoder: StepDecoder | None = None
-        self._tables: dict[int, PageTable] = {}
-        """Page tables of the decoder's rows, by rank 0's numbers."""
         self._spans: list[Span] = []
         """Of the decoder's rows."""
         self._batch: Batch | None = None
@@ -136,8 +133,14 @@ class Follower:
         def make() -> None:
             base = self.base
             self.pool = PagePool(pages, base.kv_shape, dtype=base.dtype, device=base.device)
+            self._of_passes, self._of_rows = self._tables(), self._tables()
 
         self._do(make)
+
+    def _tables(self) -> ReceivedTables:
+        from lorarep_runtime.engine.messages import ReceivedTables
+
+        return ReceivedTables(self.pool, self.maker.adapters)
 
     def make_decoder(self, sizes: DecoderSizes, stacks: Sequence[Stack], max_rank: int) -> None:
         """Captures this rank's part of the steps."""
@@ -162,23 +165,18 @@ class Follower:
         """As of PagePool."""
         self.pool.fill_with_zeros(pages)
 
-    def forward(self, sent: Sequence[SentSpan], plan: Plan) -> None:
-        """This rank's part of a pass. Its logits are rank 0's: it computes none."""
-        from lorarep_runtime.engine.messages import received_spans
+    def forward(self, sent: Sequence[SentSpan], plan: Plan, rows: NDArray[np.int64]) -> None:
+        """This rank's part of a pass, and of the logits of some rows (n)."""
         from lorarep_runtime.model.batch import Batch
 
         failpoint(f"forward-{self._member.rank}")
-        spans = received_spans(sent, self.maker.adapters, self.pool)
-        batch = Batch(spans, self.base.device, plan)
-        self.base.forward(batch, self.pool, self._torch.empty(0, dtype=self._torch.int64, device=self.base.device))
+        batch = Batch(self._of_passes.spans(sent), self.base.device, plan)
+        self.base.forward(batch, self.pool, self._torch.from_numpy(rows))
 
     def set_rows(self, sent: Sequence[SentSpan], plan: Plan) -> None:
         """As of the decoder."""
-        from lorarep_runtime.engine.messages import received_spans
-
         assert self.decoder is not None
-        self._spans = received_spans(sent, self.maker.adapters, self.pool, self._tables)
-        self._tables = {one.table: span.table for one, span in zip(sent, self._spans, strict=True)}
+        self._spans = self._of_rows.spans(sent)
         self.decoder.set_rows(self._spans, plan)
 
     def keep_rows(self, kept: Sequence[int]) -> None:
@@ -189,12 +187,11 @@ class Follower:
 
     def set_pages(self, new: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
         """Takes further pages of spans. new: index of each span, and pages (depth, pages per position)."""
-        import numpy as np
+        from lorarep_runtime.engine.messages import add_pages
 
         assert self.decoder is not None
         for index, pages in new:
-            table = self._spans[index].table
-            table.pages = np.concatenate([table.pages, pages], axis=1)
+            add_pages(self._spans[index], pages)
         self.decoder.set_pages()
 
     def step(self) -> None:
@@ -205,11 +202,10 @@ class Follower:
 
     def prefill(self, sent: Sequence[SentSpan], plan: Plan) -> None:
         """Begins a pass over prompts."""
-        from lorarep_runtime.engine.messages import received_spans
         from lorarep_runtime.model.batch import Batch
 
         assert self.decoder is not None
-        self._batch = Batch(received_spans(sent, self.maker.adapters, self.pool), self.base.device, plan)
+        self._batch = Batch(self._tables().spans(sent), self.base.device, plan)
         self._pass = self.decoder.prefill(self._batch)
 
     def advance(self, visits: int) -> None:
@@ -223,6 +219,12 @@ class Follower:
         if self._batch is not None:
             self._batch.leave_out(rows, slot)
 
+    def logits(self, rows: NDArray[np.int64]) -> None:
+        """Ends the pending pass with this rank's part of the logits of some rows (n)."""
+        assert self._pass is not None
+        self._pass.logits(self._torch.from_numpy(rows))
+        self.end_prefill()
+
     def end_prefill(self) -> None:
-        """Frees the pending pass: its visits have all been launched, or its sequences have all ended."""
+        """Frees the pending pass: it has been launched to its end, or its sequences have all ended."""
         self._batch = self._pass = None

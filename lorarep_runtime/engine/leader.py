@@ -15,7 +15,7 @@ from torch import Tensor
 from lorarep_runtime.config import BaseConfig
 from lorarep_runtime.device.group import Group
 from lorarep_runtime.device.ranks import Ranks
-from lorarep_runtime.engine.messages import sent_spans
+from lorarep_runtime.engine.messages import SentTables
 from lorarep_runtime.errors import InvalidArgument
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.batch import Batch
@@ -59,6 +59,7 @@ class LeadingBase(Base):
 
     def __init__(self, config: BaseConfig, ranks: Ranks, progress: Progress | None = None) -> None:
         self.ranks = ranks
+        self._tables = SentTables()
         super().__init__(config, progress, lambda folder, device: self._join(config, folder, device))
         ranks.answers()
 
@@ -75,7 +76,7 @@ class LeadingBase(Base):
             EngineFailure: another rank has failed.
             Exception: as Base; then all ranks have failed, since the others wait in this pass.
         """
-        self.ranks.tell("forward", sent_spans(batch.spans), batch.plan)
+        self.ranks.tell("forward", self._tables.spans(batch.spans), batch.plan, rows.numpy())
         with self.ranks.together():
             return super().forward(batch, pool, rows)
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 
 from torch import Tensor
 
 from lorarep_runtime.device.ranks import Ranks
-from lorarep_runtime.engine.messages import sent_spans
+from lorarep_runtime.engine.messages import SentTables
 from lorarep_runtime.engine.overlap import StepDecoder
 from lorarep_runtime.engine.prefill_pass import Forward
 from lorarep_runtime.errors import EngineFailure
 from lorarep_runtime.model.batch import Batch, Span
-from lorarep_runtime.model.kv_cache import PageTable
 from lorarep_runtime.model.plan import Plan
 
 
@@ -30,35 +28,26 @@ class LeadingDecoder:
             own: rank 0's own part.
         """
         self._own, self._ranks = own, ranks
-        self._numbers = itertools.count(1)
-        self._tables: dict[PageTable, int] = {}
-        """Numbers by which the others know the page tables of the rows."""
-        self._told: list[int] = []
-        """Pages of each position that the others know, of each span's."""
+        self._tables = SentTables()
         self._spans: list[Span] = []
 
     def rows_with_prompts(self, decoding: int, /) -> int:
         return self._own.rows_with_prompts(decoding)
 
     def set_rows(self, spans: Sequence[Span], plan: Plan, /) -> None:
-        self._tables = {span.table: self._tables.get(span.table) or next(self._numbers) for span in spans}
         self._spans = list(spans)
-        self._told = [span.table.pages.shape[1] for span in spans]
-        self._ranks.tell("set_rows", sent_spans(spans, self._tables), plan)
+        self._ranks.tell("set_rows", self._tables.spans(spans), plan)
         with self._ranks.together():
             self._own.set_rows(spans, plan)
 
     def keep_rows(self, kept: Sequence[int], /) -> None:
-        self._spans, self._told = [self._spans[row] for row in kept], [self._told[row] for row in kept]
+        self._spans = [self._spans[row] for row in kept]
         self._ranks.tell("keep_rows", list(kept))
         with self._ranks.together():
             self._own.keep_rows(kept)
 
     def set_pages(self) -> None:
-        pages = [span.table.pages for span in self._spans]
-        new = [(i, p[:, told:]) for i, (p, told) in enumerate(zip(pages, self._told, strict=True)) if p.shape[1] > told]
-        self._told = [p.shape[1] for p in pages]
-        if new:
+        if new := self._tables.new_pages(self._spans):
             self._ranks.tell("set_pages", new)
         with self._ranks.together():
             self._own.set_pages()
@@ -69,7 +58,7 @@ class LeadingDecoder:
             return self._own.step()
 
     def prefill(self, batch: Batch, /) -> Forward:
-        self._ranks.tell("prefill", sent_spans(batch.spans), batch.plan)
+        self._ranks.tell("prefill", SentTables().spans(batch.spans), batch.plan)
         left = len(batch.spans)
 
         def leave_out(rows: slice, slot: int) -> None:
@@ -105,5 +94,6 @@ class _LeadingForward:
             self._own.advance(visits)
 
     def logits(self, rows: Tensor, /) -> Tensor:
-        self._ranks.tell("end_prefill")
-        return self._own.logits(rows)
+        self._ranks.tell("logits", rows.numpy())
+        with self._ranks.together():
+            return self._own.logits(rows)

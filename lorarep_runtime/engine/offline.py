@@ -94,7 +94,7 @@ def logits(base: Base, pool: PagePool, tokens: Seq[int], lease: Lease) -> Tensor
         for begin, end, adapter in ((0, first, None), (first, len(tokens), lease.adapter)):
             if begin < end:
                 batch = Batch([Span(tokens[begin:end], begin, lease.stack, adapter, table)], base.device)
-                found.append(base.forward(batch, pool, torch.arange(end - begin, device=base.device)))
+                found.append(base.forward(batch, pool, torch.arange(end - begin)))
         return torch.cat(found)[:, : lease.vocab_size]
     finally:
         table.release()

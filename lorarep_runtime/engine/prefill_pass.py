@@ -38,7 +38,7 @@ class Forward(Protocol):
         """Launches the next `visits` visits of the batch's plan."""
 
     def logits(self, rows: Tensor, /) -> Tensor:
-        """After the last visit: fp32 logits (n, vocab) of rows, (n) int64."""
+        """After the last visit: fp32 logits (n, vocab) of rows, (n) int64 on the CPU."""
 
 
 class WholeForward:
@@ -140,7 +140,7 @@ class PrefillPass:
         scored = [self._rows_to_score(k) for k in range(len(self.sequences))]
         rows = [row for _, row in ready] + [row for of_one in scored for row in of_one]
         # Called even where no logits are wanted: `WholeForward` computes here.
-        logits = self._forward.logits(torch.tensor(rows, dtype=torch.int64, device=self._batch.device))
+        logits = self._forward.logits(torch.tensor(rows, dtype=torch.int64))
         has_mask = take_masks(sequence.sampler.form for sequence, _ in ready)
         for sequence, count in zip(self.sequences, self._counts, strict=True):
             sequence.mark_computed(count)

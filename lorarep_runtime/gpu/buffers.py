@@ -146,7 +146,8 @@ class StepBuffers:
     ends: Tensor
     """(sequences) int64, the row of each sequence's last token, where several rows may be of one."""
     logits: Tensor
-    """(sequences, vocab) fp32, of each sequence's last token; sequences are rows where each has one."""
+    """(sequences, vocab) fp32, of each sequence's last token; sequences are rows where each has one. Other ranks than 0
+    have none: (sequences, 0)."""
     tables: Tensor
     """(most sequences, positions, pages) int32, the pages of each sequence at each position of its stack."""
     layers: LayerBuffers
@@ -175,8 +176,9 @@ class StepMemory:
         """
         self._base, self._kv_heads = base, attention.kv_heads
         self.deterministic = deterministic
-        self._max_sequences = next_power_of_two(max_sequences)
-        self.max_rows = rows = max(self._max_sequences, PROMPT_ROWS[1])
+        self.max_sequences = next_power_of_two(max_sequences)
+        """Most sequences of a step."""
+        self.max_rows = rows = max(self.max_sequences, PROMPT_ROWS[1])
         """Most rows of a step."""
         self._longest, self._max_pages = pages_of(max_tokens), max_pages
         self._views: dict[tuple[StepShape, int], StepBuffers] = {}
@@ -208,13 +210,14 @@ class StepMemory:
         self._lengths = self._zeros(rows, dtype=torch.int32)
         self._sequences = self._zeros(rows, dtype=torch.int32)
         self._adapters = self._zeros(rows, dtype=torch.int64)
-        self._ends = self._zeros(self._max_sequences, dtype=torch.int64)
-        self._logits = self._zeros(self._max_sequences, base.vocab_size, dtype=torch.float32)
+        self._ends = self._zeros(self.max_sequences, dtype=torch.int64)
+        has_logits = base.shard is None or base.shard.cut.rank == 0
+        self._logits = self._zeros(self.max_sequences, base.vocab_size if has_logits else 0, dtype=torch.float32)
 
     @property
     def buckets(self) -> list[int]:
         """Numbers of rows that steps of a row for each sequence are captured for: powers of two."""
-        return [1 << power for power in range(self._max_sequences.bit_length())]
+        return [1 << power for power in range(self.max_sequences.bit_length())]
 
     @property
     def prompt_buckets(self) -> list[int]:
@@ -329,7 +332,7 @@ class StepMemory:
 
     def _tables_of(self, depth: int) -> Tensor:
         if depth not in self._tables:
-            self._tables[depth] = self._zeros(self._max_sequences, depth, self._max_pages, dtype=torch.int32)
+            self._tables[depth] = self._zeros(self.max_sequences, depth, self._max_pages, dtype=torch.int32)
         return self._tables[depth]
 
     def _zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from lorarep_runtime.gpu.fused_layer import FAMILIES, fuse_layers
 from lorarep_runtime.gpu.graphs import StepGraph, StepGraphs
 from lorarep_runtime.gpu.prefill import Prefill
 from lorarep_runtime.gpu.rank_sums import RankSums
+from lorarep_runtime.gpu.step_ends import StepEnds
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.packed import PACKED_MODULES
@@ -82,13 +83,13 @@ class Decoder:
                 is one of a prompt or decodes. Only steps are, not prefill passes; and linear modules that are packed.
         """
         self.base, self.pool = base, pool
-        sums = None if base.shard is None else RankSums(base.shard.group, base.device)
+        self._sums = sums = None if base.shard is None else RankSums(base.shard.group, base.device)
         self.layers = fuse_layers(base, sums, deterministic=deterministic)
         attention = self.layers[0].attention
         self.memory = StepMemory(base, attention, max_sequences, max_tokens, max_pages, deterministic=deterministic)
-        if sums is not None:
-            sums.take_memory(self.memory.h)
-        self.graphs = StepGraphs(base, pool, self.layers)
+        if sums is not None and base.divided_ends is not None:
+            sums.take_memory(self.memory.h, self.memory.max_sequences * base.divided_ends.width)
+        self.graphs = StepGraphs(base, pool, self.layers, StepEnds(base, sums))
         self._spans: list[Span] = []
         """As `set_rows` was given them."""
         self._rows = 0
@@ -104,7 +105,8 @@ class Decoder:
 
     def tensors(self) -> list[Tensor]:
         """All memory that is held for steps; any thread may ask."""
-        return [*self.memory.tensors, *self.graphs.tensors]
+        shared = [] if self._sums is None else self._sums.tensors
+        return [*self.memory.tensors, *self.graphs.tensors, *shared]
 
     def rows_with_prompts(self, decoding: int) -> int:
         """Most rows of a step in which so many decode, if it may take about twice as long for the prompts' sake."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorarep_runtime.gpu.buffers import StepBuffers, StepShape
 from lorarep_runtime.gpu.fused_layer import FusedLayer
+from lorarep_runtime.gpu.step_ends import StepEnds
 from lorarep_runtime.kernels.decode.attention import Cache
 from lorarep_runtime.kernels.entry_table import DecodeRows
 from lorarep_runtime.model.kv_cache import PagePool
@@ -27,8 +27,6 @@ from lorarep_runtime.model.plan import Plan, merge
 if TYPE_CHECKING:
     from lorarep_runtime.model.base import Base
 
-HEAD_ROWS = 32
-"""Rows that the head of a deterministic step takes at a time: a library sums in another order for another number."""
 MOST_GRAPHS = 64
 """Graphs that are kept at a time; the least recently used goes first."""
 
@@ -48,8 +46,8 @@ class StepGraph:
 class StepGraphs:
     """The cache of captured steps. The engine's thread alone asks it for graphs; any thread may count its tensors."""
 
-    def __init__(self, base: Base, pool: PagePool, layers: Sequence[FusedLayer]) -> None:
-        self._base, self._pool, self._layers = base, pool, layers
+    def __init__(self, base: Base, pool: PagePool, layers: Sequence[FusedLayer], ends: StepEnds) -> None:
+        self._base, self._pool, self._layers, self._ends = base, pool, layers, ends
         self._graphs: OrderedDict[tuple[Plan, StepShape], StepGraph] = OrderedDict()
         self._compiled: set[StepShape] = set()
         # A graph keeps the priority of the stream that it was captured on: steps go before work that prepares adapters.
@@ -103,30 +101,22 @@ class StepGraphs:
 
     def _forward(self, plan: Plan, positions: Tensor, buffers: StepBuffers) -> Callable[[], None]:
         """A step over a plan: reads tokens and lengths, writes logits, the likeliest tokens and lengths + 1."""
-        model, modules, shard = self._base.model, len(self._base.modules), self._base.shard
-        decoder: Any = model.get_decoder()
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        modules, ends = len(self._base.modules), self._ends
+        decoder: Any = self._base.model.get_decoder()
         tokens, lengths, h = buffers.tokens, buffers.lengths, buffers.layers.h
         cache = Cache(*self._pool.tensors, buffers.tables, buffers.sequences, lengths)
 
         @torch.inference_mode()
         def forward() -> None:
-            if shard is not None:
-                shard.group.share(tokens)  # rank 0 alone draws
-            h.copy_(embedding(tokens))
+            ends.embed(tokens, h)
             cos, sin = decoder.rotary_emb(h, lengths.unsqueeze(0))
             lengths.add_(1)
             for visit, row_positions in zip(plan.visits, positions, strict=True):
                 rows = DecodeRows(row_positions, buffers.adapters, modules)
                 self._layers[visit.layer].forward(buffers.layers, cos[0], sin[0], cache, rows)
-            if shard is not None and shard.cut.rank:
-                return
             last = h[buffers.ends] if buffers.shape.shares_sequences else h
-            at_once = HEAD_ROWS if buffers.layers.deterministic else len(last)
-            for some, logits in zip(last.split(at_once), buffers.logits.split(at_once), strict=True):
-                filled = some if len(some) == at_once else F.pad(some, (0, 0, 0, at_once - len(some)))
-                logits.copy_(head(decoder.norm(filled))[: len(some)])
-            torch.argmax(buffers.logits, 1, out=tokens[: len(last)])
+            alike = buffers.layers.deterministic
+            ends.choose(last, buffers.logits, tokens[: len(last)], deterministic=alike)
 
         return forward
 

@@ -57,11 +57,11 @@ class Prefill:
         """The fp32 logits (n, vocab) of some rows, after the last visit.
 
         Args:
-            rows: (n) int64, of the batch.
+            rows: (n) int64 on the CPU, of the batch.
         """
         model = self._base.model
         decoder: Any = model.get_decoder()
-        logits: Tensor = model.get_output_embeddings()(decoder.norm(self._h[rows]))
+        logits: Tensor = model.get_output_embeddings()(decoder.norm(self._h[moved(rows, self._batch.device)]))
         return logits.float()
 
     def _visit(self, index: int) -> None:

@@ -112,7 +112,7 @@ class Base(WalkedModel):
         try:
             for done, tokens in enumerate(([0], [0])):
                 batch = Batch([Span(tokens, done, stack, None, table)], self.device)
-                self.forward(batch, pool, torch.zeros(1, dtype=torch.int64, device=self.device)).cpu()
+                self.forward(batch, pool, torch.zeros(1, dtype=torch.int64)).cpu()
         except Exception as error:  # whatever a family's code raises here, it would raise for each request
             raise FailedPrecondition(
                 f"a base of type {family!r} cannot be served in {self.dtype} on {self.device}: {first_line(error)}",

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lorarep_runtime.device.staging import moved
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.model.adapted_ends import AdaptedEnds, ends_of
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.model.cut import check_layers
+from lorarep_runtime.model.divided_ends import DividedEnds
 from lorarep_runtime.model.experts import adapt_experts, adaptable_parameters
 from lorarep_runtime.model.form import HEAD, Ends, ParameterShape
 from lorarep_runtime.model.kv_cache import PagePool
@@ -53,7 +55,10 @@ class WalkedModel:
         self.model = model
         self.device = device
         self.config = model.config
-        self.dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        embedding: Any = model.get_input_embeddings()
+        self.dtype: torch.dtype = embedding.weight.dtype
+        self.vocab_size: int = embedding.weight.shape[0]
+        """Rows of the whole embedding, and logits of a token."""
         layers, self.prefix = find_layers(model)
         for layer in layers:
             straighten(layer)
@@ -65,8 +70,11 @@ class WalkedModel:
             raise FailedPrecondition("its layers have no linear modules", field="base")
         self.shard = shard
         """What of each layer this rank computes; None is all."""
+        self.divided_ends: DividedEnds | None = None
+        """What of the embedding and the head this rank computes; None is all."""
         if shard is not None:
             check_layers(layers, self.layer_modules, self.config)
+            self.divided_ends = DividedEnds(model, shard, device)
         self.walk = Walk(list(layers), in_tuples=take_attention(model))
         model.set_submodule(self.prefix, self.walk.hand_offs)
         self.layer_parameters: Sequence[Mapping[str, ParameterShape]] = [{} for _ in layers]
@@ -106,11 +114,6 @@ class WalkedModel:
             return modules
         return {name: self.shard.cut.part(name, shape).shape for name, shape in modules.items()}
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding, and logits of a token."""
-        return self.model.get_input_embeddings().weight.shape[0]
-
     def end_weight(self, position: int) -> Tensor:
         """(vocab, hidden), the weight of the head (`HEAD`) or the embedding."""
         model = self.model
@@ -143,16 +146,17 @@ class WalkedModel:
         """Runs a batch through its plan, and stores the keys and values of all rows in the pool's pages.
 
         Args:
-            rows: (n) int64, the rows whose logits are wanted.
+            rows: (n) int64 on the CPU, the rows whose logits are wanted.
 
         Returns:
             (n, vocab) fp32 logits, as wide as the largest vocabulary of a row. What is beyond its own means nothing.
+            Of several ranks rank 0 has them, and the others' mean nothing.
         """
         with self.walk.over(batch, pool), self._adapted_ends.over(batch, rows):
             logits = self.model(
                 input_ids=self._adapted_ends.known(batch.token_ids).unsqueeze(0),
                 position_ids=batch.token_places.unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=rows,
+                logits_to_keep=moved(rows, self.device),
             ).logits
         return logits[0].float()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import psutil
 import pytest
+import torch
 
 from lorarep_runtime.device.ranks import Ranks
 from lorarep_runtime.errors import EngineFailure
@@ -53,6 +55,29 @@ def test_a_rank_that_is_killed_is_told_and_nothing_waits_for_it(ranks: Ranks) ->
     assert "rank 2 has ended by SIGKILL" in str(told[0])
     with pytest.raises(EngineFailure):
         ranks.ask("b")
+
+
+@pytest.mark.parametrize("fails", ["is killed", "refuses"])
+@pytest.mark.parametrize("waits", ["for another rank's answer", "for all to join"])
+def test_what_fails_at_the_start_is_told_within_seconds_whatever_waits(ranks: Ranks, fails: str, waits: str) -> None:
+    """A rank that is there, and rank 0 itself, would wait for minutes."""
+    began = []
+
+    def work() -> None:
+        ranks.tell("wait", 1, "rank 2 refuses" if fails == "refuses" else "")
+        began.append(time.monotonic())
+        if fails == "is killed":
+            psutil.Process(ranks.processes[1]).kill()
+        if waits == "for all to join":
+            ranks.join(torch.device("cpu"))
+        else:
+            ranks.answers()
+
+    ranks.ask("ready")
+    with pytest.raises(ValueError if fails == "refuses" else EngineFailure):
+        ranks.guarded(work)
+    ranks.close()
+    assert time.monotonic() - began[0] < 10
 
 
 def test_ranks_end_with_a_rank_0_that_is_killed() -> None:

@@ -25,7 +25,7 @@ from lorarep_runtime.errors import Cancelled, EngineFailure, FailedPrecondition,
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.batch import Batch
 from lorarep_runtime.request import Event
-from tests.support.decoders import LateForward, LayerDecoder
+from tests.support.decoders import LayerDecoder
 from tests.support.engines import PROMPT, assert_nothing_held, engine_for, greedy
 from tests.support.models import save_adapter, save_base
 from tests.support.ranks import ThreadRanks, Turns, ranks_in_threads, thread_channels
@@ -152,15 +152,6 @@ def test_adapters_come_and_go_beside_a_stream_on_all_ranks(engine: Engine, base:
     assert not isinstance(events[-1], Exception)
 
 
-class FollowingForward(LateForward):
-    """Computes with its last visit: nobody asks another rank than 0 for logits."""
-
-    def advance(self, visits: int, /) -> None:
-        super().advance(visits)
-        if not self.left:
-            self.logits(torch.empty(0, dtype=torch.int64))
-
-
 def leads(engine: Engine) -> tuple[LayerDecoder, LayerDecoder]:
     """Gives each rank a `LayerDecoder`, and the engine one that leads the other."""
     assert isinstance(engine.ranks, ThreadRanks)
@@ -168,8 +159,11 @@ def leads(engine: Engine) -> tuple[LayerDecoder, LayerDecoder]:
     own = SimpleNamespace(
         forward=partial(Base.forward, engine.base), device=engine.base.device, vocab_size=engine.base.vocab_size
     )
-    decoders = LayerDecoder(SimpleNamespace(base=own, pool=engine.pool)), LayerDecoder(follower)
-    decoders[1].prefill = lambda batch: FollowingForward(follower, batch)  # type: ignore[method-assign]
+    group = engine.base.shard.group, follower.base.shard.group
+    decoders = (
+        LayerDecoder(SimpleNamespace(base=own, pool=engine.pool), group[0].share),
+        LayerDecoder(follower, group[1].share),
+    )
     follower.decoder = decoders[1]
     engine.loop = engine.make_loop(LeadingDecoder(decoders[0], engine.ranks))
     return decoders

@@ -62,3 +62,16 @@ def test_two_ranks_answer_as_one_in_forms_too_fail_a_load_together_and_end_with_
         with pytest.raises(grpc.RpcError):
             list(call)
         assert two.process.wait(30) == 1
+
+
+def test_a_rank_that_is_killed_while_the_base_loads_ends_the_server_within_seconds(world: World) -> None:
+    """Rank 0 waits for it by then, as long as torch.distributed does."""
+    world.failpoints.set("base-1", "hold")
+    try:
+        with serving([*world.flags(), "--tensor-parallel=2"], world.env) as two:
+            world.failpoints.wait_reached("base-1")
+            other_rank(two).kill()
+            assert two.process.wait(30) == 1
+            assert any("rank 1 has ended by SIGKILL" in line for line in two.log)
+    finally:
+        world.failpoints.unset("base-1")

@@ -28,6 +28,7 @@ def memory(max_pages: int = 2 * LONG_SEQUENCE // 16) -> StepMemory:
             for name, out in zip(names, outputs, strict=True)
         },
         vocab_size=10,
+        shard=None,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

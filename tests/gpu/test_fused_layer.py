@@ -160,7 +160,7 @@ def test_prompts_have_the_logits_of_the_layers(family: str, tmp_path: Path) -> N
     for _ in batch.plan.visits:
         prefill.advance(1)
     assert not prefill.left
-    logits = prefill.logits(torch.arange(int(batch.starts[-1]), device=engine.base.device))
+    logits = prefill.logits(torch.arange(int(batch.starts[-1])))
     torch.testing.assert_close(logits, torch.cat([expected[i] for i in batch.order]), atol=1e-5, rtol=0)
 
 
@@ -204,7 +204,7 @@ def fill(engine: Engine, lease: Lease, text: list[int], table: PageTable) -> Non
     """Puts the keys and values of a text into its pages."""
     lease.wait()
     batch = Batch([Span(text, 0, lease.stack, lease.adapter, table)], engine.base.device)
-    engine.base.forward(batch, engine.pool, torch.zeros(1, dtype=torch.int64, device=engine.base.device))
+    engine.base.forward(batch, engine.pool, torch.zeros(1, dtype=torch.int64))
 
 
 def with_table(lease: Lease, engine: Engine):

@@ -23,7 +23,7 @@ if torch.cuda.is_available():
     def test_a_capture_that_fails_spoils_no_later_one() -> None:
         a = torch.randn(64, 64, device="cuda")
         out, stream = torch.empty_like(a), torch.cuda.Stream()
-        graphs = StepGraphs(SimpleNamespace(device=a.device), SimpleNamespace(), [])
+        graphs = StepGraphs(SimpleNamespace(device=a.device), SimpleNamespace(), [], SimpleNamespace())
 
         def fails() -> None:
             torch.empty_like(a).copy_(a)

@@ -35,7 +35,7 @@ def test_two_ranks_of_fused_layers_are_one(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("lorarep_runtime.gpu.buffers.MOST_SPLITS", 1)
     monkeypatch.setattr("lorarep_runtime.kernels.decode.shrink.MOST_RANK_PROGRAMS", 1)
     monkeypatch.setattr(maker, "compile_adapter", compiled_with_table)
-    base = save_base("qwen2", tmp_path / "base", num_hidden_layers=2, layer_types=ALTERNATING[:2])
+    base = save_base("qwen2", tmp_path / "base", num_hidden_layers=2, layer_types=ALTERNATING[:2], vocab_size=275)
     config: dict[str, Any] = dict(r=3, lora_alpha=8, use_dora=True, target_modules=TARGETS)
     dora = save_adapter(base, tmp_path / "dora", layer_replication=[[0, 2], [1, 2]], **config)
     given: dict[str, Any] = dict(adapters={"dora": dora}, kv_bytes=1 << 20)

@@ -29,8 +29,10 @@ REQUESTS: dict[str, tuple[list[tuple[str, float]], str | None]] = {
     "mix with biases": ([("lora", 0.5), ("biases", 0.7)], None),
 }
 STACKS = {"deep": (0, 1, 2, 1, 2, 3, 4, 5)}
-WIDE = dict(head_dim=64, intermediate_size=256)
-"""Whole blocks of NF4 for each of four ranks."""
+SHAPE = dict(head_dim=64, intermediate_size=256, vocab_size=275)
+"""Whole blocks of NF4 for each of four ranks, and tokens that neither two nor four divide."""
+TIED = {"gemma2"}
+"""Families whose head and embedding are one weight."""
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def test_several_ranks_answer_as_one_process_does(
     family: str, ranks: int, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of every kind of adapter and of several stacks share the passes."""
-    base = save_base(family, tmp_path / "base", **WIDE)
+    base = save_base(family, tmp_path / "base", **SHAPE)
     folders = {
         name: save_adapter(base, tmp_path / name, seed=i, target_modules=MODULES, **config)
         for i, (name, config) in enumerate(ADAPTERS.items())
@@ -59,6 +61,10 @@ def test_several_ranks_answer_as_one_process_does(
         answers.append({name: one.tokens for name, one in zip(REQUESTS, found, strict=True)})
         assert_nothing_held(engine)
     assert answers[0] == answers[1]
+    ledgers = [engines[0].ledger().categories, *engines[1].ledger().ranks]
+    whole, *shares = (one["embeddings_and_head"] for one in ledgers)
+    assert whole == 275 * 64 * 4 * (1 if family in TIED else 2)
+    assert shares == [whole // 275 * -(-275 // ranks)] * ranks
     for name in REQUESTS:
         leases = [lease(engine, name) for engine in engines]
         logits = [engine.logits(PROMPT, held) for engine, held in zip(engines, leases, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -25,8 +25,13 @@ class LayerDecoder:
     overwrites its results there.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, share: Callable[[Tensor], None] = lambda tokens: None) -> None:
+        """
+        Args:
+            share: overwrites the tokens of a step with rank 0's.
+        """
         self._engine = engine
+        self._share = share
         self._tokens = torch.zeros(MOST_ROWS, dtype=torch.int64)
         self._logits = torch.zeros(16, engine.base.vocab_size)
         self._spans: list[Span] = []
@@ -62,13 +67,15 @@ class LayerDecoder:
 
     def step(self) -> tuple[Tensor, Tensor]:
         self.steps += 1
+        self._share(self._tokens)
         base = self._engine.base
         ends = list(accumulate((len(span.tokens) for span in self._spans), initial=0))
         tokens, count = self._tokens.tolist(), len(self._spans)
         told = zip(self._spans, pairwise(ends), self._tables, strict=True)
         spans = [replace(span, tokens=tokens[start:end], table=table) for span, (start, end), table in told]
         batch = Batch(spans, base.device, self._plan)
-        self._logits[batch.order] = base.forward(batch, self._engine.pool, torch.from_numpy(batch.starts[1:] - 1))
+        logits = base.forward(batch, self._engine.pool, torch.from_numpy(batch.starts[1:] - 1))
+        self._logits[batch.order, : logits.shape[1]] = logits
         self._tokens[:count] = self._logits[:count].argmax(-1)
         self._spans = [replace(span, context=span.length, tokens=[0]) for span in self._spans]
         return self._tokens[:count], self._logits[:count]

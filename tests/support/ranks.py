@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,6 +107,10 @@ class ThreadGroup:
             first, *others = self._group.gathered(x, self.rank)
             x.copy_(sum(others, first))
 
+        def gather(self, x: Tensor) -> Sequence[Tensor]:
+            parts = self._group.gathered(x, self.rank)
+            return [] if self.rank else parts
+
         def share(self, x: Tensor) -> None:
             x.copy_(self._group.gathered(x, self.rank)[0])
 
@@ -142,6 +146,13 @@ class ThreadRanks(Ranks):
     def join(self, device: torch.device) -> Any:
         return self._all.of(0)
 
+    def guarded(self, work: Callable[[], Any]) -> Any:
+        return work() if self.in_turns else super().guarded(work)  # turns are threads'
+
+    def answers(self) -> list[Any]:
+        with self._turns.given():
+            return super().answers()
+
     def close(self) -> None:
         if self.in_turns and not self._is_closing:
             self._turns.give()
@@ -171,6 +182,7 @@ class ThreadMember:
             ranks.fail(error)
             self._group.barrier.abort()  # as gloo notices a process's end
         finally:
+            self.steps.close()
             if ranks.in_turns:
                 self._group.turns.give()
 

@@ -20,47 +20,42 @@ from lorarep_runtime.kernels.portable.launch_config import STEP, launch_for
 CODES: tl.constexpr = tl.constexpr(nf4.CODES)
 ASM_BF16: tl.constexpr = tl.constexpr(nf4.lookup_asm(torch.bfloat16))
 ASM_FP16: tl.constexpr = tl.constexpr(nf4.lookup_asm(torch.float16))
-REGISTERS: tl.constexpr = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 2))
+REGISTERS: tl.constexpr = tl.constexpr(",".join(["=r"] * 4 + ["r"]))
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels: it has no PTX, and takes bf16 for integers in products."""
 
 
 def gemm(
-    bits: int,
-    weights: Tensor,
-    scales: Tensor | None,
-    x: Tensor,
-    *,
-    deterministic: bool = False,
-    pdl: bool = False,
+    bits: int, weights: Tensor, scales: Tensor | None, x: Tensor, *, y: Tensor | None = None, pdl: bool = False
 ) -> Tensor:
-    """W x in parts: fp32 (parts, rows, outputs), the sums over parts of the columns, to be added up in order.
+    """W x as terms, fp32 (terms, rows, outputs), which are sums over parts of the columns, to be added up in order.
 
     Args:
         bits: of a number of the weight.
-        weights: 4 bits: int32 (tiles, chunks, 16, 32), of `nf4.arrange`; 8: int8 (outputs, in); 16: (outputs, in) of
+        weights: 4 bits: int16 (tiles, chunks, 16, 32), of `nf4.arrange`; 8: int8 (outputs, in); 16: (outputs, in) of
             x's dtype.
-        scales: 4 bits: fp32 (tiles, 4 · chunks, 16); 8: fp32 (outputs), each the value of 127; 16: None.
-        x: bf16 or fp16 (rows, in), at most `MOST_ROWS` rows.
-        deterministic: a row's sums are bitwise the same for any number of rows.
+        scales: 4 bits: fp32 (tiles, 2 · chunks, 16); 8: fp32 (outputs), each the value of 127; 16: None.
+        x: bf16 or fp16 (rows, in), at most `MOST_ROWS` rows, at any distance.
+        y: (rows, outputs), contiguous, of any dtype. Where there is but one term it is written there, and y returned.
         pdl: begin while the previous kernel ends (programmatic dependent launch).
     """
     rows, columns = x.shape
     outputs = weights.shape[0] * (nf4.TILE if bits == 4 else 1)
-    launch = launch_for(bits, outputs, columns, rows, deterministic=deterministic)
-    config = launch.config
-    y = torch.empty(launch.parts, rows, outputs, dtype=torch.float32, device=x.device)
-    even = columns % STEP[bits] == 0
-    kernel, given = (_nf4_kernel, (scales,)) if bits == 4 else (_plain_kernel, (scales,))
-    kernel(
+    launch = launch_for(bits, outputs, columns, rows)
+    config, even = launch.config, columns % STEP[bits] == 0
+    if y is None or launch.parts > 1:
+        to = torch.empty(launch.parts, rows, outputs, dtype=torch.float32, device=x.device)
+    else:
+        to = y.unsqueeze(0)
+    (_launch_nf4 if bits == 4 else _launch_plain)(
         (launch.row_tiles, launch.output_tiles, launch.parts),
-        (x.dtype, weights.dtype, config, even, pdl, x.stride(0) % 16 == 0),
-        *(weights, *given, x, y, rows, outputs, columns, x.stride(0), launch.steps),
+        (x.dtype, weights.dtype, to.dtype, config, even, pdl, x.stride(0) % 16 == 0),
+        *(weights, scales, x, to, rows, outputs, columns, x.stride(0), launch.steps),
         *(config.outputs, config.rows, STEP[bits], config.stages, even, pdl),
         num_warps=config.warps,
-        **({"launch_pdl": True} if pdl else {}),
+        launch_pdl=pdl,
     )
-    return y
+    return to
 
 
 def gemm_reference(weight: Tensor, x: Tensor) -> Tensor:
@@ -89,28 +84,24 @@ def _look_up(word, nibble: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _numbers(word, dtype: tl.constexpr):
-    """The numbers of the eight nibbles of each word."""
+    """The numbers of the four nibbles of each word."""
     if INTERPRETED:
         return (
             _look_up(word, 0, dtype),
             _look_up(word, 1, dtype),
             _look_up(word, 2, dtype),
             _look_up(word, 3, dtype),
-            _look_up(word, 4, dtype),
-            _look_up(word, 5, dtype),
-            _look_up(word, 6, dtype),
-            _look_up(word, 7, dtype),
         )
     elif dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(ASM_BF16, REGISTERS, [word], (tl.bfloat16,) * 8, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(ASM_BF16, REGISTERS, [word], (tl.bfloat16,) * 4, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise(ASM_FP16, REGISTERS, [word], (tl.float16,) * 8, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(ASM_FP16, REGISTERS, [word], (tl.float16,) * 4, is_pure=True, pack=2)
 
 
 @triton.jit
 def _store(y, sums, o, r, rows, outputs):
     to = y + (tl.program_id(2) * rows + r)[None, :].to(tl.int64) * outputs + o[:, None]
-    tl.store(to, sums, mask=(o < outputs)[:, None] & (r < rows)[None, :])
+    tl.store(to, sums.to(y.dtype.element_ty), mask=(o < outputs)[:, None] & (r < rows)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
@@ -141,14 +132,14 @@ def _nf4(
     there, inside = (o < outputs)[:, None], (r < rows)[None, :]
     tile, own = (o // 16).to(tl.int64), o % 16
     words += (tile * (chunks * 512) + own * 32)[:, None] + k[None, :]
-    scales += tile * (chunks * 64) + own
+    scales += tile * (chunks * 32) + own
     x += (r * stride)[None, :] + k[:, None]
     sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
     none = tl.zeros((OUTPUTS, ROWS), tl.float32)
     for chunk in tl.range(begin, end, num_stages=STAGES):
         numbers = _numbers(tl.load(words + chunk * 512, mask=there, other=0), x.dtype.element_ty)
-        for block in tl.static_range(4):
-            scale = tl.load(scales + (chunk * 64 + block * 16), mask=o < outputs, other=0)
+        for block in tl.static_range(2):
+            scale = tl.load(scales + (chunk * 32 + block * 16), mask=o < outputs, other=0)
             first = chunk * STEP + block * 64
             known = inside if EVEN else (r < tl.where(first < columns, rows, 0))[None, :]
             block_sums = _product(numbers[2 * block], tl.load(x + first, mask=known, other=0), none)
@@ -197,4 +188,4 @@ def _plain(
     _store(y, sums, o, r, rows, outputs)
 
 
-_nf4_kernel, _plain_kernel = DirectLaunch(_nf4), DirectLaunch(_plain)
+_launch_nf4, _launch_plain = DirectLaunch(_nf4), DirectLaunch(_plain)

@@ -35,9 +35,9 @@ class LaunchConfig(NamedTuple):
 
 
 LAUNCH_CONFIGS = {
-    4: {16: LaunchConfig(64, 16, 4, 4), 32: LaunchConfig(64, 32, 4, 3), 64: LaunchConfig(128, 64, 8, 2)},
-    8: {16: LaunchConfig(64, 16, 4, 5), 32: LaunchConfig(64, 32, 4, 4), 64: LaunchConfig(128, 64, 4, 3)},
-    16: {16: LaunchConfig(64, 16, 4, 5), 32: LaunchConfig(64, 32, 4, 4), 64: LaunchConfig(128, 64, 4, 3)},
+    4: {16: LaunchConfig(64, 16, 4, 5), 32: LaunchConfig(64, 32, 4, 4), 64: LaunchConfig(128, 64, 8, 4)},
+    8: {16: LaunchConfig(64, 16, 4, 5), 32: LaunchConfig(64, 32, 4, 4), 64: LaunchConfig(128, 64, 8, 3)},
+    16: {16: LaunchConfig(64, 16, 4, 5), 32: LaunchConfig(64, 32, 4, 4), 64: LaunchConfig(128, 64, 8, 4)},
 }
 """By bits and by rows. More rows take several tiles. Each fits the 99 KiB of shared memory of a CTA that the smallest
 of the devices have (compute capabilities 8.6, 8.9 and 12.0)."""
@@ -50,24 +50,19 @@ class Launch(NamedTuple):
     row_tiles: int
     output_tiles: int
     parts: int
-    """Parts of the columns, whose sums are added up in order."""
+    """Parts of the columns, each of them a program's."""
     steps: int
     """Steps of a part; the last part may have fewer."""
 
 
 @cache
-def launch_for(bits: int, outputs: int, columns: int, rows: int, *, deterministic: bool = False) -> Launch:
-    """The launch for a weight (outputs, columns) and rows of x.
-
-    Args:
-        deterministic: a row's sums have one order for any number of rows.
-    """
+def launch_for(bits: int, outputs: int, columns: int, rows: int) -> Launch:
+    """The launch for a weight (outputs, columns) and rows of x."""
     kinds = LAUNCH_CONFIGS[bits]
     config = kinds[min((kind for kind in kinds if kind >= rows), default=max(kinds))]
     row_tiles, output_tiles = ceil_div(rows, config.rows), ceil_div(outputs, config.outputs)
     steps = ceil_div(columns, STEP[bits])
-    tiles = ceil_div(outputs, kinds[min(kinds)].outputs) if deterministic else row_tiles * output_tiles
-    parts = max(1, min(PROGRAMS * multiprocessors() // tiles, steps // LEAST_STEPS))
+    parts = max(1, min(PROGRAMS * multiprocessors() // (row_tiles * output_tiles), steps // LEAST_STEPS))
     steps_of_part = ceil_div(steps, parts)
     return Launch(config, row_tiles, output_tiles, ceil_div(steps, steps_of_part), steps_of_part)
 

@@ -2,7 +2,7 @@
 
 bitsandbytes packs an NF4 weight (out, in) row by row, two numbers a byte, the first in the high half, with an fp32
 scale for each 64 (QLoRA, Dettmers et al., 2023). The kernels read the same codes and scales in another order. A word
-has eight codes, 32 columns apart, so that each of its nibbles is an operand of a product of its own: no code moves from
+has four codes, 32 columns apart, so that each of its nibbles is an operand of a product of its own: no code moves from
 one thread to another.
 """
 
@@ -18,10 +18,10 @@ TILE = 16
 """Outputs, rows of a weight, in a tile."""
 BLOCK = 64
 """Columns that share a scale."""
-CHUNK = 256
+CHUNK = 128
 """Columns of a chunk."""
 WORDS = 32
-"""Words of an output in a chunk: word t has the columns t, 32 + t, ..., 224 + t, the first in its lowest bits."""
+"""Words of an output in a chunk: word t has the columns t, 32 + t, 64 + t and 96 + t, the first in its lowest bits."""
 ZERO = 7
 """The code of 0."""
 CODES = (
@@ -42,7 +42,7 @@ def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Ten
         shape: (out, in), multiples of 16 and 64.
 
     Returns:
-        int32 (tiles, chunks, 16, 32) and fp32 (tiles, 4 · chunks, 16).
+        int16 (tiles, chunks, 16, 32) and fp32 (tiles, 2 · chunks, 16).
     """
     out, into = shape
     tiles, chunks = out // TILE, ceil_div(into, CHUNK)
@@ -50,16 +50,23 @@ def arrange(packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> tuple[Ten
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], 2).view(out, into)
     codes = F.pad(codes, (0, chunks * CHUNK - into), value=ZERO).view(tiles, TILE, chunks, CHUNK // WORDS, WORDS)
     pairs = codes[..., ::2, :] | codes[..., 1::2, :] << 4
-    words = pairs.permute(0, 2, 1, 4, 3).contiguous().view(torch.int32).squeeze(-1)
+    words = pairs.permute(0, 2, 1, 4, 3).contiguous().view(torch.int16).squeeze(-1)
     blocks = chunks * CHUNK // BLOCK
     own = F.pad(scales.view(out, into // BLOCK), (0, blocks - into // BLOCK))
     return words, own.view(tiles, TILE, blocks).permute(0, 2, 1).contiguous()
 
 
+def sizes(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Tensors without memory, of the sizes that `arrange` makes of a weight (out, in)."""
+    tiles, chunks = shape[0] // TILE, ceil_div(shape[1], CHUNK)
+    words = torch.empty(tiles, chunks, TILE, WORDS, dtype=torch.int16, device="meta")
+    return words, torch.empty(tiles, chunks * CHUNK // BLOCK, TILE, device="meta")
+
+
 def dense_reference(words: Tensor, scales: Tensor, columns: int) -> Tensor:
     """The weight (out, in) in fp32, code times scale."""
     tiles, chunks = words.shape[:2]
-    nibbles = torch.arange(0, 32, 4, device=words.device).view(-1, 1)
+    nibbles = torch.arange(0, 16, 4, device=words.device).view(-1, 1)
     codes = (words.unsqueeze(-2) >> nibbles & 15).permute(0, 2, 1, 3, 4).reshape(tiles * TILE, chunks * CHUNK)
     values = torch.tensor(CODES, device=words.device)[codes.long()]
     own = scales.permute(0, 2, 1).reshape(tiles * TILE, -1)
@@ -67,32 +74,35 @@ def dense_reference(words: Tensor, scales: Tensor, columns: int) -> Tensor:
 
 
 def lookup_asm(dtype: torch.dtype) -> str:
-    """PTX that looks up the codes of two words, $8 and $9, whose columns follow one another.
+    """PTX that looks up the codes of two words, the halves of $4, whose columns follow one another.
 
-    The registers $0 to $7 become pairs of numbers of a 16-bit dtype, of the first word's code and the second's, for
+    The registers $0 to $3 become pairs of numbers of a 16-bit dtype, of the lower word's code and the upper one's, for
     each nibble. A table of 16 numbers is four tables of 8 bytes, which `prmt` (PTX ISA, 9.7.9.7) looks up four at a
     time, and selects from and interleaves as well: about three instructions a number, and no memory.
     """
     bits = torch.tensor(CODES).to(dtype).view(torch.uint8).view(16, 2)
     low, high = ([_word(bits[at : at + 4, half].tolist()) for at in range(0, 16, 4)] for half in range(2))
-    lines = ["{", ".reg .b32 s, u, c, h, m, n, x, y;", "shr.u32 s, $8, 4;", "shl.b32 u, $9, 4;"]
-    for odd, (first, second) in enumerate((("$8", "u"), ("s", "$9"))):
-        # Codes of even or of odd nibbles, of the words in turn. Then the places of 8 that each code has in its tables,
-        # and from which half of the tables each number comes.
-        lines += [
-            f"lop3.b32 c, 0x0f0f0f0f, {first}, {second}, 0xca;",
-            "shr.u32 h, c, 1;",
-            "and.b32 c, c, 0x77777777;",
-            "lop3.b32 h, h, 0x44444444, 0x32103210, 0xea;",
-        ]
-        for pair in range(2):
-            if pair:
-                lines += ["shr.u32 c, c, 16;", "shr.u32 h, h, 16;"]
-            for table, to in ((low, "x"), (high, "y")):
-                lines += [f"prmt.b32 {half}, {table[at]}, {table[at + 1]}, c;" for half, at in (("m", 0), ("n", 2))]
-                lines += [f"prmt.b32 {to}, m, n, h;"]
-            at = odd + 4 * pair
-            lines += [f"prmt.b32 ${at}, x, y, 0x5140;", f"prmt.b32 ${at + 2}, x, y, 0x7362;"]
+    lines = [
+        "{",
+        ".reg .b32 c, h, m, n, x, y;",
+        # The codes of both words in turn.
+        "shr.u32 m, $4, 4;",
+        "shl.b32 n, $4, 4;",
+        "prmt.b32 m, $4, m, 0x5140;",
+        "prmt.b32 n, n, $4, 0x7362;",
+        "lop3.b32 c, 0x0f0f0f0f, m, n, 0xca;",
+        # From which half of the tables each number comes, and its place in there.
+        "shr.u32 h, c, 1;",
+        "and.b32 c, c, 0x77777777;",
+        "lop3.b32 h, h, 0x44444444, 0x32103210, 0xea;",
+    ]
+    for pair in range(2):
+        if pair:
+            lines += ["shr.u32 c, c, 16;", "shr.u32 h, h, 16;"]
+        for table, to in ((low, "x"), (high, "y")):
+            lines += [f"prmt.b32 {half}, {table[at]}, {table[at + 1]}, c;" for half, at in (("m", 0), ("n", 2))]
+            lines += [f"prmt.b32 {to}, m, n, h;"]
+        lines += [f"prmt.b32 ${2 * pair}, x, y, 0x5140;", f"prmt.b32 ${2 * pair + 1}, x, y, 0x7362;"]
     return "\n".join([*lines, "}"])
 
 

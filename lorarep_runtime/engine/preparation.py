@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 
 from lorarep_runtime.adapters.compile import load_kernels
 from lorarep_runtime.engine.overlap import StepDecoder
+from lorarep_runtime.engine.paths import paths_of
 from lorarep_runtime.errors import FailedPrecondition
 from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.model.base import Base
@@ -18,6 +20,8 @@ from lorarep_runtime.model.packed import PackedPart
 from lorarep_runtime.model.stack import Stack
 from lorarep_runtime.model.weights import Weight
 from lorarep_runtime.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 class DecoderSizes(NamedTuple):
@@ -67,6 +71,8 @@ def make_decoder(
     Raises:
         FailedPrecondition: the base cannot be deterministic on its device.
     """
+    for line in paths_of(base):
+        log.info(line)
     if base.device.type != "cuda":
         return None
     from lorarep_runtime.gpu.decoder import Decoder, can_decode  # imports triton

@@ -40,14 +40,22 @@ CHANGING_ROTARY = {"dynamic", "longrope"}
 
 def can_decode(base: Base) -> bool:
     """Whether there are kernels for a base's layers."""
-    config = base.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    return (
-        base.config.model_type in FAMILIES  # wrappers of theirs may compute more before and after the layers
-        and config.hidden_act in SILU
-        and rope.get("rope_type", "default") not in CHANGING_ROTARY
-        and set(base.modules) == {name for names in PACKED_MODULES for name in names}
-    )
+    return decode_obstacle(base) is None
+
+
+def decode_obstacle(base: Base) -> str | None:
+    """Why there are no kernels for a base's layers; None where there are."""
+    family, config = base.config.model_type, base.config.get_text_config()
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if family not in FAMILIES:  # wrappers of theirs may compute more before and after the layers
+        return f"{family} is none of {', '.join(sorted(FAMILIES))}"
+    if config.hidden_act not in SILU:
+        return f"its activation is {config.hidden_act}, and not SiLU"
+    if rope in CHANGING_ROTARY:
+        return f"its rotary embedding is {rope}, and changes with the length"
+    if set(base.modules) != {name for names in PACKED_MODULES for name in names}:
+        return "its layers have other linear modules than Llama's"
+    return None
 
 
 @dataclass

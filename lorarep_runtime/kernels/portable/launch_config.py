@@ -60,9 +60,14 @@ def launch_for(bits: int, outputs: int, columns: int, rows: int) -> Launch:
     """The launch for a weight (outputs, columns) and rows of x."""
     kinds = LAUNCH_CONFIGS[bits]
     config = kinds[min((kind for kind in kinds if kind >= rows), default=max(kinds))]
+    return launch_of(config, PROGRAMS * multiprocessors(), bits, outputs, columns, rows)
+
+
+def launch_of(config: LaunchConfig, programs: int, bits: int, outputs: int, columns: int, rows: int) -> Launch:
+    """The launch of a config with so many programs, if columns have parts enough."""
     row_tiles, output_tiles = ceil_div(rows, config.rows), ceil_div(outputs, config.outputs)
     steps = ceil_div(columns, STEP[bits])
-    parts = max(1, min(PROGRAMS * multiprocessors() // (row_tiles * output_tiles), steps // LEAST_STEPS))
+    parts = max(1, min(programs // (row_tiles * output_tiles), steps // LEAST_STEPS))
     steps_of_part = ceil_div(steps, parts)
     return Launch(config, row_tiles, output_tiles, ceil_div(steps, steps_of_part), steps_of_part)
 

@@ -84,9 +84,13 @@ class PortableWeight:
         """
         # Programmatic dependent launch: a kernel starts while the one before it ends.
         pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-        terms = gemm(self.bits, self.weights, self.scales, x, pdl=pdl)
+        terms = self.gemm(x, pdl=pdl)
         residual = y if add else None
         expand(y, shrunk, self.sizes, rows, first, bias=bias, residual=residual, terms=terms, pdl=pdl)
+
+    def gemm(self, x: Tensor, *, y: Tensor | None = None, pdl: bool = False) -> Tensor:
+        """W x as terms; arguments and result as for `gemm.gemm`."""
+        return gemm(self.bits, self.weights, self.scales, x, y=y, pdl=pdl)
 
     def matmul(self, x: Tensor, y: Tensor) -> None:
         """y = W x for many rows.
@@ -100,7 +104,7 @@ class PortableWeight:
                 torch.mm(x, block.dense(x.dtype).T, out=to)
             return
         for some, to in zip(x.split(MOST_ROWS), y.split(MOST_ROWS), strict=True):
-            terms = gemm(self.bits, self.weights, self.scales, some, y=to)
+            terms = self.gemm(some, y=to)
             if len(terms) > 1:
                 to.copy_(terms.sum(0))
 

@@ -22,6 +22,7 @@ from lorarep_runtime.gpu.fused_layer import FAMILIES, fuse_layers
 from lorarep_runtime.gpu.graphs import StepGraph, StepGraphs
 from lorarep_runtime.gpu.prefill import Prefill
 from lorarep_runtime.gpu.rank_sums import RankSums
+from lorarep_runtime.kernels.gemms import too_old
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.packed import PACKED_MODULES
@@ -44,7 +45,9 @@ def can_decode(base: Base) -> bool:
 
 
 def decode_obstacle(base: Base) -> str | None:
-    """Why there are no kernels for a base's layers; None where there are."""
+    """Why there are no kernels for a base's layers on its device; None where there are."""
+    if base.device.type == "cuda" and (reason := too_old(base.device)) is not None:
+        return reason
     family, config = base.config.model_type, base.config.get_text_config()
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if family not in FAMILIES:  # wrappers of theirs may compute more before and after the layers

@@ -14,7 +14,7 @@ VARIABLE = "LORAREP_GEMMS"
 HOPPER = 9
 """Major compute capability that the CUDA sources are for. Later devices have no wgmma."""
 LEAST = (8, 0)
-"""Compute capability from which on the portable kernels run: they need asynchronous copies and bf16's tensor cores."""
+"""Compute capability from which on kernels run: they need asynchronous copies, and tensor cores that take bf16."""
 
 Kind = Literal["hopper", "portable", "library"]
 KINDS: tuple[Kind, ...] = ("hopper", "portable", "library")
@@ -48,12 +48,18 @@ def gemms_for(device: torch.device, dtype: torch.dtype) -> Gemms:
     return own if KINDS.index(slower) <= KINDS.index(own.kind) else Gemms(slower, f"{VARIABLE} is {named!r}")
 
 
+def too_old(device: torch.device) -> str | None:
+    """Why no kernel runs on a GPU; None where they do."""
+    capability = torch.cuda.get_device_capability(device)
+    return f"compute capability {_dotted(capability)} is below {_dotted(LEAST)}" if capability < LEAST else None
+
+
 def _own(device: torch.device, dtype: torch.dtype) -> Gemms:
     if device.type != "cuda":
         return Gemms("library", f"the device is a {device.type.upper()}")
+    if (reason := too_old(device)) is not None:
+        return Gemms("library", reason)
     capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST:
-        return Gemms("library", f"compute capability {_dotted(capability)} is below {_dotted(LEAST)}")
     if dtype not in (torch.bfloat16, torch.float16):
         return Gemms("library", f"activations are {str(dtype).removeprefix('torch.')}, and not of 16 bits")
     if capability[0] != HOPPER:

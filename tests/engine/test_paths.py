@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from lorarep_runtime.engine.paths import paths_of
 from lorarep_runtime.kernels.gemms import Gemms
 from tests.support.engines import engine_for
 from tests.support.models import save_base
@@ -38,3 +40,12 @@ def test_modules_of_other_families_are_named(
     caplog.set_level(logging.INFO, "lorarep_runtime")
     engine_for(save_base("phi3", tmp_path), "int8", kv_bytes=1 << 20)
     assert any("self_attn.qkv_proj is no module of Llama's" in line for line in caplog.messages)
+
+
+def test_an_old_gpu_walks_the_layers_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = engine_for(save_base("llama", tmp_path), kv_bytes=1 << 20).base
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    base.device = torch.device("cuda")
+    assert next(iter(paths_of(base))) == (
+        "steps and prompts: the layers of transformers; not captured, because compute capability 7.5 is below 8.0"
+    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorarep_runtime.errors import InvalidArgument
-from lorarep_runtime.kernels.gemms import VARIABLE, gemms_for
+from lorarep_runtime.kernels.gemms import VARIABLE, gemms_for, too_old
 
 CUDA = torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -47,3 +47,10 @@ def test_the_environment_names_slower_ones_alone(monkeypatch: pytest.MonkeyPatch
         gemms_for(CUDA, BF16)
     monkeypatch.setenv(VARIABLE, "portable")
     assert gemms_for(torch.device("cpu"), BF16) == ("library", "the device is a CPU")
+
+
+def test_no_kernel_runs_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert too_old(CUDA) == "compute capability 7.5 is below 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert too_old(CUDA) is None

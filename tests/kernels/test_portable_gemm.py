@@ -55,7 +55,7 @@ def test_products(bits: int, dtype: torch.dtype, shape: tuple[int, int], rows: i
     parts = gemm(bits, weights, scales, x)
     expected = gemm_reference(dense, x)
     # NF4's codes are rounded to the activations' dtype, as a dequantized weight is.
-    tolerance = 1e-5 if bits != 4 else {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
+    tolerance = 1e-4 if bits != 4 else {torch.bfloat16: 3e-3, torch.float16: 4e-4}[dtype]
     error = (parts.sum(0) - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.max() < tolerance
     assert len(parts) == launch_for(bits, *shape, rows).parts

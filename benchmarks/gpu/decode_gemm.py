@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.gpu.floor import copy_bandwidth
 from lorarep_runtime.gpu.buffers import LEAST_RANKS, parts_for
 from lorarep_runtime.kernels.entry_table import DecodeRows, Entries, Entry, ReferenceRows, entry_table
+from lorarep_runtime.kernels.gemms import HOPPER
 from lorarep_runtime.kernels.hopper.decode_gemm import decode_gemm_reference
-from lorarep_runtime.kernels.hopper.launch_config import HOPPER
 from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.model.packed import BITS, PACKED_MODULES, pack
 from lorarep_runtime.model.weights import DenseWeight, Int8Weight, NF4Weight, Weight

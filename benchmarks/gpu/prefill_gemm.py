@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.decode_gemm import CACHES, LARGEST_ERROR, add_shape, modules_of, shared, timed
+from lorarep_runtime.kernels.gemms import HOPPER
 from lorarep_runtime.kernels.hopper import prefill_gemm
-from lorarep_runtime.kernels.hopper.launch_config import HOPPER
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.kernels.hopper.prefill_gemm import CONFIGS, PrefillConfig

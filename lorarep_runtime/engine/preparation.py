@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import psutil
@@ -10,12 +11,17 @@ import torch
 
 from lorarep_runtime.adapters.compile import load_kernels
 from lorarep_runtime.engine.overlap import StepDecoder
+from lorarep_runtime.engine.paths import paths_of
 from lorarep_runtime.errors import FailedPrecondition
+from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
 from lorarep_runtime.model.base import Base
 from lorarep_runtime.model.kv_cache import PagePool
 from lorarep_runtime.model.packed import PackedPart
 from lorarep_runtime.model.stack import Stack
+from lorarep_runtime.model.weights import Weight
 from lorarep_runtime.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 class DecoderSizes(NamedTuple):
@@ -65,13 +71,14 @@ def make_decoder(
     Raises:
         FailedPrecondition: the base cannot be deterministic on its device.
     """
+    for line in paths_of(base):
+        log.info(line)
     if base.device.type != "cuda":
         return None
     from lorarep_runtime.gpu.decoder import Decoder, can_decode  # imports triton
     from lorarep_runtime.gpu.warm_up import warm_up
 
-    packed = can_decode(base) and all(isinstance(w, PackedPart) for layer in base.weights for w in layer.values())
-    if sizes.deterministic and not packed:
+    if sizes.deterministic and not (can_decode(base) and all(map(_is_deterministic, base.weights))):
         raise FailedPrecondition(
             "on accelerators it takes a Hopper GPU and a base of the Llama kind in bfloat16, plain, in int8, or in NF4",
             field="deterministic",
@@ -81,3 +88,8 @@ def make_decoder(
     decoder = Decoder(base, pool, *sizes)
     warm_up(decoder, stacks, max_rank, progress)
     return decoder
+
+
+def _is_deterministic(weights: Mapping[str, Weight]) -> bool:
+    """Whether all of a layer's weights have kernels whose sums have one order for any number of rows."""
+    return all(isinstance(w, PackedPart) and isinstance(w.packed, PackedWeight) for w in weights.values())

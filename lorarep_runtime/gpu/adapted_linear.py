@@ -1,8 +1,8 @@
 """Linear modules that read the same x, with each row's own adapter: y = c ⊙ (W x) + B (A x) + b.
 
 W is the base's and shared by all rows; A, B, c and the adapter's bias belong to each row's adapter (DoRA has a c, LoRA
-has none). On Hopper a kernel carries the adapters in its epilogue; elsewhere a library multiplies and a second kernel
-adapts.
+has none). On Hopper a kernel carries the adapters in its epilogue; elsewhere a portable kernel or a library multiplies,
+and a second kernel adapts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from lorarep_runtime.kernels.decode.expand import expand
 from lorarep_runtime.kernels.entry_table import DecodeRows
 from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight
+from lorarep_runtime.kernels.portable.launch_config import MOST_ROWS
+from lorarep_runtime.kernels.portable.packed_weight import PortableWeight
 from lorarep_runtime.model.packed import PackedPart
 from lorarep_runtime.model.weights import Weight
 
@@ -53,7 +55,10 @@ def adapted_linear(weights: Sequence[Weight], *, deterministic: bool = False) ->
     """
     first = weights[0]
     if isinstance(first, PackedPart):
-        return PackedLinear(first.packed, deterministic=deterministic)
+        packed = first.packed
+        if isinstance(packed, PortableWeight):
+            return PortableLinear(packed)
+        return PackedLinear(packed, deterministic=deterministic)
     return LibraryLinear(weights)
 
 
@@ -100,6 +105,23 @@ class PackedLinear:
         packed = self.packed
         # Shared memory has no room for many rows of a long x, and the prefill GEMM reads the weight once for 64 rows.
         return rows <= MOST_KERNEL_ROWS[packed.bits] and (packed.bits != 4 or packed.decode_rows(rows, ranks) == rows)
+
+
+class PortableLinear:
+    """An AdaptedLinear of a weight that the portable kernels multiply with."""
+
+    def __init__(self, packed: PortableWeight) -> None:
+        self.packed = packed
+        self.matmul = packed.matmul
+
+    def decode(
+        self, x: Tensor, y: Tensor, shrunk: Tensor, rows: DecodeRows, first: int, *, bias: Tensor | None, add: bool
+    ) -> None:
+        packed = self.packed
+        if len(x) <= MOST_ROWS:
+            packed.decode(x, y, shrunk, rows, first, bias=bias, add=add)
+        else:
+            _multiply_then_adapt(self.matmul, x, y, shrunk, packed.sizes, rows, first, bias=bias, add=add, pdl=False)
 
 
 def _multiply_then_adapt(

@@ -23,6 +23,7 @@ from lorarep_runtime.gpu.graphs import StepGraph, StepGraphs
 from lorarep_runtime.gpu.prefill import Prefill
 from lorarep_runtime.gpu.rank_sums import RankSums
 from lorarep_runtime.gpu.step_ends import StepEnds
+from lorarep_runtime.kernels.gemms import too_old
 from lorarep_runtime.model.batch import Batch, Span
 from lorarep_runtime.model.kv_cache import PagePool, PageTable
 from lorarep_runtime.model.packed import PACKED_MODULES
@@ -41,14 +42,24 @@ CHANGING_ROTARY = {"dynamic", "longrope"}
 
 def can_decode(base: Base) -> bool:
     """Whether there are kernels for a base's layers."""
-    config = base.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    return (
-        base.config.model_type in FAMILIES  # wrappers of theirs may compute more before and after the layers
-        and config.hidden_act in SILU
-        and rope.get("rope_type", "default") not in CHANGING_ROTARY
-        and set(base.modules) == {name for names in PACKED_MODULES for name in names}
-    )
+    return decode_obstacle(base) is None
+
+
+def decode_obstacle(base: Base) -> str | None:
+    """Why there are no kernels for a base's layers on its device; None where there are."""
+    if base.device.type == "cuda" and (reason := too_old(base.device)) is not None:
+        return reason
+    family, config = base.config.model_type, base.config.get_text_config()
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if family not in FAMILIES:  # wrappers of theirs may compute more before and after the layers
+        return f"{family} is none of {', '.join(sorted(FAMILIES))}"
+    if config.hidden_act not in SILU:
+        return f"its activation is {config.hidden_act}, and not SiLU"
+    if rope in CHANGING_ROTARY:
+        return f"its rotary embedding is {rope}, and changes with the length"
+    if set(base.modules) != {name for names in PACKED_MODULES for name in names}:
+        return "its layers have other linear modules than Llama's"
+    return None
 
 
 @dataclass

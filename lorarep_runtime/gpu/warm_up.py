@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorarep_runtime.gpu.adapted_linear import PackedLinear
+from lorarep_runtime.gpu.adapted_linear import PackedLinear, PortableLinear
 from lorarep_runtime.gpu.buffers import LEAST_RANKS, rank_classes
 from lorarep_runtime.gpu.graphs import MOST_GRAPHS
 from lorarep_runtime.kernels.entry_table import ENTRY_FIELDS
@@ -80,9 +80,13 @@ def _load_kernels(decoder: Decoder) -> None:
 
     linears = [projection.linear for layer in decoder.layers for projection in layer.projections]
     bits = {linear.packed.bits for linear in linears if isinstance(linear, PackedLinear)}
-    compile_gemms(bits)
+    if bits:
+        compile_gemms(bits)
     if 4 in bits:
         prefill_gemm.load()
+    portable = (linear.packed for linear in linears if isinstance(linear, PortableLinear))
+    for packed in {(p.bits, p.columns, p.sizes): p for p in portable}.values():
+        packed.load_kernels(decoder.base.dtype)
     _prefill_two_tokens(decoder)
     _adapt_two_tokens(decoder)
     if bits == {4}:  # weights of more bits are loaded by so much at once that their kernels need the L1 cache

@@ -1,4 +1,4 @@
-"""Weights of modules that read the same x, packed into one for the kernels of `kernels.hopper`."""
+"""Weights of modules that read the same x, packed into one for the kernels of `hopper` or `portable`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +15,15 @@ from lorarep_runtime.config import Quantization
 from lorarep_runtime.device.arena import Arena
 from lorarep_runtime.device.gil import give_way
 from lorarep_runtime.kernels.eager import dora_norm as dora
+from lorarep_runtime.kernels.gemms import gemms_for
 from lorarep_runtime.kernels.hopper import int8, nf4
-from lorarep_runtime.kernels.hopper.launch_config import HOPPER
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE
 from lorarep_runtime.kernels.hopper.packed_weight import PackedWeight, compile_gemms
+from lorarep_runtime.kernels.portable import nf4 as portable_nf4
 from lorarep_runtime.model.weights import Int8Weight, NF4Weight, Weight
+
+if TYPE_CHECKING:
+    from lorarep_runtime.kernels.portable.packed_weight import PortableWeight
 
 PACKED_MODULES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -36,15 +41,16 @@ Cat = Callable[[tuple[Tensor, ...]], Tensor]
 class PackedPart:
     """A Weight that is one module's part of a packed weight, whose memory it shares."""
 
-    def __init__(self, packed: PackedWeight, module: int, quantization: Quantization) -> None:
+    def __init__(self, packed: PackedWeight | PortableWeight, module: int, quantization: Quantization) -> None:
         """
         Args:
             module: index among the packed modules.
         """
         self.packed = packed
         self.quantization = quantization
-        self.own = own = packed.module(module)
+        self.own: PackedWeight | PortableWeight = packed.module(module)
         """This module's rows of the packed weight."""
+        own = self.own
         self.shape = (own.sizes[0], own.columns)
         self.data: tuple[Tensor, ...] = (own.weights,)
         self.constants: tuple[Tensor, ...] = () if own.scales is None else (own.scales,)
@@ -68,26 +74,26 @@ def pack_layers(
         dtype: of the activations.
         pool: the memory that the packed weights take.
     """
-    if dtype != torch.bfloat16:
-        return
     found = [(layer, names) for layer in layers for names in PACKED_MODULES if layer.keys() >= set(names)]
-    found = [(layer, names) for layer, names in found if all(_has_kernel(layer[name]) for name in names)]
+    found = [(layer, names) for layer, names in found if all(_has_kernel(layer[name], dtype) for name in names)]
     # A checkpoint may leave some modules unquantized.
     found = [(layer, names) for layer, names in found if len({layer[name].quantization for name in names}) == 1]
     if not found:
         return
     weights = [layer[name] for layer, names in found for name in names]
     device = weights[0].data[0].device
-    data = Arena([weight.data[0] for weight in weights], device, pool)
-    scales = Arena([scale for weight in weights for scale in _scales(weight)], device, pool)
+    portable = gemms_for(device, dtype).kind == "portable"
+    sizes = [_sizes(weight, portable=portable) for weight in weights]
+    data = Arena([numbers for numbers, *_ in sizes], device, pool)
+    scales = Arena([scale for _, *own in sizes for scale in own], device, pool)
     for layer, names in found:
-        packed = pack([layer[name] for name in names], data.cat, scales.cat)
+        packed = (pack_portable if portable else pack)([layer[name] for name in names], data.cat, scales.cat)
         for i, name in enumerate(names):
             layer[name] = PackedPart(packed, i, layer[name].quantization)
 
 
 def pack(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = torch.cat) -> PackedWeight:
-    """A packed copy of weights of one kind, one under the other.
+    """A packed copy of weights of one kind, one under the other, for the kernels of `kernels.hopper`.
 
     Args:
         cat, cat_scales: copy the weights' numbers and their scales.
@@ -103,24 +109,65 @@ def pack(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = torc
     return PackedWeight(BITS[kind], cat(data), cat_scales(scales[0]) if scales else None, sizes)
 
 
+def pack_portable(weights: Sequence[Weight], cat: Cat = torch.cat, cat_scales: Cat = torch.cat) -> PortableWeight:
+    """As `pack`, for the kernels of `kernels.portable`."""
+    from lorarep_runtime.kernels.portable.packed_weight import PortableWeight  # of Triton, which a CPU need not have
+
+    kind, (_, columns) = weights[0].quantization, weights[0].shape
+    parts = [(weight.data[0], *_scales(weight)) for weight in weights]
+    if kind == "nf4":
+        parts = [
+            portable_nf4.arrange(numbers, scales, w.shape) for (numbers, scales), w in zip(parts, weights, strict=True)
+        ]
+    data, *scales = zip(*parts, strict=True)
+    sizes = tuple(w.shape[0] for w in weights)
+    return PortableWeight(BITS[kind], cat(data), cat_scales(scales[0]) if scales else None, sizes, columns)
+
+
 def _scales(weight: Weight) -> Sequence[Tensor]:
     """The fp32 scales that kernels read: one tensor, or none. Quantized ones become what they stand for."""
     return [weight.scales()] if isinstance(weight, NF4Weight) else weight.constants[:1]
 
 
-def _has_kernel(weight: Weight) -> bool:
-    """Whether `kernels.hopper.decode_gemm` can multiply with a weight once it is packed."""
+def _sizes(weight: Weight, *, portable: bool) -> Sequence[Tensor]:
+    """Tensors of the sizes that a packed weight's numbers and its scales, if there are any, have."""
+    if portable and isinstance(weight, NF4Weight):
+        return portable_nf4.sizes(weight.shape)
+    return [weight.data[0], *_scales(weight)]
+
+
+def _has_kernel(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel that can multiply with a weight once it is packed.
+
+    Args:
+        dtype: of the activations.
+    """
+    return obstacle(weight, dtype) is None
+
+
+def obstacle(weight: Weight, dtype: torch.dtype) -> str | None:
+    """Why there is no kernel that multiplies with a weight; None where there is one, or where it is packed.
+
+    Args:
+        dtype: of the activations.
+    """
+    if isinstance(weight, PackedPart):
+        return None
     data, (out, into) = weight.data[0], weight.shape
-    if not _is_hopper(data.device) or out % TILE or into % CHUNK:
-        return False
+    gemms = gemms_for(data.device, dtype)
+    if gemms.kind == "library":
+        return gemms.reason
+    if out % TILE or into % CHUNK:
+        return f"{out} outputs of {into} columns are no multiples of {TILE} and {CHUNK}"
     if isinstance(weight, NF4Weight):
         state = weight.state
-        return state.dtype == torch.bfloat16 and state.blocksize == CHUNK
-    return isinstance(weight, Int8Weight) or data.dtype == torch.bfloat16
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+        if state.blocksize != CHUNK:
+            return f"its NF4 blocks have {state.blocksize} numbers, and not {CHUNK}"
+        exact = (dtype,) if gemms.kind == "hopper" else (dtype, torch.float32)
+        return None if state.dtype in exact else f"it was quantized from {state.dtype}"
+    if isinstance(weight, Int8Weight) or data.dtype == dtype:
+        return None
+    return f"it is of {data.dtype}"
 
 
 @contextmanager
@@ -130,7 +177,7 @@ def kernels_compiled(kind: Quantization, dtype: torch.dtype | None, device: torc
     Args:
         dtype: of the activations; None where it is not known yet, then nothing is compiled.
     """
-    if dtype != torch.bfloat16 or not _is_hopper(device):
+    if dtype is None or gemms_for(device, dtype).kind != "hopper":
         yield
         return
     from lorarep_runtime.kernels.prefill.adapt_segments import compile_tiles  # of Triton, which a CPU need not have

@@ -14,7 +14,8 @@ SIZES = (600, 80, 24)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("added", [False, True])
-def test_a_group_of_modules(dtype: torch.dtype, biased: bool, added: bool) -> None:
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_group_of_modules(dtype: torch.dtype, biased: bool, added: bool, count: int) -> None:
     torch.manual_seed(0)
     modules = {"o": (8, 8), **{name: (size, 96) for name, size in zip("qkv", SIZES, strict=True)}}
     batch = Batch(modules, dtype)
@@ -24,10 +25,11 @@ def test_a_group_of_modules(dtype: torch.dtype, biased: bool, added: bool) -> No
     bias = randn(sum(SIZES), dtype=dtype) if biased else None
     residual = randn(*y.shape, dtype=dtype) if added else None
     y_reference, residual_reference = y.clone(), residual.clone() if residual is not None else None
+    terms = randn(count, *y.shape) if count else None
     before = (y if residual is None else residual).clone()
 
-    expand(y, shrunk, SIZES, batch.rows, 1, bias=bias, residual=residual, pdl=PDL)
-    expand_reference(y_reference, shrunk, SIZES, batch.plain, 1, bias=bias, residual=residual_reference)
+    expand(y, shrunk, SIZES, batch.rows, 1, bias=bias, residual=residual, terms=terms, pdl=PDL)
+    expand_reference(y_reference, shrunk, SIZES, batch.plain, 1, bias=bias, residual=residual_reference, terms=terms)
     tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert_close(y, y_reference, **tolerance)
     if residual is not None:

@@ -91,7 +91,7 @@ def test_scales_of_double_quantization_give_its_values_to_the_bit() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
 def test_groups_are_the_weights_side_by_side(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_has_kernel", lambda weight: weight.shape[0] != 16)
+    monkeypatch.setattr(packed, "_has_kernel", lambda weight, dtype: weight.shape[0] != 16)
     names = [name for group in PACKED_MODULES for name in group]
     shapes = dict(zip(names, [(64, 64), (32, 64), (32, 64), (64, 64), (112, 64), (112, 64), (16, 64)], strict=True))
     layers = [weights_of(kind, shapes) for _ in range(2)]

@@ -29,6 +29,7 @@ def expand(
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    terms: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """Adapts W x in place, in fp32 and rounded once; or adds the adapted W x to a residual in place.
@@ -36,12 +37,14 @@ def expand(
     All tensors are contiguous; y, bias and residual have the dtype of the activations.
 
     Args:
-        y: (rows, outputs of all packed modules), W x on entry. Written where there is no residual.
+        y: (rows, outputs of all packed modules), W x on entry where there are no terms. Written where there is no
+            residual.
         shrunk: fp32 (rows, parts, packed modules, ranks).
         sizes: outputs of each module.
         first: number of the first of the packed modules.
         bias: (outputs), the base's own; None is 0.
         residual: (rows, outputs). Written; rows without a position keep theirs.
+        terms: fp32 (n, rows, outputs), which are added up in order to W x.
         pdl: begin while the previous kernel ends (programmatic dependent launch).
     """
     _, parts, _, ranks = shrunk.shape
@@ -50,6 +53,7 @@ def expand(
         shrunk,
         bias,
         residual,
+        terms,
         rows.positions,
         rows.adapters,
         SIZES=tuple(sizes),
@@ -60,6 +64,7 @@ def expand(
         BLOCK_PARTS=triton.next_power_of_2(parts),
         RANKS=ranks,
         BLOCK=BLOCK,
+        TERMS=0 if terms is None else len(terms),
         PDL=pdl,
         num_warps=2,  # eight outputs a thread, so that ranks are added up without leaving it
         launch_pdl=pdl,
@@ -75,9 +80,10 @@ def expand_reference(
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    terms: Tensor | None = None,
 ) -> None:
     for row, _ in rows.active():
-        adapted = y[row].to(torch.float32, copy=True)
+        adapted = y[row].to(torch.float32, copy=True) if terms is None else terms[:, row].sum(0)
         for module, own in enumerate(adapted.split(list(sizes))):
             entry = rows.entry(row, first + module)
             if entry is None:
@@ -116,6 +122,7 @@ def _expand_rows(
     shrunk,
     bias,
     residual,
+    terms,
     positions,
     adapters,
     SIZES: tl.constexpr,
@@ -126,6 +133,7 @@ def _expand_rows(
     BLOCK_PARTS: tl.constexpr,
     RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TERMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row, module = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -139,7 +147,7 @@ def _expand_rows(
     position = tl.load(positions + row)
     table = tl.load(adapters + row)
     present = (table != 0) & (position >= 0)
-    if residual is None and bias is None:  # noqa: SIM102, one is known when the kernel is compiled
+    if residual is None and bias is None and terms is None:  # noqa: SIM102, one is known when the kernel is compiled
         if not present:
             return
     entry = table.to(tl.pointer_type(tl.int64)) + (position * MODULES + FIRST + module) * ENTRY_FIELDS
@@ -154,7 +162,13 @@ def _expand_rows(
     # A row that passes through is neither read nor written.
     inside = o < tl.where(position >= 0, size, 0)
     at = row * total + offset + o
-    adapted = c * tl.load(y + at, mask=inside, other=0).to(tl.float32) + b
+    if terms is None:
+        plain = tl.load(y + at, mask=inside, other=0).to(tl.float32)
+    else:
+        plain = tl.load(terms + at, mask=inside, other=0)
+        for i in tl.static_range(1, TERMS):
+            plain += tl.load(terms + i * tl.num_programs(0) * total + at, mask=inside, other=0)
+    adapted = c * plain + b
     part = tl.arange(0, BLOCK_PARTS)
     shrunk += ((row * PARTS + part) * COUNT + module)[:, None] * RANKS
     for start in range(0, rank, RANK_BLOCK):

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 
 from lorarep_runtime.integers import ceil_div, round_up
+from lorarep_runtime.kernels.gemms import HOPPER
 from lorarep_runtime.kernels.hopper.nf4 import CHUNK, TILE, dequantize_kernel
 
-HOPPER = 9
-"""Major compute capability that the CUDA sources are for. Later devices have no wgmma."""
 ALIKE_ROWS, ALIKE_RANKS = 32, 64
 """Rows and ranks whose clusters all deterministic launches have."""
 RANK_BLOCKS = (16, 32, 64)

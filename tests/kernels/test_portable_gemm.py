@@ -19,8 +19,8 @@ from tests.support.decode_rows import DEVICE
 Words = NDArray[np.uint64]
 DTYPES = (torch.bfloat16, torch.float16)
 BITS = (4, 8, 16)
-SHAPES = [(80, 320), (32, 2048)]
-"""Of weights: with a rest of outputs and of columns, and with several parts of columns."""
+SHAPES = [(80, 320), (32, 2176)]
+"""Of weights: with a rest of outputs and of columns, and with several parts of columns, the last of them shorter."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

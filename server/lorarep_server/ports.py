@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ GRPC_OPTIONS = (
 
 MAX_SCRAPERS = 64
 """Most connections to the port of metrics, and to the port of health alone."""
+METRICS_REST = 9
+"""How long metrics are answered again, as a multiple of the processor's time for them: they have a tenth of it."""
+LEAST_METRICS_SECONDS, METRICS_SECONDS = 1.0, 10.0
+"""Metrics that would be answered again for less are always new, and none are for longer."""
 MAX_CONNECTIONS = 512
 """Most connections to the port of OpenAI's API where the configuration says nothing."""
 
@@ -187,12 +192,27 @@ class Ports:
 
 
 def scraper(registry: CollectorRegistry) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """A handler that answers with Prometheus metrics, which are collected in a thread of its own."""
+    """A handler that answers with Prometheus metrics, which are collected in a thread of its own.
+
+    Whoever reaches the port may ask all the time. What takes long to collect is answered again for a while.
+    """
     thread = ThreadPoolExecutor(1, thread_name_prefix="lorarep-metrics")
+    kept: dict[str, tuple[bytes, float]] = {}
+    """By content type: the metrics, and until when they are answered again."""
+
+    def collect(encode: Callable[[CollectorRegistry], bytes], content_type: str) -> bytes:
+        metrics, until = kept.get(content_type, (b"", 0.0))
+        if time.monotonic() >= until:
+            began = time.thread_time()
+            metrics = encode(registry)
+            age = (time.thread_time() - began) * METRICS_REST
+            age = min(age, METRICS_SECONDS) if age >= LEAST_METRICS_SECONDS else 0.0
+            kept[content_type] = metrics, time.monotonic() + age
+        return metrics
 
     async def scrape(request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        metrics = await asyncio.get_running_loop().run_in_executor(thread, encode, registry)
+        metrics = await asyncio.get_running_loop().run_in_executor(thread, collect, encode, content_type)
         response = web.Response(body=metrics, headers={"Content-Type": content_type})
         response.enable_compression()
         return response

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 import urllib.parse
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import psutil
 import pytest
-from aiohttp import web
+from aiohttp import ClientSession, web
 from lorarep.v1 import generation_pb2
 from lorarep_server.api import openai_bodies
 from lorarep_server.connections import ConnectionLimit
 from lorarep_server.http_port import HttpPort
+from lorarep_server.ports import scraper
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from lorarep_runtime.errors import DeadlineExceeded
 from tests.support.callers import Bystander, refused, request
@@ -137,3 +142,37 @@ def test_a_request_longer_than_any_prompt_needs_is_refused_before_it_is_parsed(
     refused(lambda: server.generation.Generate(wanted, timeout=SECONDS), "INVALID_ARGUMENT", "request: ")
     tokenize = generation_pb2.TokenizeRequest(prompt=wanted.prompt)
     refused(lambda: server.generation.Tokenize(tokenize, timeout=SECONDS), "INVALID_ARGUMENT", "request: ")
+
+
+class Busy(Collector):
+    """Takes a processor so many seconds, and counts how often."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.times = 0
+
+    def collect(self) -> Iterator[Metric]:
+        self.times += 1
+        until = time.thread_time() + self._seconds
+        while time.thread_time() < until:
+            pass
+        yield GaugeMetricFamily("times", "How often.", self.times)
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 8), (0.15, 1)])
+def test_metrics_that_take_long_are_collected_once_in_a_while(seconds: float, times: int) -> None:
+    """So that scrapers without end do not hold up the streams."""
+    busy, registry = Busy(seconds), CollectorRegistry()
+    registry.register(busy)
+    busy.times = 0
+    app = web.Application()
+    app.router.add_get("/", scraper(registry))
+
+    async def ask() -> None:
+        async with opened(app, connections=10) as port, ClientSession() as session:
+            for _ in range(8):
+                async with session.get(f"http://127.0.0.1:{port.port}/") as response:
+                    assert f"times {busy.times}.0" in await response.text()
+
+    asyncio.run(ask())
+    assert busy.times == times
